@@ -1,0 +1,41 @@
+# make serve        set everything up and serve the built-in model on 127.0.0.1:8000
+# make demo         set everything up, start a server, talk to it through openai-python, print answers and figures
+# make test         set everything up, lint, type-check and run every test
+# make bench-peers  measure kvloom against vLLM and llama.cpp on this machine (PEERS=folder, see loadtest/peers)
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.kvloom-installed
+
+.PHONY: setup serve demo test lint types bench-peers clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	$(BIN)/python -m kvloom.kernels
+	touch $@
+
+serve: setup
+	$(BIN)/kvloom serve smollm2
+
+demo: setup
+	$(BIN)/python -m kvloom.loadtest.demo
+
+test: setup lint types
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench-peers: setup
+	$(BIN)/python -m kvloom.loadtest.peers $(if $(PEERS),--peers $(PEERS))
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

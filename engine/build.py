@@ -1,0 +1,124 @@
+"""From settings to a ready engine: find the model, load it, size the cache, put the parts together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from kvloom.engine.catalog import ModelFiles, resolve
+from kvloom.engine.model.load import LoadedModel, load_model
+
+from kvloom import kernels
+from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
+from kvloom.engine.client import ModelInfo
+from kvloom.engine.config import EngineConfig, ModelOptions
+from kvloom.engine.core import EngineCore, Limits
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.memory import default_kv_memory
+from kvloom.engine.retention import RETENTION
+from kvloom.engine.reuse import REUSE
+from kvloom.engine.reuse.prefix import DomainFactory
+from kvloom.engine.runner import Runner
+from kvloom.engine.scheduling import ORDERS
+from kvloom.engine.selection import SELECTIONS
+from kvloom.engine.text import Tokenizer, load_tokenizer
+
+log = logging.getLogger("kvloom.engine")
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while something takes time."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Built(NamedTuple):
+    """A loaded engine that nobody drives yet."""
+
+    core: EngineCore
+    model: ModelInfo
+    tokenizer: Tokenizer
+
+
+def build(config: EngineConfig, progress: Progress | None = None) -> Built:
+    """Load the model and make an engine of it. Raises ModelError, ModelNotFoundError or ConfigError."""
+    _check_names(config)
+    progress = progress or (lambda stage, done, total: None)
+    torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
+    files = resolve(config.model.model, progress)
+    backend = kernels.load(config.model.backend, threads=torch.get_num_threads())
+    loaded = load_model(files.path, DTYPES[config.model.dtype], backend, config.model.weights, progress)
+    tokenizer = load_tokenizer(files.path)
+    cache = _cache(config, loaded)
+    length = _max_model_len(config.model, loaded, cache)
+    runner = Runner(
+        loaded.decoder,
+        cache,
+        backend,
+        max_rows=config.scheduler.max_batched_tokens,
+        max_seqs=config.scheduler.max_num_seqs,
+        max_len=length,
+    )
+    domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.scheduler.retention)
+    eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
+    core = EngineCore(config, runner, cache, backend, tokenizer, domains, Limits(length, loaded.config.vocab_size), eos)
+    return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
+
+
+def _check_names(config: EngineConfig) -> None:
+    for name, value, allowed in (
+        ("reuse", config.cache.reuse, REUSE),
+        ("scheduler", config.scheduler.scheduler, tuple(ORDERS)),
+        ("selection", config.scheduler.selection, SELECTIONS),
+        ("retention", config.scheduler.retention, RETENTION),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _cache(config: EngineConfig, loaded: LoadedModel) -> CacheManager:
+    model, dtype = loaded.config, loaded.decoder.dtype
+    spec = GroupSpec.everything(model.layers, model.kv_heads)
+    block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
+    memory = default_kv_memory() if config.cache.kv_memory is None else config.cache.kv_memory
+    if memory < 2 * block:
+        raise ConfigError(
+            f"kv_memory is {memory} bytes, but one block of {config.cache.block_size} tokens takes {block}; "
+            f"give at least {2 * block}"
+        )
+    return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+
+
+def _max_model_len(options: ModelOptions, loaded: LoadedModel, cache: CacheManager) -> int:
+    """Longest request: what was asked for, or what the model was trained for; never more than the cache holds."""
+    trained, capacity, asked = loaded.config.max_position, cache.capacity_tokens, options.max_model_len
+    if asked is None:
+        if trained > capacity:
+            log.warning(
+                "the cache holds %d tokens, so max_model_len is %d instead of the model's %d",
+                capacity,
+                capacity,
+                trained,
+            )
+        return min(trained, capacity)
+    if not 2 <= asked <= trained:
+        raise ConfigError(f"max_model_len is {asked}; allowed for this model: 2 to {trained}")
+    if asked > capacity:
+        raise ConfigError(f"max_model_len is {asked}, but the KV cache holds {capacity} tokens; raise kv_memory or lower it")
+    return asked
+
+
+def _info(options: ModelOptions, files: ModelFiles, loaded: LoadedModel, length: int, backend: str) -> ModelInfo:
+    return ModelInfo(
+        name=options.served_model_name or options.model,
+        root=files.name,
+        max_model_len=length,
+        vocab_size=loaded.config.vocab_size,
+        dtype=options.dtype,
+        weights=loaded.weights,
+        backend=backend,
+        created=int(time.time()),
+    )

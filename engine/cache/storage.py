@@ -1,0 +1,60 @@
+"""The tensors that hold K and V, per head group and layer.
+
+A head group is a set of KV heads with one retention rule; normally one group holds every head of every layer. A block id
+means the same block in every layer of its group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kvloom.engine.errors import ConfigError
+from kvloom.kernels.interface import PagedKV
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """Which KV heads a group holds. `heads[layer]` are ascending KV head indices; a layer may have none."""
+
+    name: str
+    heads: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def everything(cls, layers: int, kv_heads: int) -> GroupSpec:
+        """The one group of a model that keeps all heads alike."""
+        return cls("all", (tuple(range(kv_heads)),) * layers)
+
+
+def bytes_per_token(spec: GroupSpec, head_dim: int, dtype: torch.dtype) -> int:
+    """Bytes of K and V that one token takes in this group, over all layers."""
+    return sum(len(heads) for heads in spec.heads) * 2 * head_dim * dtype.itemsize
+
+
+class Storage:
+    """K and V of one head group: per layer a `PagedKV` of [blocks, heads, block_size, head_dim].
+
+    Pages of memory are only taken from the system when a block is first written.
+    """
+
+    def __init__(self, spec: GroupSpec, blocks: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+        self.spec = spec
+        self.blocks = blocks
+        self.block_size = block_size
+        shapes = [(blocks, len(heads), block_size, head_dim) for heads in spec.heads]
+        try:
+            self.layers: Sequence[PagedKV] = [PagedKV(_zeros(s, dtype), _zeros(s, dtype)) for s in shapes]
+        except MemoryError:
+            size = blocks * block_size * bytes_per_token(spec, head_dim, dtype)
+            raise ConfigError(f"the KV cache of {size} bytes cannot be allocated; lower kv_memory") from None
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    if 0 in shape:  # a layer without heads in this group
+        return torch.empty(shape, dtype=dtype)
+    # calloc: zeroed on first touch, so that a large cache costs nothing until it is used.
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)

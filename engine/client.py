@@ -1,0 +1,119 @@
+"""EngineClient: the one seam between HTTP and the engine. A thread, a process or a Ray handle can stand behind it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """What a client may know of the model that is served."""
+
+    name: str
+    root: str
+    """Where the weights came from: path or repo id."""
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    weights: str
+    backend: str
+    created: int
+    """Unix seconds at which the server loaded it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupStats:
+    """Blocks of one head group."""
+
+    name: str
+    total: int
+    free: int
+    cached: int
+    """Unused by any request but still holding a reusable prefix."""
+    in_use: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine, cheap to take. Counters run since start-up; times are in seconds."""
+
+    running: int
+    waiting: int
+    capacity_tokens: int
+    block_size: int
+    groups: tuple[GroupStats, ...]
+    prefix_query_tokens: int
+    """Prompt tokens looked up in the prefix cache."""
+    prefix_hit_tokens: int
+    evicted_blocks: int
+    preemptions: int
+    prompt_tokens: int
+    generation_tokens: int
+    steps: int
+    step_seconds: float
+    """Time spent in steps."""
+    queued_tokens: int
+    """Prompt tokens of waiting requests."""
+    kv_bytes_read: int
+    tenants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """tenant -> {cached_blocks, in_use_blocks}; the tenant of requests without one is ''."""
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of blocks in use by requests, 0 to 1, of the fullest group."""
+        return max((g.in_use / g.total for g in self.groups if g.total), default=0.0)
+
+    @property
+    def hit_rate(self) -> float:
+        """Prefix hit tokens over tokens looked up, 0 to 1."""
+        return self.prefix_hit_tokens / self.prefix_query_tokens if self.prefix_query_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """`ok` while the engine loop turns; otherwise `reason` says why not."""
+
+    ok: bool
+    reason: str = ""
+
+
+class EngineClient(Protocol):
+    """What the HTTP side may ask of an engine. All methods are called on the event loop and never block it."""
+
+    model: ModelInfo
+    tokenizer: Any
+    """A `kvloom.engine.text.Tokenizer`."""
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        kv: KVOptions = KVOptions(),
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """Outputs of one request until one has a finish_reason. Closing the iterator early aborts the request.
+
+        Raises InvalidRequestError (before the first output) if it can never be served, OverloadedError if too much waits,
+        EngineDeadError if the engine has ended or ends.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its blocks return before the next step, its full blocks stay reusable. Unknown ids are ignored."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    def health(self) -> Health: ...
+
+    def close(self) -> None:
+        """End all requests and the engine. Idempotent."""
+        ...

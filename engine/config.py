@@ -1,0 +1,184 @@
+"""Settings: one tree of frozen dataclasses. A field's docstring is its CLI help, its name is its flag and its YAML key.
+
+`fields_with_help` reads the docstrings, so that there is one place where a setting is described.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, get_type_hints
+
+from kvloom.engine.errors import ConfigError
+
+DType = Literal["bf16", "fp16", "fp32"]
+WeightMode = Literal["auto", "bf16", "int8", "int4"]
+Backend = Literal["auto", "native", "numba", "reference"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Which model, and how its weights are held."""
+
+    model: str = "smollm2"
+    """Built-in name, local folder (safetensors + tokenizer.json), .gguf file, or Hugging Face repo id."""
+    served_model_name: str | None = None
+    """Name in the API; the default is MODEL as given."""
+    dtype: DType = "bf16"
+    """Compute and KV type: bf16, fp16 or fp32."""
+    weights: WeightMode = "auto"
+    """How linear layers are stored: bf16 (that is, dtype), int8, int4, or auto (the fastest within 1% perplexity)."""
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds."""
+    backend: Backend = "auto"
+    """Attention kernels: native (C++, built on this machine), numba, reference, or auto (the first that works)."""
+    threads: int | None = None
+    """Compute threads; the default is one per core this process may use."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """The KV cache."""
+
+    kv_memory: int | None = None
+    """Bytes for the KV cache (4GiB, 512MiB, ...); the default is a quarter of the memory that is free, at most 4 GiB."""
+    block_size: int = 16
+    """Tokens per block: a power of two from 1 to 256."""
+    reuse: str = "exact"
+    """Where KV may come from unless a request says otherwise: off, exact."""
+
+    def __post_init__(self) -> None:
+        if self.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
+            raise ConfigError(f"block_size is {self.block_size}; allowed: a power of two from 1 to 256")
+        if self.kv_memory is not None and self.kv_memory <= 0:
+            raise ConfigError(f"kv_memory is {self.kv_memory} bytes; allowed: more than 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """Who runs next, and how much in a step."""
+
+    scheduler: str = "fcfs"
+    """Order of waiting requests: fcfs (first come), priority (the request's priority, then first come)."""
+    max_num_seqs: int = 64
+    """Most requests running at once."""
+    max_batched_tokens: int = 1024
+    """Token budget of one step: decodes first, prompts in chunks with the rest."""
+    max_queued_tokens: int | None = None
+    """Refuse new requests (429) while this many prompt tokens wait; the default is no bound."""
+    selection: str = "dense"
+    """What a decode step reads unless a request says otherwise: dense."""
+    retention: str = "everything"
+    """What stays in memory: everything."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_batched_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
+            raise ConfigError(f"max_queued_tokens is {self.max_queued_tokens}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything the engine needs to know."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    """The model."""
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    """The KV cache."""
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    """Scheduling."""
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """Make a tree from one flat mapping (`LLM(**config)`, the CLI, a YAML file).
+
+        Raises ConfigError naming an unknown key, the nearest known one, or a value that cannot be read.
+        """
+        known = {
+            f.name: (section.name, f) for section in dataclasses.fields(cls) for f in option_fields(_section(section.name))
+        }
+        parts: dict[str, dict[str, Any]] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise ConfigError(f"unknown setting {key!r}; known: {', '.join(sorted(known))}")
+            section, option = known[key]
+            parts.setdefault(section, {})[key] = parse_value(option, value)
+        return cls(**{name: _section(name)(**part) for name, part in parts.items()})
+
+
+@functools.cache
+def _section(name: str) -> type:
+    section: type = get_type_hints(EngineConfig)[name]
+    return section
+
+
+class Option(NamedTuple):
+    """One setting: its name, type as written, default and help."""
+
+    name: str
+    type: Any
+    default: Any
+    help: str
+
+
+@functools.cache
+def option_fields(cls: type) -> tuple[Option, ...]:
+    """The settings of a dataclass with the docstrings that follow its fields."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for node, after in zip(tree.body, tree.body[1:]):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = inspect.cleandoc(str(ast.literal_eval(after.value)))
+    hints = get_type_hints(cls)
+    return tuple(Option(f.name, hints[f.name], f.default, docs[f.name]) for f in dataclasses.fields(cls))
+
+
+def all_options() -> Iterator[tuple[str, Option]]:
+    """Every engine setting with the docstring of its section, in order."""
+    for section in dataclasses.fields(EngineConfig):
+        cls = _section(section.name)
+        for option in option_fields(cls):
+            yield inspect.cleandoc(cls.__doc__ or ""), option
+
+
+_SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
+
+
+def parse_bytes(text: str | int) -> int:
+    """4GiB, 512MiB, 1.5G (powers of 1024 with or without the i), or a plain number of bytes."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.match(text)
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size; write for instance 4GiB, 512MiB or a number of bytes")
+    return int(float(match[1]) * 1024 ** " KMGT".index((match[2] or " ")[0].upper()))
+
+
+def parse_value(option: Option, value: Any) -> Any:
+    """A value from the command line, YAML or Python in the option's type. Raises ConfigError."""
+    if option.name == "kv_memory" and value is not None:
+        return parse_bytes(value)
+    kinds = [t for t in getattr(option.type, "__args__", (option.type,)) if t is not type(None)]
+    optional = type(None) in getattr(option.type, "__args__", ())
+    if value is None and optional:
+        return None
+    if all(isinstance(kind, str) for kind in kinds):  # Literal["a", "b"]
+        if value not in kinds:
+            raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")
+        return value
+    kind = kinds[0]
+    if isinstance(value, bool) or not isinstance(value, (str, kind)):
+        raise ConfigError(f"{option.name} is {value!r}; allowed: {kind.__name__}")
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"{option.name} is {value!r}; allowed: {kind.__name__}") from None

@@ -1,0 +1,214 @@
+"""Requests and their results: data, no behaviour beyond checking their own bounds.
+
+A request has *known* tokens (prompt, then what was sampled) and *computed* tokens (those whose KV is stored). A step moves
+the second towards the first; when they meet, the next token is sampled. There are no other phases.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+from kvloom.engine.errors import InvalidRequestError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_LOGPROBS = 20
+MAX_CHOICES = 64
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are chosen. Field names and defaults are those of the OpenAI API and of vLLM's extensions to it."""
+
+    n: int = 1
+    """Completions per prompt, 1 to 64. Each is a request of its own to the engine: see `choices`."""
+    max_tokens: int | None = None
+    """Most tokens to generate; None means up to the model's context."""
+    min_tokens: int = 0
+    """No end-of-sequence, stop token or stop string before this many tokens."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    top_k: int = 0
+    """Keep this many tokens; 0 or -1 keeps all."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the likeliest, in [0, 1]."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the logit of every generated token, in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted per occurrence from the logit of every generated token, in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides (multiplies, if negative) the logits of tokens seen in prompt or output; > 0."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of the given token ids; each in [-100, 100]."""
+    seed: int | None = None
+    """Same seed, same prompt, same parameters: same text, whatever else is in the batch."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these strings; they are not part of the text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Generation ends at these tokens, beside the model's own end-of-sequence."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string in the text."""
+    ignore_eos: bool = False
+    """Go on after end-of-sequence."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    logprobs: int | None = None
+    """Log-probabilities of the sampled token and of this many likeliest ones, per generated token; None for none."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt token after the first. Such a prompt is computed in full: no prefix is reused."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}", param=name)
+
+        check(1 <= self.n <= MAX_CHOICES, "n", f"1 to {MAX_CHOICES}")
+        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more, or null")
+        check(self.min_tokens >= 0, "min_tokens", "0 or more")
+        check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
+        check(0.0 <= self.temperature <= 100.0, "temperature", "0 to 100")  # also refuses NaN
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0, at most 1")
+        check(self.top_k >= -1, "top_k", "1 or more; 0 or -1 for all")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "0 to 1")
+        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "-2 to 2")
+        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "-2 to 2")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0, at most 100")
+        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values from -100 to 100")
+        check(all(t >= 0 for t in self.logit_bias), "logit_bias", "token ids of 0 or more")
+        check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        check(
+            len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP_LENGTH for s in self.stop),
+            "stop",
+            f"at most {MAX_STOPS} non-empty strings of at most {MAX_STOP_LENGTH} characters",
+        )
+        check(
+            len(self.stop_token_ids) <= 256 and all(t >= 0 for t in self.stop_token_ids),
+            "stop_token_ids",
+            "at most 256 token ids of 0 or more",
+        )
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}, or null")
+
+    def choices(self) -> list[SamplingParams]:
+        """One SamplingParams with n = 1 per completion; a given seed becomes seed, seed + 1, ..."""
+        if self.n == 1:
+            return [self]
+        seeds = [None if self.seed is None else (self.seed + i) % 2**64 for i in range(self.n)]
+        return [replace(self, n=1, seed=seed) for seed in seeds]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVOptions:
+    """What one request asks of the KV cache; the request's `kv` field on the wire. None means the server's default."""
+
+    selection: str | None = None
+    """What a decode step reads: a name registered in `engine.selection`."""
+    reuse: str | None = None
+    """Where KV may come from: a name registered in `engine.reuse` ("off", "exact")."""
+
+
+class TokenLogprob(NamedTuple):
+    """Natural-log probabilities at one position, of the raw logits (before temperature, penalties and filters)."""
+
+    token: int
+    logprob: float
+    rank: int
+    """1 for the likeliest token."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens with their log-probabilities, likeliest first."""
+
+
+class Status(enum.Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Request:
+    """One sequence on its way through the engine. Mutable; owned by the engine thread once submitted."""
+
+    id: str
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    kv: KVOptions = KVOptions()
+    priority: int = 0
+    """Lower runs first, as in vLLM."""
+    tenant: str = ""
+    cache_salt: str = ""
+    """Prefixes are shared only between requests of the same tenant and salt."""
+    arrival: float = 0.0
+    """time.monotonic() at submission."""
+    sequence: int = 0
+    """Order of submission; breaks ties of arrival."""
+
+    tokens: list[int] = field(default_factory=list)
+    """Known tokens: prompt, then output."""
+    computed: int = 0
+    """Tokens whose KV is stored: always a prefix of `tokens`."""
+    cached: int = 0
+    """Prompt tokens that came from the prefix cache at the first admission."""
+    status: Status = Status.WAITING
+    preemptions: int = 0
+    first_scheduled: float = 0.0
+    first_token: float = 0.0
+    seed: int = 0
+    """Resolved sampling seed: the request's own, or one drawn for it."""
+    token_limit: int = 0
+    """Known tokens may not grow beyond this: min(prompt + max_tokens, model length)."""
+
+    @property
+    def output(self) -> list[int]:
+        """Generated tokens so far (a copy)."""
+        return self.tokens[len(self.prompt) :]
+
+    @property
+    def generated(self) -> int:
+        """Number of generated tokens so far."""
+        return len(self.tokens) - len(self.prompt)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of a request so far."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    """Prompt tokens whose KV was reused exactly."""
+    attended_tokens: int = 0
+    """Key positions read per query row, summed over decode steps (one layer)."""
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutput:
+    """What a step added to a request. Fields are deltas unless said otherwise.
+
+    A delta may carry tokens without text (half a character, or text held back because it may begin a stop string).
+    """
+
+    id: str
+    text: str = ""
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One per token in `tokens` when asked for."""
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    """Whole prompt at once, with the first output; the first entry is None."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token or string that ended it, if one did."""
+    error: str | None = None
+    """With finish_reason "error": what happened."""
+    usage: Usage
+    """Totals so far."""

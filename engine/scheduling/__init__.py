@@ -1,0 +1,6 @@
+"""Who runs next, and how much of each request in a step."""
+
+from kvloom.engine.scheduling.order import ORDERS
+from kvloom.engine.scheduling.scheduler import Chunk, Scheduler, StepPlan
+
+__all__ = ["ORDERS", "Chunk", "Scheduler", "StepPlan"]

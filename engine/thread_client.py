@@ -1,0 +1,234 @@
+"""EngineClient over a thread of this process: the engine steps on its own thread, the event loop only passes messages.
+
+    event loop                          engine thread
+    generate -> inbox  ---------------> add, abort; step
+    queue of the request <------------- outputs, one call into the loop per step
+
+The heavy operations of a step release the interpreter lock. If the thread dies, every stream ends with EngineDeadError, and
+`health` says why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NamedTuple
+
+from kvloom.engine.build import Progress, build
+from kvloom.engine.client import EngineStats, Health, ModelInfo
+from kvloom.engine.config import EngineConfig
+from kvloom.engine.core import EngineCore
+from kvloom.engine.errors import EngineDeadError, InvalidRequestError, KVLoomError, OverloadedError
+from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
+from kvloom.engine.text import Tokenizer
+
+log = logging.getLogger("kvloom.engine")
+
+STALL_SECONDS = 120.0
+"""A step that takes longer counts as a dead engine in `health`."""
+
+
+IDLE_SECONDS = 1.0
+"""After this long with nothing to do, the engine proves once that no block is lost."""
+
+
+class _Stream(NamedTuple):
+    """Where one request's outputs go."""
+
+    loop: asyncio.AbstractEventLoop
+    outputs: asyncio.Queue[RequestOutput | KVLoomError]
+
+
+class ThreadEngineClient:
+    """An engine on a thread of this process. See `client.EngineClient`."""
+
+    def __init__(
+        self, core: EngineCore, model: ModelInfo, tokenizer: Tokenizer, *, max_queued_tokens: int | None = None
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._core = core
+        self._max_queued = max_queued_tokens
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, _Stream] = {}  # engine thread adds and removes; everyone reads
+        self._closing = False
+        self._dead: str | None = None
+        self._arriving = 0
+        self._beat = time.monotonic()
+        self._stats = core.stats()
+        self._thread = threading.Thread(target=self._run, name="kvloom-engine", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, config: EngineConfig, progress: Progress | None = None) -> ThreadEngineClient:
+        """Load the model and start its thread. Blocks; raises ModelError, ModelNotFoundError or ConfigError."""
+        built = build(config, progress)
+        return cls(built.core, built.model, built.tokenizer, max_queued_tokens=config.scheduler.max_queued_tokens)
+
+    # Event loop side -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        kv: KVOptions = KVOptions(),
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """See `EngineClient.generate`."""
+        self._refuse(len(prompt))
+        request = Request(
+            id=request_id,
+            prompt=tuple(prompt),
+            sampling=sampling,
+            kv=kv,
+            priority=priority,
+            tenant=tenant,
+            cache_salt=cache_salt,
+            arrival=time.monotonic(),
+        )
+        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
+        self._arriving += len(prompt)
+        self._inbox.put(lambda: self._add(request, stream))
+        if self._dead is not None:  # it may have died before the message got in; if not, the stream is told
+            raise EngineDeadError(self._dead)
+        done = False
+        try:
+            while not done:
+                output = await stream.outputs.get()
+                done = isinstance(output, KVLoomError) or output.finish_reason is not None
+                if isinstance(output, KVLoomError):
+                    raise output
+                yield output
+        finally:
+            if not done:
+                self.abort(request_id)
+
+    def abort(self, request_id: str) -> None:
+        """See `EngineClient.abort`."""
+        self._inbox.put(lambda: self._abort(request_id))
+
+    def stats(self) -> EngineStats:
+        """As of the end of the last step."""
+        return self._stats
+
+    def health(self) -> Health:
+        """Not ok once the thread has ended, or while a step takes longer than STALL_SECONDS."""
+        if self._dead is not None:
+            return Health(ok=False, reason=self._dead)
+        stalled = time.monotonic() - self._beat
+        if self._core.busy and stalled > STALL_SECONDS:
+            return Health(ok=False, reason=f"no step has ended for {stalled:.0f} s")
+        return Health(ok=True)
+
+    def close(self) -> None:
+        """End all requests (finish reason "abort") and the thread."""
+        if not self._closing:
+            self._closing = True
+            self._inbox.put(None)
+        self._thread.join(timeout=30.0)
+
+    def _refuse(self, tokens: int) -> None:
+        if self._dead is not None or self._closing:
+            raise EngineDeadError(self._dead or "the engine is shutting down")
+        waiting = self._core.queued_tokens + self._arriving
+        if self._max_queued is not None and waiting > 0 and waiting + tokens > self._max_queued:
+            raise OverloadedError(
+                f"{waiting} prompt tokens are waiting, and this request would add {tokens}; the limit is "
+                f"{self._max_queued}; try again later"
+            )
+
+    # Engine thread side ---------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        reason = "the engine has been shut down"
+        try:
+            while self._receive():
+                self._beat = time.monotonic()
+                self._deliver(self._core.step())
+                self._stats = self._core.stats()
+        except BaseException as error:
+            log.exception("the engine thread has died")
+            reason = f"the engine has died: {type(error).__name__}: {error}"
+        self._dead = reason
+        self._drain(EngineDeadError(reason))
+
+    def _receive(self) -> bool:
+        """Handle messages; waits for one while there is nothing to do. False when it is time to end."""
+        checked = False
+        while True:
+            try:
+                message = self._inbox.get(block=not self._core.busy, timeout=None if checked else IDLE_SECONDS)
+            except queue.Empty:
+                if self._core.busy:
+                    return True
+                self._core.check()
+                checked = True
+                continue
+            if message is None:
+                self._drain(None)
+                return False
+            message()
+            if not self._core.busy:
+                self._stats = self._core.stats()
+
+    def _add(self, request: Request, stream: _Stream) -> None:
+        self._arriving -= len(request.prompt)
+        if self._dead is not None:
+            _send([(stream, EngineDeadError(self._dead))])
+            return
+        try:
+            self._core.add(request)
+        except InvalidRequestError as error:
+            _send([(stream, error)])
+        else:
+            self._streams[request.id] = stream
+
+    def _abort(self, request_id: str) -> None:
+        output = None if self._dead else self._core.abort(request_id)
+        if output is not None:
+            self._deliver([output])
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        pairs: list[tuple[_Stream, RequestOutput | KVLoomError]] = [(self._streams[o.id], o) for o in outputs]
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._streams[output.id]
+        _send(pairs)
+
+    def _drain(self, error: KVLoomError | None) -> None:
+        """End every request: aborted, or with an error. Also those that are still in the inbox."""
+        if error is None:
+            self._deliver([output for name in list(self._streams) if (output := self._core.abort(name)) is not None])
+            self._stats = self._core.stats()
+            return
+        _send([(stream, error) for stream in self._streams.values()])
+        self._streams.clear()
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if message is not None:
+                message()
+
+
+def _send(pairs: Sequence[tuple[_Stream, RequestOutput | KVLoomError]]) -> None:
+    """Hand outputs to their event loops: one call per loop, however many requests."""
+    loops: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, RequestOutput | KVLoomError]]] = {}
+    for pair in pairs:
+        loops.setdefault(pair[0].loop, []).append(pair)
+    for loop, batch in loops.items():
+        try:
+            loop.call_soon_threadsafe(_put, batch)
+        except RuntimeError:  # the loop is closed: nobody listens any more
+            log.debug("an event loop has closed; %d outputs dropped", len(batch))
+
+
+def _put(batch: Sequence[tuple[_Stream, RequestOutput | KVLoomError]]) -> None:
+    for stream, item in batch:
+        stream.outputs.put_nowait(item)

@@ -1,0 +1,189 @@
+"""The kernel contract: what every back end computes, and nothing about how.
+
+`kernels` knows tensors only. `reference.py` defines each operation in plain torch; `cpu/` (and later `triton/`) are tested
+against it. Selection methods decide which rows see what; kernels execute it.
+
+Storage. One layer's KV of one head group is a pair of tensors [blocks, heads, block_size, head_dim]; a *slot* is
+block * block_size + offset. Kernels take any strides whose last is 1, so they also run on another engine's paged cache.
+
+Visibility. Query row r, for KV head h, sees
+
+    positions of its list (ascending, all below start)      followed by      the tail [start, stop)
+
+    dense decode at position n-1   list empty          tail [0, n)
+    causal prefill row at p        list empty          tail [0, p+1)
+    sparse decode                  sinks + selected    tail [n-local, n)
+    pure list                      list                tail empty (start == stop)
+
+so dense is only a row kind. Lists and tails hold logical positions; a block table translates them at use, and they survive
+preemption and moves. A row that sees nothing yields out = 0 and lse = -inf.
+
+Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's dtype, accumulation in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class PagedKV(NamedTuple):
+    """One layer's KV of one head group. `k`, `v`: [blocks, kv_heads, block_size, head_dim], bf16, fp16 or fp32."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Lists(NamedTuple):
+    """Explicit positions per row and KV head; rows and heads may share a list by sharing its offset.
+
+    positions: [total] int32, ascending inside each list
+    offsets, lengths: [rows, kv_heads] int32, or [rows, 1] when all heads of a row share one list
+    """
+
+    positions: Tensor
+    offsets: Tensor
+    lengths: Tensor
+
+
+class Rows(NamedTuple):
+    """What each query row of a step sees. All tensors int32 and contiguous.
+
+    tables: [requests, max_blocks]   logical block -> block id; entries past a request's end are never read
+    request: [rows]                  row of `tables`
+    start, stop: [rows]              tail [start, stop) of positions
+    lists: optional                  explicit positions in front of the tail
+    """
+
+    tables: Tensor
+    request: Tensor
+    start: Tensor
+    stop: Tensor
+    lists: Lists | None = None
+
+    @property
+    def count(self) -> int:
+        return self.request.shape[0]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What a back end did since it was made; read by metrics and by tests that hold it to the formulas.
+
+    rows, positions: query rows, and key positions visible to them summed over KV heads
+    kv_bytes: bytes of K and V that the operation needs to read at least once per row and KV head (not measured traffic:
+    the g query heads of a KV head share one read; consecutive rows of a prefill tile are counted once per tile)
+    score_bytes: bytes of K read by `score`
+    """
+
+    rows: int = 0
+    positions: int = 0
+    kv_bytes: int = 0
+    score_bytes: int = 0
+
+
+class Plan(Protocol):
+    """Host work for one `Rows`, done once per step and used by every layer of it. Opaque but for its rows."""
+
+    rows: Rows
+
+
+class Kernels(Protocol):
+    """A back end. Every `out` argument is written in place and returned; all other tensors are read only."""
+
+    name: str
+    counters: Counters
+
+    # Attention ---------------------------------------------------------------------------------------------------
+
+    def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
+        """Write rows into slots. k, v: [rows, kv_heads, head_dim]; slots: [rows] int64, -1 skips the row."""
+        ...
+
+    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> Plan:
+        """Group rows into tiles and splits. Consecutive rows of one request whose tails share a start and end one position
+        further each (a prefill chunk) may be computed together."""
+        ...
+
+    def attend(
+        self,
+        q: Tensor,
+        kv: PagedKV,
+        plan: Plan,
+        *,
+        scale: float,
+        out: Tensor,
+        lse: Tensor | None = None,
+        logits: Tensor | None = None,
+    ) -> Tensor:
+        """softmax(scale * q k^T) v over what each row sees.
+
+        q, out: [rows, q_heads, head_dim]   lse: [rows, q_heads] fp32, natural log
+        logits: [rows, q_heads, width] fp32: the scaled products in the order seen (list, then tail); columns past a row's
+        count are left as they were
+        """
+        ...
+
+    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
+        """The products alone, without reading V. out: [rows, q_heads, width] fp32, laid out as `attend`'s logits."""
+        ...
+
+    def select(self, scores: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Deterministic top-k of every row of scores: [rows, width] fp32, of which lengths: [rows] int32 count.
+
+        Ties go to the lower column. Returns columns: [rows, k] int32, ascending, padded with -1, and counts: [rows] int32,
+        min(k, length).
+        """
+        ...
+
+    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+        """Combine two attention states over disjoint positions into the first, in place.
+
+        out: [rows, q_heads, head_dim]; lse: [rows, q_heads] fp32. An lse of -inf contributes nothing.
+        """
+        ...
+
+    def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
+        """Shift rotary positions: each row turned by delta positions (half-split pairs i, i + rotary/2), in fp32, rounded once.
+
+        k, out: [rows, heads, head_dim]; delta: [rows] int32 (may be negative); inv_freq: [rotary/2] fp32, the model's
+        effective inverse frequencies, rotary <= head_dim (the rest passes through).
+        """
+        ...
+
+    # Layer ------------------------------------------------------------------------------------------------------
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+        """x += delta (if given, x in place), then out = x / sqrt(mean(x^2) + eps) * weight, in fp32, rounded once.
+
+        x, delta, out: [rows, hidden]; weight: [hidden] in the dtype of x. The residual stream x may be fp32 while delta and
+        out have the model's dtype.
+        """
+        ...
+
+    def rotate_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        kv: PagedKV,
+        slots: Tensor,
+        q: Tensor,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Split a fused projection, normalise (QK norm) and rotate q and k, store k and v, and write q.
+
+        qkv: [rows, (q_heads + 2 kv_heads) * head_dim]   q: [rows, q_heads, head_dim] (written, returned)
+        cos, sin: [max_positions, rotary/2] fp32 (any YaRN temperature already multiplied in)   positions, slots: [rows] int64
+        q_norm, k_norm: [head_dim] RMS-norm weights, or None
+        """
+        ...
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
+        """out = silu(gate) * up. gate_up: [rows, 2 * intermediate], gate first; out: [rows, intermediate]."""
+        ...

@@ -1,0 +1,180 @@
+"""The engine behind its client: concurrency, disconnects, refusals and death."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+
+from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
+from kvloom.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError, OverloadedError
+from kvloom.engine.request import RequestOutput
+
+MakeLLM = Callable[..., LLM]
+LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
+
+
+def client_of(llm: LLM, **options: Any) -> ThreadEngineClient:
+    return ThreadEngineClient(llm.core, llm.model, llm.tokenizer, **options)
+
+
+async def collect(outputs: AsyncIterator[RequestOutput], limit: int | None = None) -> list[RequestOutput]:
+    """Outputs of a request; with a limit, walk away after so many."""
+    got = []
+    async for output in outputs:
+        got.append(output)
+        if limit is not None and len(got) >= limit:
+            break
+    await outputs.aclose()  # type: ignore[attr-defined]
+    return got
+
+
+def tokens_of(outputs: list[RequestOutput]) -> list[int]:
+    return [token for output in outputs for token in output.tokens]
+
+
+async def idle(client: ThreadEngineClient) -> None:
+    for _ in range(500):
+        stats = client.stats()
+        if stats.running == stats.waiting == 0 and stats.groups[0].in_use == 0:
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError(f"blocks did not come back: {client.stats()}")
+
+
+def test_survivors_of_a_storm_of_disconnects_say_what_they_say_alone(make_llm: MakeLLM) -> None:
+    llm = make_llm(max_num_seqs=16, kv_memory="1MiB", max_model_len=200, max_batched_tokens=64)
+    source = random.Random(0)
+    system = [source.randrange(3, 300) for _ in range(40)]
+    prompts = [
+        system[: source.randint(0, 40)] + [source.randrange(3, 300) for _ in range(source.randint(1, 60))] for _ in range(64)
+    ]
+    limits = [source.choice([None, None, 1, 5, 20]) for _ in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    alone = [llm.generate(prompt, sampling)[0].tokens for prompt in prompts]
+    client = client_of(llm)
+
+    async def storm() -> list[list[RequestOutput]]:
+        streams = [client.generate(prompt, sampling, request_id=str(i)) for i, prompt in enumerate(prompts)]
+        results = await asyncio.gather(*(collect(stream, limit) for stream, limit in zip(streams, limits)))
+        await idle(client)
+        return results
+
+    for outputs, limit, expected in zip(asyncio.run(storm()), limits, alone):
+        assert tokens_of(outputs) == expected[:limit]
+        assert (outputs[-1].finish_reason == "length") == (limit is None)
+    client.close()
+
+
+def test_leaving_frees_the_blocks_and_keeps_the_full_ones_findable(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm())
+
+    async def leave_and_return() -> int:
+        await collect(client.generate([5] * 50, LONG, request_id="a"), limit=3)
+        await idle(client)
+        again = await collect(client.generate([5] * 50, SamplingParams(max_tokens=1), request_id="b"))
+        return again[-1].usage.cached_tokens
+
+    assert asyncio.run(leave_and_return()) == 48
+    client.close()
+
+
+def test_refusals_come_before_the_first_output_and_disturb_nobody(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm(max_model_len=100), max_queued_tokens=150)
+
+    async def scenario() -> None:
+        fine = asyncio.ensure_future(
+            collect(client.generate([5] * 50, SamplingParams(max_tokens=50, ignore_eos=True), request_id="a"))
+        )
+        await asyncio.sleep(0)
+        with pytest.raises(ContextLengthError):
+            await collect(client.generate([5] * 100, LONG, request_id="b"))
+        with pytest.raises(InvalidRequestError, match="already in use"):
+            await collect(client.generate([5] * 10, SamplingParams(max_tokens=1), request_id="a"))
+        assert len(tokens_of(await fine)) == 50
+
+    asyncio.run(scenario())
+    client.close()
+
+
+def test_a_full_queue_refuses(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm(), max_queued_tokens=150)
+
+    async def scenario() -> None:
+        running = [
+            asyncio.ensure_future(collect(client.generate([5] * 100, SamplingParams(max_tokens=2), request_id=str(i))))
+            for i in range(1)
+        ]
+        await asyncio.sleep(0)  # let it reach the inbox: 100 tokens wait
+        with pytest.raises(OverloadedError, match="150"):
+            await collect(client.generate([5] * 100, LONG, request_id="late"))
+        await asyncio.gather(*running)
+        assert tokens_of(await collect(client.generate([5] * 200, SamplingParams(max_tokens=1), request_id="big")))
+
+    asyncio.run(scenario())
+    client.close()
+
+
+def test_the_death_of_the_engine_reaches_everyone(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    client = client_of(llm)
+    real, steps = llm.core.step, iter(range(5))
+
+    def step() -> list[RequestOutput]:
+        if next(steps, None) is None:
+            raise RuntimeError("the disk is on fire")
+        return real()
+
+    monkeypatch.setattr(llm.core, "step", step)
+
+    async def scenario() -> None:
+        streams = [collect(client.generate([5] * 9, LONG, request_id=str(i))) for i in range(3)]
+        results = await asyncio.gather(*streams, return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) and "on fire" in str(result) for result in results)
+        with pytest.raises(EngineDeadError):
+            await collect(client.generate([5], LONG, request_id="late"))
+
+    assert client.health().ok
+    asyncio.run(scenario())
+    health = client.health()
+    assert not health.ok and "on fire" in health.reason
+    client.close()
+    for name in "012":  # so that the fixture may prove that nothing else was lost
+        llm.core.abort(name)
+
+
+def test_close_aborts_what_runs_and_is_idempotent(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm())
+
+    async def scenario() -> list[RequestOutput]:
+        stream = asyncio.ensure_future(collect(client.generate([5] * 9, LONG, request_id="a")))
+        while client.stats().running == 0:
+            await asyncio.sleep(0.005)
+        await asyncio.to_thread(client.close)
+        return await stream
+
+    assert asyncio.run(scenario())[-1].finish_reason == "abort"
+    client.close()
+    assert not client.health().ok
+
+
+def test_stats_count_what_happened(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm())
+    for name in "ab":
+        asyncio.run(
+            collect(client.generate([5] * 40, SamplingParams(max_tokens=3, ignore_eos=True), request_id=name, tenant="t"))
+        )
+    deadline = time.monotonic() + 5
+    while client.stats().running and time.monotonic() < deadline:
+        time.sleep(0.005)
+    stats = client.stats()
+    assert (stats.prefix_query_tokens, stats.prefix_hit_tokens, stats.hit_rate) == (80, 32, 0.4)
+    assert (stats.prompt_tokens, stats.generation_tokens) == (40 + 8, 6)
+    assert stats.tenants == {"t": {"in_use_blocks": 0, "cached_blocks": 2}}
+    assert all(g.free + g.cached + g.in_use == g.total for g in stats.groups)
+    assert stats.kv_bytes_read > 0
+    client.close()

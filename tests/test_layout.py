@@ -1,0 +1,68 @@
+"""The rooms of the house: imports point one way, and the wheel holds `kvloom/` alone."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAY_IMPORT = {
+    "kernels": {"kernels"},
+    "engine": {"engine", "kernels"},
+    "server": {"server", "engine", "version"},
+    "loadtest": {"loadtest", "server", "engine", "kernels", "version"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of kvloom that a file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "kvloom" else {node.module}
+    return {name.split(".")[1] for name in found if name.startswith("kvloom.")}
+
+
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT))
+def test_imports_point_one_way(room: str) -> None:
+    files = list((ROOT / room).rglob("*.py"))
+    assert files
+    for path in files:
+        extra = imports(path) - MAY_IMPORT[room] - {"__version__"}
+        assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
+
+
+def test_every_room_is_linked() -> None:
+    for room in MAY_IMPORT:
+        link = ROOT / "kvloom" / room
+        assert link.is_symlink() and link.resolve() == ROOT / room
+
+
+def test_the_serving_path_imports_no_transformers() -> None:
+    code = "import sys, kvloom.engine.thread_client, kvloom.server.app; sys.exit('transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_the_wheel_holds_kvloom_alone(tmp_path: Path) -> None:
+    from setuptools import find_packages
+
+    packages = find_packages(str(ROOT), include=["kvloom", "kvloom.*"])
+    assert {"kvloom", "kvloom.engine", "kvloom.engine.cache", "kvloom.kernels.cpu", "kvloom.server.routes"} <= set(packages)
+    source = tmp_path / "source"  # a copy: building leaves folders behind
+    keep_out = shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "__pycache__", ".*_cache", "tests", "results")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=keep_out)
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    listing = subprocess.run([sys.executable, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True)
+    names = [line.split()[0] for line in listing.stdout.splitlines()[1:]]
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"kvloom"}
+    assert "kvloom/engine/core.py" in names
+    assert "kvloom/py.typed" in names
