@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import torch
 from kvloom.engine.catalog import ModelFiles, resolve
-from kvloom.engine.model.load import LoadedModel, load_model
 
 from kvloom import kernels
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
@@ -19,20 +18,20 @@ from kvloom.engine.config import EngineConfig, ModelOptions
 from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
+from kvloom.engine.model.load import LoadedModel, load_model
+from kvloom.engine.model.gguf_file import read_metadata
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS
-from kvloom.engine.text import Tokenizer, load_tokenizer
+from kvloom.engine.text import Tokenizer
 
 log = logging.getLogger("kvloom.engine")
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something takes time."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Built(NamedTuple):
@@ -50,8 +49,14 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model.model, progress)
     backend = kernels.load(config.model.backend, threads=torch.get_num_threads())
-    loaded = load_model(files.path, DTYPES[config.model.dtype], backend, config.model.weights, progress)
-    tokenizer = load_tokenizer(files.path)
+    loaded = load_model(
+        files.path,
+        config.model.dtype,
+        backend,
+        config.model.weights,
+        progress=lambda done, total: progress("loading layers", done, total),
+    )
+    tokenizer = Tokenizer.from_folder(files.path) if files.path.is_dir() else Tokenizer.from_gguf(read_metadata(files.path))
     cache = _cache(config, loaded)
     length = _max_model_len(config.model, loaded, cache)
     runner = Runner(
@@ -62,7 +67,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         max_seqs=config.scheduler.max_num_seqs,
         max_len=length,
     )
-    domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.scheduler.retention)
+    domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     core = EngineCore(config, runner, cache, backend, tokenizer, domains, Limits(length, loaded.config.vocab_size), eos)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
@@ -118,7 +123,7 @@ def _info(options: ModelOptions, files: ModelFiles, loaded: LoadedModel, length:
         max_model_len=length,
         vocab_size=loaded.config.vocab_size,
         dtype=options.dtype,
-        weights=loaded.weights,
+        weights=options.weights,
         backend=backend,
         created=int(time.time()),
     )

@@ -10,19 +10,19 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kvloom.engine.logprobs import logprobs
-from kvloom.engine.sampler import SampleError, Sampler
 from torch import Tensor
 
 from kvloom.engine.cache import CacheManager
 from kvloom.engine.client import EngineStats, GroupStats
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
+from kvloom.engine.logprobs import logprobs
 from kvloom.engine.output import OutputState
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 from kvloom.engine.reuse import REUSE
-from kvloom.engine.reuse.prefix import DomainFactory
+from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
+from kvloom.engine.sampler import SampleError, Sampler
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 from kvloom.engine.selection import SELECTIONS
 from kvloom.engine.text import Tokenizer
@@ -94,7 +94,8 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._domains = domains
         self._eos = eos
-        self._sampler = Sampler(eos)
+        self._eos_ids = sorted(eos)
+        self._sampler = Sampler(limits.vocab_size)
         self._scheduler = Scheduler(
             cache,
             ORDERS[config.scheduler.scheduler],
@@ -116,6 +117,10 @@ class EngineCore:
         """Tokens of waiting requests."""
         return self._scheduler.queued_tokens
 
+    def domain(self, tenant: str, salt: str) -> Domain:
+        """The scope inside which requests share KV."""
+        return self._domains.domain(tenant, salt)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError if it can never be served, or its id is in use."""
         if request.id in self._states:
@@ -130,7 +135,7 @@ class EngineCore:
         self._sequence += 1
         reusing = (request.kv.reuse or self._reuse) == "exact"
         table = self.cache.open(
-            self._domains.domain(request.tenant, request.cache_salt),
+            self.domain(request.tenant, request.cache_salt),
             publishes=reusing,
             looks_up=reusing and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
         )
@@ -197,7 +202,7 @@ class EngineCore:
             return
         requests = [chunk.request for chunk, _ in ends]
         logits = self._runner.logits(result, [row for _, row in ends])
-        for i, sampled in enumerate(self._sampler.sample(logits, requests)):
+        for i, sampled in enumerate(self._sampler.sample(logits, requests, self._eos_ids)):
             state = self._states[requests[i].id]
             if isinstance(sampled, SampleError):
                 yield self._finish(state, state.end("error", error=str(sampled)))
@@ -218,7 +223,6 @@ class EngineCore:
 
     def _finish(self, state: OutputState, output: RequestOutput) -> RequestOutput:
         self._scheduler.finish(state.request)
-        self._sampler.forget(state.request)
         del self._states[state.request.id]
         return output
 

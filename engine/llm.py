@@ -20,7 +20,7 @@ from kvloom.engine.client import EngineStats, ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import FinishReason, KVOptions, Request, RequestOutput, SamplingParams, TokenLogprob, Usage
-from kvloom.engine.text import render_chat
+from kvloom.engine.text import template_of
 
 Prompt = str | Sequence[int]
 """Text, or token ids."""
@@ -75,7 +75,7 @@ class LLM:
 
         Raises InvalidRequestError (before anything runs) if a prompt cannot be served.
         """
-        batch = [prompts] if _is_one(prompts) else list(prompts)  # type: ignore[arg-type, list-item]
+        batch: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
         params = [sampling or SamplingParams()] * len(batch) if not isinstance(sampling, Sequence) else list(sampling)
         if len(params) != len(batch):
             raise InvalidRequestError(f"{len(batch)} prompts but {len(params)} SamplingParams; give one, or one per prompt")
@@ -93,8 +93,9 @@ class LLM:
 
         A message is {"role": ..., "content": ...}. Raises InvalidRequestError if the model has no chat template.
         """
-        talks = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        prompts = [self.tokenizer.encode(render_chat(self.tokenizer, talk), add_special_tokens=False) for talk in talks]
+        template = template_of(self.tokenizer)
+        talks: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        prompts = [self.tokenizer.encode(template.render(talk), add_special_tokens=False) for talk in talks]
         return self.generate(prompts, sampling, kv=kv)
 
     def stats(self) -> EngineStats:

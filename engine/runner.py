@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from kvloom.engine.model.decoder import Decoder
 from torch import Tensor
 
 from kvloom.engine.attention import StepAttention
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.scheduling import StepPlan
 from kvloom.engine.selection import dense_rows
 from kvloom.kernels.interface import Kernels
@@ -38,7 +38,7 @@ class Runner:
         config = decoder.config
         self._decoder = decoder
         self._size = cache.block_size
-        self._attention = StepAttention(kernels, cache.storage, config, decoder.cos, decoder.sin)
+        self._attention = StepAttention(kernels, cache.storage, config, decoder.rotary.cos, decoder.rotary.sin)
         self._tokens, self._positions, self._slots = (np.zeros(max_rows, np.int64) for _ in range(3))
         self._request, self._stop = (np.zeros(max_rows, np.int32) for _ in range(2))
         self._zeros = torch.zeros(max_rows, dtype=torch.int32)
@@ -57,7 +57,7 @@ class Runner:
             torch.from_numpy(self._tables[: len(plan.chunks)]), cut(self._request), cut(self._stop), self._zeros[:rows]
         )
         self._attention.plan(visible, positions, cut(self._slots), self._q[:rows], self._out[:rows])
-        return StepResult(self._decoder.forward(cut(self._tokens), positions, self._attention), starts)
+        return StepResult(self._decoder.forward(cut(self._tokens), self._attention), starts)
 
     @torch.inference_mode()
     def logits(self, result: StepResult, rows: list[int]) -> Tensor:
@@ -68,7 +68,8 @@ class Runner:
     def _fill(self, plan: StepPlan) -> list[int]:
         """Write the plan's tokens, positions, slots and tables into the buffers. Returns each chunk's first row."""
         starts, row, size = [], 0, self._size
-        for i, (request, table, start, count) in enumerate(plan.chunks):
+        for i, chunk in enumerate(plan.chunks):
+            request, table, start, count = chunk.request, chunk.table, chunk.start, chunk.count
             blocks = np.frombuffer(table.blocks, np.int32)
             self._tables[i, : len(blocks)] = blocks
             self._request[row] = i

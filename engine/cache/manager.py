@@ -140,8 +140,10 @@ class CacheManager:
         Raises AssertionError naming what is off. Costs time in proportion to the number of blocks: for tests and idle time.
         """
         held: Counter[int] = Counter()
-        for holder in (*self._tables, *self._matches):
-            held.update(holder.blocks)
+        for table in self._tables:
+            held.update(table.blocks)
+        for match in self._matches:
+            held.update(match.blocks)
         self.pool.check(held)
         self.index.check()
         assert all(len(set(table.blocks)) == len(table.blocks) for table in self._tables), "a table holds a block twice"

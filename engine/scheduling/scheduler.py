@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvloom.engine.cache import BlockTable, CacheManager
@@ -16,7 +17,8 @@ from kvloom.engine.request import Request, Status
 from kvloom.engine.scheduling.order import Key, Order
 
 
-class Chunk(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Chunk:
     """A run of one request's rows: tokens [start, start + count)."""
 
     request: Request

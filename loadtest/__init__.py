@@ -1,0 +1,1 @@
+"""Measuring servers: the demo, and side-by-side runs against peers."""

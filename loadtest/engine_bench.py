@@ -1,0 +1,314 @@
+"""`kvloom bench engine`: the engine without HTTP, held against what this machine can do.
+
+    prefill        tokens per second of one prompt, by length, and GFLOP/s of its linear layers and attention
+    decode         milliseconds per step by batch and context; bytes that a step must read (weights once, KV of every
+                   request) over its time; the floor is those bytes over the machine's measured read bandwidth
+    outside        share of a decode step spent outside kernels and linear layers: Python, torch dispatch, sampling
+
+Ceilings are measured in the same run: reading memory with all threads, and bf16 and fp32 matrix products. Decode steps find
+their context in the prefix cache, filled with random numbers instead of computed KV, so that long contexts cost no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.request import Request
+from kvloom.loadtest.machine import describe
+
+console = Console(highlight=False)
+DECODES = ((1, 128), (1, 512), (1, 4096), (1, 7500), (2, 512), (4, 512), (8, 512), (16, 1024), (8, 4096), (8, 7500))
+PREFILLS = (128, 512, 1024, 4096)
+
+
+def median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median wall time of `repeats` calls after one that does not count."""
+    run()
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ceilings:
+    """What the machine can do with all threads: reading in GB/s (10^9 bytes), products in GFLOP/s."""
+
+    read_gbs: float
+    bf16_gflops: float
+    fp32_gflops: float
+
+
+def measure_ceilings() -> Ceilings:
+    data = torch.ones(1 << 28, dtype=torch.int8)  # 256 MiB: beyond a core's own caches
+    read = data.nbytes / median_seconds(lambda: torch.sum(data.view(torch.int64)), 5) / 1e9
+
+    def product(dtype: torch.dtype) -> float:
+        a, b = torch.ones(1024, 1024, dtype=dtype), torch.ones(1024, 4096, dtype=dtype)
+        return 2 * 1024 * 1024 * 4096 / median_seconds(lambda: a @ b, 7) / 1e9
+
+    return Ceilings(read_gbs=read, bf16_gflops=product(torch.bfloat16), fp32_gflops=product(torch.float32))
+
+
+@dataclass(slots=True)
+class Clock:
+    """Seconds spent inside kernels and linear layers, by name."""
+
+    spent: dict[str, float] = field(default_factory=dict)
+
+    def wrap(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*args, **kwargs)
+            self.spent[name] = self.spent.get(name, 0.0) + time.perf_counter() - began
+            return result
+
+        return timed
+
+
+class TimedKernels:
+    """A back end whose calls are timed; everything else is the back end's own."""
+
+    OPERATIONS = ("attend", "rotate_store", "add_rms_norm", "silu_mul", "plan")
+
+    def __init__(self, kernels: Any, clock: Clock) -> None:
+        self._kernels = kernels
+        for name in self.OPERATIONS:
+            setattr(self, name, clock.wrap(name, getattr(kernels, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+
+def instrument(llm: LLM) -> tuple[Clock, Callable[[], None]]:
+    """Time every kernel and linear layer of an engine. Returns the clock, and what undoes it."""
+    runner: Any = llm.core._runner
+    decoder, attention, clock = runner._decoder, runner._attention, Clock()
+    kernels, layers, head = decoder.kernels, list(decoder.layers), decoder.head
+    decoder.kernels = attention._kernels = TimedKernels(kernels, clock)
+    names = ("qkv", "o", "gate_up", "down")
+    decoder.layers[:] = [
+        dataclasses.replace(layer, **{n: clock.wrap("linear", getattr(layer, n)) for n in names}) for layer in layers
+    ]
+    decoder.head = clock.wrap("head", head)
+
+    def undo() -> None:
+        decoder.kernels = attention._kernels = kernels
+        decoder.layers[:], decoder.head = layers, head
+
+    return clock, undo
+
+
+def random_tokens(count: int, vocab: int, seed: int) -> list[int]:
+    tokens: list[int] = torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return tokens
+
+
+def remember(llm: LLM, prompt: Sequence[int]) -> None:
+    """Put made-up KV for a prompt's full blocks into the prefix cache, in blocks of its own."""
+    cache = llm.core.cache
+    table = cache.open(llm.core.domain("", ""))
+    if not cache.reserve(table, len(prompt)):
+        raise SystemExit(f"the KV cache of {cache.capacity_tokens} tokens is too small; give --kv-memory")
+    for layer in cache.storage.layers:
+        for tensor in layer:
+            noise = torch.randn(tensor.shape[1:]).to(tensor.dtype)
+            tensor[torch.tensor(table.blocks)] = noise
+    cache.commit(table, prompt, len(prompt))
+    cache.close(table)
+
+
+def add(llm: LLM, prompt: Sequence[int], name: str, steps: int) -> None:
+    sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
+    llm.core.add(Request(id=name, prompt=prompt, sampling=sampling))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeRow:
+    """One decode case: medians over steps. Times in ms, rates in 10^9 per second."""
+
+    batch: int
+    context: int
+    step_ms: float
+    tokens_per_s: float
+    read_bytes: int
+    """Weights once, and K and V of every request's context."""
+    gbs: float
+    floor_ms: float
+    """read_bytes over the machine's read bandwidth."""
+    over_floor: float
+    attention_ms: float
+    attention_gbs: float
+    linear_ms: float
+    outside_share: float
+    """Of the step's time, outside kernels and linear layers."""
+
+
+def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: int = 24) -> DecodeRow:
+    prompts = [random_tokens(context, llm.model.vocab_size, 1000 * batch + i) for i in range(batch)]
+    for prompt in prompts:
+        remember(llm, prompt)
+    for i, prompt in enumerate(prompts):
+        add(llm, prompt, f"decode-{i}", 2 * steps + 4)
+    core = llm.core
+    for _ in range(3):  # the rest of the prompts, and warm-up
+        core.step()
+    plain = median_seconds(core.step, steps)
+    clock, undo = instrument(llm)
+    shares, attention, linear = [], [], []
+    for _ in range(steps):
+        clock.spent.clear()
+        began = time.perf_counter()
+        core.step()
+        total = time.perf_counter() - began
+        shares.append(1 - sum(clock.spent.values()) / total)
+        attention.append(clock.spent["attend"])
+        linear.append(clock.spent["linear"] + clock.spent["head"])
+    undo()
+    for i in range(batch):
+        core.abort(f"decode-{i}")
+    core.cache.evict()
+    per_token = sum(layer.k[0, :, 0].nbytes * 2 for layer in core.cache.storage.layers)
+    kv_bytes = batch * context * per_token
+    read = weight_bytes(llm) + kv_bytes
+    attended = statistics.median(attention)
+    return DecodeRow(batch=batch, context=context, step_ms=plain * 1e3, tokens_per_s=batch / plain, read_bytes=read,
+                     gbs=read / plain / 1e9, floor_ms=read / ceilings.read_gbs / 1e6, over_floor=plain * ceilings.read_gbs * 1e9 / read,
+                     attention_ms=attended * 1e3, attention_gbs=kv_bytes / attended / 1e9, linear_ms=statistics.median(linear) * 1e3,
+                     outside_share=statistics.median(shares))  # fmt: skip
+
+
+def weight_bytes(llm: LLM) -> int:
+    """Bytes of weights that a decode step reads: every linear layer and the head, once."""
+    decoder: Any = llm.core._runner._decoder
+    linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    return sum(linear.nbytes for linear in (*linears, decoder.head))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillRow:
+    """One prompt length: medians over repeats."""
+
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    linear_gflops: float
+    attention_gflops: float
+    attention_share: float
+
+
+def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
+    core, config = llm.core, llm.core._runner._decoder.config
+    clock, undo = instrument(llm)
+    seconds, attention, linear = [], [], []
+    for i in range(repeats + 1):
+        add(llm, random_tokens(length, llm.model.vocab_size, i), f"prefill-{i}", 1)
+        clock.spent.clear()
+        began = time.perf_counter()
+        while core.busy:
+            core.step()
+        if i:  # the first is warm-up
+            seconds.append(time.perf_counter() - began)
+            attention.append(clock.spent["attend"])
+            linear.append(clock.spent["linear"])
+    undo()
+    core.cache.evict()
+    decoder: Any = llm.core._runner._decoder
+    weights = sum(
+        n.in_features * n.out_features for layer in decoder.layers for n in (layer.qkv, layer.o, layer.gate_up, layer.down)
+    )
+    attention_flops = 4 * config.q_heads * config.head_dim * config.layers * length * (length + 1) / 2
+    total = statistics.median(seconds)
+    return PrefillRow(tokens=length, seconds=total, tokens_per_s=length / total,
+                      linear_gflops=2 * weights * length / statistics.median(linear) / 1e9,
+                      attention_gflops=attention_flops / statistics.median(attention) / 1e9,
+                      attention_share=statistics.median(attention) / total)  # fmt: skip
+
+
+def show(title: str, rows: Sequence[Any]) -> None:
+    table = Table(title=title)
+    for column in asdict(rows[0]):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:.3g}" if isinstance(v, float) and v < 100 else f"{v:.0f}" for v in asdict(row).values()))
+    console.print(table)
+
+
+def plot(path: Path, decodes: Sequence[DecodeRow], prefills: Sequence[PrefillRow], ceilings: Ceilings) -> None:
+    """Bars of decode step against its floor, and of prefill rates."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    names = [f"{row.batch} x {row.context}" for row in decodes]
+    left.bar(names, [row.step_ms for row in decodes], color="#4c78a8", label="measured")
+    left.bar(names, [row.floor_ms for row in decodes], color="#f58518", label="memory floor")
+    left.set(title="Decode step, batch x context", ylabel="ms", yscale="log")
+    left.tick_params(axis="x", rotation=45)
+    left.legend()
+    right.plot([r.tokens for r in prefills], [r.linear_gflops for r in prefills], "o-", label="linear layers")
+    right.plot([r.tokens for r in prefills], [r.attention_gflops for r in prefills], "s-", label="attention")
+    right.axhline(ceilings.bf16_gflops, color="grey", linestyle="--", label="bf16 matrix product")
+    right.set(title="Prefill", xlabel="prompt tokens", ylabel="GFLOP/s", xscale="log", ylim=(0, None))
+    right.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="kvloom bench engine", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("model", nargs="?", default="smollm2")
+    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("backend", "auto"), ("kv-memory", "4GiB")):
+        parser.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
+    parser.add_argument("--decode", default=",".join(f"{b}x{c}" for b, c in DECODES), help="batch x context: %(default)s")
+    parser.add_argument("--prefill", default=",".join(map(str, PREFILLS)), help="prompt lengths: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("results/engine"), help="folder for engine.json and engine.png")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    args = parse(argv)
+    llm = LLM(args.model, dtype=args.dtype, weights=args.weights, backend=args.backend, kv_memory=args.kv_memory)
+    ceilings = measure_ceilings()
+    console.print(
+        f"{llm.model.name}, {llm.model.dtype}, weights {llm.model.weights}, back end {llm.model.backend}; {describe()}"
+    )
+    console.print(f"ceilings: reading {ceilings.read_gbs:.1f} GB/s, bf16 {ceilings.bf16_gflops:.0f} GFLOP/s, "
+                  f"fp32 {ceilings.fp32_gflops:.0f} GFLOP/s")  # fmt: skip
+    prefills = [prefill_case(llm, int(length)) for length in args.prefill.split(",") if length]
+    if prefills:
+        show("prefill", prefills)
+    cases = [tuple(map(int, case.split("x"))) for case in args.decode.split(",") if case]
+    decodes = [decode_case(llm, batch, context, ceilings) for batch, context in cases]
+    if decodes:
+        show("decode", decodes)
+    args.out.mkdir(parents=True, exist_ok=True)
+    report = {"machine": describe(), "model": asdict(llm.model), "ceilings": asdict(ceilings),
+              "prefill": [asdict(row) for row in prefills], "decode": [asdict(row) for row in decodes]}  # fmt: skip
+    (args.out / "engine.json").write_text(json.dumps(report, indent=1))
+    plot(args.out / "engine.png", decodes, prefills, ceilings)
+    console.print(f"written: {args.out / 'engine.json'}, {args.out / 'engine.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

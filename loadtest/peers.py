@@ -1,0 +1,251 @@
+"""Side by side: the same requests from the same client to each server in turn, on an otherwise idle machine.
+
+    python -m kvloom.loadtest.peers --start 'vllm=bash peers.sh vllm DIR {port}' --start 'llama=bash peers.sh llama DIR {port}'
+    python -m kvloom.loadtest.peers --url vllm=http://127.0.0.1:8001
+
+kvloom is started by this script, a peer by the command given (with {port} filled in) or found at a URL. Every round starts
+each server, waits until it is healthy, warms it up, runs every case and stops it. The table gives medians over rounds, and
+ratios of medians. Prompts are random token ids, different in every round, the same for every server; greedy, `ignore_eos`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from kvloom.loadtest.client import Client, Job, closed_loop
+from kvloom.loadtest.machine import describe
+from kvloom.loadtest.measures import Summary, summarise
+
+console = Console(highlight=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One load: requests of `inputs` random tokens and `outputs` generated ones, `concurrency` at a time."""
+
+    name: str
+    concurrency: int
+    inputs: int
+    outputs: int
+    requests: int
+
+
+CASES = (
+    Case("c1", 1, 512, 64, 8),
+    Case("c8", 8, 512, 64, 24),
+    Case("c16", 16, 1024, 64, 24),
+    Case("long", 8, 7500, 64, 8),
+)
+START_SECONDS = 600.0
+FIRST_TOKEN, LAST_TOKEN = 300, 48_000
+"""Token ids that are ordinary text in SmolLM2's vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server under test: a command to start it, or where it already runs."""
+
+    name: str
+    command: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One case on one server in one round."""
+
+    server: str
+    case: str
+    round: int
+    start_seconds: float | None
+    summary: Summary
+
+
+def jobs(case: Case, seed: int) -> list[Job]:
+    """The case's requests: the same for every server, different for every seed."""
+    source = random.Random(f"{case.name}-{seed}")
+    return [Job(prompt=[source.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(case.inputs)], output_tokens=case.outputs)
+            for _ in range(case.requests)]  # fmt: skip
+
+
+def answers(url: str) -> bool:
+    """Whether /health says 200."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
+            return bool(reply.status == 200)
+    except (OSError, urllib.error.URLError):
+        return False
+
+
+def model_name(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as reply:
+        return str(json.load(reply)["data"][0]["id"])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(server: Server, logs: Path) -> Iterator[tuple[str, float | None]]:
+    """The server's URL, and the seconds it took to become healthy (None if it ran already)."""
+    if server.url is not None:
+        yield server.url, None
+        return
+    assert server.command is not None
+    port = free_port()
+    url, began = f"http://127.0.0.1:{port}", time.perf_counter()
+    with (logs / f"{server.name}.log").open("ab") as log:
+        command = shlex.split(server.command.format(port=port))
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            while not answers(url):
+                if process.poll() is not None or time.perf_counter() - began > START_SECONDS:
+                    raise SystemExit(f"{server.name} did not become healthy; see {log.name}")
+                time.sleep(0.05)
+            yield url, time.perf_counter() - began
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+async def measure(url: str, case: Case, seed: int) -> Summary:
+    async with Client(url, model_name(url)) as client:
+        return summarise(await closed_loop(client, jobs(case, seed), case.concurrency))
+
+
+def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path) -> list[Run]:
+    """One round of one server."""
+    runs = []
+    with running(server, logs) as (url, start_seconds):
+        asyncio.run(measure(url, Case("warm-up", 2, 256, 8, 4), seed))
+        for case in cases:
+            summary = asyncio.run(measure(url, case, seed))
+            runs.append(Run(server.name, case.name, seed, start_seconds, summary))
+            console.print(f"round {seed}  {server.name:8} {case.name:5} TTFT {summary.ttft.p50 * 1e3:8.1f} ms  TPOT "
+                          f"{summary.tpot.p50 * 1e3:7.2f} ms  ITL {summary.itl.p50 * 1e3:7.2f} ms  "
+                          f"{summary.output_throughput:7.1f} tok/s  {summary.wall:6.1f} s  failed {summary.failed}")  # fmt: skip
+    return runs
+
+
+METRICS = (
+    ("TTFT p50, ms", "ttft"),
+    ("TPOT p50, ms", "tpot"),
+    ("ITL p50, ms", "itl"),
+    ("output tok/s", "output_throughput"),
+    ("wall, s", "wall"),
+)
+
+
+def value(run: Run, metric: str) -> float:
+    found = getattr(run.summary, metric)
+    return float(found) if isinstance(found, float) else float(found.p50) * 1e3
+
+
+def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
+    """Markdown: a row per case and metric, a column per server, ratios of kvloom to each peer."""
+    names = list(dict.fromkeys(run.server for run in runs))
+    peers = [name for name in names if name != "kvloom"]
+    rounds = len({run.round for run in runs})
+
+    def median(server: str, case: str, metric: str) -> float:
+        return statistics.median(value(run, metric) for run in runs if (run.server, run.case) == (server, case))
+
+    head = ["case", "metric", *names, *(f"kvloom / {peer}" for peer in peers)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for case in cases:
+        title = f"{case.name}: {case.concurrency} x {case.inputs} in / {case.outputs} out, {case.requests} requests"
+        for label, metric in METRICS:
+            medians = {name: median(name, case.name, metric) for name in names}
+            ratios = [f"{medians['kvloom'] / medians[peer]:.2f}x" for peer in peers] if "kvloom" in medians else []
+            lines.append("| " + " | ".join([title, label, *(f"{medians[name]:.1f}" for name in names), *ratios]) + " |")
+            title = ""
+    starts = {
+        name: [run.start_seconds for run in runs if run.server == name and run.start_seconds is not None] for name in names
+    }
+    cells = [f"{statistics.median(starts[name]):.1f}" if starts[name] else "-" for name in names]
+    ratios = [
+        f"{statistics.median(starts['kvloom']) / statistics.median(starts[peer]):.2f}x" if starts[peer] else "-"
+        for peer in peers
+    ]
+    lines.append("| " + " | ".join(["start to healthy", "s", *cells, *ratios]) + " |")
+    failed = sum(run.summary.failed for run in runs)
+    return "\n".join([*lines, "", f"Medians of {rounds} rounds; {failed} failed requests. Measured {describe()}."])
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m kvloom.loadtest.peers", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "--start", action="append", default=[], metavar="NAME=COMMAND", help="a peer to start; {port} is filled in"
+    )
+    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a peer that already runs")
+    parser.add_argument("--kvloom", default="", help="further flags for kvloom serve")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="which of: %(default)s")
+    parser.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
+    parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
+    parser.add_argument("--markdown", type=Path, default=None, help="also write the table into this file")
+    return parser.parse_args(argv)
+
+
+def servers(args: argparse.Namespace) -> list[Server]:
+    found = [Server("kvloom", command=f"{sys.executable} -m kvloom.server.cli serve smollm2 --port {{port}} {args.kvloom}")]
+    for option, field in (("start", "command"), ("url", "url")):
+        for text in getattr(args, option):
+            name, _, rest = text.partition("=")
+            if not name or not rest:
+                raise SystemExit(f"--{option} {text!r} is not NAME=...")
+            found.append(Server(name, **{field: rest}))
+    wanted = [name for name in args.only.split(",") if name]
+    return [server for server in found if not wanted or server.name in wanted]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the comparison; returns the exit code."""
+    args = parse(argv)
+    known = {case.name: case for case in CASES}
+    if unknown := [name for name in args.cases.split(",") if name not in known]:
+        raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
+    cases = [known[name] for name in args.cases.split(",")]
+    args.out.mkdir(parents=True, exist_ok=True)
+    runs: list[Run] = []
+    for seed in range(args.rounds):
+        for server in servers(args):
+            runs += measure_server(server, cases, seed, args.out)
+            (args.out / "runs.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
+    text = table(runs, cases)
+    console.print(text)
+    if args.markdown:
+        args.markdown.write_text(
+            f"# kvloom beside its peers\n\n{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n{text}\n"
+        )
+    return 1 if any(run.summary.failed for run in runs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""Settings: docstrings become help, values are read or refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvloom.engine import memory
+from kvloom.engine.config import EngineConfig, all_options, parse_bytes
+from kvloom.engine.errors import ConfigError, InvalidRequestError
+from kvloom.engine.request import SamplingParams
+
+
+def test_every_setting_is_described() -> None:
+    options = [option for _, option in all_options()]
+    assert {"model", "kv_memory", "block_size", "scheduler"} <= {option.name for option in options}
+    assert all(len(option.help) > 20 and option.help.endswith(".") for option in options)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GiB", 4 << 30), ("512 MiB", 512 << 20), ("1.5G", 3 << 29), ("64kb", 65536), ("100", 100), (7, 7)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_flat_settings_find_their_place() -> None:
+    config = EngineConfig.from_flat({"model": "m", "kv_memory": "1GiB", "max_num_seqs": "8", "threads": None})
+    assert (config.model.model, config.cache.kv_memory, config.scheduler.max_num_seqs) == ("m", 1 << 30, 8)
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"max_num_seqs": "many"}, "max_num_seqs"),
+        ({"max_num_seqs": 0}, "1 or more"),
+        ({"max_num_seqs": True}, "max_num_seqs"),
+        ({"dtype": "int3"}, "bf16, fp16, fp32"),
+        ({"kv_memory": "0"}, "more than 0"),
+        ({"kv_memory": "-1GiB"}, "size"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings: dict[str, Any], word: str) -> None:
+    with pytest.raises(ConfigError, match=word):
+        EngineConfig.from_flat(settings)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"n": 0}, {"max_tokens": 0}, {"min_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0},
+        {"top_p": 1.1}, {"top_k": -2}, {"min_p": 2.0}, {"presence_penalty": 3.0}, {"frequency_penalty": -3.0},
+        {"repetition_penalty": 0.0}, {"logit_bias": {1: 101.0}}, {"logit_bias": {-1: 1.0}}, {"seed": 2**64}, {"stop": ("",)},
+        {"stop": ("a",) * 17}, {"stop_token_ids": (-1,)}, {"logprobs": 21}, {"prompt_logprobs": -1}, {"n": 65},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sampling_parameters_know_their_bounds(field: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=next(iter(field))) as caught:
+        SamplingParams(**field)
+    assert caught.value.param == next(iter(field))
+
+
+def test_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("3000\n")
+    (tmp_path / "memory.current").write_text("1000\n")
+    assert memory._group(tmp_path) == 2000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._group(tmp_path) > 1 << 60
+    assert memory._group(tmp_path / "absent") > 1 << 60
+    monkeypatch.setattr(memory, "available_memory", lambda: 2000)
+    assert memory.default_kv_memory() == 500
