@@ -115,7 +115,7 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
         if builtin.name == model:
             return ModelFiles(_builtin(builtin, report), "gguf", builtin.name)
     path = Path(model).expanduser()
-    if path.exists():
+    if model and path.exists():
         return _local(path)
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         return _from_hub(model, report)

@@ -1,0 +1,145 @@
+"""The decoder of the Llama family (Llama, Mistral, Qwen2, Qwen3): one flat batch of rows through all layers.
+
+    x = embedding[token]                                  residual stream, fp32
+    for each layer:
+        x += attention(norm(x) W_qkv) W_o                 attention is the caller's: rotation, cache, visibility
+        x += (silu(gate) * up) W_down                     gate, up = norm(x) W_gate_up
+    logits = norm(x) W_head
+
+Owns the weights and a workspace; knows nothing of requests, caches or positions. A row is one token of any request; rows meet
+only inside attention, so callers may drop rows between layers. The residual stream stays in fp32 whatever the weights' dtype:
+each sub-layer's result is added by the norm that follows it, which is why `layer` takes and returns a pending `delta`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from kvloom.engine.model.config import ModelConfig
+from kvloom.engine.model.linear import Linear
+from kvloom.engine.model.rope import RotaryTable
+from kvloom.kernels.interface import Kernels
+
+
+class LayerAttention(Protocol):
+    """Attention of one step, supplied by the runner: it knows positions, slots and what each row sees."""
+
+    def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
+        """qkv: [rows, (q_heads + 2 kv_heads) * head_dim] in the model's dtype, not rotated, q then k then v; reused by the
+        next layer. q_norm, k_norm: [head_dim] fp32 RMS-norm weights, or None. Returns [rows, q_heads * head_dim]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """Weights of one layer. Norm weights are fp32: [hidden], and [head_dim] for q_norm and k_norm."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Workspace(NamedTuple):
+    """Activations that every layer writes anew, for a number of rows. All in the model's dtype but for the residual."""
+
+    residual: Tensor
+    """[rows, hidden] fp32"""
+    normed: Tensor
+    """[rows, hidden]"""
+    qkv: Tensor
+    gate_up: Tensor
+    gated: Tensor
+    """[rows, intermediate]"""
+    delta: Tensor
+    """[rows, hidden]: what the last sub-layer adds to the residual"""
+
+    def rows(self, count: int) -> Workspace:
+        return Workspace(*(buffer[:count] for buffer in self))
+
+
+class Decoder:
+    """A model ready to run. Not thread-safe: one step at a time."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        kernels: Kernels,
+        *,
+        embedding: Tensor,
+        layers: list[Layer],
+        final_norm: Tensor,
+        head: Linear,
+        rotary: RotaryTable,
+    ) -> None:
+        """embedding: [vocab, hidden] in `dtype`; final_norm: [hidden] fp32; head: hidden -> vocab; rotary: for the runner."""
+        self.config, self.dtype, self.kernels = config, dtype, kernels
+        self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
+        self.rotary = rotary
+        self._whole = self._part = self._allocate(1)
+
+    def forward(self, tokens: Tensor, attention: LayerAttention) -> Tensor:
+        """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]
+        fp32, valid until the next call."""
+        x, delta = self.embed(tokens), None
+        for index in range(len(self.layers)):
+            delta = self.layer(index, x, delta, attention)
+        return self.finish(x, delta)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, hidden] fp32, the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""
+        normed = torch.empty(hidden.shape, dtype=self.dtype)
+        self.kernels.add_rms_norm(hidden, None, self.final_norm, self.config.rms_eps, normed)
+        return self.head(normed, torch.empty(hidden.shape[0], self.config.vocab_size, dtype=torch.float32))
+
+    # The pieces of `forward`, for callers that change the set of rows between layers ------------------------------------
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The residual stream of the rows: [rows, hidden] fp32, in the workspace."""
+        ws = self._workspace(tokens.shape[0])
+        torch.index_select(self.embedding, 0, tokens, out=ws.normed)
+        return ws.residual.copy_(ws.normed)
+
+    def layer(self, index: int, x: Tensor, delta: Tensor | None, attention: LayerAttention) -> Tensor:
+        """Run one layer. Adds `delta` (what the layer before returned) to x in place and returns this layer's own delta:
+        [rows, hidden], in the workspace. x and delta may hold any subset of the rows of the layer before."""
+        layer, kernels, eps, ws = self.layers[index], self.kernels, self.config.rms_eps, self._workspace(x.shape[0])
+        normed = kernels.add_rms_norm(x, delta, layer.input_norm, eps, ws.normed)
+        attended = attention(index, layer.qkv(normed, ws.qkv), layer.q_norm, layer.k_norm)
+        projected = layer.o(attended, ws.delta)
+        normed = kernels.add_rms_norm(x, projected, layer.mlp_norm, eps, ws.normed)
+        gated = kernels.silu_mul(layer.gate_up(normed, ws.gate_up), ws.gated)
+        return layer.down(gated, ws.delta)
+
+    def finish(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        """Add the last layer's delta: the result of `forward`."""
+        return x if delta is None else x.add_(delta)
+
+    def _workspace(self, rows: int) -> Workspace:
+        if rows > self._whole.residual.shape[0]:
+            self._whole = self._part = self._allocate(rows)
+        if rows != self._part.residual.shape[0]:
+            self._part = self._whole.rows(rows)
+        return self._part
+
+    @torch.inference_mode(False)  # a caller in inference mode must not leave buffers that others cannot write
+    def _allocate(self, rows: int) -> Workspace:
+        config = self.config
+        residual = torch.empty(rows, config.hidden_size, dtype=torch.float32)
+        widths = (
+            config.hidden_size,
+            config.qkv_size,
+            2 * config.intermediate_size,
+            config.intermediate_size,
+            config.hidden_size,
+        )
+        return Workspace(residual, *(torch.empty(rows, width, dtype=self.dtype) for width in widths))

@@ -1,0 +1,163 @@
+"""From a model folder or a .gguf file to a decoder that is ready to run.
+
+Owns the assembly: projections are fused (q, k, v; gate, up) and converted one at a time, so that the peak is the finished
+model plus one projection. Where a model's files come from (names, downloads) is the catalogue's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvloom.engine.config import DType, WeightMode
+from kvloom.engine.errors import ConfigError, ModelError
+from kvloom.engine.model.config import ModelConfig, log
+from kvloom.engine.model.decoder import Decoder, Layer
+from kvloom.engine.model.hf_config import read_hf_config
+from kvloom.engine.model.linear import Linear, LinearWeight, make_linear
+from kvloom.engine.model.load_gguf import GGUFWeights
+from kvloom.engine.model.load_safetensors import SafetensorsWeights
+from kvloom.engine.model.rope import rotary_table
+from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, WeightSource, check_weights, layer_prefix
+from kvloom.kernels.interface import Kernels
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Progress = Callable[[int, int], None]
+"""Called with (layers done, layers in all) after each layer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A decoder, its config (max_position cut to what was asked for) and the identity of its weights."""
+
+    decoder: Decoder
+    config: ModelConfig
+    fingerprint: str
+    """Hex digest of config and weights, the same wherever the files lie. Independent of dtype and weights mode, which
+    change stored KV too: a cache domain must name them beside it."""
+
+
+def load_model(
+    path: Path,
+    dtype: DType,
+    kernels: Kernels,
+    weights: WeightMode = "auto",
+    max_model_len: int | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """path: a folder (config.json, *.safetensors) or a .gguf file; max_model_len: positions to prepare for, at most the
+    model's own.
+
+    Raises ModelError if files are absent, damaged or unsupported, ConfigError if a setting does not fit the model.
+    """
+    started = time.perf_counter()
+    config, source, files = open_checkpoint(path)
+    check_weights(source, config)
+    fingerprint = _fingerprint(config, files)
+    config = _limit_context(config, max_model_len)
+    decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels).decoder(progress)
+    log.info("loaded %s (%s, %s) in %.2f s", path.name, config.architecture, config.dtype, time.perf_counter() - started)
+    return LoadedModel(decoder=decoder, config=config, fingerprint=fingerprint)
+
+
+def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightSource, tuple[Path, ...]]:
+    """Config, weights (mapped, not read) and weight files of a model. Raises ModelError."""
+    path = Path(path)
+    if path.is_dir():
+        config, shards = read_hf_config(path), SafetensorsWeights(path)
+        return config, shards, shards.files
+    if path.is_file():
+        gguf = GGUFWeights(path)
+        return gguf.config, gguf, gguf.files
+    raise ModelError(f"{path} does not exist; give a model folder or a .gguf file")
+
+
+def _limit_context(config: ModelConfig, max_model_len: int | None) -> ModelConfig:
+    if max_model_len is None:
+        return config
+    if not 1 <= max_model_len <= config.max_position:
+        raise ConfigError(f"max_model_len is {max_model_len}; this model allows 1 to {config.max_position}")
+    return dataclasses.replace(config, max_position=max_model_len)
+
+
+class _Assembly:
+    """Makes a decoder's parts from a source, in one dtype and mode."""
+
+    def __init__(
+        self, config: ModelConfig, source: WeightSource, dtype: torch.dtype, mode: WeightMode, kernels: Kernels
+    ) -> None:
+        self.config, self.source, self.dtype, self.mode, self.kernels = config, source, dtype, mode, kernels
+
+    def decoder(self, progress: Progress | None) -> Decoder:
+        config = self.config
+        embedding = self.read(EMBEDDING, self.dtype)
+        layers = []
+        for index in range(config.layers):
+            layers.append(self.layer(layer_prefix(index)))
+            if progress is not None:
+                progress(index + 1, config.layers)
+        return Decoder(
+            config,
+            self.dtype,
+            self.kernels,
+            embedding=embedding,
+            layers=layers,
+            final_norm=self.read(FINAL_NORM, torch.float32),
+            head=self.head(embedding),
+            rotary=rotary_table(config.rope, config.max_position),
+        )
+
+    def layer(self, prefix: str) -> Layer:
+        config = self.config
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        return Layer(
+            input_norm=self.read(prefix + "input_layernorm.weight", torch.float32),
+            qkv=self.linear([attention + part for part in ("q_proj", "k_proj", "v_proj")], config.qkv_bias),
+            q_norm=self.read(attention + "q_norm.weight", torch.float32) if config.qk_norm else None,
+            k_norm=self.read(attention + "k_norm.weight", torch.float32) if config.qk_norm else None,
+            o=self.linear([attention + "o_proj"], config.o_bias),
+            mlp_norm=self.read(prefix + "post_attention_layernorm.weight", torch.float32),
+            gate_up=self.linear([mlp + "gate_proj", mlp + "up_proj"], config.mlp_bias),
+            down=self.linear([mlp + "down_proj"], config.mlp_bias),
+        )
+
+    def head(self, embedding: Tensor) -> Linear:
+        tied = self.config.tied_embeddings
+        weight = LinearWeight(self.source, (EMBEDDING,), embedding) if tied else LinearWeight(self.source, (HEAD,))
+        return make_linear(weight, None, self.mode, self.dtype)
+
+    def linear(self, parts: list[str], biased: bool) -> Linear:
+        weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts))
+        bias = torch.cat([self.read(part + ".bias", self.dtype) for part in parts]) if biased else None
+        return make_linear(weight, bias, self.mode, self.dtype)
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(self.source.shape(name), dtype=dtype)
+        self.source.read_into(name, out)
+        return out
+
+
+_WINDOW, _WINDOWS = 4096, 1024
+
+
+def _fingerprint(config: ModelConfig, files: Iterable[Path]) -> str:
+    """BLAKE2b over the config, each file's size, and windows of 4 KiB spread evenly over it (all of a file up to 4 MiB): some
+    milliseconds whatever the model's size. Tells checkpoints apart; it is no proof against one made to collide."""
+    digest = hashlib.blake2b(json.dumps(dataclasses.asdict(config), sort_keys=True).encode(), digest_size=16)
+    for path in files:
+        size = path.stat().st_size
+        digest.update(size.to_bytes(8, "little"))
+        with open(path, "rb") as file:
+            for index in range(min(_WINDOWS, -(-size // _WINDOW))):
+                file.seek(index * max(_WINDOW, (size - _WINDOW) // (_WINDOWS - 1)))
+                digest.update(file.read(_WINDOW))
+    return digest.hexdigest()

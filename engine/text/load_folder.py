@@ -1,0 +1,96 @@
+"""A tokenizer from a Hugging Face model folder.
+
+Reads tokenizer.json (vocabulary and rules), tokenizer_config.json and special_tokens_map.json (names of special tokens,
+add_bos_token), generation_config.json or config.json (further end tokens), and the chat template: chat_template.jinja, else
+chat_template.json, else the one in tokenizer_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from kvloom.engine.errors import ModelError
+from kvloom.engine.text.settings import TokenizerSettings, unique
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
+    """The backend with its special tokens marked, and the settings. Raises ModelError."""
+    backend = _read_backend(folder / "tokenizer.json")
+    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    names = {key: _content(config.get(key)) for key in _NAMED}
+    _mark_special(backend, [name for name in names.values() if name])
+    bos_id, eos_id = (_token_id(backend, names[key]) for key in ("bos_token", "eos_token"))
+    explicit = "add_bos_token" in config or "add_eos_token" in config
+    return backend, TokenizerSettings(
+        bos_id=bos_id,
+        eos_ids=unique([eos_id, *_end_tokens(folder)]),
+        add_bos=bool(config.get("add_bos_token")) if explicit else None,
+        add_eos=bool(config.get("add_eos_token")),
+        chat_template=_chat_template(folder, config),
+        vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+    )
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    if not path.is_file():
+        raise ModelError(f"{path.parent} has no tokenizer.json; save the fast tokenizer there (tokenizer.save_pretrained)")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ModelError(f"{path} cannot be read ({error}); download the model again") from error
+
+
+def _content(token: Any) -> str | None:
+    """A special token is a string or an object {"content": ...}."""
+    value = token.get("content") if isinstance(token, dict) else token
+    return value if isinstance(value, str) else None
+
+
+def _token_id(backend: tokenizers.Tokenizer, name: str | None) -> int | None:
+    found: int | None = backend.token_to_id(name) if name else None
+    return found
+
+
+def _mark_special(backend: tokenizers.Tokenizer, names: list[str]) -> None:
+    """Named tokens are special even if tokenizer.json forgets to say so. Unknown names are left: they would get new ids."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    missing = [name for name in names if name not in known and backend.token_to_id(name) is not None]
+    backend.add_special_tokens([tokenizers.AddedToken(name, normalized=False, special=True) for name in missing])
+
+
+def _end_tokens(folder: Path) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
+    for name in ("generation_config.json", "config.json"):
+        value = _read_json(folder / name).get("eos_token_id")
+        if value is not None:
+            return [int(i) for i in (value if isinstance(value, list) else [value])]
+    return []
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+    if isinstance(template, list):  # several named templates
+        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or {} if there is no such file. Raises ModelError if it is broken."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} cannot be read ({error}); download the model again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object; download the model again")
+    return value

@@ -1,0 +1,111 @@
+"""Text to token ids and back, over the `tokenizers` library.
+
+Owns what a token looks like as bytes. There is one way to decode, here and in `detokenizer`: a token is bytes, and text is
+their concatenation read as UTF-8, with U+FFFD where the bytes are no UTF-8. For byte-level BPE this is what the `tokenizers`
+library does itself; for SentencePiece vocabularies it differs only where a model emits broken UTF-8 (the library then replaces
+the valid characters of the same run of byte tokens, too).
+
+Special tokens in text are recognised wherever they stand, as in vLLM and transformers: a chat is rendered by its template and
+the whole text is encoded, so a user who writes `<|im_end|>` ends the turn. A server that must not allow this refuses such
+text before it is rendered: `Tokenizer.special_in(text)` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.text.load_folder import load_folder
+from kvloom.engine.text.load_gguf import load_gguf
+from kvloom.engine.text.settings import TokenizerSettings
+from kvloom.engine.text.spelling import Spelling, spelling_of
+
+
+class Tokenizer:
+    """A vocabulary with its rules. Immutable after construction and safe to use from several threads."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:
+        """Raises ModelError if tokens are spelled in a way that is not known (neither byte-level nor SentencePiece)."""
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.bos_id = settings.bos_id
+        self.eos_ids = settings.eos_ids
+        self.chat_template = settings.chat_template
+        self.vocab_size: int = settings.vocab_size or backend.get_vocab_size()
+        self._settings = settings
+        self._spelling: Spelling = spelling_of(backend)
+        self._special = {i: t.content for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self._bytes: dict[int, bytes] = {}
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """A Hugging Face model folder: tokenizer.json and, where present, its companions. Raises ModelError."""
+        return cls(*load_folder(Path(path)))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+        """The `tokenizer.*` keys of a GGUF file. Raises ModelError naming what is not supported."""
+        return cls(*load_gguf(metadata))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. `add_special_tokens` adds what the model expects around a plain text (mostly bos); a text
+        rendered from a chat template already holds it. Raises InvalidRequestError for lone surrogates (JSON can write them;
+        they are no text)."""
+        settings = self._settings
+        if settings.add_bos is None or not add_special_tokens:
+            return self._encode(text, add_special_tokens)
+        ids = self._encode(text, False)
+        if settings.add_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        if settings.add_eos and self.eos_ids:
+            ids = [*ids, self.eos_ids[0]]
+        return ids
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:
+            raise InvalidRequestError("the text holds lone surrogates (half of a UTF-16 pair); send valid Unicode") from None
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids. Ids outside the vocabulary (padding of the embedding matrix) are no text."""
+        skip = self._special if skip_special_tokens else {}
+        text = b"".join(self.token_bytes(i) for i in ids if i not in skip).decode("utf-8", errors="replace")
+        return text[1:] if self.strips_first_space and text.startswith(" ") else text
+
+    @property
+    def strips_first_space(self) -> bool:
+        """SentencePiece vocabularies put a space before the first word; decoding from the start takes it away."""
+        return self._spelling.strips_first_space
+
+    def token_bytes(self, token: int) -> bytes:
+        """A token's bytes: possibly part of a character, empty outside the vocabulary."""
+        found = self._bytes.get(token)
+        if found is None:
+            text = self.backend.id_to_token(token) if 0 <= token < self.vocab_size else None
+            found = b"" if text is None else self._spelling.to_bytes(text)
+            if text is not None:  # unknown ids are not kept: a caller could fill memory with them
+                self._bytes[token] = found
+        return found
+
+    def token_text(self, token: int) -> str:
+        """A token's bytes as text, U+FFFD where they are part of a character. Special tokens show their name."""
+        return self.token_bytes(token).decode("utf-8", errors="replace")
+
+    def is_special(self, token: int) -> bool:
+        """Whether `decode` leaves the token out by default."""
+        return token in self._special
+
+    def special_text(self, token: int | None) -> str:
+        """The name of a special token, as a template writes it; empty for None."""
+        return "" if token is None else str(self.backend.id_to_token(token) or "")
+
+    def special_in(self, text: str) -> str | None:
+        """A special token that the text would be encoded to, if it holds one."""
+        return next((content for content in self._special.values() if content in text), None)
