@@ -1,0 +1,117 @@
+"""Kernel tests run once per back end that loads here, plus storage and row builders shared by all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvloom.kernels import BACKENDS, Kernels, Lists, PagedKV, Rows, load
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def _available() -> list[str]:
+    names = []
+    for name in BACKENDS:
+        try:
+            load(name)
+        except Exception:
+            continue
+        names.append(name)
+    return names
+
+
+@pytest.fixture(scope="session", params=_available())
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    """Each back end that can be had on this machine."""
+    return load(request.param, threads=2)
+
+
+class Paged(NamedTuple):
+    """Storage with block tables, and the dense K and V it holds: dense_k, dense_v: [requests, kv_heads, tokens, head_dim]."""
+
+    kv: PagedKV
+    tables: Tensor
+    dense_k: Tensor
+    dense_v: Tensor
+
+    @property
+    def tokens(self) -> int:
+        return self.dense_k.shape[2]
+
+
+def ints(values: Sequence[int] | Tensor) -> Tensor:
+    """A contiguous int32 tensor."""
+    return torch.as_tensor(values, dtype=torch.int32).contiguous()
+
+
+def paged(requests: int, tokens: int, heads: int, dim: int, *, dtype: torch.dtype = torch.float32, block_size: int = 16,
+          seed: int = 0, layout: str = "HND") -> Paged:  # fmt: skip
+    """Random K and V in permuted blocks. layout: of the memory; NHD is seen through a transposed view.
+
+    Blocks that belong to nobody, and the unused ends of last blocks, hold NaN: reading them must not go unnoticed.
+    """
+    make = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // block_size)
+    total = requests * blocks + 3
+    tables = ints(torch.randperm(total, generator=make)[: requests * blocks].view(requests, blocks))
+    dense = [torch.randn(requests, heads, tokens, dim, generator=make).to(dtype) for _ in "kv"]
+    caches = []
+    for values in dense:
+        shape = (total, heads, block_size, dim) if layout == "HND" else (total, block_size, heads, dim)
+        cache = torch.full(shape, float("nan"), dtype=dtype)
+        cache = cache if layout == "HND" else cache.transpose(1, 2)
+        for request in range(requests):
+            for position in range(tokens):
+                block = int(tables[request, position // block_size])
+                cache[block, :, position % block_size] = values[request, :, position]
+        caches.append(cache)
+    return Paged(PagedKV(*caches), tables, *dense)
+
+
+def make_rows(
+    store: Paged, request: Sequence[int], start: Sequence[int], stop: Sequence[int], lists: Lists | None = None
+) -> Rows:
+    """Rows over the tables of `store`."""
+    return Rows(store.tables, ints(request), ints(start), ints(stop), lists)
+
+
+def make_lists(positions: Sequence[Sequence[Sequence[int]]]) -> Lists:
+    """positions[row][head or 0]: ascending positions."""
+    flat: list[int] = []
+    offsets, lengths = [], []
+    for row in positions:
+        offsets.append([len(flat) + sum(len(p) for p in row[:i]) for i in range(len(row))])
+        lengths.append([len(p) for p in row])
+        flat.extend(p for head in row for p in head)
+    return Lists(ints(flat or [0]), ints(offsets), ints(lengths))
+
+
+def masked_attention(q: Tensor, store: Paged, rows: Rows, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over dense K and V with a boolean mask, all in fp64: an oracle that shares nothing with the kernels.
+
+    Returns out: [rows, q_heads, head_dim] and lse: [rows, q_heads], fp64; rows that see nothing give 0 and -inf.
+    """
+    count, q_heads, _ = q.shape
+    kv_heads = store.dense_k.shape[1]
+    mask = torch.zeros(count, kv_heads, store.tokens, dtype=torch.bool)
+    for row in range(count):
+        mask[row, :, int(rows.start[row]) : int(rows.stop[row])] = True
+        if rows.lists is not None:
+            for head in range(kv_heads):
+                column = min(head, rows.lists.offsets.shape[1] - 1)
+                offset, length = int(rows.lists.offsets[row, column]), int(rows.lists.lengths[row, column])
+                mask[row, head, rows.lists.positions[offset : offset + length].long()] = True
+    spread = q_heads // kv_heads
+    request = rows.request.long()
+    keys = store.dense_k.double()[request].repeat_interleave(spread, 1)
+    values = store.dense_v.double()[request].repeat_interleave(spread, 1)
+    scores = torch.einsum("rhd,rhnd->rhn", q.double(), keys) * scale
+    scores = scores.masked_fill(~mask.repeat_interleave(spread, 1), -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - lse[..., None]).nan_to_num(0.0)
+    return torch.einsum("rhn,rhnd->rhd", weights, values), lse

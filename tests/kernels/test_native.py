@@ -1,0 +1,127 @@
+"""What only the native back end promises: how it is built, and that a row's bits do not depend on its batch.
+
+The contract itself is tested by the other modules of this folder, which run on every back end.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvloom.kernels import Lists, PagedKV, Rows
+from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build, load
+from kvloom.kernels.cpu.native.build import openmp_runtimes
+
+
+@pytest.fixture(scope="module", params=["machine", "generic"])
+def kernels(request: pytest.FixtureRequest) -> NativeKernels:
+    try:
+        return load(threads=2, generic=request.param == "generic")
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
+def ints(values: object) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.int32).contiguous()
+
+
+def attend(kernels: NativeKernels, q: Tensor, kv: PagedKV, rows: Rows) -> tuple[Tensor, Tensor]:
+    plan = kernels.plan(rows, q.shape[1], kv.k.shape[1], q.shape[2])
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2])
+    kernels.attend(q, kv, plan, scale=q.shape[2] ** -0.5, out=out, lse=lse)
+    return out, lse
+
+
+def storage(dtype: torch.dtype, dim: int, tokens: int = 640) -> tuple[PagedKV, Tensor]:
+    make = torch.Generator().manual_seed(dim)
+    k, v = (torch.randn(2 * tokens // 16, 3, 16, dim, generator=make).to(dtype) for _ in "kv")
+    return PagedKV(k, v), ints(torch.randperm(2 * tokens // 16, generator=make).view(2, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [64, 40])
+def test_a_row_has_the_same_bits_alone_decoded_prefilled_and_listed(
+    kernels: NativeKernels, dtype: torch.dtype, dim: int
+) -> None:
+    kv, tables = storage(dtype, dim)
+    q = torch.randn(40, 9, dim, generator=torch.Generator().manual_seed(1)).to(dtype)
+    stops = list(range(560, 600))
+    chunk = Rows(tables, ints([1] * 40), ints([0] * 40), ints(stops))
+    out, lse = attend(kernels, q, kv, chunk)
+    for row in (0, 1, 17, 39):
+        alone = Rows(tables, ints([1]), ints([0]), ints(stops[row : row + 1]))
+        positions = Lists(ints(range(500)), ints([[0]]), ints([[500]]))
+        listed = Rows(tables, ints([1]), ints([500]), ints(stops[row : row + 1]), positions)
+        for rows in (alone, listed):
+            again, again_lse = attend(kernels, q[row : row + 1], kv, rows)
+            assert torch.equal(again[0], out[row])
+            assert torch.equal(again_lse[0], lse[row])
+
+
+def test_thread_count_does_not_change_bits(kernels: NativeKernels) -> None:
+    kv, tables = storage(torch.bfloat16, 64)
+    q = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    rows = Rows(tables, ints([0, 1]), ints([0, 3]), ints([640, 77]))
+    one = NativeKernels(kernels.library, threads=1)
+    assert torch.equal(attend(one, q, kv, rows)[0], attend(kernels, q, kv, rows)[0])
+
+
+def test_plan_of_another_back_end_is_refused(kernels: NativeKernels) -> None:
+    kv, _ = storage(torch.float32, 8)
+    q = torch.zeros(1, 3, 8)
+    with pytest.raises(TypeError, match="another back end"):
+        kernels.attend(q, kv, object(), scale=1.0, out=q.clone())  # type: ignore[arg-type]
+
+
+def test_mixed_dtypes_are_refused(kernels: NativeKernels) -> None:
+    kv, tables = storage(torch.float32, 8)
+    plan = kernels.plan(Rows(tables, ints([0]), ints([0]), ints([1])), 3, 3, 8)
+    q = torch.zeros(1, 3, 8, dtype=torch.bfloat16)
+    with pytest.raises(TypeError, match="one dtype"):
+        kernels.attend(q, kv, plan, scale=1.0, out=q.clone())
+
+
+def test_only_one_openmp_runtime_is_loaded(kernels: NativeKernels) -> None:
+    assert len(openmp_runtimes()) <= 1
+
+
+def test_two_processes_may_build_at_once(kernels: NativeKernels, tmp_path: Path) -> None:
+    program = "from kvloom.kernels.cpu.native import build; print(build(generic=True))"
+    environment = {**os.environ, "KVLOOM_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    first, second = (process.communicate(timeout=240)[0] for process in both)
+    assert first == second
+    assert len(list((tmp_path / "native").glob("*.so"))) == 1
+    assert load(generic=True).name == "native"
+
+
+def test_no_compiler_and_nothing_built_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler"):
+        build()
+
+
+def test_without_a_compiler_a_library_built_earlier_serves(
+    monkeypatch: pytest.MonkeyPatch, kernels: NativeKernels, tmp_path: Path
+) -> None:
+    built = build()
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    assert build().name[:23] == built.name[:23]
+
+
+def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "broken-cxx"
+    broken.write_text('#!/bin/sh\n[ "$1" = --version ] && echo broken 1.0 && exit 0\necho no room left >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.raises(NativeUnavailable, match="no room left"):
+        build()

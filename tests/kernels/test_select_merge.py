@@ -1,0 +1,78 @@
+"""Top-k selection and merging of attention states."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.kernels import Kernels
+from tests.kernels.conftest import TOLERANCE, ints, make_rows, masked_attention, paged
+
+INF = float("inf")
+
+
+def test_select(kernels: Kernels) -> None:
+    scores = torch.tensor([[1.0, 5.0, 3.0, 4.0, 9.0], [-2.0, -1.0, -3.0, INF, INF], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    columns, counts = kernels.select(scores, ints([4, 3, 0]), 2)
+    assert columns.tolist() == [[1, 3], [0, 1], [-1, -1]]
+    assert counts.tolist() == [2, 2, 0]
+    assert columns.dtype == counts.dtype == torch.int32
+
+
+def test_select_ties_go_to_the_lower_column(kernels: Kernels) -> None:
+    scores = torch.tensor([[0.0, 1.0, -0.0, 1.0, 0.0, -0.0], [-INF, 2.0, -INF, -INF, 2.0, -INF]])
+    assert kernels.select(scores, ints([6, 6]), 4)[0].tolist() == [[0, 1, 2, 3], [0, 1, 2, 4]]
+
+
+def test_select_more_than_there_is(kernels: Kernels) -> None:
+    columns, counts = kernels.select(torch.randn(2, 5), ints([3, 5]), 7)
+    assert columns.tolist() == [[0, 1, 2, -1, -1, -1, -1], [0, 1, 2, 3, 4, -1, -1]]
+    assert counts.tolist() == [3, 5]
+
+
+def test_select_from_a_slice_of_a_buffer(kernels: Kernels) -> None:
+    buffer = torch.arange(30.0).view(3, 10)
+    assert kernels.select(buffer[:, 2:8], ints([6, 2, 6]), 2)[0].tolist() == [[4, 5], [0, 1], [4, 5]]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 10_000), st.integers(1, 600), st.integers(1, 600), st.sampled_from([0.0, 1.0, 100.0]))
+def test_select_equals_a_stable_sort(kernels: Kernels, seed: int, width: int, k: int, rounding: float) -> None:
+    scores = torch.randn(2, width, generator=torch.Generator().manual_seed(seed)) * 3
+    if rounding:
+        scores = (scores * rounding).round() / rounding  # many ties
+    columns, counts = kernels.select(scores, ints([width, width // 2]), k)
+    for row, length in enumerate((width, width // 2)):
+        best = sorted(range(length), key=lambda i: (-float(scores[row, i]), i))[:k]
+        assert columns[row].tolist() == sorted(best) + [-1] * (k - len(best))
+        assert counts[row] == len(best)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merge_of_two_halves_is_the_whole(kernels: Kernels, dtype: torch.dtype) -> None:
+    store = paged(3, 90, 2, 64, dtype=dtype)
+    q = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    states = []
+    for start, stop in ([0, 0, 0], [40, 0, 90]), ([40, 0, 90], [90, 90, 90]):
+        out, lse = torch.empty_like(q), torch.empty(3, 4)
+        plan = kernels.plan(make_rows(store, [0, 1, 2], start, stop), 4, 2, 64)
+        kernels.attend(q, store.kv, plan, scale=0.125, out=out, lse=lse)
+        states += [out, lse]
+    kernels.merge(*states)
+    whole = make_rows(store, [0, 1, 2], [0] * 3, [90] * 3)
+    expected, expected_lse = masked_attention(q, store, whole, 0.125)
+    torch.testing.assert_close(states[0].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+    torch.testing.assert_close(states[1].double(), expected_lse, atol=1e-5, rtol=1e-5)
+
+
+def test_merge_with_nothing(kernels: Kernels) -> None:
+    """-inf contributes nothing, bit for bit, whichever side it is on; two of them stay empty."""
+    out_a, out_b = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
+    lse_a, lse_b = torch.randn(3, 2), torch.randn(3, 2)
+    lse_a[0], lse_b[1], lse_a[2], lse_b[2] = -INF, -INF, -INF, -INF
+    out_a[2], out_b[2] = 0.0, 0.0
+    expected = torch.stack([out_b[0], out_a[1], torch.zeros(2, 16)])
+    expected_lse = torch.stack([lse_b[0], lse_a[1], torch.full((2,), -INF)])
+    kernels.merge(out_a, lse_a, out_b, lse_b)
+    assert torch.equal(out_a, expected)
+    torch.testing.assert_close(lse_a, expected_lse)

@@ -1,0 +1,156 @@
+"""A fake engine whose output is a known function of the prompt, and a real small tokenizer: no weights, no torch.
+
+The fake answers with the prompt's tokens, again and again (`echo_tokens`), one per step of its clock, until max_tokens. It
+counts what it was asked and what was aborted, and can be told to be slow, to refuse, to fail or to die.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo
+from kvloom.engine.errors import ContextLengthError, EngineDeadError, KVLoomError
+from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
+from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
+from kvloom.engine.text.tokenizer import TokenizerSettings
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MODEL = "echo-model"
+MAX_MODEL_LEN = 4096
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+def make_tokenizer() -> Tokenizer:
+    """A byte-level BPE over a few English words, so that an emoji is four tokens."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    backend.train_from_iterator(["the quick brown fox jumps over the lazy dog and says hello world"] * 8, trainer)
+    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    eos = backend.token_to_id("<|im_end|>")
+    return Tokenizer(backend, TokenizerSettings(eos_ids=(eos,), chat_template=TEMPLATE))
+
+
+def echo_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    """What the fake generates: the prompt, repeated and cut to `count` tokens."""
+    return [prompt[i % len(prompt)] for i in range(count)]
+
+
+class FakeEngine:
+    """An `EngineClient` for tests."""
+
+    def __init__(self, *, step_seconds: float = 0.0) -> None:
+        self.model = ModelInfo(name=MODEL, root="/models/echo", max_model_len=MAX_MODEL_LEN, vocab_size=323, dtype="bf16",
+                               weights="bf16", backend="fake", created=1700000000)  # fmt: skip
+        self.tokenizer = make_tokenizer()
+        self.step_seconds = step_seconds
+        self.refuse: KVLoomError | None = None
+        """Raised instead of the first output."""
+        self.fail_after: int | None = None
+        """After this many tokens a request ends with finish_reason "error"."""
+        self.held = False
+        """Requests wait in the queue until this is False."""
+        self.dead = ""
+        self.closed = False
+        self.calls: list[dict[str, object]] = []
+        self.aborted: list[str] = []
+        self.finished: list[str] = []
+        self.live: set[str] = set()
+        self.generated = 0
+
+    async def generate(self, prompt: Sequence[int], sampling: SamplingParams, *, request_id: str, kv: KVOptions = KVOptions(),
+                       priority: int = 0, tenant: str = "", cache_salt: str = "") -> AsyncIterator[RequestOutput]:  # fmt: skip
+        """See `EngineClient`."""
+        self.calls.append({"prompt": list(prompt), "sampling": sampling, "kv": kv, "priority": priority, "tenant": tenant,
+                           "cache_salt": cache_salt, "id": request_id})  # fmt: skip
+        self._check()
+        if self.refuse is not None:
+            raise self.refuse
+        if len(prompt) >= MAX_MODEL_LEN:
+            raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {MAX_MODEL_LEN}", "prompt")
+        assert request_id not in self.live
+        self.live.add(request_id)
+        done = False
+        try:
+            async for output in self._steps(prompt, sampling, request_id):
+                done = output.finish_reason is not None
+                yield output
+        finally:
+            self.live.discard(request_id)
+            (self.finished if done else self.aborted).append(request_id)
+
+    async def _steps(self, prompt: Sequence[int], sampling: SamplingParams, name: str) -> AsyncIterator[RequestOutput]:
+        while self.held:
+            await asyncio.sleep(0.001)
+            self._check()
+        text = IncrementalDetokenizer(
+            self.tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens, stop=sampling.stop
+        )
+        limit = min(sampling.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(prompt))
+        for count, token in enumerate(echo_tokens(prompt, limit), 1):
+            await asyncio.sleep(self.step_seconds)
+            self._check()
+            usage = Usage(
+                prompt_tokens=len(prompt), completion_tokens=count, cached_tokens=len(prompt) // 2, attended_tokens=count
+            )
+            if self.fail_after is not None and count > self.fail_after:
+                yield RequestOutput(id=name, finish_reason="error", error="the fake failed", usage=usage)
+                return
+            self.generated += 1
+            piece, stopped = text.push(token)
+            last = count == limit
+            yield RequestOutput(
+                id=name,
+                text=piece + (text.finish() if last and stopped is None else ""),
+                tokens=(token,),
+                logprobs=() if sampling.logprobs is None else (self._logprob(token, sampling.logprobs),),
+                prompt_logprobs=self._prompt_logprobs(prompt, sampling) if count == 1 else None,
+                finish_reason="stop" if stopped is not None else "length" if last else None,
+                stop_reason=stopped,
+                usage=usage,
+            )
+            if stopped is not None:
+                return
+
+    def _logprob(self, token: int, top: int) -> TokenLogprob:
+        ranked = [(token, -0.5)] + [((token + i) % 300, -1.0 - i) for i in range(1, top)]
+        return TokenLogprob(token, -0.5, 1, tuple(ranked[:top]))
+
+    def _prompt_logprobs(self, prompt: Sequence[int], sampling: SamplingParams) -> tuple[TokenLogprob | None, ...] | None:
+        if sampling.prompt_logprobs is None:
+            return None
+        return (None, *(self._logprob(token, sampling.prompt_logprobs) for token in prompt[1:]))
+
+    def _check(self) -> None:
+        if self.dead or self.closed:
+            raise EngineDeadError(self.dead or "the engine has been shut down")
+
+    def abort(self, request_id: str) -> None:
+        """Closing the iterator is all that is needed here."""
+
+    def stats(self) -> EngineStats:
+        """Two head groups, with numbers that can be told apart."""
+        return EngineStats(
+            running=len(self.live), waiting=0, capacity_tokens=1600, block_size=16,
+            groups=(GroupStats(name="full", total=100, free=70, cached=20, in_use=10),
+                    GroupStats(name="local", total=40, free=40, cached=0, in_use=0)),
+            prefix_query_tokens=200, prefix_hit_tokens=50, evicted_blocks=3, preemptions=2, prompt_tokens=400,
+            generation_tokens=self.generated, steps=7, step_seconds=1.5, queued_tokens=0, kv_bytes_read=1234,
+            tenants={"": {"cached_blocks": 20, "in_use_blocks": 10}},
+        )  # fmt: skip
+
+    def health(self) -> Health:
+        """Not ok once `dead` is set."""
+        return Health(ok=not self.dead, reason=self.dead)
+
+    def close(self) -> None:
+        """Every request ends with EngineDeadError."""
+        self.closed = True

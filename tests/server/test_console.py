@@ -1,0 +1,35 @@
+"""What the terminal shows once the server listens."""
+
+import json
+import shlex
+
+import pytest
+
+from kvloom.server.console import LoadingBars, banner
+from kvloom.server.options import ServerOptions
+
+
+@pytest.mark.parametrize(
+    ("host", "url"), [("127.0.0.1", "http://127.0.0.1:80"), ("0.0.0.0", "http://127.0.0.1:80"), ("::1", "http://[::1]:80")]
+)
+def test_banner(fake, capsys, host, url):
+    banner(fake.FakeEngine(), ServerOptions(host=host), 80)
+    text = capsys.readouterr().err
+    assert f"echo-model at {url}\n" in text and "1600 tokens in blocks of 16" in text
+    assert ("set --api-key" in text) == (host == "0.0.0.0")
+    command = shlex.split(text[text.index("curl") :].strip())
+    assert command[1] == f"{url}/v1/chat/completions" and json.loads(command[-1])["model"] == "echo-model"
+
+
+def test_banner_shows_no_key(fake, capsys):
+    banner(fake.FakeEngine(), ServerOptions(host="0.0.0.0", api_key=("hidden",)), 80)
+    text = capsys.readouterr().err
+    assert "hidden" not in text and "Authorization: Bearer YOUR_KEY" in text and "set --api-key" not in text
+
+
+def test_stages_are_lines_where_there_is_no_terminal(capsys):
+    with LoadingBars() as progress:
+        for done in range(3):
+            progress("downloading", done, 0)
+            progress("loading", done, 2)
+    assert capsys.readouterr().err == "downloading ...\nloading ...\n"

@@ -1,0 +1,129 @@
+"""Models, health, version, metrics, the cache's state, tokens, and the API's own description."""
+
+import json
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+def test_models(served):
+    models = list(served.openai().models.list())
+    assert [model.id for model in models] == ["echo-model"] and models[0].object == "model"
+    assert served.openai().models.retrieve("echo-model").max_model_len == 4096
+
+
+def test_model_names_may_hold_slashes(serving, fake):
+    from dataclasses import replace
+
+    engine = fake.FakeEngine()
+    engine.model = replace(engine.model, name="org/name")
+    assert serving(engine).openai().models.retrieve("org/name").id == "org/name"
+
+
+def test_health_and_version(served):
+    from kvloom import __version__
+
+    with served.client() as client:
+        health = client.get("/health")
+        assert health.status_code == 200 and health.content == b""
+        assert client.get("/version").json() == {"version": __version__}
+
+
+def test_engine_death(serving, fake, until):
+    """Streams get an error and the end mark, new requests and /health a 503."""
+    engine = fake.FakeEngine(step_seconds=0.005)
+    running = serving(engine)
+    with running.client() as client:
+        body = {"prompt": "hello", "max_tokens": 4000, "stream": True}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines).startswith("data: {")
+            engine.dead = "step 7 failed"
+            rest = [line for line in lines if line]
+        assert json.loads(rest[-2][6:])["error"]["code"] == "engine_dead" and rest[-1] == "data: [DONE]"
+        health = client.get("/health")
+        assert health.status_code == 503 and "step 7 failed" in health.json()["error"]["message"]
+        assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert samples(client)["kvloom:engine_up"] == 0
+
+
+def samples(client):
+    response = client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    found = {}
+    for family in text_string_to_metric_families(response.text):
+        for sample in family.samples:
+            assert sample.labels["model_name"] == "echo-model" and sample.labels["engine"] == "0"
+            extra = [value for name, value in sample.labels.items() if name not in ("model_name", "engine")]
+            found[",".join([sample.name, *extra])] = sample.value
+    return found
+
+
+def test_metrics(serving, fake):
+    engine = fake.FakeEngine(step_seconds=0.001)
+    with serving(engine).client() as client:
+        client.post("/v1/completions", json={"prompt": "hello world", "max_tokens": 6, "n": 2})
+        client.post("/v1/completions", json={"prompt": "hello world", "max_tokens": 6, "stop": "world", "stream": True})
+        client.post("/v1/completions", json={"prompt": "a", "max_tokens": -1})
+        got = samples(client)
+    tokens = engine.generated
+    assert got["kvloom:request_success_total,length"] == 2 and got["kvloom:request_success_total,stop"] == 1
+    assert got["kvloom:request_success_total,abort"] == 0 and got["kvloom:requests_refused_total,400"] == 1
+    assert got["kvloom:time_to_first_token_seconds_count"] == 3
+    assert got["kvloom:inter_token_latency_seconds_count"] == tokens - 3
+    assert got["kvloom:e2e_request_latency_seconds_count"] == 3
+    assert got["kvloom:request_time_per_output_token_seconds_count"] == 3
+    assert got["kvloom:request_generation_tokens_sum"] == tokens
+    assert got["kvloom:request_prompt_tokens_sum"] == 3 * len(engine.tokenizer.encode("hello world"))
+    assert got["kvloom:time_to_first_token_seconds_bucket,2560.0"] == 3
+    assert got["kvloom:generation_tokens_total"] == tokens and got["kvloom:prompt_tokens_total"] == 400
+    assert got["kvloom:prefix_cache_queries_total"] == 200 and got["kvloom:prefix_cache_hits_total"] == 50
+    assert got["kvloom:num_preemptions_total"] == 2 and got["kvloom:kv_cache_usage_perc"] == 0.1
+    assert got["kvloom:num_requests_running"] == 0 and got["kvloom:num_requests_waiting"] == 0
+    assert got["kvloom:kv_blocks,full,cached"] == 20 and got["kvloom:kv_blocks,local,free"] == 40
+    assert any(name.startswith("kvloom:engine_info,") and ",fake," in name for name in got)
+    assert not any(name.endswith("_created") for name in got)
+
+
+def test_kv(served):
+    with served.client() as client:
+        body = client.get("/v1/kv").json()
+    assert body["capacity_tokens"] == 1600 and body["block_size"] == 16 and body["hit_rate"] == 0.25
+    assert body["blocks"]["full"] == {"total": 100, "free": 70, "cached": 20, "in_use": 10}
+    assert body["blocks"]["local"]["total"] == 40
+    assert body["tenants"] == {"": {"cached_blocks": 20, "in_use_blocks": 10}}
+
+
+def test_tokenize_and_back(served):
+    with served.client() as client:
+        body = client.post("/tokenize", json={"prompt": "hello 🦊", "return_token_strs": True}).json()
+        assert body["tokens"] == served.engine.tokenizer.encode("hello 🦊") and body["count"] == len(body["tokens"])
+        assert len(body["token_strs"]) == body["count"] and body["max_model_len"] == 4096
+        assert client.post("/detokenize", json={"tokens": body["tokens"]}).json() == {"prompt": "hello 🦊"}
+        chat = client.post("/tokenize", json={"messages": [{"role": "user", "content": "hi"}]}).json()
+        text = client.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" and chat["token_strs"] is None
+
+
+def test_description(served):
+    with served.client() as client:
+        schema = client.get("/openapi.json").json()
+        paths = schema["paths"]
+        assert client.get("/docs").status_code == 200
+    assert "422" not in str(schema) and "HTTPValidationError" not in str(schema)
+    assert all("default" in operation["responses"] for path in paths.values() for operation in path.values())
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/kv", "/tokenize", "/health", "/metrics"} <= set(paths)
+
+
+def test_access_line_holds_no_text(serving, fake, caplog):
+    caplog.set_level("INFO", "kvloom.access")
+    with serving(fake.FakeEngine()).client() as client:
+        client.post("/v1/completions", json={"prompt": "confidential", "max_tokens": 3}, headers={"X-Request-Id": "abc"})
+    line = caplog.messages[-1]
+    assert line.startswith("abc prompt=") and "generated=3" in line and "finish=length" in line and "confidential" not in line
+
+
+def test_access_line_can_be_off(serving, fake, caplog):
+    caplog.set_level("INFO", "kvloom.access")
+    with serving(fake.FakeEngine(), access_log=False).client() as client:
+        client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
+    assert not caplog.messages
