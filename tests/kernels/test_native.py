@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kvloom.kernels import Lists, PagedKV, Rows
 from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build, load
-from kvloom.kernels.cpu.native.build import openmp_runtimes
 
 
 @pytest.fixture(scope="module", params=["machine", "generic"])
@@ -87,8 +86,18 @@ def test_mixed_dtypes_are_refused(kernels: NativeKernels) -> None:
         kernels.attend(q, kv, plan, scale=1.0, out=q.clone())
 
 
-def test_only_one_openmp_runtime_is_loaded(kernels: NativeKernels) -> None:
-    assert len(openmp_runtimes()) <= 1
+def test_torch_and_the_library_share_one_openmp_runtime(kernels: NativeKernels) -> None:
+    program = """
+import torch
+from kvloom.kernels.cpu.native import load
+from kvloom.kernels.cpu.native.build import openmp_runtimes
+before = openmp_runtimes()
+load().silu_mul(torch.ones(600, 600), torch.empty(600, 300))
+print(before == openmp_runtimes(), len(before))
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert shown[0] == "True"
+    assert int(shown[1]) <= 1
 
 
 def test_two_processes_may_build_at_once(kernels: NativeKernels, tmp_path: Path) -> None:

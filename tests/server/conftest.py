@@ -48,7 +48,7 @@ class Served:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, **headers: str) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers=headers, timeout=20)
+        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     def openai(self, **options: object) -> openai.OpenAI:
         return openai.OpenAI(base_url=self.url + "/v1", **{"api_key": "none", "max_retries": 0, **options})
@@ -77,7 +77,7 @@ def serve_in_thread(engine: object, options: ServerOptions) -> Iterator[Served]:
         assert not thread.is_alive()
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     """Fails the test if the condition does not come true; the limit is for a broken server only."""
     end = time.monotonic() + seconds
     while not condition():

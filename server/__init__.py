@@ -1,0 +1,1 @@
+"""The HTTP side: an OpenAI-compatible API over an `EngineClient`, and the command line."""

@@ -1,0 +1,53 @@
+"""The ASGI application: routes over an `EngineClient`, behind limits and keys."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+
+from kvloom.engine.client import EngineClient
+from kvloom.server import description, errors
+from kvloom.server.auth import AuthMiddleware, KeyRing
+from kvloom.server.context import ServerContext
+from kvloom.server.limits import BodyLimitMiddleware
+from kvloom.server.metrics import Metrics
+from kvloom.server.options import ServerOptions
+from kvloom.server.prompts import PromptEncoder
+from kvloom.server.routes import chat, completions, health, kv, metrics, models, tokens
+from kvloom.version import __version__
+
+
+def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
+    """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
+    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer))
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        context.prompts.close()
+
+    app = FastAPI(
+        title="kvloom", version=__version__, description="An LLM server whose subject is the KV cache", lifespan=lifespan
+    )
+    app.state.context = context
+    errors.install(app)
+    description.install(app)
+    for route in (chat, completions, models, kv, tokens, health, metrics):
+        app.include_router(route.router)
+    _guard(app, context)
+    return app
+
+
+def _guard(app: FastAPI, context: ServerContext) -> None:
+    """Middleware, the innermost first: a body is measured only for those with a key, and a preflight needs neither."""
+    refused = context.metrics.refused
+    app.add_middleware(BodyLimitMiddleware, limit=context.options.max_body, refused=refused)
+    keys = KeyRing(context.options.api_key)
+    if keys:
+        app.add_middleware(AuthMiddleware, keys=keys, refused=refused)
+    if context.options.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=list(context.options.cors), allow_methods=["GET", "POST"],
+                           allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"])  # fmt: skip

@@ -1,0 +1,178 @@
+"""The command line: `kvloom serve`, `kvloom models`. Flags, their help and the YAML keys come from the settings' docstrings.
+
+Nothing heavy is imported until a command runs. Exit codes: 2 for what the caller wrote wrong, 1 for what could not be done;
+each with one line on stderr and no traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kvloom.engine.config import EngineConfig, Option, all_options
+from kvloom.engine.errors import ConfigError, KVLoomError
+from kvloom.server.options import ServerOptions, allowed_values, default_text, server_options
+from kvloom.version import __version__
+
+USAGE_ERROR = 2
+FAILED = 1
+INTERRUPTED = 130
+API_KEY_VARIABLE = "KVLOOM_API_KEY"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code. Bad flags end in SystemExit(2), as argparse does."""
+    arguments = parse(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        return _fail(error, USAGE_ERROR)
+    except (KVLoomError, OSError) as error:
+        return _fail(error, FAILED)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells of an error in one line: the usage of a command with many flags would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Arguments of a command line. Ends the process with one line if they are wrong."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = ["--" + option.name.replace("_", "-") for option in (*(o for _, o in all_options()), *server_options())]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        arguments.parser.error(f"unknown argument {unknown[0]}{hint}")
+    return arguments
+
+
+def _fail(problem: object, code: int) -> int:
+    print(f"kvloom: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="kvloom", description="An LLM server whose subject is the KV cache.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"kvloom {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_serve(commands)
+    _add_models(commands)
+    return parser
+
+
+def _add_serve(commands: Any) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over an OpenAI-compatible API",
+        description="Serve a model over an OpenAI-compatible API. A YAML file given by --config holds the same names, with or "
+        f"without dashes; flags win over it. API keys can also come from ${API_KEY_VARIABLE}.",
+        allow_abbrev=False,
+    )
+    groups: dict[str, Any] = {}
+    for section, option in all_options():
+        if option.name == "model":
+            serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=_help(option))
+            continue
+        if section not in groups:
+            groups[section] = serve.add_argument_group(section.splitlines()[0].rstrip("."))
+        _add_flag(groups[section], option)
+    http = serve.add_argument_group("The HTTP server")
+    for option in server_options():
+        _add_flag(http, option)
+    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings")
+    serve.set_defaults(run=_serve, parser=serve)
+
+
+def _add_flag(group: Any, option: Option) -> None:
+    flag = "--" + option.name.replace("_", "-")
+    common = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
+    if option.type is bool:
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+    elif option.type == tuple[str, ...]:
+        group.add_argument(flag, action="append", metavar="VALUE", **common)
+    else:
+        # Values stay text here: `EngineConfig` and `ServerOptions` read those of the command line and of YAML alike.
+        values = allowed_values(option)
+        group.add_argument(flag, metavar="{" + ",".join(values) + "}" if values else "VALUE", **common)
+
+
+def _help(option: Option) -> str:
+    default = default_text(option)
+    return (option.help + (f" (default: {default})" if default else "")).replace("%", "%%")
+
+
+def _add_models(commands: Any) -> None:
+    models = commands.add_parser("models", help="list and fetch models", allow_abbrev=False)
+    actions = models.add_subparsers(title="actions", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="built-in models, and what the cache holds")
+    listing.set_defaults(run=_models_list, parser=listing)
+    pull = actions.add_parser("pull", help="fetch a model into the cache")
+    pull.add_argument("model", metavar="MODEL", help="built-in name or Hugging Face repo id")
+    pull.set_defaults(run=_models_pull, parser=pull)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config, options = serve_settings(arguments)
+    from kvloom.server.serve import serve
+
+    return serve(config, options)
+
+
+def serve_settings(arguments: argparse.Namespace) -> tuple[EngineConfig, ServerOptions]:
+    """Settings from the environment, a YAML file and flags; the later win. Raises ConfigError."""
+    given = {key: value for key, value in vars(arguments).items() if key not in ("run", "parser", "config")}
+    file: Path | None = arguments.config
+    values: dict[str, Any] = {}
+    if os.environ.get(API_KEY_VARIABLE):
+        values["api_key"] = os.environ[API_KEY_VARIABLE]
+    values |= {} if file is None else read_yaml(file)
+    values |= given
+    server_names = {option.name for option in server_options()}
+    known = server_names | {option.name for _, option in all_options()}
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"unknown setting {key!r} in {file}; known: {', '.join(sorted(known))}")
+    engine = {key: value for key, value in values.items() if key not in server_names}
+    return EngineConfig.from_flat(engine), ServerOptions.from_flat({k: v for k, v in values.items() if k in server_names})
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A flat mapping of settings. Raises ConfigError if the file is none."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {file} is not YAML: {error}") from None
+    if content is not None and not isinstance(content, dict):
+        raise ConfigError(f"--config {file} holds no mapping; write lines such as port: 8000")
+    return {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+
+
+def _models_list(arguments: argparse.Namespace) -> int:
+    from kvloom.server.models_command import list_models
+
+    return list_models()
+
+
+def _models_pull(arguments: argparse.Namespace) -> int:
+    from kvloom.server.models_command import pull_model
+
+    return pull_model(arguments.model)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What `kvloom serve` shows on the terminal: progress while it loads, then where it listens and how to ask it something.
+
+Everything goes to stderr; on a terminal progress is a bar, elsewhere one line per stage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from kvloom.engine.client import EngineClient
+from kvloom.server.options import ServerOptions
+
+ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
+LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class LoadingBars:
+    """A progress callback, `bars(stage, done, total)`, with one bar per stage. Use as a context manager."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
+            console=self._console, disable=not self._console.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> LoadingBars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`stage` is `done` of `total` along, in any unit; a total of 0 is not known yet."""
+        if stage not in self._tasks:
+            if not self._console.is_terminal:
+                print(f"{stage} ...", file=sys.stderr, flush=True)
+            self._tasks[stage] = self._progress.add_task(stage, total=total or None)
+        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+
+
+def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
+    """Print the address, the model, the KV capacity and a command to paste."""
+    model, stats = client.model, client.stats()
+    url = base_url(options, port)
+    open_to_all = options.host not in LOOPBACK and not options.api_key
+    warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
+    print(
+        f"\nkvloom serves {model.name} at {url}\n"
+        f"  model     {model.root} ({model.dtype}, weights {model.weights}, {model.backend} kernels)\n"
+        f"  context   {model.max_model_len} tokens\n"
+        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}\n{warning}\n"
+        f"Try:\n  {curl_line(options, url, model.name)}\n",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def base_url(options: ServerOptions, port: int) -> str:
+    """A URL that reaches the server from this machine."""
+    host = "127.0.0.1" if options.host in ANY_ADDRESS else options.host
+    scheme = "http" if options.ssl_certfile is None else "https"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def curl_line(options: ServerOptions, url: str, model: str) -> str:
+    """A shell command that asks the server something. It names no key: a terminal's scrollback is no place for one."""
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a KV cache?"}]})
+    quoted = body.replace("'", "'\\''")
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if options.api_key else ""
+    insecure = " -k" if url.startswith("https") else ""
+    return f"curl{insecure} {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{quoted}'"

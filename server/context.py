@@ -1,0 +1,55 @@
+"""What routes share: the engine, the options, the metrics, and who is asking."""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass
+
+from fastapi import Request
+
+from kvloom.engine.client import EngineClient
+from kvloom.engine.errors import ModelNotFoundError
+from kvloom.server.metrics import Metrics
+from kvloom.server.options import ServerOptions
+from kvloom.server.prompts import PromptEncoder
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerContext:
+    """One per application, in `app.state.context`."""
+
+    client: EngineClient
+    options: ServerOptions
+    metrics: Metrics
+    prompts: PromptEncoder
+
+    def check_model(self, name: str | None) -> None:
+        """Raises ModelNotFoundError unless `name` is the served model. None, which OpenAI does not allow, means that model."""
+        served = self.client.model.name
+        if name is not None and name != served:
+            raise ModelNotFoundError(f"the model {name[:200]!r} is not served here; the served model is {served!r}")
+
+
+def context_of(request: Request) -> ServerContext:
+    """The application's context."""
+    context: ServerContext = request.app.state.context
+    return context
+
+
+def tenant_of(request: Request) -> str:
+    """Whose request it is; '' without API keys."""
+    return str(getattr(request.state, "tenant", ""))
+
+
+def new_id() -> str:
+    """An id for the engine. Never the client's: two clients may choose the same one."""
+    return uuid.uuid4().hex
+
+
+def client_request_id(request: Request, default: str) -> str:
+    """The X-Request-Id to answer with and to log: the client's own, if it is harmless, else ours."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.match(given) else default

@@ -1,0 +1,128 @@
+"""Prometheus metrics: vLLM's names, units and buckets with the prefix `kvloom:`, so that its dashboards carry over.
+
+State and engine counters are read from `EngineClient.stats()` when Prometheus asks; times are observed by the routes. Labels
+are the model and values that the code fixes: nothing a client sends becomes a label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvloom.engine.client import EngineClient
+from kvloom.engine.request import FinishReason
+from kvloom.version import __version__
+
+PREFIX = "kvloom:"
+FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+         640.0, 2560.0)  # fmt: skip
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
+            1920.0, 7680.0)  # fmt: skip
+
+
+def _token_buckets(longest: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50, ... up to the longest sequence, as in vLLM."""
+    steps = (float(m * 10**e) for e in range(10) for m in (1, 2, 5))
+    return tuple(step for step in steps if step <= longest) or (1.0,)
+
+
+class Metrics:
+    """The registry of one server."""
+
+    def __init__(self, client: EngineClient) -> None:
+        prometheus_client.disable_created_metrics()
+        self.registry = CollectorRegistry()
+        self._labels = {"model_name": client.model.name, "engine": "0"}
+        tokens = _token_buckets(client.model.max_model_len)
+        self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", _TTFT)
+        self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Time between tokens.", _PER_TOKEN)
+        self.time_per_output_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first, per request.", _PER_TOKEN
+        )
+        self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Time from arrival to the last token.", _REQUEST)
+        self.decode_time = self._histogram("request_decode_time_seconds", "Time from first to last token.", _REQUEST)
+        self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
+        self.generation_tokens = self._histogram("request_generation_tokens", "Generated tokens per request.", tokens)
+        success = self._counter("request_success", "Requests by how they ended.", "finished_reason")
+        self.finished = {reason: success.labels(**self._labels, finished_reason=reason) for reason in FINISH_REASONS}
+        self._refused = self._counter("requests_refused", "Requests answered with an error status.", "status")
+        self.registry.register(_EngineCollector(client, self._labels))
+
+    def refused(self, status: int) -> None:
+        """Count an answer with an error status."""
+        self._refused.labels(**self._labels, status=str(status)).inc()
+
+    def render(self) -> bytes:
+        """The text that Prometheus scrapes."""
+        return prometheus_client.generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, label: str) -> Counter:
+        return Counter(PREFIX + name, text, [*self._labels, label], registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
+        histogram = Histogram(PREFIX + name, text, list(self._labels), buckets=buckets, registry=self.registry)
+        return histogram.labels(**self._labels)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's snapshot at every scrape."""
+
+    def __init__(self, client: EngineClient, labels: dict[str, str]) -> None:
+        self._client = client
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._client.stats()
+        gauges: tuple[tuple[str, str, float], ...] = (
+            ("num_requests_running", "Requests that the engine computes.", stats.running),
+            ("num_requests_waiting", "Requests that wait for their turn.", stats.waiting),
+            ("num_prompt_tokens_waiting", "Prompt tokens of waiting requests.", stats.queued_tokens),
+            ("kv_cache_usage_perc", "Share of KV blocks in use by requests, 0 to 1.", stats.kv_usage),
+            ("kv_cache_capacity_tokens", "Tokens whose KV fits in the cache.", stats.capacity_tokens),
+            ("engine_up", "1 while the engine runs.", float(self._client.health().ok)),
+        )
+        counters: tuple[tuple[str, str, float], ...] = (
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
+            ("num_preemptions", "Requests put back to free their blocks.", stats.preemptions),
+            ("prompt_tokens", "Prompt tokens of all requests.", stats.prompt_tokens),
+            ("generation_tokens", "Generated tokens of all requests.", stats.generation_tokens),
+            ("kv_evicted_blocks", "Cached blocks given up for other requests.", stats.evicted_blocks),
+            ("kv_read_bytes", "Bytes of keys and values read by attention.", stats.kv_bytes_read),
+            ("engine_steps", "Steps of the engine.", stats.steps),
+            ("engine_step_seconds", "Time spent in steps.", stats.step_seconds),
+        )
+        for name, text, value in gauges:
+            yield self._one(GaugeMetricFamily(PREFIX + name, text, labels=list(self._labels)), value)
+        for name, text, value in counters:
+            yield self._one(CounterMetricFamily(PREFIX + name, text, labels=list(self._labels)), value)
+        yield self._blocks()
+        yield self._info()
+
+    def _one(self, family: Any, value: float) -> Metric:
+        family.add_metric(list(self._labels.values()), value)
+        metric: Metric = family
+        return metric
+
+    def _blocks(self) -> Metric:
+        labels = [*self._labels, "group", "state"]
+        family = GaugeMetricFamily(PREFIX + "kv_blocks", "KV blocks by head group and state.", labels=labels)
+        for group in self._client.stats().groups:
+            for state in ("free", "cached", "in_use"):
+                family.add_metric([*self._labels.values(), group.name, state], getattr(group, state))
+        return family
+
+    def _info(self) -> Metric:
+        model = self._client.model
+        about = {"version": __version__, "backend": model.backend, "dtype": model.dtype, "weights": model.weights}
+        family = GaugeMetricFamily(PREFIX + "engine_info", "What runs here; always 1.", labels=[*self._labels, *about])
+        family.add_metric([*self._labels.values(), *about.values()], 1)
+        return family

@@ -1,0 +1,24 @@
+"""`kvloom models list` and `kvloom models pull`."""
+
+from __future__ import annotations
+
+from kvloom.engine import catalog
+from kvloom.server.console import LoadingBars
+
+
+def list_models() -> int:
+    """Print the built-in models and whether each is on this machine."""
+    cached = {model.name for model in catalog.list_cached()}
+    print(f"cache folder: {catalog.cache_folder()}")
+    for model in catalog.builtin_models():
+        state = "in the cache" if model.name in cached else "not fetched yet"
+        print(f"{model.name:<12} {model.size / 1e6:>7.0f} MB  {state:<16} {model.title} ({model.licence})")
+    return 0
+
+
+def pull_model(name: str) -> int:
+    """Fetch a model and print where it is. Raises ModelNotFoundError or ModelError."""
+    with LoadingBars() as progress:
+        files = catalog.pull(name, progress)
+    print(f"{name} is at {files.path}")
+    return 0

@@ -1,0 +1,97 @@
+"""Settings of the HTTP side. As in `engine.config`, a field's docstring is its CLI help and its name is its YAML key."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kvloom.engine.config import Option, option_fields, parse_bytes, parse_value
+from kvloom.engine.errors import ConfigError
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerOptions:
+    """The HTTP server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 or :: for every interface (then set --api-key)."""
+    port: int = 8000
+    """Port to listen on; 0 picks a free one."""
+    api_key: tuple[str, ...] = ()
+    """Key that clients must send as a bearer token; repeat it, or separate by commas, for several. Guards all but /health."""
+    cors: tuple[str, ...] = ()
+    """Origin whose pages may call the API from a browser (* for any); repeat it, or separate by commas, for several."""
+    max_body: int = 4 * 1024**2
+    """Largest request body (4MiB, 512KiB, ...); anything longer is refused with 413."""
+    drain_seconds: float = 10.0
+    """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
+    log_level: LogLevel = "info"
+    """Least important messages to log: debug, info, warning or error."""
+    access_log: bool = True
+    """Log one line per generation request: id, tokens, times, finish reason; never any text."""
+    ssl_certfile: str | None = None
+    """Certificate chain (PEM) to serve HTTPS with."""
+    ssl_keyfile: str | None = None
+    """Private key (PEM) of the certificate."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}; allowed: 0 to 65535")
+        if self.max_body < 1024:
+            raise ConfigError(f"max_body is {self.max_body} bytes; allowed: 1 KiB or more")
+        if not 0 <= self.drain_seconds <= 3600:
+            raise ConfigError(f"drain_seconds is {self.drain_seconds}; allowed: 0 to 3600")
+        if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
+            raise ConfigError("api_key holds an empty key or one that no header can carry; allowed: printable ASCII")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile go together; one of them is missing")
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> ServerOptions:
+        """Make options from the command line's or a YAML file's values. Raises ConfigError."""
+        return cls(**{option.name: _parse(option, values[option.name]) for option in server_options() if option.name in values})
+
+
+def server_options() -> tuple[Option, ...]:
+    """Every setting of the HTTP side."""
+    return option_fields(ServerOptions)
+
+
+def _parse(option: Option, value: Any) -> Any:
+    if option.name == "max_body":
+        return parse_bytes(value)
+    if option.type is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{option.name} is {value!r}; allowed: true or false")
+        return value
+    if tuple[str, ...] == option.type:
+        return tuple(_split(option.name, value))
+    if option.type is float and isinstance(value, int):
+        value = float(value)
+    return parse_value(option, value)
+
+
+def _split(name: str, value: Any) -> Iterable[str]:
+    for item in [value] if isinstance(value, str) else value or ():
+        if not isinstance(item, str):
+            raise ConfigError(f"{name} holds {item!r}; allowed: text (quote it in YAML)")
+        yield from (part.strip() for part in item.split(","))
+
+
+def default_text(option: Option) -> str:
+    """The default as help shows it; empty when the help text explains it."""
+    if option.default is None or option.default == () or option.default is dataclasses.MISSING:
+        return ""
+    if option.name == "max_body":
+        return f"{option.default // 1024**2}MiB"
+    return str(option.default)
+
+
+def allowed_values(option: Option) -> tuple[str, ...]:
+    """The values of a Literal option; empty for others."""
+    values = get_args(option.type)
+    return tuple(values) if values and all(isinstance(value, str) for value in values) else ()

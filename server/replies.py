@@ -1,0 +1,146 @@
+"""Answers on the wire, for chat and completions alike: streamed chunks and whole bodies.
+
+The two endpoints differ in names and in where the text goes; `Format` holds the difference. A text chunk is written from a
+prefix that is made once per completion, since a busy server writes about a thousand of them a second.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quote
+from typing import Any, NamedTuple
+
+from kvloom.engine.request import FinishReason, RequestOutput, TokenLogprob
+from kvloom.server.sse import DONE
+from kvloom.server.usage import UsageTotals
+
+LogprobWriter = Callable[[int, Sequence[int], Sequence[TokenLogprob]], dict[str, Any]]
+"""(completion, tokens, log-probabilities) -> the `logprobs` object of its next chunk, or of the whole."""
+
+
+class Format(NamedTuple):
+    """How one endpoint writes its answers."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+    text_open: str
+    """JSON before a chunk's text."""
+    text_close: str
+    no_text: str
+    """JSON in the place of text in a chunk that has none."""
+    opening: str
+    """JSON of a completion's first chunk, sent with its first token; empty for none."""
+
+
+CHAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", '"delta":{"content":', "}", '"delta":{}',
+              '"delta":{"role":"assistant","content":""}')  # fmt: skip
+COMPLETION = Format("cmpl-", "text_completion", "text_completion", '"text":', "", '"text":""', "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Envelope:
+    """What every chunk and every body of one answer repeats."""
+
+    format: Format
+    id: str
+    created: int
+    model: str
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+class ChunkWriter:
+    """Turns outputs into events. No event has empty text, but for the opening one and the last of a completion."""
+
+    def __init__(self, envelope: Envelope, usage: UsageTotals, *, logprobs: LogprobWriter | None, include_usage: bool,
+                 continuous_usage: bool) -> None:  # fmt: skip
+        form = envelope.format
+        self._form, self._usage, self._logprobs = form, usage, logprobs
+        self._include_usage, self._continuous = include_usage, continuous_usage
+        self._head = (
+            f'data: {{"id":{quote(form.id_prefix + envelope.id)},"object":{quote(form.chunk_object)},'
+            f'"created":{envelope.created},"model":{quote(envelope.model)},"choices":['
+        )
+        self._plain_end = ',"usage":null}\n\n' if include_usage else "}\n\n"
+        self._text_end = f'{form.text_close},"logprobs":null,"finish_reason":null}}]{self._plain_end}'
+        self._plain = logprobs is None and not continuous_usage
+        self._text_heads: dict[int, str] = {}
+        self._held: dict[int, tuple[list[int], list[TokenLogprob]]] = {}
+
+    def write(self, index: int, output: RequestOutput) -> bytes:
+        """The events of one output, possibly none."""
+        self._usage.update(index, output.usage)
+        text_head = self._text_heads.get(index)
+        opening = ""
+        if text_head is None:
+            text_head = self._text_heads[index] = f'{self._head}{{"index":{index},{self._form.text_open}'
+            if self._form.opening:
+                opening = self._choice(index, self._form.opening, "null", None, None)
+        if output.text and self._plain and output.finish_reason is None:
+            return (opening + text_head + quote(output.text) + self._text_end).encode()
+        return (opening + self._full(index, output)).encode()
+
+    def end(self) -> bytes:
+        """The usage chunk, if it was asked for, and the end mark."""
+        if not self._include_usage:
+            return DONE
+        return f'{self._head}],"usage":{_dumps(self._usage.body())}}}\n\n'.encode() + DONE
+
+    def _full(self, index: int, output: RequestOutput) -> str:
+        """A chunk with everything that it may have; log-probabilities wait for the text they belong to."""
+        tokens, logprobs = self._held.setdefault(index, ([], []))
+        if self._logprobs is not None:
+            tokens.extend(output.tokens)
+            logprobs.extend(output.logprobs)
+        if not output.text and output.finish_reason is None:
+            return ""
+        written = "null"
+        if self._logprobs is not None and logprobs:
+            written = _dumps(self._logprobs(index, tokens, logprobs))
+        self._held[index] = ([], [])
+        text = f"{self._form.text_open}{quote(output.text)}{self._form.text_close}" if output.text else self._form.no_text
+        return self._choice(index, text, written, output.finish_reason, output.stop_reason)
+
+    def _choice(self, index: int, text: str, logprobs: str, finish: FinishReason | None, reason: int | str | None) -> str:
+        ending = "" if finish is None else f',"stop_reason":{_dumps(reason)}'
+        usage = f',"usage":{_dumps(self._usage.body())}}}\n\n' if self._continuous else self._plain_end
+        return f'{self._head}{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":{_dumps(finish)}{ending}}}]{usage}'
+
+
+@dataclass(slots=True)
+class Choice:
+    """One completion, collected."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def add(self, output: RequestOutput) -> None:
+        """Append one output."""
+        self.text += output.text
+        self.tokens.extend(output.tokens)
+        self.logprobs.extend(output.logprobs)
+        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+
+
+def whole_body(envelope: Envelope, choices: Sequence[dict[str, Any]], usage: UsageTotals, **more: Any) -> dict[str, Any]:
+    """The body of an answer that is not streamed."""
+    form = envelope.format
+    return {
+        "id": form.id_prefix + envelope.id,
+        "object": form.object,
+        "created": envelope.created,
+        "model": envelope.model,
+        "choices": list(choices),
+        "usage": usage.body(),
+        **more,
+    }

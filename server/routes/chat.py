@@ -1,0 +1,60 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from kvloom.engine.request import TokenLogprob
+from kvloom.server.context import context_of
+from kvloom.server.logprobs import chat_logprobs, prompt_logprobs
+from kvloom.server.replies import CHAT, Choice, whole_body
+from kvloom.server.respond import Job, arrive, make_job, respond
+from kvloom.server.schema.chat import ChatBody
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(body: ChatBody, request: Request) -> Response:
+    """Continue a conversation."""
+    context = context_of(request)
+    context.check_model(body.model)
+    arrival, sampling = arrive(request, CHAT), body.params()
+    prompt = await context.prompts.chat(
+        body.messages,
+        add_generation_prompt=body.opens_turn,
+        continue_final_message=body.continue_final_message,
+        add_special_tokens=body.add_special_tokens,
+        variables=body.chat_template_kwargs,
+    )
+    job = make_job(request, arrival, body, sampling, [prompt])
+
+    def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return chat_logprobs(context.client.tokenizer, logprobs, body.top_logprobs or 0)
+
+    def whole(choices: Sequence[Choice]) -> dict[str, Any]:
+        return _whole(job, body, choices)
+
+    return await respond(request, job, written if body.logprobs else None, whole)
+
+
+def _whole(job: Job, body: ChatBody, choices: Sequence[Choice]) -> dict[str, Any]:
+    tokenizer = job.context.client.tokenizer
+    written = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": choice.text},
+            "logprobs": chat_logprobs(tokenizer, choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        for index, choice in enumerate(choices)
+    ]
+    more = {}
+    if body.prompt_logprobs is not None and choices[0].prompt_logprobs is not None:
+        more["prompt_logprobs"] = prompt_logprobs(tokenizer, choices[0].prompt_logprobs, body.prompt_logprobs)
+    return whole_body(job.envelope, written, job.usage, **more)

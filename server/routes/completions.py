@@ -1,0 +1,65 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from kvloom.engine.request import TokenLogprob
+from kvloom.server.context import ServerContext, context_of
+from kvloom.server.echo import Echo
+from kvloom.server.logprobs import LegacyLogprobs, prompt_logprobs
+from kvloom.server.replies import COMPLETION, Choice, whole_body
+from kvloom.server.respond import Job, arrive, make_job, respond
+from kvloom.server.schema.completions import CompletionBody
+
+router = APIRouter()
+
+
+@router.post("/v1/completions")
+async def completions(body: CompletionBody, request: Request) -> Response:
+    """Continue texts or token ids."""
+    context = context_of(request)
+    context.check_model(body.model)
+    arrival, sampling = arrive(request, COMPLETION), body.params()
+    prompts = [await _encoded(context, body, prompt) for prompt in body.prompts()]
+    echo = Echo(await _texts(context, body), prompts, body.n, only=body.echo_only) if body.echo else None
+    job = make_job(request, arrival, body, sampling, prompts, adjust=echo)
+    writers = [LegacyLogprobs(context.client.tokenizer, body.logprobs or 0) for _ in range(job.work.completions)]
+
+    def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+        return writers[index].take(tokens, logprobs)
+
+    def whole(choices: Sequence[Choice]) -> dict[str, Any]:
+        bodies = [_choice(job, body, index, choice, writers[index]) for index, choice in enumerate(choices)]
+        return whole_body(job.envelope, bodies, job.usage)
+
+    return await respond(request, job, None if body.logprobs is None else written, whole)
+
+
+def _choice(job: Job, body: CompletionBody, index: int, choice: Choice, writer: LegacyLogprobs) -> dict[str, Any]:
+    written: dict[str, Any] = {
+        "index": index,
+        "text": choice.text,
+        "logprobs": None if body.logprobs is None else writer.take(choice.tokens, choice.logprobs),
+        "finish_reason": choice.finish_reason,
+        "stop_reason": choice.stop_reason,
+    }
+    if body.prompt_logprobs is not None and choice.prompt_logprobs is not None:
+        tokenizer = job.context.client.tokenizer
+        written["prompt_logprobs"] = prompt_logprobs(tokenizer, choice.prompt_logprobs, body.prompt_logprobs)
+    return written
+
+
+async def _encoded(context: ServerContext, body: CompletionBody, prompt: str | list[int]) -> list[int]:
+    if not isinstance(prompt, str):
+        return prompt
+    return await context.prompts.text(prompt, add_special_tokens=body.add_special_tokens)
+
+
+async def _texts(context: ServerContext, body: CompletionBody) -> list[str]:
+    """The prompts as text, to be echoed."""
+    return [prompt if isinstance(prompt, str) else await context.prompts.decode(prompt) for prompt in body.prompts()]

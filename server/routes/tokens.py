@@ -1,0 +1,36 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from kvloom.server.context import context_of
+from kvloom.server.schema.tokens import DetokenizeBody, TokenizeBody
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+    """Tokens of a prompt, or of a conversation through the chat template."""
+    context = context_of(request)
+    context.check_model(body.model)
+    if body.messages is not None:
+        tokens = await context.prompts.chat(
+            body.messages, add_generation_prompt=body.add_generation_prompt, add_special_tokens=bool(body.add_special_tokens)
+        )
+    else:
+        tokens = await context.prompts.text(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
+    texts = [context.client.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    return {"count": len(tokens), "max_model_len": context.client.model.max_model_len, "tokens": tokens, "token_strs": texts}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
+    """Text of tokens, special ones included."""
+    context = context_of(request)
+    context.check_model(body.model)
+    context.prompts.check(body.tokens, "tokens")
+    return {"prompt": await context.prompts.decode(body.tokens, skip_special_tokens=False)}

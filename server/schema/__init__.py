@@ -1,0 +1,1 @@
+"""Request bodies: every field checked and every integer bounded before the engine sees it."""

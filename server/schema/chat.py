@@ -1,0 +1,95 @@
+"""Body of POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from kvloom.engine.request import MAX_LOGPROBS, SamplingParams
+from kvloom.server.schema.common import GenerationBody, StrictBody, Text
+from kvloom.server.schema.problem import problem
+
+MAX_MESSAGES = 4096
+Role = Literal["system", "developer", "user", "assistant"]
+
+
+class TextPart(StrictBody):
+    """A piece of a message's text."""
+
+    type: Literal["text"]
+    text: Text
+
+
+def _form(value: Any) -> str:
+    """Which form content has, so that an error speaks of that form only. The brackets keep it out of error paths."""
+    return "<parts>" if isinstance(value, list) else "<text>"
+
+
+Content = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES), Tag("<parts>")],
+    Discriminator(_form),
+]
+
+
+class Message(StrictBody):
+    """One turn. Content is text, or a list of text parts that the chat template's renderer joins."""
+
+    role: Role
+    content: Content
+    name: Text | None = Field(None, max_length=256)
+
+    @model_validator(mode="after")
+    def _no_tools(self) -> Message:
+        for name in ("tool_calls", "tool_call_id", "function_call"):
+            if (self.model_extra or {}).get(name):
+                raise problem(name, f"{name} is not supported; tool calls are not served yet")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """What a chat template sees. `developer` is OpenAI's newer name for `system`, which templates know."""
+        content = self.content if isinstance(self.content, str) else [{"type": "text", "text": p.text} for p in self.content]
+        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return shown if self.name is None else {**shown, "name": self.name}
+
+    def length(self) -> int:
+        """Characters of content."""
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+
+
+class ChatBody(GenerationBody):
+    """A conversation to continue."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=16)
+    """Variables of the model's chat template, such as enable_thinking."""
+
+    @model_validator(mode="after")
+    def _chat_rules(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise problem("top_logprobs", "top_logprobs is given without logprobs; set logprobs to true")
+        if self.token_limit == 0:
+            raise problem("max_tokens", "max_tokens must be 1 or more")
+        if (self.model_extra or {}).get("echo"):
+            raise problem("echo", "echo is not supported for chat; use /v1/completions")
+        return self
+
+    @property
+    def opens_turn(self) -> bool:
+        """Whether the prompt ends with the opening of the assistant's turn: by default, unless a message is to be continued."""
+        return self.add_generation_prompt and not (
+            self.continue_final_message and "add_generation_prompt" not in self.model_fields_set
+        )
+
+    def params(self) -> SamplingParams:
+        """Sampling parameters. Raises InvalidRequestError."""
+        return self.sampling(
+            max_tokens=self.token_limit,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+            prompt_logprobs=self.prompt_logprobs,
+        )

@@ -1,0 +1,189 @@
+"""What chat and completions bodies have in common: sampling fields, streaming fields, kvloom's own extension.
+
+A null means the field's default, whatever the field: clients differ in what they send for "not set". Unknown fields are let
+through, since clients send extras of their own; fields that name something known but not served here are refused
+(`unsupported`). Types are strict: "5" is not 5.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from kvloom.engine.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingParams
+from kvloom.server.schema.problem import problem
+from kvloom.server.schema.unsupported import UNSUPPORTED, Refusal
+
+log = logging.getLogger("kvloom.server")
+
+MAX_INT = 2**31 - 1
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _unicode(text: str) -> str:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair; send valid Unicode") from None
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""A string that can be encoded: JSON can also hold halves of surrogate pairs."""
+
+Stop = Annotated[
+    list[Text],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+
+
+class StrictBody(BaseModel):
+    """Strict types, nulls dropped, unknown fields kept aside."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class StreamOptions(StrictBody):
+    """What a stream tells beside text."""
+
+    include_usage: bool = False
+    """End with a chunk that has no choices but the usage of the whole request."""
+    continuous_usage_stats: bool = False
+    """Give the usage so far in every chunk."""
+
+
+class KVFields(BaseModel):
+    """What this request asks of the KV cache. Unknown keys are an error: a misspelt one would silently do nothing."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    selection: Text | None = Field(None, max_length=64)
+    """What a decode step reads."""
+    reuse: Text | None = Field(None, max_length=64)
+    """Where KV may come from: off, exact."""
+
+    def options(self) -> KVOptions:
+        """The engine's form of it."""
+        return KVOptions(selection=self.selection, reuse=self.reuse)
+
+
+class GenerationBody(StrictBody):
+    """Fields of both endpoints. Bounds that `SamplingParams` checks are left to it."""
+
+    unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
+
+    model: str | None = Field(None, max_length=1024)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    min_tokens: int = Field(0, ge=0, le=MAX_INT)
+    temperature: Finite = 1.0
+    top_p: Finite = 1.0
+    top_k: int = Field(0, ge=-1, le=MAX_INT)
+    min_p: Finite = 0.0
+    presence_penalty: Finite = 0.0
+    frequency_penalty: Finite = 0.0
+    repetition_penalty: Finite = 1.0
+    logit_bias: dict[str, Finite] = Field(default_factory=dict, max_length=1024)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Stop = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    kv: KVFields | None = None
+    cache_salt: Text = Field("", max_length=256)
+    priority: int = Field(0, ge=-MAX_INT, le=MAX_INT)
+    user: str | None = Field(None, max_length=1024)
+
+    @field_validator("cache_salt")
+    @classmethod
+    def _salt_not_empty(cls, value: str) -> str:
+        if not value:
+            raise ValueError("must not be empty; leave it out for no salt")
+        return value
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias_keys(cls, value: dict[str, float]) -> dict[str, float]:
+        for key in value:
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise ValueError(f"key {key[:40]!r} is not a token id; allowed: decimal token ids as strings")
+        return value
+
+    @model_validator(mode="after")
+    def _together(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise problem("stream_options", "stream_options is given without stream; set stream to true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise problem("prompt_logprobs", "prompt_logprobs is not given in streams; set stream to false")
+        for name, value in (self.model_extra or {}).items():
+            refusal = self.unsupported.get(name)
+            if refusal is not None:
+                refusal.check(name, value)
+            else:
+                log.debug("a request holds the unknown field %r, which is ignored", name[:64])
+        return self
+
+    @property
+    def token_limit(self) -> int | None:
+        """The newer name wins where a client sends both."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    def kv_options(self) -> KVOptions:
+        return KVOptions() if self.kv is None else self.kv.options()
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+        """The engine's form. Raises InvalidRequestError for a value out of bounds."""
+        return SamplingParams(
+            n=self.n,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )

@@ -1,0 +1,33 @@
+"""Bodies of POST /tokenize and /detokenize, with vLLM's field names."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from kvloom.server.schema.chat import MAX_MESSAGES, Message
+from kvloom.server.schema.common import StrictBody, Text, TokenId
+from kvloom.server.schema.problem import problem
+
+
+class TokenizeBody(StrictBody):
+    """A prompt or a conversation to count and tokenize."""
+
+    model: str | None = Field(None, max_length=1024)
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_input(self) -> TokenizeBody:
+        if (self.prompt is None) == (self.messages is None):
+            raise problem("prompt", "give either prompt or messages")
+        return self
+
+
+class DetokenizeBody(StrictBody):
+    """Tokens to turn into text."""
+
+    model: str | None = Field(None, max_length=1024)
+    tokens: list[TokenId] = Field(max_length=1_000_000)

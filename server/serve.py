@@ -1,0 +1,185 @@
+"""The life of a server process: bind, load, listen, drain, exit.
+
+The port is bound before the model is loaded, so that a port in use is known at once, but nobody is let in until the engine
+is there. Exit codes: 0 after SIGTERM or Ctrl-C, ENGINE_DIED when the engine ends by itself (so that a supervisor restarts the
+process), START_FAILED when it never ran. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+
+from kvloom.engine.client import EngineClient
+from kvloom.engine.config import EngineConfig
+from kvloom.engine.errors import KVLoomError
+from kvloom.server.app import create_app
+from kvloom.server.console import LoadingBars, banner
+from kvloom.server.limits import BoundedHttpProtocol
+from kvloom.server.options import ServerOptions
+
+log = logging.getLogger("kvloom.server")
+
+START_FAILED = 1
+ENGINE_DIED = 70
+"""EX_SOFTWARE of sysexits.h."""
+
+DEATH_GRACE_SECONDS = 2.0
+"""How long a server with a dead engine still answers, so that streams get their error and a probe sees 503."""
+CANCEL_SECONDS = 3.0
+"""How long ended requests may take to tell their clients, after the drain."""
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 75
+"""Longer than the pools of common HTTP clients keep idle connections, so that they, not we, close them."""
+
+Progress = Callable[[str, int, int], None]
+
+
+class StartError(KVLoomError):
+    """The server cannot listen where it was told to."""
+
+
+def serve(config: EngineConfig, options: ServerOptions) -> int:
+    """Load the model, serve until told to stop, and return the exit code. Raises KVLoomError if it cannot start."""
+    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with contextlib.closing(bind(options)) as listener:
+        with LoadingBars() as progress:
+            client = _start_engine(config, progress)
+        try:
+            return _run(client, options, listener)
+        finally:
+            client.close()
+
+
+def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
+    from kvloom.engine.thread_client import ThreadEngineClient  # imports torch
+
+    return ThreadEngineClient.start(config, progress)
+
+
+def bind(options: ServerOptions) -> socket.socket:
+    """A bound socket that does not listen yet. Raises StartError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            options.host, options.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"host is {options.host!r}: {error.strerror or error}; give an address of this machine") from None
+    try:
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        raise StartError(_bind_problem(options, error)) from None
+    return listener
+
+
+def _bind_problem(options: ServerOptions, error: OSError) -> str:
+    return f"cannot listen on {options.host} port {options.port}: {error.strerror}; give another --host or --port"
+
+
+def _run(client: EngineClient, options: ServerOptions, listener: socket.socket) -> int:
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:  # someone else bound the same port while both of us were loading
+        raise StartError(_bind_problem(options, error)) from None
+    config = uvicorn.Config(
+        create_app(client, options),
+        http=BoundedHttpProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=int(options.drain_seconds + CANCEL_SECONDS + 1),
+        ssl_certfile=options.ssl_certfile,
+        ssl_keyfile=options.ssl_keyfile,
+    )
+    _check_tls(config)
+    server = EngineServer(config, client, options)
+    server.run(sockets=[listener])
+    return server.exit_code
+
+
+def _check_tls(config: uvicorn.Config) -> None:
+    try:
+        config.load()
+    except OSError as error:  # ssl.SSLError is one, too
+        raise StartError(f"the TLS certificate or key cannot be used: {error}; give PEM files that fit each other") from None
+
+
+class EngineServer(uvicorn.Server):
+    """uvicorn's server with an eye on the engine, a drain that ends with an answer, and no second life for signals."""
+
+    def __init__(self, config: uvicorn.Config, client: EngineClient, options: ServerOptions) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._client = client
+        self._options = options
+        self._died: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then say where."""
+        await super().startup(sockets)
+        if self.started and sockets:
+            banner(self._client, self._options, sockets[0].getsockname()[1])
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second. True ends the server."""
+        if self._died is None:
+            state = self._client.health()
+            if not state.ok:
+                log.critical("the engine is not healthy: %s; the process ends", state.reason)
+                self._died, self.exit_code = time.monotonic(), ENGINE_DIED
+        elif time.monotonic() - self._died > DEATH_GRACE_SECONDS:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept nothing new, let requests finish for a while, then end them with an error that says why."""
+        ending = asyncio.create_task(self._end_requests())
+        await super().shutdown(sockets)
+        ending.cancel()
+        await asyncio.gather(ending, return_exceptions=True)
+
+    async def _end_requests(self) -> None:
+        await asyncio.sleep(self._options.drain_seconds)
+        log.warning("requests still run after %g s; they are ended", self._options.drain_seconds)
+        await asyncio.to_thread(self._client.close)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the server; unlike uvicorn's own, they are not raised again, so that the exit code is 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second ends the process at once."""
+        if self.should_exit:
+            os._exit(128 + sig)
+        log.info("shutting down; requests have %g s to finish; a second signal ends them at once", self._options.drain_seconds)
+        self.should_exit = True

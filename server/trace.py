@@ -1,0 +1,83 @@
+"""What one HTTP request did and when: feeds the histograms, and one log line at its end that holds no text of anyone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+from kvloom.engine.errors import KVLoomError
+from kvloom.engine.request import FinishReason, RequestOutput, Usage
+from kvloom.server.metrics import Metrics
+
+log = logging.getLogger("kvloom.access")
+
+
+class RequestTrace:
+    """Times of the completions of one request, on the monotonic clock, in seconds."""
+
+    def __init__(self, metrics: Metrics, name: str, *, access_log: bool) -> None:
+        self._metrics = metrics
+        self._name = name
+        self._access_log = access_log
+        self._start = time.monotonic()
+        self._first: dict[int, float] = {}
+        self._last: dict[int, float] = {}
+        self._usage: dict[int, Usage] = {}
+        self._reasons: dict[int, FinishReason] = {}
+
+    def note(self, index: int, output: RequestOutput) -> None:
+        """One output of one completion."""
+        if output.tokens:
+            now = time.monotonic()
+            last = self._last.get(index)
+            if last is None:
+                self._first[index] = now
+                self._metrics.time_to_first_token.observe(now - self._start)
+            else:
+                for _ in output.tokens:
+                    self._metrics.inter_token_latency.observe((now - last) / len(output.tokens))
+            self._last[index] = now
+        self._usage[index] = output.usage
+        if output.finish_reason is not None:
+            self._finish(index, output.finish_reason)
+
+    def close(self, completions: int, error: BaseException | None) -> None:
+        """The request is over: completions that have not finished failed with `error`, or were aborted by their client."""
+        gone = error is None or isinstance(error, (asyncio.CancelledError, GeneratorExit))
+        if not gone and not self._usage:
+            return  # refused: counted with the other error answers
+        for index in range(completions):
+            if index not in self._reasons:
+                self._finish(index, "abort" if gone else "error")
+        if self._access_log:
+            self._log(None if gone else error)
+
+    def _finish(self, index: int, reason: FinishReason) -> None:
+        metrics, usage, first = self._metrics, self._usage.get(index), self._first.get(index)
+        self._reasons[index] = reason
+        metrics.finished[reason].inc()
+        if usage is None or first is None or reason in ("abort", "error"):
+            return
+        decode = self._last[index] - first
+        metrics.e2e_latency.observe(self._last[index] - self._start)
+        metrics.decode_time.observe(decode)
+        metrics.prompt_tokens.observe(usage.prompt_tokens)
+        metrics.generation_tokens.observe(usage.completion_tokens)
+        if usage.completion_tokens > 1:
+            metrics.time_per_output_token.observe(decode / (usage.completion_tokens - 1))
+
+    def _log(self, error: BaseException | None) -> None:
+        usages = self._usage.values()
+        first = min(self._first.values(), default=None)
+        log.info(
+            "%s prompt=%d cached=%d generated=%d ttft=%s total=%.3fs finish=%s%s",
+            self._name,
+            sum(usage.prompt_tokens for usage in usages),
+            sum(usage.cached_tokens for usage in usages),
+            sum(usage.completion_tokens for usage in usages),
+            "-" if first is None else f"{first - self._start:.3f}s",
+            time.monotonic() - self._start,
+            ",".join(sorted(set(self._reasons.values()))),
+            "" if error is None else f" error={type(error).__name__ if isinstance(error, KVLoomError) else repr(type(error))}",
+        )

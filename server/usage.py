@@ -1,0 +1,53 @@
+"""Token counts on the wire. `prompt_tokens_details.cached_tokens` is always there: the cache is the subject here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kvloom.engine.request import Usage
+
+_NOTHING = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
+
+
+class UsageTotals:
+    """Usage of one HTTP request that may hold several prompts with n completions each.
+
+    A prompt counts once however many completions it has, and so do its cached tokens: those of its first completion, since
+    the others find the prompt that the first one left.
+    """
+
+    def __init__(self, completions: int, n: int, *, with_kv: bool) -> None:
+        self._latest = [_NOTHING] * completions
+        self._n = n
+        self._with_kv = with_kv
+
+    def update(self, index: int, usage: Usage) -> None:
+        """Note the totals so far of one completion."""
+        self._latest[index] = usage
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(usage.prompt_tokens for usage in self._latest[:: self._n])
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(usage.completion_tokens for usage in self._latest)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(usage.cached_tokens for usage in self._latest[:: self._n])
+
+    def body(self) -> dict[str, Any]:
+        """The JSON object."""
+        prompt, completion, cached = self.prompt_tokens, self.completion_tokens, self.cached_tokens
+        body: dict[str, Any] = {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+        if self._with_kv:
+            attended = sum(usage.attended_tokens for usage in self._latest)
+            preemptions = sum(usage.preemptions for usage in self._latest)
+            body["kv"] = {"reused_tokens": cached, "attended_tokens": attended, "preemptions": preemptions}
+        return body
