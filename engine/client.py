@@ -52,6 +52,7 @@ class EngineStats:
     evicted_blocks: int
     preemptions: int
     prompt_tokens: int
+    """Prompt tokens of requests that got their first token, reused ones included."""
     generation_tokens: int
     steps: int
     step_seconds: float

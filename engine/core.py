@@ -156,7 +156,6 @@ class EngineCore:
             result = self._runner.run(plan)
             for chunk in plan.chunks:
                 self._scheduler.completed(chunk)
-                self._prompt_tokens += max(0, min(chunk.stop, len(chunk.request.prompt)) - chunk.start)
             self._score_prompts(plan, result)
             outputs = list(self._sample(plan, result))
         self._steps += 1
@@ -212,7 +211,9 @@ class EngineCore:
     def _advance(self, state: OutputState, chunk: Chunk, token: int, logits: Tensor) -> RequestOutput:
         request = state.request
         now = time.monotonic()
-        request.first_token = request.first_token or now
+        if not request.first_token:
+            request.first_token = now
+            self._prompt_tokens += len(request.prompt)
         if chunk.count == 1:
             state.attended(chunk.stop)
         request.tokens.append(token)
@@ -223,6 +224,7 @@ class EngineCore:
 
     def _finish(self, state: OutputState, output: RequestOutput) -> RequestOutput:
         self._scheduler.finish(state.request)
+        self._sampler.drop(state.request)
         del self._states[state.request.id]
         return output
 

@@ -91,6 +91,7 @@ class OutputState:
             cached_tokens=request.cached,
             attended_tokens=self._attended,
             preemptions=request.preemptions,
+            queue_seconds=max(0.0, request.first_scheduled - request.arrival),
         )
         return RequestOutput(
             id=request.id,

@@ -189,6 +189,8 @@ class Usage:
     attended_tokens: int = 0
     """Key positions read per query row, summed over decode steps (one layer)."""
     preemptions: int = 0
+    queue_seconds: float = 0.0
+    """From submission to the first step that computed something of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,6 +48,10 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean time per token after the first, per request.", _PER_TOKEN
         )
         self.e2e_latency = self._histogram("e2e_request_latency_seconds", "Time from arrival to the last token.", _REQUEST)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Time from arrival to the first step.", _REQUEST)
+        self.prefill_time = self._histogram(
+            "request_prefill_time_seconds", "Time from the first step to the first token.", _REQUEST
+        )
         self.decode_time = self._histogram("request_decode_time_seconds", "Time from first to last token.", _REQUEST)
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
         self.generation_tokens = self._histogram("request_generation_tokens", "Generated tokens per request.", tokens)

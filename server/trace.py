@@ -34,6 +34,8 @@ class RequestTrace:
             if last is None:
                 self._first[index] = now
                 self._metrics.time_to_first_token.observe(now - self._start)
+                self._metrics.queue_time.observe(output.usage.queue_seconds)
+                self._metrics.prefill_time.observe(max(0.0, now - self._start - output.usage.queue_seconds))
             else:
                 for _ in output.tokens:
                     self._metrics.inter_token_latency.observe((now - last) / len(output.tokens))

@@ -158,3 +158,18 @@ def test_broken_models_end_in_one_clear_line(tiny: Path, tmp_path: Path, damage:
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert re.search(word, done.stderr), done.stderr
+
+
+def test_metrics_carry_the_names_of_the_field(server: str) -> None:
+    httpx.post(
+        server + "/v1/completions", json={"model": "tiny", "prompt": [5, 6], "max_tokens": 3, "ignore_eos": True}, timeout=20
+    )
+    text = httpx.get(server + "/metrics", timeout=5).text
+    for name in (
+        "time_to_first_token_seconds_count",
+        "request_queue_time_seconds_sum",
+        "prompt_tokens_total",
+        "num_requests_running",
+    ):
+        line = next(line for line in text.splitlines() if line.startswith(f"kvloom:{name}{{"))
+        assert float(line.split()[-1]) >= (0 if name in ("num_requests_running", "request_queue_time_seconds_sum") else 1)
