@@ -18,7 +18,7 @@ from kvloom.engine.config import EngineConfig, ModelOptions
 from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
-from kvloom.engine.model.load import LoadedModel, load_model
+from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.gguf_file import read_metadata
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.reuse import REUSE
@@ -49,6 +49,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model.model, progress)
     backend = kernels.load(config.model.backend, threads=torch.get_num_threads())
+    kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
     loaded = load_model(
         files.path,
         config.model.dtype,
@@ -71,6 +72,11 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     core = EngineCore(config, runner, cache, backend, tokenizer, domains, Limits(length, loaded.config.vocab_size), eos)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
+
+
+def _slow_only(progress: Progress) -> Callable[[str, float], None]:
+    """Report kernels that had to be compiled; those that were cached take milliseconds."""
+    return lambda what, seconds: progress(f"compiled {what}", 1, 1) if seconds > 0.5 else None
 
 
 def _check_names(config: EngineConfig) -> None:

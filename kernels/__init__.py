@@ -1,0 +1,56 @@
+"""Kernels: attention over paged KV and the row-wise operations around it. Knows tensors only; imports nothing of the engine.
+
+`load` picks a back end once, at start-up; `warm` compiles what it needs before the first request. All
+back ends keep the contract of `interface`; `reference` defines it.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, Rows
+from kvloom.kernels.warm import warm
+
+__all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "Rows", "load", "warm"]
+
+BACKENDS = ("native", "numba", "reference")
+"""In the order in which `auto` tries them."""
+
+_log = logging.getLogger(__name__)
+
+
+def load(backend: str = "auto", device: str = "cpu", threads: int | None = None) -> Kernels:
+    """The kernels named, or with "auto" the first of BACKENDS that works here.
+
+    threads: at most this many, None for one per core; the reference leaves threads to torch.
+    Raises ValueError for an unknown name, or a device the back end does not serve; what the back end raises if it was named
+    and cannot be had (`native.NativeUnavailable`, ImportError).
+    """
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"unknown kernel back end {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
+    if device != "cpu" and backend not in ("auto", "reference"):
+        raise ValueError(f"the {backend} back end runs on cpu, not on {device!r}; use reference there")
+    if backend != "auto":
+        return _make(backend, threads)
+    for name in BACKENDS if device == "cpu" else ("reference",):
+        try:
+            return _make(name, threads)
+        except Exception as error:
+            if name == "reference" or isinstance(error, ValueError):
+                raise
+            _log.info("kernel back end %s is not available: %s", name, error)
+    raise AssertionError("the reference back end always loads")
+
+
+def _make(name: str, threads: int | None) -> Kernels:
+    if name == "native":
+        from kvloom.kernels.cpu.native import load as load_native
+
+        return load_native(threads)
+    if name == "numba":
+        from kvloom.kernels.cpu.backend import NumbaKernels
+
+        return NumbaKernels(threads)
+    from kvloom.kernels.reference import ReferenceKernels
+
+    return ReferenceKernels()

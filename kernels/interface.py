@@ -23,6 +23,7 @@ Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -64,7 +65,7 @@ class Rows(NamedTuple):
     lists: Lists | None = None
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return self.request.shape[0]
 
 
@@ -90,11 +91,28 @@ class Plan(Protocol):
     rows: Rows
 
 
+class QuantizedLinears(Protocol):
+    """Products with weights of 4 or 8 bits and activations rounded to int8 per row and group of 32, summed in fp32."""
+
+    def pack(
+        self, bits: int, codes: Tensor, scales: Tensor, mins: Tensor | None, bias: Tensor | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Lay a matrix out and return f(x [rows, in], out [rows, out]) -> out.
+
+        codes: [out, in], uint8 below 16 (bits = 4) or int8 (bits = 8); scales, mins: [out, in / 32], fp16-exact;
+        weight = scale * code + min, or without mins scale * code (8 bits) or scale * (code - 8) (4 bits); bias: [out].
+        x and out in the model's dtype, or out in fp32. A row's result does not depend on the other rows.
+        """
+        ...
+
+
 class Kernels(Protocol):
     """A back end. Every `out` argument is written in place and returned; all other tensors are read only."""
 
     name: str
     counters: Counters
+    quantized: QuantizedLinears | None
+    """Quantised linear layers, if this back end has them."""
 
     # Attention ---------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,14 @@
 
 Owns what a projection is made from (`LinearWeight`: one or several stacked checkpoint matrices, read when asked for) and the
 choice of implementation (`make_linear`). The decoder knows only the protocol `Linear`.
+
+    bf16   the weights in the model's dtype; in bf16 packed by oneDNN where it can
+    int8   codes of 8 bits with a scale per 32 inputs (GGUF's Q8_0)
+    int4   codes of 4 bits with a scale and a minimum per 32 inputs (GGUF's Q4_1, or Q4_0)
+    auto   the codes that a GGUF stores, untouched; int8 for what it does not store as such; fp32 models stay fp32
+
+A GGUF's own codes cost nothing beyond the file; rounding a finer checkpoint costs quality, which `docs/weights.md` reports.
+Quantised layers round activations to int8 too, per row and group of 32, and need a back end that can (`Kernels.quantized`).
 """
 
 from __future__ import annotations
@@ -13,7 +21,9 @@ from torch import Tensor
 
 from kvloom.engine.config import WeightMode
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.model.quantized import GROUP, Codes, QuantizedLinear, round_to_int4, round_to_int8, unpack
 from kvloom.engine.model.weights import QuantizedRows, WeightSource
+from kvloom.kernels.interface import Kernels
 
 
 class Linear(Protocol):
@@ -21,6 +31,8 @@ class Linear(Protocol):
 
     in_features: int
     out_features: int
+    nbytes: int
+    """Bytes of weights that one call reads."""
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: [rows, in_features] in the model's dtype. Returns [rows, out_features].
@@ -37,8 +49,11 @@ class LinearWeight:
     a time. made: the dense matrix, when the caller holds it already (tied embeddings).
     """
 
-    def __init__(self, source: WeightSource, names: tuple[str, ...], made: Tensor | None = None) -> None:
-        self.source, self.names, self._made = source, names, made
+    def __init__(
+        self, source: WeightSource, names: tuple[str, ...], made: Tensor | None = None, *, sensitive: bool = False
+    ) -> None:
+        """sensitive: rounded to 8 bits at the least (the head: its error goes straight into the logits)."""
+        self.source, self.names, self._made, self.sensitive = source, names, made, sensitive
         self.rows = tuple(source.shape(name)[0] for name in names)
         self.shape = (sum(self.rows), source.shape(names[0])[1])
 
@@ -65,6 +80,7 @@ class DenseLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None or out.dtype != x.dtype:
@@ -75,8 +91,47 @@ class DenseLinear:
         return torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
-def make_linear(weight: LinearWeight, bias: Tensor | None, mode: WeightMode, dtype: torch.dtype) -> Linear:
+class PackedLinear:
+    """`Linear` in bf16 on a matrix that oneDNN has laid out for its own kernels: about twice as fast at few rows."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        """weight: [out, in] bf16, not kept."""
+        self.out_features, self.in_features = weight.shape
+        self.nbytes = weight.nbytes
+        self._bias = bias
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+
+    @staticmethod
+    def works() -> bool:
+        """Whether this build of torch packs bf16 on this processor."""
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        y = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        return y if out is None or out.dtype == y.dtype else out.copy_(y)
+
+
+def make_linear(weight: LinearWeight, bias: Tensor | None, mode: WeightMode, dtype: torch.dtype, kernels: Kernels) -> Linear:
     """The projection in the given mode; bias: [out] in `dtype`. Raises ConfigError for a mode that is not available."""
-    if mode in ("auto", "bf16"):
-        return DenseLinear(weight.dense(dtype), bias)
-    raise ConfigError(f"weights mode {mode!r} is not available here; allowed: auto, bf16")
+    if mode == "auto" and (kernels.quantized is None or dtype == torch.float32):
+        mode = "bf16"
+    if mode == "bf16" or weight.shape[1] % GROUP:
+        return _dense(weight, bias, dtype)
+    if kernels.quantized is None:
+        raise ConfigError(f"weights={mode} needs the native back end, but {kernels.name} runs here; use weights=bf16 or auto")
+    return QuantizedLinear(kernels.quantized, _codes(weight, mode), bias)
+
+
+def _codes(weight: LinearWeight, mode: WeightMode) -> Codes:
+    """Stored codes as they are, unless they have more bits than asked for; else the dense matrix, rounded."""
+    rows = weight.quantized()
+    stored = None if rows is None else unpack(rows)
+    if stored is not None and (mode == "auto" or stored.bits <= (8 if mode == "int8" or weight.sensitive else 4)):
+        return stored
+    dense = weight.dense(torch.float32)
+    return round_to_int4(dense) if mode == "int4" and not weight.sensitive else round_to_int8(dense)
+
+
+def _dense(weight: LinearWeight, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+    dense = weight.dense(dtype)
+    return PackedLinear(dense, bias) if dtype == torch.bfloat16 and PackedLinear.works() else DenseLinear(dense, bias)

@@ -132,13 +132,13 @@ class _Assembly:
 
     def head(self, embedding: Tensor) -> Linear:
         tied = self.config.tied_embeddings
-        weight = LinearWeight(self.source, (EMBEDDING,), embedding) if tied else LinearWeight(self.source, (HEAD,))
-        return make_linear(weight, None, self.mode, self.dtype)
+        weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), embedding if tied else None, sensitive=True)
+        return make_linear(weight, None, self.mode, self.dtype, self.kernels)
 
     def linear(self, parts: list[str], biased: bool) -> Linear:
         weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts))
         bias = torch.cat([self.read(part + ".bias", self.dtype) for part in parts]) if biased else None
-        return make_linear(weight, bias, self.mode, self.dtype)
+        return make_linear(weight, bias, self.mode, self.dtype, self.kernels)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.source.shape(name), dtype=dtype)

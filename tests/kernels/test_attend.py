@@ -12,8 +12,8 @@ from tests.kernels.conftest import TOLERANCE, make_lists, make_rows, masked_atte
 def check(kernels: Kernels, store, rows: Rows, q_heads: int, seed: int = 0) -> torch.Tensor:
     """attend equals the oracle, in values and log-sum-exps; returns its output."""
     dtype, dim = store.kv.k.dtype, store.kv.k.shape[3]
-    q = torch.randn(rows.count, q_heads, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
-    out, lse = torch.full_like(q, float("nan")), torch.full((rows.count, q_heads), float("nan"))
+    q = torch.randn(rows.size, q_heads, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    out, lse = torch.full_like(q, float("nan")), torch.full((rows.size, q_heads), float("nan"))
     plan = kernels.plan(rows, q_heads, store.kv.k.shape[1], dim)
     assert kernels.attend(q, store.kv, plan, scale=dim**-0.5, out=out, lse=lse) is out
     expected, expected_lse = masked_attention(q, store, rows, dim**-0.5)

@@ -1,0 +1,208 @@
+"""The back end itself: argument checks, addresses and strides; all arithmetic is in csrc/.
+
+Every method is one C++ call that releases the interpreter lock and runs on the OpenMP pool that torch uses. Memory safety
+rests on three checks made here: element types agree, innermost strides are 1, shapes agree. Contents of index tensors
+(tables, slots, positions) are trusted, as the contract says.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvloom.kernels.interface import Counters, PagedKV, Plan, QuantizedLinears, Rows
+
+from .build import build
+from .library import ATTEND, DTYPES, MERGE, NORM, ROTATE, ROTATE_STORE, SELECT, STORE, Library
+from .plan import NativePlan, make_plan
+from .quantized import NativeQuantized
+
+
+def load(threads: int | None = None, *, generic: bool = False) -> NativeKernels:
+    """This machine's native back end. threads: OpenMP threads per call, torch's number unless given.
+
+    generic: the build without processor-specific code, for tests. Raises NativeUnavailable with the reason.
+    """
+    return NativeKernels(Library(build(generic=generic)), threads or torch.get_num_threads())
+
+
+class NativeKernels:
+    """`kernels.interface.Kernels` in C++. Safe to use from several threads; counters are then approximate."""
+
+    name = "native"
+
+    def __init__(self, library: Library, threads: int) -> None:
+        self.library = library
+        self.threads = threads
+        self.counters = Counters()
+        self.quantized: QuantizedLinears | None = NativeQuantized(self)
+
+    # Attention ---------------------------------------------------------------------------------------------------
+
+    def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
+        """See the contract. k, v: any strides whose last is 1."""
+        rows, heads, dim = k.shape
+        _same_dtype(k, v, kv.k, kv.v)
+        _index(slots, torch.int64)
+        k_strides, v_strides = _strides(k), _strides(v)
+        item = k.element_size()
+        self.library.store(STORE.pack(
+            k.data_ptr(), k_strides[0], k_strides[1], v.data_ptr(), v_strides[0], v_strides[1],
+            *_paged(kv), slots.data_ptr(), rows, dim * item, heads, item, self.threads,
+        ))  # fmt: skip
+
+    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> NativePlan:
+        """See the contract. Rows of one request that follow each other, each seeing at least what the one before saw,
+        share a tile."""
+        return make_plan(self.library, rows, q_heads, kv_heads, head_dim, self.threads)
+
+    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
+               lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
+        """See the contract."""
+        _same_dtype(q, out, kv.k, kv.v)
+        out_row, out_head, _ = _strides(out)
+        self._run(q, kv, plan, scale, (out.data_ptr(), out_row, out_head), lse, logits)
+        return out
+
+    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
+        """See the contract."""
+        _same_dtype(q, kv.k, kv.v)
+        self._run(q, kv, plan, scale, (0, 0, 0), None, out)
+        return out
+
+    def _run(self, q: Tensor, kv: PagedKV, plan: Plan, scale: float, out: tuple[int, int, int],
+             lse: Tensor | None, logits: Tensor | None) -> None:  # fmt: skip
+        if not isinstance(plan, NativePlan):
+            raise TypeError(f"plan was made by another back end: {type(plan).__name__}; use this one's plan()")
+        expected = (plan.rows.size, plan.q_heads, plan.head_dim)
+        if q.shape != expected or kv.k.shape[3] != plan.head_dim:
+            raise ValueError(f"plan is for q {expected}, got q {tuple(q.shape)} and K {tuple(kv.k.shape)}")
+        if scale <= 0:
+            raise ValueError(f"scale must be positive; got {scale}")
+        q_row, q_head, _ = _strides(q)
+        lse_at = (0, 0) if lse is None else (_fp32(lse), _strides(lse)[0])
+        logits_at = (0, 0, 0, 0) if logits is None else (_fp32(logits), *_strides(logits)[:2], logits.shape[2])
+        packed = ATTEND.pack(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), scale, DTYPES[q.dtype])
+        self.library.attend(packed, plan.handle)
+        self._count(plan, kv.k.element_size(), reads_values=out[0] != 0)
+
+    def _count(self, plan: NativePlan, item: int, *, reads_values: bool) -> None:
+        key_bytes = plan.tile_positions * plan.head_dim * item
+        if reads_values:
+            self.counters.rows += plan.rows.size
+            self.counters.positions += plan.positions
+            self.counters.kv_bytes += 2 * key_bytes
+        else:
+            self.counters.score_bytes += key_bytes
+
+    def select(self, scores: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See the contract. NaN is not ordered meaningfully."""
+        rows = scores.shape[0]
+        _index(lengths, torch.int32)
+        columns = torch.empty((rows, k), dtype=torch.int32)
+        counts = torch.empty(rows, dtype=torch.int32)
+        self.library.select(SELECT.pack(
+            _fp32(scores), _strides(scores)[0], lengths.data_ptr(), columns.data_ptr(), counts.data_ptr(),
+            rows, k, self.threads,
+        ))  # fmt: skip
+        return columns, counts
+
+    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+        """See the contract; lse_a becomes that of the union."""
+        rows, heads, dim = out_a.shape
+        _same_dtype(out_a, out_b)
+        (a_row, a_head, _), (b_row, b_head, _) = _strides(out_a), _strides(out_b)
+        self.library.merge(MERGE.pack(
+            out_a.data_ptr(), a_row, a_head, _fp32(lse_a), _strides(lse_a)[0],
+            out_b.data_ptr(), b_row, b_head, _fp32(lse_b), _strides(lse_b)[0],
+            rows, heads, dim, DTYPES[out_a.dtype], self.threads,
+        ))  # fmt: skip
+
+    def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
+        """See the contract. `out` may be `k`."""
+        rows, heads, dim = k.shape
+        _same_dtype(k, out)
+        _index(delta, torch.int32)
+        (k_row, k_head, _), (out_row, out_head, _) = _strides(k), _strides(out)
+        self.library.rotate(ROTATE.pack(
+            k.data_ptr(), k_row, k_head, out.data_ptr(), out_row, out_head, delta.data_ptr(), _fp32(inv_freq),
+            rows, heads, dim, 2 * inv_freq.shape[0], DTYPES[k.dtype], self.threads,
+        ))  # fmt: skip
+        return out
+
+    # Layer ------------------------------------------------------------------------------------------------------
+
+    def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
+        """See the contract. weight: any dtype of the three."""
+        rows, hidden = x.shape
+        if x.dtype is not torch.float32:
+            _same_dtype(x, out)
+        if delta is not None:
+            _same_dtype(delta, out)
+        delta_at = (0, 0) if delta is None else (delta.data_ptr(), _strides(delta)[0])
+        self.library.add_rms_norm(NORM.pack(
+            x.data_ptr(), _strides(x)[0], *delta_at, weight.data_ptr(), out.data_ptr(), _strides(out)[0], rows, hidden,
+            eps, DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[out.dtype], self.threads,
+        ))  # fmt: skip
+        return out
+
+    def rotate_store(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv: PagedKV, slots: Tensor, q: Tensor,
+                     q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0) -> Tensor:  # fmt: skip
+        """See the contract. A row whose slot is -1 gets its q and stores nothing."""
+        rows, q_heads, dim = q.shape
+        _same_dtype(qkv, q, kv.k, kv.v)
+        _index(positions, torch.int64)
+        _index(slots, torch.int64)
+        q_row, q_head, _ = _strides(q)
+        norm = q_norm if q_norm is not None else k_norm
+        if q_norm is not None and k_norm is not None:
+            _same_dtype(q_norm, k_norm)
+        self.library.rotate_store(ROTATE_STORE.pack(
+            qkv.data_ptr(), _strides(qkv)[0], _fp32(cos), _fp32(sin), _strides(cos)[0], positions.data_ptr(),
+            slots.data_ptr(), *_paged(kv), q.data_ptr(), q_row, q_head,
+            0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(), rows,
+            q_heads, kv.k.shape[1], dim, 2 * cos.shape[1], eps,
+            0 if norm is None else DTYPES[norm.dtype], DTYPES[q.dtype], self.threads,
+        ))  # fmt: skip
+        return q
+
+    def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
+        """See the contract."""
+        rows, intermediate = out.shape
+        _same_dtype(gate_up, out)
+        self.library.silu_mul(
+            gate_up.data_ptr(), _strides(gate_up)[0], out.data_ptr(), _strides(out)[0], rows, intermediate,
+            DTYPES[out.dtype], self.threads,
+        )  # fmt: skip
+        return out
+
+
+def _same_dtype(first: Tensor, *others: Tensor) -> None:
+    dtype = first.dtype
+    if dtype not in DTYPES or any(other.dtype is not dtype for other in others):
+        given = [str(tensor.dtype) for tensor in (first, *others)]
+        raise TypeError(f"tensors must share one dtype of fp32, bf16, fp16; got {given}")
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    strides = tensor.stride()
+    if strides[-1] != 1 and tensor.shape[-1] > 1:
+        raise ValueError(f"the last dimension must be contiguous; got strides {strides} of shape {tuple(tensor.shape)}")
+    return strides
+
+
+def _fp32(tensor: Tensor) -> int:
+    if tensor.dtype is not torch.float32 or tensor.stride(-1) != 1:
+        raise TypeError(f"must be fp32 with a contiguous last dimension; got {tensor.dtype}, strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _index(tensor: Tensor, dtype: torch.dtype) -> None:
+    if tensor.dtype is not dtype or not tensor.is_contiguous():
+        raise TypeError(f"must be contiguous {dtype}; got {tensor.dtype}, strides {tensor.stride()}")
+
+
+def _paged(kv: PagedKV) -> tuple[int, ...]:
+    """Addresses and strides of both tensors, and the block size."""
+    k, v = kv
+    return (k.data_ptr(), *_strides(k)[:3], v.data_ptr(), *_strides(v)[:3], k.shape[2])

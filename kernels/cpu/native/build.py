@@ -1,0 +1,155 @@
+"""Builds the C++ library of this back end on the machine that runs it.
+
+Owns the compiler call and the cache of built libraries. Promises that a library found in the cache was made from these
+sources, with these flags, on this kind of processor; that two processes may build at once; and that the library shares
+torch's OpenMP runtime, because two runtimes in one process would each keep a pool of spinning threads on the same cores.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import platformdirs
+import torch
+
+SOURCES = Path(__file__).parent / "csrc"
+COMMON_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+
+
+class NativeUnavailable(Exception):
+    """The library cannot be had here; the message says why. Callers fall back to another back end."""
+
+
+def build(*, generic: bool = False) -> Path:
+    """The shared library for this machine, built if the cache has none.
+
+    generic: no processor-specific code at all, as on a machine without vector extensions; for tests.
+    Raises NativeUnavailable when there is neither a compiler nor a library built earlier, or when the compiler fails.
+    """
+    flags = _flags(generic)
+    wanted = _digest(_sources_bytes(), " ".join(flags).encode(), _processor().encode())
+    folder = cache_folder()
+    compiler = _compiler()
+    if compiler is None:
+        return _built_earlier(folder, wanted)
+    target = folder / f"kvloom-{wanted}-{_digest(_version(compiler).encode())}.so"
+    if not target.exists():
+        with _locked(folder):
+            if not target.exists():  # another process may have built it while this one waited
+                _compile(compiler, flags, target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where built libraries are kept: KVLOOM_CACHE, or the user's cache folder of kvloom."""
+    root = os.environ.get("KVLOOM_CACHE")
+    folder = (Path(root) if root else Path(platformdirs.user_cache_dir("kvloom"))) / "native"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NativeUnavailable(f"cannot create {folder}: {error}; set KVLOOM_CACHE to a writable folder") from error
+    return folder
+
+
+def openmp_runtimes() -> list[str]:
+    """OpenMP runtimes mapped into this process, as paths. Importing torch maps one; a second would fight over the cores."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count("/") and len(line.split(maxsplit=5)) == 6}
+    names = ("libgomp", "libomp.", "libomp-", "libiomp")
+    return sorted(path for path in paths if Path(path).name.startswith(names))
+
+
+def _openmp() -> str:
+    """What to link: the very file that torch has loaded (its name may be mangled), or the compiler's own choice."""
+    runtimes = openmp_runtimes()
+    bundled = [path for path in runtimes if Path(path).is_relative_to(Path(torch.__file__).parent.parent)]
+    chosen = bundled or runtimes
+    return chosen[0] if len(chosen) == 1 else "-fopenmp"
+
+
+def _flags(generic: bool) -> list[str]:
+    if generic:
+        return [*COMMON_FLAGS, "-DKVLOOM_GENERIC"]
+    tuned = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
+    return [*COMMON_FLAGS, tuned]
+
+
+def _compiler() -> str | None:
+    named = os.environ.get("CXX")
+    candidates = [named] if named else ["g++", "clang++", "c++"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)
+
+
+def _version(compiler: str) -> str:
+    shown = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    if shown.returncode:
+        raise NativeUnavailable(f"{compiler} --version failed: {shown.stderr.strip()}")
+    return shown.stdout
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that a cache folder shared between machines stays right."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line
+    return platform.processor() or platform.machine()
+
+
+def _sources_bytes() -> bytes:
+    return b"".join(path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir()) if path.is_file())
+
+
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _built_earlier(folder: Path, wanted: str) -> Path:
+    found = sorted(folder.glob(f"kvloom-{wanted}-*.so"))
+    if not found:
+        raise NativeUnavailable("no C++ compiler found (looked for CXX, g++, clang++, c++); install one for more speed")
+    return found[-1]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        import fcntl
+    except ImportError as error:
+        raise NativeUnavailable("the native back end needs a POSIX system") from error
+    with open(folder / "build.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also when the process dies
+        yield
+
+
+def _compile(compiler: str, flags: list[str], target: Path) -> None:
+    """Compiles every source, links, and moves the library into place in one step."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
+        jobs = [
+            [compiler, *flags, "-c", str(source), "-o", str(made)]
+            for source, made in zip(sorted(SOURCES.glob("*.cpp")), objects)
+        ]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(_run, jobs))
+        library = Path(scratch) / target.name
+        _run([compiler, "-shared", *map(str, objects), _openmp(), "-o", str(library)])
+        os.replace(library, target)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NativeUnavailable(f"{' '.join(command)}\nfailed:\n{done.stderr.strip()[-2000:]}")

@@ -1,0 +1,137 @@
+// The C structures that cross into Python. library.py mirrors each field by field; change both together.
+// Strides are in elements. A null pointer means "absent".
+#pragma once
+
+#include <cstdint>
+
+namespace kvloom {
+
+struct Paged {  // one of the two cache tensors: [blocks, heads, block_size, head_dim], innermost stride 1
+  void* data;
+  int64_t block, head, slot;
+};
+
+struct RowsView {  // interface.Rows
+  const int32_t *tables, *request, *start, *stop;
+  const int32_t *positions, *offsets, *lengths;  // interface.Lists, or null
+  int64_t table_stride;
+  int32_t rows, list_heads, q_heads, kv_heads, head_dim, threads;
+};
+
+struct PlanTotals {  // what `plan` tells the counters
+  int64_t positions, tile_positions;
+};
+
+struct AttendArgs {
+  const void* q;
+  int64_t q_row, q_head;
+  void* out;  // null: scores only
+  int64_t out_row, out_head;
+  float* lse;
+  int64_t lse_row;
+  float* logits;
+  int64_t logits_row, logits_head, width;
+  Paged k, v;
+  int64_t block_size;
+  float scale;
+  int32_t dtype;
+};
+
+struct NormArgs {
+  void* x;
+  int64_t x_row;
+  const void* delta;
+  int64_t delta_row;
+  const void* weight;
+  void* out;
+  int64_t out_row, rows, hidden;
+  float eps;
+  int32_t x_dtype, weight_dtype, dtype;  // dtype: of delta and out
+  int32_t threads;
+};
+
+struct RotateStoreArgs {
+  const void* qkv;
+  int64_t qkv_row;
+  const float *cos, *sin;
+  int64_t angle_row;
+  const int64_t *positions, *slots;
+  Paged k, v;
+  int64_t block_size;
+  void* q;
+  int64_t q_row, q_head;
+  const void *q_norm, *k_norm;
+  int64_t rows;
+  int32_t q_heads, kv_heads, head_dim, rotary;
+  float eps;
+  int32_t norm_dtype, dtype, threads;
+};
+
+struct StoreArgs {
+  const void* k;
+  int64_t k_row, k_head;
+  const void* v;
+  int64_t v_row, v_head;
+  Paged k_cache, v_cache;
+  int64_t block_size;
+  const int64_t* slots;
+  int64_t rows, row_bytes_per_head;
+  int32_t heads, item_bytes, threads;
+};
+
+struct RotateArgs {
+  const void* k;
+  int64_t k_row, k_head;
+  void* out;
+  int64_t out_row, out_head;
+  const int32_t* delta;
+  const float* inv_freq;
+  int64_t rows;
+  int32_t heads, head_dim, rotary, dtype, threads;
+};
+
+struct MergeArgs {
+  void* out_a;
+  int64_t a_row, a_head;
+  float* lse_a;
+  int64_t lse_a_row;
+  const void* out_b;
+  int64_t b_row, b_head;
+  const float* lse_b;
+  int64_t lse_b_row;
+  int64_t rows;
+  int32_t heads, head_dim, dtype, threads;
+};
+
+struct SelectArgs {
+  const float* scores;
+  int64_t scores_row;
+  const int32_t* lengths;
+  int32_t *columns, *counts;
+  int64_t rows;
+  int32_t k, threads;
+};
+
+struct LinearArgs {  // out = x W^T (+ bias) (+ residual)
+  const void* x;
+  int64_t x_row;
+  void* out;
+  int64_t out_row;
+  const void* residual;
+  int64_t residual_row;
+  const void *bias, *packed;
+  int64_t rows, inputs, outputs;
+  int32_t format, dtype, out_dtype, bias_dtype, residual_dtype, threads;
+};
+
+struct PackArgs {
+  const void* codes;
+  const float *scales, *mins;
+  void* packed;
+  int64_t inputs, outputs;
+  int32_t format;
+};
+
+}  // namespace kvloom
+
+#define KVLOOM_API extern "C" __attribute__((visibility("default")))

@@ -1,0 +1,177 @@
+// Linear layers with quantised weights: out = x W^T (+ bias) (+ residual). Layouts and the inner loop are in quant.h.
+
+#include <algorithm>
+
+#include "abi.h"
+#include "quant.h"
+#include "scratch.h"
+
+namespace kvloom {
+namespace {
+
+constexpr int64_t kFewRows = 4;  // up to here each thread rounds the activations for itself, which is cheaper than to wait
+
+thread_local Arena shared_arena, own_arena, panel_arena;
+
+Activations activations(Arena& arena, int64_t rows, int64_t inputs) {
+  const int64_t groups = inputs / kGroupInputs;
+  Activations a;
+  for (Cut cut(nullptr);; cut = Cut(arena.reserve(cut.used()))) {
+    a.scale = cut.take<float>(rows * groups);
+    a.scaled_sum = cut.take<float>(rows * groups);
+    a.start = cut.take<int32_t>(rows * groups);
+    a.codes = cut.take<int8_t>(rows * inputs);
+    if (a.scale) return a;
+  }
+}
+
+Activations from_row(const Activations& a, int64_t row, int64_t groups) {
+  const int64_t at = row * groups;
+  return {a.codes + at * kGroupInputs, a.scale + at, a.scaled_sum + at, a.start + at};
+}
+
+template <class T> void quantise_row(const T* x, int64_t inputs, int32_t offset, const Activations& to) {
+  alignas(64) float wide[kGroupInputs];
+  for (int64_t g = 0; g < inputs / kGroupInputs; g++) {
+    widen(x + g * kGroupInputs, kGroupInputs, wide);
+    quantise_group(wide, offset, to.codes + g * kGroupInputs, to.scale + g, to.scaled_sum + g, to.start + g);
+  }
+}
+
+void quantise_row(const LinearArgs& a, int64_t row, int32_t offset, const Activations& to) {
+  with_dtype(a.dtype, [&](auto t) {
+    quantise_row(static_cast<const decltype(t)*>(a.x) + row * a.x_row, a.inputs, offset, to);
+  });
+}
+
+// `n` elements at `offset` of an array of a run-time type, n <= 16.
+vec load_any(const void* data, int32_t dtype, int64_t offset, int64_t n) {
+  vec result = zero();
+  with_dtype(dtype, [&](auto t) {
+    const auto* p = static_cast<const decltype(t)*>(data) + offset;
+    result = n == kLanes ? load(p) : load_first(p, n);
+  });
+  return result;
+}
+
+void write(const LinearArgs& a, int64_t row, int64_t column, const float* values) {
+  const int64_t n = std::min<int64_t>(kPanel, a.outputs - column);
+  if (n <= 0) return;
+  vec result = load(values);
+  if (a.bias) result = result + load_any(a.bias, a.bias_dtype, column, n);
+  if (a.residual) result = result + load_any(a.residual, a.residual_dtype, row * a.residual_row + column, n);
+  with_dtype(a.out_dtype, [&](auto t) {
+    auto* p = static_cast<decltype(t)*>(a.out) + row * a.out_row + column;
+    n == kLanes ? store(p, result) : store_first(p, result, n);
+  });
+}
+
+template <Format F, int R, int P>
+void tile(const LinearArgs& a, const uint8_t* panel, const uint8_t* unpacked, const Activations& x, int64_t groups,
+          int64_t row, int64_t column) {
+  alignas(64) float out[R * P * kPanel];
+  multiply<F, R, P>(panel, unpacked, x, groups, out);
+  for (int r = 0; r < R; r++)
+    for (int p = 0; p < P; p++) write(a, row + r, column + p * kPanel, out + (r * P + p) * kPanel);
+}
+
+// tile with as many rows as `count` says, at most R.
+template <Format F, int R, int P, class... Rest> void tile_of(int64_t count, const Rest&... rest) {
+  if (count == R) tile<F, R, P>(rest...);
+  else if constexpr (R > 1) tile_of<F, R - 1, P>(count, rest...);
+}
+
+// Nibbles of P panels as bytes, in the order the inner loop reads them.
+template <Format F, int P> const uint8_t* unpack(const uint8_t* panel, int64_t groups) {
+  const int64_t panel_bytes = Weights<F>::panel_bytes(groups);
+  auto* to = static_cast<uint8_t*>(panel_arena.reserve(groups * P * kSteps * 64));
+  for (int64_t g = 0; g < groups; g++)
+    for (int p = 0; p < P; p++)
+      for (int s = 0; s < kSteps / 2; s++) {
+        const Codes both = load_codes(panel + p * panel_bytes + g * Weights<F>::kCodeBytes + s * 64);
+        uint8_t* at = to + ((g * P + p) * kSteps + s) * 64;
+        store_codes(at, low_nibbles(both));
+        store_codes(at + kSteps / 2 * 64, high_nibbles(both));
+      }
+  return to;
+}
+
+// All rows against panels [first, first + P).
+template <Format F, int P> void column_block(const LinearArgs& a, int64_t first, const Activations& x) {
+  const int64_t groups = a.inputs / kGroupInputs, panel_bytes = Weights<F>::panel_bytes(groups);
+  const auto* panel = static_cast<const uint8_t*>(a.packed) + first * panel_bytes;
+  const uint8_t* unpacked = Weights<F>::kNibbles && a.rows > kRows ? unpack<F, P>(panel, groups) : nullptr;
+  for (int64_t row = 0; row < a.rows;) {
+    const int64_t rest = a.rows - row;
+    const int64_t count = rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
+    const Activations block = from_row(x, row, groups);
+    tile_of<F, kRows, P>(count, a, panel, unpacked, block, groups, row, first * kPanel);
+    row += count;
+  }
+}
+
+template <Format F> void block(const LinearArgs& a, int64_t index, int64_t panels, const Activations& x) {
+  const int64_t first = index * kPanels;
+  if (first + kPanels <= panels) column_block<F, kPanels>(a, first, x);
+  else column_block<F, 1>(a, first, x);
+}
+
+template <Format F> void linear(const LinearArgs& a) {
+  const int64_t panels = (a.outputs + kPanel - 1) / kPanel, blocks = (panels + kPanels - 1) / kPanels;
+  const int64_t groups = a.inputs / kGroupInputs;
+  const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
+  const bool few = a.rows <= kFewRows;
+  const Activations shared = few ? Activations{} : activations(shared_arena, a.rows, a.inputs);
+#pragma omp parallel num_threads(threads)
+  {
+    Activations x = shared;
+    if (few) {
+      x = activations(own_arena, a.rows, a.inputs);
+      for (int64_t r = 0; r < a.rows; r++) quantise_row(a, r, Weights<F>::kOffset, from_row(x, r, groups));
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < blocks; i++) block<F>(a, i, panels, x);
+    } else {
+#pragma omp for schedule(static)
+      for (int64_t r = 0; r < a.rows; r++) quantise_row(a, r, Weights<F>::kOffset, from_row(x, r, groups));
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < blocks; i++) block<F>(a, i, panels, x);
+    }
+  }
+}
+
+// Codes [outputs][inputs], one per byte, into panels. Outputs past the last get scale 0.
+template <Format F> void pack(const PackArgs& a) {
+  using W = Weights<F>;
+  const int64_t groups = a.inputs / kGroupInputs, panels = (a.outputs + kPanel - 1) / kPanel;
+  std::memset(a.packed, 0, size_t(panels * W::panel_bytes(groups)));
+  for (int64_t o = 0; o < a.outputs; o++)
+    for (int64_t g = 0; g < groups; g++) {
+      auto* panel = static_cast<uint8_t*>(a.packed) + o / kPanel * W::panel_bytes(groups);
+      auto* scales = reinterpret_cast<f16*>(panel + groups * W::kCodeBytes) + g * W::kScales;
+      scales[o % kPanel] = from_float<f16>(a.scales[o * groups + g]);
+      if (W::kHasMin) scales[kPanel + o % kPanel] = from_float<f16>(a.mins[o * groups + g]);
+      const auto* codes = static_cast<const uint8_t*>(a.codes) + o * a.inputs + g * kGroupInputs;
+      for (int i = 0; i < kGroupInputs; i++) {
+        const int step = i / 4, lane = int(o % kPanel) * 4 + i % 4;
+        uint8_t* group = panel + g * W::kCodeBytes;
+        if (!W::kNibbles) group[step * 64 + lane] = codes[i];
+        else group[step % 4 * 64 + lane] |= uint8_t(codes[i] << (step / 4 * 4));
+      }
+    }
+}
+
+}  // namespace
+}  // namespace kvloom
+
+KVLOOM_API void kvloom_linear(const kvloom::LinearArgs* args) {
+  kvloom::with_format(args->format, [&](auto f) { kvloom::linear<f()>(*args); });
+}
+
+KVLOOM_API void kvloom_linear_pack(const kvloom::PackArgs* args) {
+  kvloom::with_format(args->format, [&](auto f) { kvloom::pack<f()>(*args); });
+}
+
+KVLOOM_API int64_t kvloom_linear_bytes(int64_t inputs, int64_t outputs, int32_t format) {
+  const int64_t groups = inputs / kvloom::kGroupInputs, panels = (outputs + kvloom::kPanel - 1) / kvloom::kPanel;
+  return kvloom::with_format(format, [&](auto f) { return panels * kvloom::Weights<f()>::panel_bytes(groups); });
+}

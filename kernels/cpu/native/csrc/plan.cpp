@@ -1,0 +1,87 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace kvloom {
+namespace {
+
+bool same_lists(const RowsView& rows, int32_t a, int32_t b) {
+  if (!rows.lengths) return true;
+  for (int32_t h = 0; h < rows.list_heads; h++) {
+    const int64_t i = int64_t(a) * rows.list_heads + h, j = int64_t(b) * rows.list_heads + h;
+    if (rows.lengths[i] != rows.lengths[j] || (rows.lengths[i] && rows.offsets[i] != rows.offsets[j])) return false;
+  }
+  return true;
+}
+
+// Row b may follow row a in a tile if what a sees is a beginning of what b sees.
+bool extends(const RowsView& rows, int32_t a, int32_t b) {
+  return rows.request[a] == rows.request[b] && rows.start[a] == rows.start[b] && rows.stop[a] <= rows.stop[b] &&
+         rows.stop[a] >= rows.start[a] && same_lists(rows, a, b);
+}
+
+void make_tiles(Plan& plan) {
+  const int32_t most = std::max(1, kTileRows / plan.group);
+  for (int32_t row = 0; row < plan.rows.rows;) {
+    int32_t end = row + 1;
+    while (end < plan.rows.rows && end - row < most && extends(plan.rows, end - 1, end)) end++;
+    plan.tiles.push_back({row, end - row});
+    row = end;
+  }
+}
+
+int32_t splits_of(const Plan& plan, const Tile& tile, int32_t head) {
+  return int32_t((plan.seen(tile.row + tile.rows - 1, head) + kSplit - 1) / kSplit);
+}
+
+// A tile whose share of the work would keep one thread busy after the others are done is spread, split by split.
+void make_tasks(Plan& plan) {
+  int64_t total = 0;
+  for (const Tile& tile : plan.tiles)
+    for (int32_t h = 0; h < plan.rows.kv_heads; h++) total += int64_t(splits_of(plan, tile, h)) * tile.rows;
+  const int64_t share = std::max<int64_t>(1, total / (int64_t(plan.rows.threads) * 8));
+  for (int32_t t = 0; t < int32_t(plan.tiles.size()); t++) {
+    const Tile& tile = plan.tiles[size_t(t)];
+    for (int32_t h = 0; h < plan.rows.kv_heads; h++) {
+      const int32_t splits = splits_of(plan, tile, h);
+      if (plan.rows.threads == 1 || int64_t(splits) * tile.rows <= share || splits < 2) {
+        plan.tasks.push_back({t, h, 0, splits, -1});
+        continue;
+      }
+      const int32_t step = int32_t(std::max<int64_t>(1, share / (2 * tile.rows)));
+      for (int32_t s = 0; s < splits; s += step)
+        plan.tasks.push_back({t, h, s, std::min(splits, s + step), plan.partial_floats});
+      plan.folds.push_back({t, h, splits, plan.partial_floats});
+      plan.partial_floats += splits * plan.state_floats(tile);
+    }
+  }
+  auto cost = [&](const Task& a) { return int64_t(a.last - a.first) * plan.tiles[size_t(a.tile)].rows; };
+  std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [&](auto& a, auto& b) { return cost(a) > cost(b); });
+}
+
+void count(Plan& plan) {
+  for (const Tile& tile : plan.tiles)
+    for (int32_t h = 0; h < plan.rows.kv_heads; h++) {
+      for (int32_t r = 0; r < tile.rows; r++) plan.totals.positions += plan.seen(tile.row + r, h);
+      const int64_t shared = plan.seen(tile.row + tile.rows - 1, h);
+      plan.totals.tile_positions += shared;
+      plan.work += shared * tile.rows * plan.group;
+    }
+}
+
+}  // namespace
+}  // namespace kvloom
+
+KVLOOM_API void* kvloom_plan(const kvloom::RowsView* rows, kvloom::PlanTotals* totals) {
+  auto* plan = new kvloom::Plan;
+  plan->rows = *rows;
+  plan->group = rows->q_heads / rows->kv_heads;
+  plan->padded_dim = (rows->head_dim + 31) / 32 * 32;
+  kvloom::make_tiles(*plan);
+  kvloom::make_tasks(*plan);
+  kvloom::count(*plan);
+  *totals = plan->totals;
+  return plan;
+}
+
+KVLOOM_API void kvloom_plan_free(void* plan) { delete static_cast<kvloom::Plan*>(plan); }

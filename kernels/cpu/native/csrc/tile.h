@@ -1,0 +1,151 @@
+// Register-blocked inner loops of attention: R query rows against one key block.
+//
+//   scores:  S[r][position] = q[r] . k[position]            S: [R][kBlock] fp32
+//   soften:  S becomes 2^(scale S - maximum), running maximum and sum updated, alpha[r] = what the past must be scaled by
+//   gather:  O[r] = alpha[r] O[r] + sum over positions of S[r][position] v[position]
+//
+// Every row goes through the same sequence of operations whatever R is, so R never shows in a result.
+#pragma once
+
+#include <cmath>
+
+#include "pack.h"
+
+namespace kvloom {
+
+constexpr int kGroup = 6;  // rows in registers: 6 x 4 accumulators, 4 of K or V
+
+struct Softmax {        // per row of a tile
+  float* maximum;       // of log2-scaled scores, or up to kSlack below it
+  vec* sum;             // lane sums; added up once per split
+};
+
+// Scores from a packed block.
+template <int R> void scores(const float* const* q, const float* packed, int64_t dim, float* s) {
+  vec acc[R][4];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 4; i++) acc[r][i] = zero();
+  for (int64_t d = 0; d < dim; d++) {
+    vec k[4];
+    for (int i = 0; i < 4; i++) k[i] = load(packed + d * kBlock + i * kLanes);
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 4; i++) acc[r][i] = fma(splat(q[r][d]), k[i], acc[r][i]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 4; i++) store(s + r * kBlock + i * kLanes, acc[r][i]);
+}
+
+#ifdef KVLOOM_AVX512
+// The same products in the same order straight from the cache: for few query rows, packing would be most of the work.
+// rows, ahead: [kBlock] valid addresses; those of the next block are fetched meanwhile, evenly spread over the work.
+// Positions from `count` on, up to whole sixteens, are left 0.
+template <class T, int R>
+void scores_in_place(const float* const* q, const T* const* rows, const T* const* ahead, int count, int64_t dim, float* s) {
+  constexpr int kCount = Columns<T>::kCount;
+  auto lines = reinterpret_cast<const float* const*>(rows);
+  const int64_t bytes = dim * int64_t(sizeof(T));
+  int64_t fetched = 0, line = 0;
+  vec acc[R][4];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 4; i++) acc[r][i] = zero();
+  for (int64_t d = 0; d < dim; d += kCount) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+      if (i * kLanes >= count) break;
+      vec columns[kCount];
+      Columns<T>::get(lines + i * 16, d * int64_t(sizeof(T)) / 4, columns);
+      for (int l = 0; l < 4 && fetched < kBlock; l++) {  // sixteen bytes of 16 rows are four cache lines
+        __builtin_prefetch(reinterpret_cast<const char*>(ahead[fetched]) + line, 0, 2);
+        line += 64;
+        if (line >= bytes) line = 0, fetched++;
+      }
+      for (int c = 0; c < kCount; c++)
+        for (int r = 0; r < R; r++) acc[r][i] = fma(splat(q[r][d + c]), columns[c], acc[r][i]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 4; i++) store(s + r * kBlock + i * kLanes, acc[r][i]);
+}
+#endif
+
+inline bool any_above(vec a, float limit) {
+#ifdef KVLOOM_AVX512
+  return _mm512_cmp_ps_mask(a, splat(limit), _CMP_GT_OQ) != 0;
+#else
+  return max_lane(a) > limit;
+#endif
+}
+
+inline vec first_lanes(vec a, int64_t n) {  // lanes [n, 16) become -inf
+#ifdef KVLOOM_AVX512
+  const __mmask16 keep = n >= kLanes ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1);
+  return _mm512_mask_blend_ps(keep, splat(-INFINITY), a);
+#else
+  for (int64_t i = n < 0 ? 0 : n; i < kLanes; i++) a[i] = -INFINITY;
+  return a;
+#endif
+}
+
+// How far scores may rise above a row's maximum, in powers of two, before the maximum is moved: weights stay below 2^8, and
+// most blocks need neither a reduction across lanes nor a rescaling of the past.
+constexpr float kSlack = 8.0f;
+
+// visible[r]: how many of the block's positions row r sees (any sign, any size). log2_scale > 0.
+template <int R> void soften(float* s, const int64_t* visible, float log2_scale, Softmax state, float* alpha) {
+  alignas(64) float shift[kLanes] = {}, past[kLanes] = {};
+  for (int r = 0; r < R; r++) {
+    vec x[4];
+    for (int i = 0; i < 4; i++) x[i] = load(s + r * kBlock + i * kLanes);
+    if (visible[r] < kBlock)
+      for (int i = 0; i < 4; i++) store(s + r * kBlock + i * kLanes, x[i] = first_lanes(x[i], visible[r] - i * kLanes));
+    const vec top = max(max(x[0], x[1]), max(x[2], x[3])) * splat(log2_scale);
+    past[r] = state.maximum[r];
+    if (any_above(top, past[r] + kSlack)) state.maximum[r] = max_lane(top);
+    shift[r] = state.maximum[r] == -INFINITY ? 0.0f : state.maximum[r];  // nothing seen yet: keep 2^(-inf) = 0, not NaN
+  }
+  store(alpha, exp2(load(past) - load(shift)));
+  for (int r = 0; r < R; r++) {
+    vec total = zero();
+    for (int i = 0; i < 4; i++) {
+      const vec p = exp2(fma(load(s + r * kBlock + i * kLanes), splat(log2_scale), splat(-shift[r])));
+      store(s + r * kBlock + i * kLanes, p);
+      total = total + p;
+    }
+    state.sum[r] = fma(state.sum[r], splat(alpha[r]), total);
+  }
+}
+
+// V rows read where they lie in the cache.
+template <class T> struct DirectValues {
+  const T *const *rows, *const *ahead;  // of this block and the next
+  void get(int position, int64_t d, vec& a, vec& b) const {
+    for (int64_t e = 0; e < 32; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead[position] + d + e, 0, 2);
+    load_pair(rows[position] + d, a, b);
+  }
+};
+// V rows converted once for many query rows: [kBlock][stride] fp32 in pair order.
+struct WideValues {
+  const float* data;
+  int64_t stride;
+  void get(int position, int64_t d, vec& a, vec& b) const {
+    a = load(data + position * stride + d);
+    b = load(data + position * stride + d + kLanes);
+  }
+};
+
+template <int R, int Pairs, class Values>
+void gather(const float* s, Values values, int count, int64_t d, const float* alpha, float* o, int64_t stride) {
+  vec acc[R][2 * Pairs];
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * Pairs; i++) acc[r][i] = load(o + r * stride + d + i * kLanes) * splat(alpha[r]);
+  for (int j = 0; j < count; j++) {
+    vec v[2 * Pairs];
+    for (int i = 0; i < Pairs; i++) values.get(j, d + 32 * i, v[2 * i], v[2 * i + 1]);
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 2 * Pairs; i++) acc[r][i] = fma(splat(s[r * kBlock + j]), v[i], acc[r][i]);
+  }
+  for (int r = 0; r < R; r++)
+    for (int i = 0; i < 2 * Pairs; i++) store(o + r * stride + d + i * kLanes, acc[r][i]);
+}
+
+}  // namespace kvloom

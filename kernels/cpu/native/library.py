@@ -1,0 +1,106 @@
+"""The built library as Python sees it: its functions and the layout of its argument structures.
+
+A call packs its arguments into bytes and passes their address: one `struct.pack` costs about as much as three ctypes
+conversions, and, being a fresh object, needs no lock. Layouts mirror csrc/abi.h; sizes are compared when loading.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .build import NativeUnavailable
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def _layout(fields: str) -> struct.Struct:
+    """From `name:code` pairs, where code is struct's: P pointer, q int64, i int32, f float."""
+    codes = "".join(field.split(":")[1] for field in fields.split())
+    return struct.Struct("@" + codes + "0q")  # 0q: padded to 8 bytes at the end, as C does
+
+
+_PAGED = "data:P block:q head:q slot:q "
+
+ROWS = _layout(
+    "tables:P request:P start:P stop:P positions:P offsets:P lengths:P table_stride:q "
+    "rows:i list_heads:i q_heads:i kv_heads:i head_dim:i threads:i"
+)
+TOTALS = _layout("positions:q tile_positions:q")
+ATTEND = _layout(
+    "q:P q_row:q q_head:q out:P out_row:q out_head:q lse:P lse_row:q logits:P logits_row:q logits_head:q width:q "
+    + _PAGED
+    + _PAGED
+    + "block_size:q scale:f dtype:i"
+)
+NORM = _layout(
+    "x:P x_row:q delta:P delta_row:q weight:P out:P out_row:q rows:q hidden:q eps:f x_dtype:i weight_dtype:i dtype:i threads:i"
+)
+ROTATE_STORE = _layout(
+    "qkv:P qkv_row:q cos:P sin:P angle_row:q positions:P slots:P "
+    + _PAGED
+    + _PAGED
+    + "block_size:q q:P q_row:q q_head:q q_norm:P k_norm:P rows:q "
+    "q_heads:i kv_heads:i head_dim:i rotary:i eps:f norm_dtype:i dtype:i threads:i"
+)
+STORE = _layout(
+    "k:P k_row:q k_head:q v:P v_row:q v_head:q "
+    + _PAGED
+    + _PAGED
+    + "block_size:q slots:P rows:q row_bytes_per_head:q heads:i item_bytes:i threads:i"
+)
+ROTATE = _layout(
+    "k:P k_row:q k_head:q out:P out_row:q out_head:q delta:P inv_freq:P rows:q heads:i head_dim:i rotary:i dtype:i threads:i"
+)
+MERGE = _layout(
+    "out_a:P a_row:q a_head:q lse_a:P lse_a_row:q out_b:P b_row:q b_head:q lse_b:P lse_b_row:q rows:q "
+    "heads:i head_dim:i dtype:i threads:i"
+)
+SELECT = _layout("scores:P scores_row:q lengths:P columns:P counts:P rows:q k:i threads:i")
+LINEAR = _layout(
+    "x:P x_row:q out:P out_row:q residual:P residual_row:q bias:P packed:P rows:q inputs:q outputs:q "
+    "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i"
+)
+PACK = _layout("codes:P scales:P mins:P packed:P inputs:q outputs:q format:i")
+
+# In the order of kvloom_sizes.
+_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, LINEAR, PACK)
+
+_ONE_STRUCT = ("add_rms_norm", "rotate_store", "store", "rotate", "merge", "select", "linear", "linear_pack")
+
+
+class Library:
+    """Functions of one built library, with their argument types set. Calls release the interpreter lock."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.handle = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailable(f"{path} does not load: {error}") from error
+        self._check_layouts(path)
+        for name in _ONE_STRUCT:
+            setattr(self, name, self._function(name, ctypes.c_void_p))
+        pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        self.plan = self._function("plan", pointer, pointer, result=pointer)
+        self.plan_free = self._function("plan_free", pointer)
+        self.attend = self._function("attend", pointer, pointer)
+        self.silu_mul = self._function("silu_mul", pointer, int64, pointer, int64, int64, int64, int32, int32)
+        self.linear_bytes = self._function("linear_bytes", int64, int64, int32, result=int64)
+
+    def __getattr__(self, name: str) -> Any:  # the functions set by name above
+        raise AttributeError(name)
+
+    def _function(self, name: str, *arguments: Any, result: Any = None) -> Any:
+        function = getattr(self.handle, f"kvloom_{name}")
+        function.argtypes, function.restype = arguments, result
+        return function
+
+    def _check_layouts(self, path: Path) -> None:
+        sizes = (ctypes.c_int64 * len(_LAYOUTS))()
+        self._function("sizes", ctypes.c_void_p)(ctypes.addressof(sizes))
+        if list(sizes) != [layout.size for layout in _LAYOUTS]:
+            raise NativeUnavailable(f"{path} and library.py disagree about argument layouts; this is a defect")

@@ -1,0 +1,63 @@
+"""A step's plan as the C++ side holds it: tiles, tasks and folds (csrc/plan.h). Freed with the object."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvloom.kernels.interface import Lists, Rows
+
+from .library import ROWS, TOTALS, Library
+
+
+@dataclass(slots=True, weakref_slot=True)
+class NativePlan:
+    """One Rows, ready to run. Keeps its tensors alive: the C++ side reads them on every call."""
+
+    rows: Rows
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    handle: int
+    positions: int  # visible positions summed over rows and KV heads
+    tile_positions: int  # the same with the rows of a tile counted once
+
+
+def make_plan(library: Library, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, threads: int) -> NativePlan:
+    """Plans `rows`. Raises ValueError for tensors that the C++ side cannot read."""
+    if q_heads % kv_heads:
+        raise ValueError(f"q_heads must be a multiple of kv_heads; got {q_heads} and {kv_heads}")
+    for name in ("tables", "request", "start", "stop"):
+        _check(name, getattr(rows, name))
+    positions, offsets, lengths, list_heads = _list_pointers(rows.lists, kv_heads)
+    packed = ROWS.pack(
+        rows.tables.data_ptr(), rows.request.data_ptr(), rows.start.data_ptr(), rows.stop.data_ptr(),
+        positions, offsets, lengths, rows.tables.stride(0),
+        rows.size, list_heads, q_heads, kv_heads, head_dim, threads,
+    )  # fmt: skip
+    totals = ctypes.create_string_buffer(TOTALS.size)
+    handle = library.plan(packed, ctypes.addressof(totals))
+    seen, shared = TOTALS.unpack(totals.raw)
+    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, seen, shared)
+    weakref.finalize(plan, library.plan_free, handle).atexit = False
+    return plan
+
+
+def _list_pointers(lists: Lists | None, kv_heads: int) -> tuple[int, int, int, int]:
+    if lists is None:
+        return 0, 0, 0, 0
+    for name in ("positions", "offsets", "lengths"):
+        _check(f"lists.{name}", getattr(lists, name))
+    heads = lists.lengths.shape[1]
+    if heads not in (1, kv_heads) or lists.offsets.shape != lists.lengths.shape:
+        raise ValueError(f"lists must have one column or {kv_heads}, got lengths {tuple(lists.lengths.shape)}")
+    return lists.positions.data_ptr(), lists.offsets.data_ptr(), lists.lengths.data_ptr(), heads
+
+
+def _check(name: str, tensor: Tensor) -> None:
+    if tensor.dtype is not torch.int32 or not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous int32, got {tensor.dtype} with strides {tensor.stride()}")

@@ -1,0 +1,30 @@
+"""The back end's side of `interface.QuantizedLinears`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backend import NativeKernels
+
+
+class NativeQuantized:
+    """Packs codes for the library's integer dot products."""
+
+    def __init__(self, kernels: NativeKernels) -> None:
+        self._kernels = kernels
+
+    def pack(
+        self, bits: int, codes: Tensor, scales: Tensor, mins: Tensor | None, bias: Tensor | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """See the contract."""
+        from .linear import QuantLinear, pack_int4, pack_int8
+
+        if bits not in (4, 8):
+            raise ValueError(f"bits is {bits}; allowed: 4, 8")
+        kernels = self._kernels
+        packed = pack_int4(kernels, codes, scales, mins) if bits == 4 else pack_int8(kernels, codes, scales)
+        return QuantLinear(kernels, packed, bias)
