@@ -9,17 +9,17 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from kvloom.engine.catalog import ModelFiles, resolve
 
 from kvloom import kernels
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
+from kvloom.engine.catalog import ModelFiles, resolve
 from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig, ModelOptions
 from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
-from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.gguf_file import read_metadata
+from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.prefix import DomainFactory

@@ -89,7 +89,7 @@ class EngineCore:
         self.limits = limits
         self.cache = cache
         self._reuse = config.cache.reuse
-        self._runner = runner
+        self.runner = runner
         self._kernels = kernels
         self._tokenizer = tokenizer
         self._domains = domains
@@ -153,7 +153,7 @@ class EngineCore:
         plan = self._scheduler.schedule()
         outputs: list[RequestOutput] = []
         if plan.chunks:
-            result = self._runner.run(plan)
+            result = self.runner.run(plan)
             for chunk in plan.chunks:
                 self._scheduler.completed(chunk)
             self._score_prompts(plan, result)
@@ -200,7 +200,7 @@ class EngineCore:
         if not ends:
             return
         requests = [chunk.request for chunk, _ in ends]
-        logits = self._runner.logits(result, [row for _, row in ends])
+        logits = self.runner.logits(result, [row for _, row in ends])
         for i, sampled in enumerate(self._sampler.sample(logits, requests, self._eos_ids)):
             state = self._states[requests[i].id]
             if isinstance(sampled, SampleError):
@@ -241,4 +241,4 @@ class EngineCore:
                 targets = list(request.prompt[low + 1 : high + 1])
                 top = request.sampling.prompt_logprobs
                 assert top is not None
-                found.extend(logprobs(self._runner.logits(result, rows), targets, top))
+                found.extend(logprobs(self.runner.logits(result, rows), targets, top))

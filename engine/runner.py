@@ -36,7 +36,7 @@ class Runner:
         self, decoder: Decoder, cache: CacheManager, kernels: Kernels, *, max_rows: int, max_seqs: int, max_len: int
     ) -> None:
         config = decoder.config
-        self._decoder = decoder
+        self.decoder = decoder
         self._size = cache.block_size
         self._attention = StepAttention(kernels, cache.storage, config, decoder.rotary.cos, decoder.rotary.sin)
         self._tokens, self._positions, self._slots = (np.zeros(max_rows, np.int64) for _ in range(3))
@@ -57,13 +57,13 @@ class Runner:
             torch.from_numpy(self._tables[: len(plan.chunks)]), cut(self._request), cut(self._stop), self._zeros[:rows]
         )
         self._attention.plan(visible, positions, cut(self._slots), self._q[:rows], self._out[:rows])
-        return StepResult(self._decoder.forward(cut(self._tokens), self._attention), starts)
+        return StepResult(self.decoder.forward(cut(self._tokens), self._attention), starts)
 
     @torch.inference_mode()
     def logits(self, result: StepResult, rows: list[int]) -> Tensor:
         """[len(rows), vocab] fp32 of some rows of a step."""
         hidden = result.hidden
-        return self._decoder.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
+        return self.decoder.logits(hidden if len(rows) == hidden.shape[0] else hidden[rows])
 
     def _fill(self, plan: StepPlan) -> list[int]:
         """Write the plan's tokens, positions, slots and tables into the buffers. Returns each chunk's first row."""

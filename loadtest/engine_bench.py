@@ -98,8 +98,8 @@ class TimedKernels:
 
 def instrument(llm: LLM) -> tuple[Clock, Callable[[], None]]:
     """Time every kernel and linear layer of an engine. Returns the clock, and what undoes it."""
-    runner: Any = llm.core._runner
-    decoder, attention, clock = runner._decoder, runner._attention, Clock()
+    runner: Any = llm.core.runner
+    decoder, attention, clock = runner.decoder, runner._attention, Clock()
     kernels, layers, head = decoder.kernels, list(decoder.layers), decoder.head
     decoder.kernels = attention._kernels = TimedKernels(kernels, clock)
     names = ("qkv", "o", "gate_up", "down")
@@ -188,15 +188,25 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
     kv_bytes = batch * context * per_token
     read = weight_bytes(llm) + kv_bytes
     attended = statistics.median(attention)
-    return DecodeRow(batch=batch, context=context, step_ms=plain * 1e3, tokens_per_s=batch / plain, read_bytes=read,
-                     gbs=read / plain / 1e9, floor_ms=read / ceilings.read_gbs / 1e6, over_floor=plain * ceilings.read_gbs * 1e9 / read,
-                     attention_ms=attended * 1e3, attention_gbs=kv_bytes / attended / 1e9, linear_ms=statistics.median(linear) * 1e3,
-                     outside_share=statistics.median(shares))  # fmt: skip
+    return DecodeRow(
+        batch=batch,
+        context=context,
+        step_ms=plain * 1e3,
+        tokens_per_s=batch / plain,
+        read_bytes=read,
+        gbs=read / plain / 1e9,
+        floor_ms=read / ceilings.read_gbs / 1e6,
+        over_floor=plain * ceilings.read_gbs * 1e9 / read,
+        attention_ms=attended * 1e3,
+        attention_gbs=kv_bytes / attended / 1e9,
+        linear_ms=statistics.median(linear) * 1e3,
+        outside_share=statistics.median(shares),
+    )
 
 
 def weight_bytes(llm: LLM) -> int:
     """Bytes of weights that a decode step reads: every linear layer and the head, once."""
-    decoder: Any = llm.core._runner._decoder
+    decoder: Any = llm.core.runner.decoder
     linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
     return sum(linear.nbytes for linear in (*linears, decoder.head))
 
@@ -214,7 +224,7 @@ class PrefillRow:
 
 
 def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
-    core, config = llm.core, llm.core._runner._decoder.config
+    core, config = llm.core, llm.core.runner.decoder.config
     clock, undo = instrument(llm)
     seconds, attention, linear = [], [], []
     for i in range(repeats + 1):
@@ -229,10 +239,9 @@ def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
             linear.append(clock.spent["linear"])
     undo()
     core.cache.evict()
-    decoder: Any = llm.core._runner._decoder
-    weights = sum(
-        n.in_features * n.out_features for layer in decoder.layers for n in (layer.qkv, layer.o, layer.gate_up, layer.down)
-    )
+    decoder: Any = llm.core.runner.decoder
+    linears = [one for layer in decoder.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    weights = sum(one.in_features * one.out_features for one in linears)
     attention_flops = 4 * config.q_heads * config.head_dim * config.layers * length * (length + 1) / 2
     total = statistics.median(seconds)
     return PrefillRow(tokens=length, seconds=total, tokens_per_s=length / total,

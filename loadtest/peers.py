@@ -189,10 +189,8 @@ def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
         name: [run.start_seconds for run in runs if run.server == name and run.start_seconds is not None] for name in names
     }
     cells = [f"{statistics.median(starts[name]):.1f}" if starts[name] else "-" for name in names]
-    ratios = [
-        f"{statistics.median(starts['kvloom']) / statistics.median(starts[peer]):.2f}x" if starts[peer] else "-"
-        for peer in peers
-    ]
+    own = statistics.median(starts["kvloom"]) if starts.get("kvloom") else float("nan")
+    ratios = [f"{own / statistics.median(starts[peer]):.2f}x" if starts[peer] else "-" for peer in peers]
     lines.append("| " + " | ".join(["start to healthy", "s", *cells, *ratios]) + " |")
     failed = sum(run.summary.failed for run in runs)
     return "\n".join([*lines, "", f"Medians of {rounds} rounds; {failed} failed requests. Measured {describe()}."])

@@ -70,7 +70,7 @@ def close(out: Tensor, expected: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("layout", FORMATS)
-@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 17, 64, 130])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 17, 64, 130, 241, 490])
 def test_equals_dense_product_of_rounded_activations(kernels: NativeKernels, layout: str, rows: int) -> None:
     packed, dense = packed_and_dense(kernels, layout, 100, 192)
     x = inputs_for(rows, 192, torch.bfloat16)
@@ -157,3 +157,23 @@ def test_wrong_shapes_and_codes_are_refused(kernels: NativeKernels) -> None:
         pack_int4(kernels, torch.full((1, 32), 16, dtype=torch.uint8), torch.ones(1, 1))
     with pytest.raises(ValueError, match="scales must be"):
         pack_int8(kernels, torch.zeros(1, 48, dtype=torch.int8), torch.ones(1, 1))
+
+
+def test_the_contracts_pack_reads_all_three_formats(kernels: NativeKernels) -> None:
+    assert kernels.quantized is not None
+    weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(4))
+    x, bias = inputs_for(3, 64, torch.bfloat16), torch.ones(20)
+    codes4, scales4, mins4 = quantize_int4(weight)
+    codes8, scales8 = quantize_int8(weight)
+    cases = [
+        (4, codes4, scales4, mins4, codes4 * scales4.repeat_interleave(32, 1) + mins4.repeat_interleave(32, 1)),
+        (4, codes4, scales4, None, (codes4.double() - 8) * scales4.repeat_interleave(32, 1)),
+        (8, codes8, scales8, None, codes8 * scales8.repeat_interleave(32, 1)),
+    ]
+    for bits, codes, scales, mins, dense in cases:
+        out = kernels.quantized.pack(bits, codes, scales, mins, bias)(x, torch.empty(3, 20))
+        assert close(out, rounded(x) @ dense.double().T + 1)
+    with pytest.raises(ValueError, match="mins"):
+        kernels.quantized.pack(8, codes8, scales8, scales8, None)
+    with pytest.raises(ValueError, match="allowed: 4, 8"):
+        kernels.quantized.pack(5, codes4, scales4, None, None)

@@ -25,6 +25,8 @@ class NativeQuantized:
 
         if bits not in (4, 8):
             raise ValueError(f"bits is {bits}; allowed: 4, 8")
+        if bits == 8 and mins is not None:
+            raise ValueError("8-bit codes with mins are not supported; fold the mins into signed codes")
         kernels = self._kernels
         packed = pack_int4(kernels, codes, scales, mins) if bits == 4 else pack_int8(kernels, codes, scales)
         return QuantLinear(kernels, packed, bias)

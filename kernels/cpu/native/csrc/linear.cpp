@@ -9,6 +9,7 @@
 namespace kvloom {
 namespace {
 
+constexpr int64_t kChunkRows = 240;  // rows that meet one panel before the next: their activations stay in the L2 cache
 constexpr int64_t kFewRows = 4;  // up to here each thread rounds the activations for itself, which is cheaper than to wait
 
 thread_local Arena shared_arena, own_arena, panel_arena;
@@ -96,13 +97,13 @@ template <Format F, int P> const uint8_t* unpack(const uint8_t* panel, int64_t g
   return to;
 }
 
-// All rows against panels [first, first + P).
-template <Format F, int P> void column_block(const LinearArgs& a, int64_t first, const Activations& x) {
+// Rows [row, end) against panels [first, first + P).
+template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs, panel_bytes = Weights<F>::panel_bytes(groups);
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * panel_bytes;
-  const uint8_t* unpacked = Weights<F>::kNibbles && a.rows > kRows ? unpack<F, P>(panel, groups) : nullptr;
-  for (int64_t row = 0; row < a.rows;) {
-    const int64_t rest = a.rows - row;
+  const uint8_t* unpacked = Weights<F>::kNibbles && end - row > kRows ? unpack<F, P>(panel, groups) : nullptr;
+  while (row < end) {
+    const int64_t rest = end - row;
     const int64_t count = rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
     const Activations block = from_row(x, row, groups);
     tile_of<F, kRows, P>(count, a, panel, unpacked, block, groups, row, first * kPanel);
@@ -110,14 +111,17 @@ template <Format F, int P> void column_block(const LinearArgs& a, int64_t first,
   }
 }
 
+// Block `index`: a chunk of rows against kPanels panels, or against the odd one at the end.
 template <Format F> void block(const LinearArgs& a, int64_t index, int64_t panels, const Activations& x) {
-  const int64_t first = index * kPanels;
-  if (first + kPanels <= panels) column_block<F, kPanels>(a, first, x);
-  else column_block<F, 1>(a, first, x);
+  const int64_t across = (panels + kPanels - 1) / kPanels, first = index % across * kPanels;
+  const int64_t row = index / across * kChunkRows, end = std::min(a.rows, row + kChunkRows);
+  if (first + kPanels <= panels) column_block<F, kPanels>(a, row, end, first, x);
+  else column_block<F, 1>(a, row, end, first, x);
 }
 
 template <Format F> void linear(const LinearArgs& a) {
-  const int64_t panels = (a.outputs + kPanel - 1) / kPanel, blocks = (panels + kPanels - 1) / kPanels;
+  const int64_t panels = (a.outputs + kPanel - 1) / kPanel, chunks = (a.rows + kChunkRows - 1) / kChunkRows;
+  const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks;
   const int64_t groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
   const bool few = a.rows <= kFewRows;
