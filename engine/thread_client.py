@@ -16,15 +16,14 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
-from kvloom.engine.build import Progress, build
-from kvloom.engine.client import EngineStats, Health, ModelInfo
+from kvloom.engine.build import Built, Progress, build
+from kvloom.engine.client import EngineStats, Health
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import EngineDeadError, InvalidRequestError, KVLoomError, OverloadedError
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
-from kvloom.engine.text import Tokenizer
 
 log = logging.getLogger("kvloom.engine")
 
@@ -46,12 +45,13 @@ class _Stream(NamedTuple):
 class ThreadEngineClient:
     """An engine on a thread of this process. See `client.EngineClient`."""
 
-    def __init__(
-        self, core: EngineCore, model: ModelInfo, tokenizer: Tokenizer, *, max_queued_tokens: int | None = None
-    ) -> None:
-        self.model = model
-        self.tokenizer = tokenizer
-        self._core = core
+    def __init__(self, make: Callable[[], Built], *, max_queued_tokens: int | None = None) -> None:
+        """`make` builds the engine, on the engine's own thread; blocks until it has, and raises what it raises.
+
+        The model must not be built on one thread and run on another: OpenMP keeps a pool of workers per calling thread, and
+        once there are more of them than cores it puts them to sleep at every barrier. A decode step then takes four times
+        as long.
+        """
         self._max_queued = max_queued_tokens
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # engine thread adds and removes; everyone reads
@@ -59,15 +59,15 @@ class ThreadEngineClient:
         self._dead: str | None = None
         self._arriving = 0
         self._beat = time.monotonic()
-        self._stats = core.stats()
-        self._thread = threading.Thread(target=self._run, name="kvloom-engine", daemon=True)
+        made: Future[Built] = Future()
+        self._thread = threading.Thread(target=self._run, args=(make, made), name="kvloom-engine", daemon=True)
         self._thread.start()
+        self._core, self.model, self.tokenizer = made.result()
 
     @classmethod
     def start(cls, config: EngineConfig, progress: Progress | None = None) -> ThreadEngineClient:
         """Load the model and start its thread. Blocks; raises ModelError, ModelNotFoundError or ConfigError."""
-        built = build(config, progress)
-        return cls(built.core, built.model, built.tokenizer, max_queued_tokens=config.scheduler.max_queued_tokens)
+        return cls(lambda: build(config, progress), max_queued_tokens=config.scheduler.max_queued_tokens)
 
     # Event loop side -----------------------------------------------------------------------------------------------
 
@@ -147,7 +147,14 @@ class ThreadEngineClient:
 
     # Engine thread side ---------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, make: Callable[[], Built], made: Future[Built]) -> None:
+        try:
+            built = make()
+        except BaseException as error:
+            made.set_exception(error)
+            return
+        self._core, self._stats = built.core, built.core.stats()
+        made.set_result(built)
         reason = "the engine has been shut down"
         try:
             while self._receive():

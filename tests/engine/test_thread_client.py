@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
+from kvloom.engine.build import Built
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError, OverloadedError
 from kvloom.engine.request import RequestOutput
 
@@ -19,7 +20,7 @@ LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 
 
 def client_of(llm: LLM, **options: Any) -> ThreadEngineClient:
-    return ThreadEngineClient(llm.core, llm.model, llm.tokenizer, **options)
+    return ThreadEngineClient(lambda: Built(llm.core, llm.model, llm.tokenizer), **options)
 
 
 async def collect(outputs: AsyncIterator[RequestOutput], limit: int | None = None) -> list[RequestOutput]:
