@@ -1,7 +1,9 @@
 # make serve        set everything up and serve the built-in model on 127.0.0.1:8000
 # make demo         set everything up, start a server, talk to it through openai-python, print answers and figures
 # make test         set everything up, lint, type-check and run every test
-# make bench-peers  measure kvloom against vLLM and llama.cpp on this machine (PEERS=folder, see loadtest/peers)
+# make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
+#                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
+#                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -35,7 +37,8 @@ types: setup
 	$(BIN)/mypy
 
 bench-peers: setup
-	$(BIN)/python -m kvloom.loadtest.peers $(if $(PEERS),--peers $(PEERS))
+	$(BIN)/kvloom bench peers --markdown docs/peers.md $(BENCH) \
+	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,7 @@
 """Side by side: the same requests from the same client to each server in turn, on an otherwise idle machine.
 
-    python -m kvloom.loadtest.peers --start 'vllm=bash peers.sh vllm DIR {port}' --start 'llama=bash peers.sh llama DIR {port}'
-    python -m kvloom.loadtest.peers --url vllm=http://127.0.0.1:8001
+    kvloom bench peers --start 'vllm=bash peers.sh vllm DIR {port}' --start 'llama=bash peers.sh llama DIR {port}'
+    kvloom bench peers --url vllm=http://127.0.0.1:8001
 
 kvloom is started by this script, a peer by the command given (with {port} filled in) or found at a URL. Every round starts
 each server, waits until it is healthy, warms it up, runs every case and stops it. The table gives medians over rounds, and
@@ -139,6 +139,12 @@ async def measure(url: str, case: Case, seed: int) -> Summary:
         return summarise(await closed_loop(client, jobs(case, seed), case.concurrency))
 
 
+def one_line(summary: Summary) -> str:
+    times = (("TTFT", summary.ttft), ("TPOT", summary.tpot), ("ITL", summary.itl))
+    parts = [f"{name} p50 {spread.p50 * 1e3:.1f} ms" for name, spread in times]
+    return "  ".join([*parts, f"{summary.output_throughput:.1f} tok/s", f"{summary.wall:.1f} s", f"failed {summary.failed}"])
+
+
 def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path) -> list[Run]:
     """One round of one server."""
     runs = []
@@ -147,9 +153,7 @@ def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path)
         for case in cases:
             summary = asyncio.run(measure(url, case, seed))
             runs.append(Run(server.name, case.name, seed, start_seconds, summary))
-            console.print(f"round {seed}  {server.name:8} {case.name:5} TTFT {summary.ttft.p50 * 1e3:8.1f} ms  TPOT "
-                          f"{summary.tpot.p50 * 1e3:7.2f} ms  ITL {summary.itl.p50 * 1e3:7.2f} ms  "
-                          f"{summary.output_throughput:7.1f} tok/s  {summary.wall:6.1f} s  failed {summary.failed}")  # fmt: skip
+            console.print(f"round {seed}  {server.name:8} {case.name:5} {one_line(summary)}", soft_wrap=True)
     return runs
 
 
@@ -197,7 +201,7 @@ def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m kvloom.loadtest.peers", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog="kvloom bench peers", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--start", action="append", default=[], metavar="NAME=COMMAND", help="a peer to start; {port} is filled in"
     )
@@ -237,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             runs += measure_server(server, cases, seed, args.out)
             (args.out / "runs.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
     text = table(runs, cases)
-    console.print(text)
+    console.print(text, soft_wrap=True)
     if args.markdown:
         args.markdown.write_text(
             f"# kvloom beside its peers\n\n{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n{text}\n"

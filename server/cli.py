@@ -1,4 +1,6 @@
-"""The command line: `kvloom serve`, `kvloom models`. Flags, their help and the YAML keys come from the settings' docstrings.
+"""The command line: `kvloom serve`, `models`, `bench`, `eval`.
+
+Flags, their help and the YAML keys come from the docstrings of the settings.
 
 Nothing heavy is imported until a command runs. Exit codes: 2 for what the caller wrote wrong, 1 for what could not be done;
 each with one line on stderr and no traceback.
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -22,13 +25,24 @@ from kvloom.version import __version__
 USAGE_ERROR = 2
 FAILED = 1
 INTERRUPTED = 130
+MEASUREMENTS = {
+    "bench": {
+        "engine": ("kvloom.loadtest.engine_bench", "the engine without HTTP, against what this machine can do"),
+        "peers": ("kvloom.loadtest.peers", "kvloom beside other servers, with the same client and requests"),
+    },
+    "eval": {"weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality")},
+}
+"""Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""
 API_KEY_VARIABLE = "KVLOOM_API_KEY"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Bad flags end in SystemExit(2), as argparse does."""
-    arguments = parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if len(words) > 1 and words[1] in MEASUREMENTS.get(words[0], ()):
+            return _measure(MEASUREMENTS[words[0]][words[1]][0], words[2:])
+        arguments = parse(words)
         return int(arguments.run(arguments))
     except ConfigError as error:
         return _fail(error, USAGE_ERROR)
@@ -68,7 +82,20 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_models(commands)
+    for name, text in (("bench", "measure speed"), ("eval", "measure quality")):
+        command = commands.add_parser(name, help=text, allow_abbrev=False)
+        kinds = command.add_subparsers(title="what", required=True, metavar="WHAT")
+        for kind, (_, what) in MEASUREMENTS[name].items():
+            kinds.add_parser(kind, help=what)
     return parser
+
+
+def _measure(module: str, words: list[str]) -> int:
+    """Hand over to a measurement, which reads its own flags."""
+    try:
+        return int(importlib.import_module(module).main(words))
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; measurements need: pip install 'kvloom[bench]'") from None
 
 
 def _add_serve(commands: Any) -> None:

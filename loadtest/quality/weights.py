@@ -1,6 +1,6 @@
 """What each weight mode costs in quality and gains in speed, on real text.
 
-    python -m kvloom.loadtest.quality.weights [MODEL] [--markdown FILE]
+    kvloom eval weights [MODEL] [--markdown FILE]
 
 The reference is the same model in fp32. Perplexity, KL and top-1 agreement come from teacher-forced text; step times and
 weight bytes from the same engines in the same run.
@@ -88,16 +88,14 @@ def table(model: str, length: int, count: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kvloom.loadtest.quality.weights", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="kvloom eval weights", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
     args = parser.parse_args(argv)
     text = table(args.model, args.length, args.windows)
-    console.print(text)
+    console.print(text, soft_wrap=True)
     if args.markdown:
         args.markdown.write_text(text + "\n")
     return 0

@@ -157,3 +157,18 @@ def test_version_needs_nothing_heavy():
 def test_the_server_itself_needs_no_torch():
     code = "import sys, kvloom.server.serve; assert not {'torch', 'numba', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("words", [["bench", "engine"], ["bench", "peers"], ["eval", "weights"]])
+def test_measurements_read_their_own_flags(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: kvloom {' '.join(words)}" in capsys.readouterr().out
+
+
+def test_measurements_are_listed_and_an_unknown_one_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["bench", "nothing"])
+    assert ended.value.code == 2
+    assert "engine" in capsys.readouterr().err
