@@ -255,8 +255,21 @@ def show(title: str, rows: Sequence[Any]) -> None:
     for column in asdict(rows[0]):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(*(f"{v:.3g}" if isinstance(v, float) and v < 100 else f"{v:.0f}" for v in asdict(row).values()))
+        table.add_row(*(cell(value) for value in asdict(row).values()))
     console.print(table)
+
+
+def cell(value: object) -> str:
+    """Three significant digits, or a whole number."""
+    if not isinstance(value, float):
+        return f"{value:,}"
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def markdown(rows: Sequence[Any]) -> str:
+    names = list(asdict(rows[0]))
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    return "\n".join([*lines, *("| " + " | ".join(cell(v) for v in asdict(row).values()) + " |" for row in rows)])
 
 
 def plot(path: Path, decodes: Sequence[DecodeRow], prefills: Sequence[PrefillRow], ceilings: Ceilings) -> None:
@@ -289,6 +302,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
     parser.add_argument("--decode", default=",".join(f"{b}x{c}" for b, c in DECODES), help="batch x context: %(default)s")
     parser.add_argument("--prefill", default=",".join(map(str, PREFILLS)), help="prompt lengths: %(default)s")
+    parser.add_argument("--markdown", type=Path, help="also write the tables into this file")
     parser.add_argument("--out", type=Path, default=Path("results/engine"), help="folder for engine.json and engine.png")
     return parser.parse_args(argv)
 
@@ -298,23 +312,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     llm = LLM(args.model, dtype=args.dtype, weights=args.weights, backend=args.backend, kv_memory=args.kv_memory)
     ceilings = measure_ceilings()
-    console.print(
-        f"{llm.model.name}, {llm.model.dtype}, weights {llm.model.weights}, back end {llm.model.backend}; {describe()}"
+    head = (
+        f"{llm.model.name}, {llm.model.dtype}, weights {llm.model.weights}, {llm.model.backend} kernels. Ceilings: reading "
+        f"{ceilings.read_gbs:.1f} GB/s, products "
+        f"{ceilings.bf16_gflops:.0f} (bf16) and {ceilings.fp32_gflops:.0f} (fp32) GFLOP/s. "
+        f"Measured {describe()}."
     )
-    console.print(f"ceilings: reading {ceilings.read_gbs:.1f} GB/s, bf16 {ceilings.bf16_gflops:.0f} GFLOP/s, "
-                  f"fp32 {ceilings.fp32_gflops:.0f} GFLOP/s")  # fmt: skip
+    console.print(head)
     prefills = [prefill_case(llm, int(length)) for length in args.prefill.split(",") if length]
-    if prefills:
-        show("prefill", prefills)
     cases = [tuple(map(int, case.split("x"))) for case in args.decode.split(",") if case]
     decodes = [decode_case(llm, batch, context, ceilings) for batch, context in cases]
-    if decodes:
-        show("decode", decodes)
+    tables = [(title, rows) for title, rows in (("prefill", prefills), ("decode", decodes)) if rows]
+    for title, rows in tables:
+        show(title, rows)
     args.out.mkdir(parents=True, exist_ok=True)
     report = {"machine": describe(), "model": asdict(llm.model), "ceilings": asdict(ceilings),
               "prefill": [asdict(row) for row in prefills], "decode": [asdict(row) for row in decodes]}  # fmt: skip
     (args.out / "engine.json").write_text(json.dumps(report, indent=1))
     plot(args.out / "engine.png", decodes, prefills, ceilings)
+    if args.markdown:
+        args.markdown.write_text("\n\n".join([head, *(markdown(rows) for _, rows in tables)]) + "\n")
     console.print(f"written: {args.out / 'engine.json'}, {args.out / 'engine.png'}")
     return 0
 

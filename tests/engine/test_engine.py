@@ -235,6 +235,6 @@ def test_half_precision_runs_and_agrees_with_full(make_llm: MakeLLM) -> None:
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
     expected = make_llm().generate(prompt, sampling)[0].prompt_logprobs
     for dtype, tolerance in (("bf16", 0.15), ("fp16", 0.02)):
-        found = make_llm(dtype=dtype).generate(prompt, sampling)[0].prompt_logprobs
+        found = make_llm(dtype=dtype, weights="bf16").generate(prompt, sampling)[0].prompt_logprobs
         assert found is not None and expected is not None
         assert max(abs(a.logprob - b.logprob) for a, b in zip(found[1:], expected[1:]) if a and b) < tolerance

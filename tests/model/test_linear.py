@@ -6,9 +6,13 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 
+from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.dequantize import dequantize
-from kvloom.engine.model.linear import DenseLinear, LinearWeight, make_linear
+from kvloom.engine.model.linear import DenseLinear, LinearWeight, PackedLinear, make_linear
 from kvloom.engine.model.load_gguf import GGUFWeights
+from kvloom.engine.model.quantized import QuantizedLinear, round_to_int4, round_to_int8, unpack
+from kvloom.kernels import load
+from kvloom.kernels.reference import ReferenceKernels
 
 QKV = tuple(f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")
 
@@ -60,5 +64,69 @@ def test_mixed_kinds_have_no_quantized_form(write_gguf) -> None:
 
 def test_plain_mode_is_dense(write_gguf) -> None:
     weight = LinearWeight(GGUFWeights(write_gguf("Q4_1")), QKV[:1])
-    made = make_linear(weight, None, "bf16", torch.bfloat16)
+    made = make_linear(weight, None, "bf16", torch.bfloat16, ReferenceKernels())
     assert torch.equal(made(torch.eye(64, dtype=torch.bfloat16)).T, weight.dense(torch.bfloat16))
+
+
+def test_packed_weights_agree_with_plain_ones() -> None:
+    if not PackedLinear.works():
+        pytest.skip("this build of torch does not pack bf16 on this processor")
+    weight, bias = torch.randn(96, 64, dtype=torch.bfloat16), torch.randn(96, dtype=torch.bfloat16)
+    for rows in (1, 3, 40):
+        x = torch.randn(rows, 64, dtype=torch.bfloat16)
+        wanted = DenseLinear(weight, bias)(x).float()
+        packed = PackedLinear(weight, bias)
+        assert torch.allclose(packed(x).float(), wanted, atol=0.1, rtol=0.02)
+        logits = torch.empty(rows, 96)
+        assert torch.equal(packed(x, logits), packed(x).float())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_stored_codes_are_unpacked_exactly(write_gguf, kind: str) -> None:
+    weight = LinearWeight(GGUFWeights(write_gguf(kind)), QKV)
+    rows = weight.quantized()
+    assert rows is not None
+    assert torch.equal(unpack(rows).dense(), weight.dense(torch.float32))
+
+
+@pytest.mark.parametrize(("round_", "bits"), [(round_to_int8, 8), (round_to_int4, 4)])
+def test_rounding_is_to_nearest(round_, bits: int) -> None:
+    weight = torch.randn(8, 96)
+    weight[3] = 0.25  # a group of equal values
+    codes = round_(weight)
+    assert codes.bits == bits
+    steps = codes.scales.repeat_interleave(32, 1)
+    assert ((codes.dense() - weight).abs() <= steps * 0.51 + 2e-3 * weight.abs()).all()
+
+
+@pytest.fixture(scope="module")
+def native():
+    try:
+        return load("native")
+    except Exception as reason:
+        pytest.skip(f"no native back end: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "sensitive", "bits"),
+    [("Q4_1", "auto", False, 4), ("Q8_0", "auto", False, 8), ("F16", "auto", False, 8), ("Q4_1", "int4", False, 4),
+     ("Q8_0", "int4", False, 4), ("Q8_0", "int4", True, 8), ("F16", "int4", False, 4), ("F16", "int8", True, 8),
+     ("Q4_1", "int8", False, 4)],
+)  # fmt: skip
+def test_modes_choose_codes(write_gguf, native, kind: str, mode: str, sensitive: bool, bits: int) -> None:
+    weight = LinearWeight(GGUFWeights(write_gguf(kind)), QKV, sensitive=sensitive)
+    made = make_linear(weight, None, mode, torch.bfloat16, native)
+    assert isinstance(made, QuantizedLinear)
+    per_weight = 8 * made.nbytes / (made.in_features * made.out_features)
+    assert bits < per_weight < bits + 1.5
+    x = torch.randn(5, made.in_features, dtype=torch.bfloat16)
+    wanted = x.float() @ weight.dense(torch.float32).T
+    error = (made(x, torch.empty(5, made.out_features)) - wanted).norm() / wanted.norm()
+    assert error < (0.15 if bits == 4 and kind != "Q4_1" else 0.02)
+
+
+def test_exact_modes_stay_exact(write_gguf, native) -> None:
+    weight = LinearWeight(GGUFWeights(write_gguf("Q4_1")), QKV)
+    assert isinstance(make_linear(weight, None, "auto", torch.float32, native), DenseLinear)
+    with pytest.raises(ConfigError, match="native"):
+        make_linear(weight, None, "int8", torch.bfloat16, ReferenceKernels())

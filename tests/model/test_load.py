@@ -25,12 +25,13 @@ def test_types(write_gguf, kernels, dtype, expected) -> None:
     """Matrices in the model's type; norm weights and tables in fp32."""
     decoder = load_model(write_gguf("Q4_1"), dtype, kernels).decoder
     layer = decoder.layers[0]
-    assert {decoder.embedding.dtype, layer.qkv.weight.dtype, layer.down.weight.dtype, decoder.dtype} == {expected}
+    x = torch.zeros(1, layer.qkv.in_features, dtype=expected)
+    assert {decoder.embedding.dtype, layer.qkv(x).dtype, decoder.dtype} == {expected}
     assert {layer.input_norm.dtype, decoder.final_norm.dtype, decoder.rotary.cos.dtype} == {torch.float32}
 
 
 def test_tied_head_shares_the_embedding_table(write_gguf, kernels) -> None:
-    decoder = load_model(write_gguf("F32"), "bf16", kernels).decoder
+    decoder = load_model(write_gguf("F32"), "fp32", kernels).decoder
     assert decoder.head.weight.data_ptr() == decoder.embedding.data_ptr()
 
 
