@@ -37,7 +37,7 @@ types: setup
 	$(BIN)/mypy
 
 bench-peers: setup
-	$(BIN)/kvloom bench peers --markdown docs/peers.md $(BENCH) \
+	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
 	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
 
 clean:

@@ -96,9 +96,10 @@ class EngineCore:
         self._eos = eos
         self._eos_ids = sorted(eos)
         self._sampler = Sampler(limits.vocab_size)
+        self._order = ORDERS[config.scheduler.scheduler]
         self._scheduler = Scheduler(
             cache,
-            ORDERS[config.scheduler.scheduler],
+            self._order,
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
         )
@@ -125,6 +126,12 @@ class EngineCore:
         """Queue a request. Raises InvalidRequestError if it can never be served, or its id is in use."""
         if request.id in self._states:
             raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
+        if request.priority and not self._order.uses_priority:
+            raise InvalidRequestError(
+                f"priority is {request.priority}, but this server runs requests as they come; start it with "
+                "--scheduler priority, or leave priority out",
+                param="priority",
+            )
         prompt = request.prompt
         request.token_limit = self.limits.check(
             len(prompt), max(prompt, default=0), min(prompt, default=0), request.sampling, request.kv

@@ -84,8 +84,9 @@ class Client:
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
 
     async def __aenter__(self) -> Client:
-        self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers,
-                                              connector=aiohttp.TCPConnector(limit=0))  # fmt: skip
+        # A connection per request: llama-server closes kept-alive ones without a word, and on loopback a new one costs nothing.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers, connector=connector)
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -11,8 +11,9 @@ Failed requests are counted, never averaged in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,11 @@ class Summary:
     tpot: Spread
     itl: Spread
     e2e: Spread
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Summary:
+        """What `dataclasses.asdict` made."""
+        return cls(**{name: Spread(**value) if isinstance(value, Mapping) else value for name, value in row.items()})
 
 
 def summarise(records: Sequence[Record]) -> Summary:

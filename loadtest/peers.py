@@ -24,6 +24,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -171,21 +172,31 @@ def value(run: Run, metric: str) -> float:
     return float(found) if isinstance(found, float) else float(found.p50) * 1e3
 
 
+def median_of(runs: Sequence[Run], server: str, case: str, metric: str) -> float:
+    """Over rounds."""
+    found = [value(run, metric) for run in runs if (run.server, run.case) == (server, case)]
+    return statistics.median(found) if found else float("nan")
+
+
+def rounds_of(runs: Sequence[Run]) -> str:
+    """How many rounds stand behind the medians, naming what was measured less often than the rest."""
+    counts = Counter((run.server, run.case) for run in runs)
+    most = max(counts.values())
+    fewer = "".join(f" ({server} {case}: {count})" for (server, case), count in counts.items() if count < most)
+    return f"{most} rounds{fewer}"
+
+
 def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
     """Markdown: a row per case and metric, a column per server, ratios of kvloom to each peer."""
     names = list(dict.fromkeys(run.server for run in runs))
     peers = [name for name in names if name != "kvloom"]
-    rounds = len({run.round for run in runs})
-
-    def median(server: str, case: str, metric: str) -> float:
-        return statistics.median(value(run, metric) for run in runs if (run.server, run.case) == (server, case))
 
     head = ["case", "metric", *names, *(f"kvloom / {peer}" for peer in peers)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for case in cases:
         title = f"{case.name}: {case.concurrency} x {case.inputs} in / {case.outputs} out, {case.requests} requests"
         for label, metric in METRICS:
-            medians = {name: median(name, case.name, metric) for name in names}
+            medians = {name: median_of(runs, name, case.name, metric) for name in names}
             ratios = [f"{medians['kvloom'] / medians[peer]:.2f}x" for peer in peers] if "kvloom" in medians else []
             lines.append("| " + " | ".join([title, label, *(f"{medians[name]:.1f}" for name in names), *ratios]) + " |")
             title = ""
@@ -197,7 +208,43 @@ def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
     ratios = [f"{own / statistics.median(starts[peer]):.2f}x" if starts[peer] else "-" for peer in peers]
     lines.append("| " + " | ".join(["start to healthy", "s", *cells, *ratios]) + " |")
     failed = sum(run.summary.failed for run in runs)
-    return "\n".join([*lines, "", f"Medians of {rounds} rounds; {failed} failed requests. Measured {describe()}."])
+    return "\n".join([*lines, "", f"Medians of {rounds_of(runs)}; {failed} failed requests. Measured {describe()}."])
+
+
+def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path) -> None:
+    """One panel per metric, a group of bars per case, medians over rounds, as multiples of kvloom's figure."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(run.server for run in runs))
+    panels = (("time to first token", "ttft"), ("time per output token", "tpot"), ("wall time", "wall"))
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    for axis, (title, metric) in zip(axes, panels):
+        for i, name in enumerate(names):
+            medians = [
+                median_of(runs, name, case.name, metric) / median_of(runs, "kvloom", case.name, metric) for case in cases
+            ]
+            places = [x + i * 0.8 / len(names) for x in range(len(cases))]
+            bars = axis.bar(places, medians, 0.76 / len(names), label=name)
+            axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
+        axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
+        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
+        axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
+        axis.margins(y=0.12)
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def recorded(path: Path) -> list[Run]:
+    """Runs that an earlier measurement wrote. Raises SystemExit if the file holds none."""
+    try:
+        rows = json.loads(path.read_text())
+        return [Run(**{**row, "summary": Summary.from_dict(row["summary"])}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise SystemExit(f"{path} does not hold recorded runs: {error}") from None
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -211,6 +258,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="which of: %(default)s")
     parser.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
     parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
+    parser.add_argument(
+        "--from", type=Path, nargs="+", dest="recorded", metavar="FILE", help="report recorded runs (runs.json)"
+    )
+    parser.add_argument("--plot", type=Path, default=None, help="also draw the comparison into this PNG file")
     parser.add_argument("--markdown", type=Path, default=None, help="also write the table into this file")
     return parser.parse_args(argv)
 
@@ -227,6 +278,16 @@ def servers(args: argparse.Namespace) -> list[Server]:
     return [server for server in found if not wanted or server.name in wanted]
 
 
+def measure_all(args: argparse.Namespace, cases: Sequence[Case]) -> list[Run]:
+    """Every round of every server; what is measured so far is on disk after each."""
+    runs: list[Run] = []
+    for seed in range(args.rounds):
+        for server in servers(args):
+            runs += measure_server(server, cases, seed, args.out)
+            (args.out / "runs.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
+    return runs
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit code."""
     args = parse(argv)
@@ -235,13 +296,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     cases = [known[name] for name in args.cases.split(",")]
     args.out.mkdir(parents=True, exist_ok=True)
-    runs: list[Run] = []
-    for seed in range(args.rounds):
-        for server in servers(args):
-            runs += measure_server(server, cases, seed, args.out)
-            (args.out / "runs.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
+    runs = [run for file in args.recorded for run in recorded(file)] if args.recorded else measure_all(args, cases)
     text = table(runs, cases)
     console.print(text, soft_wrap=True)
+    if args.plot:
+        plot(runs, cases, args.plot)
     if args.markdown:
         args.markdown.write_text(
             f"# kvloom beside its peers\n\n{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n{text}\n"

@@ -129,6 +129,8 @@ def test_bad_input_is_refused_and_the_server_stays_up(server: str) -> None:
         client.completions.create(model="tiny", prompt=[10**6], max_tokens=1)
     with pytest.raises(BadRequestError, match="psychic"):
         client.completions.create(model="tiny", prompt=[5], max_tokens=1, extra_body={"kv": {"selection": "psychic"}})
+    with pytest.raises(BadRequestError, match="--scheduler priority"):
+        client.completions.create(model="tiny", prompt=[5], max_tokens=1, extra_body={"priority": 3})
     huge = httpx.post(server + "/v1/completions", content=b"x" * 10_000_000, timeout=20)
     assert huge.status_code == 413 and huge.json()["error"]["message"]
     broken = httpx.post(

@@ -18,6 +18,8 @@ class Order(NamedTuple):
     """How waiting requests are ordered, and who is preempted first (the largest key)."""
 
     key: Callable[[Request], Key]
+    uses_priority: bool
+    """Whether the request's own priority counts."""
     displaces: bool
     """Whether a waiting request may preempt a running one with a larger first key part."""
 
@@ -31,6 +33,6 @@ def _priority(request: Request) -> Key:
 
 
 ORDERS: dict[str, Order] = {
-    "fcfs": Order(_first_come, displaces=False),
-    "priority": Order(_priority, displaces=True),
+    "fcfs": Order(_first_come, uses_priority=False, displaces=False),
+    "priority": Order(_priority, uses_priority=True, displaces=True),
 }

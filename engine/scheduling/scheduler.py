@@ -98,8 +98,13 @@ class Scheduler:
                 budget -= count
         while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
             count = min(pending(admitted), budget)
-            plan.chunks.append(Chunk(admitted, self._tables[admitted], admitted.computed, count))
+            chunk = Chunk(admitted, self._tables[admitted], admitted.computed, count)
+            plan.chunks.append(chunk)
             budget -= count
+            # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
+            # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
+            # any more: whoever is admitted after it comes after it in order, and cannot displace it.
+            self.cache.commit(chunk.table, admitted.tokens, chunk.stop)
         return plan
 
     def completed(self, chunk: Chunk) -> None:

@@ -82,7 +82,8 @@ def table(model: str, length: int, count: int) -> str:
         lines.append(row(mode, llm, found, base.perplexity))
         console.print(lines[-1])
         del llm
-    note = f"{model}, {base.tokens} tokens of the Python reference in {count} windows of {length}. Measured {describe()}."
+    name = Path(model).name
+    note = f"{name}, {base.tokens} tokens of the Python reference in {count} windows of {length}. Measured {describe()}."
     return "\n".join([*lines, "", note])
 
 

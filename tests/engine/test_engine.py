@@ -119,6 +119,16 @@ def test_n_completions(make_llm: MakeLLM) -> None:
     assert second.tokens == results[1].tokens
 
 
+def test_a_shared_beginning_is_computed_once_in_the_same_step(make_llm: MakeLLM, oracle: Any) -> None:
+    llm = make_llm()
+    beginning = prompts(1, seed=11, low=70, high=70)[0]
+    batch = [[*beginning, *end] for end in prompts(4, seed=12, low=3, high=20)]
+    results = llm.generate(batch, GREEDY)
+    assert [r.usage.cached_tokens for r in results if r.usage] == [0, 64, 64, 64]
+    for prompt, result in zip(batch, results):
+        assert result.tokens == greedy(oracle, prompt, 64)
+
+
 def test_generated_tokens_are_reused_in_the_next_turn(make_llm: MakeLLM) -> None:
     llm = make_llm()
     prompt = prompts(1, seed=5, low=30, high=30)[0]

@@ -96,6 +96,15 @@ def test_a_prefix_hit_is_not_computed_again() -> None:
     assert (engine.cache.query_tokens, engine.cache.hit_tokens) == (24, 8)
 
 
+def test_requests_that_come_together_compute_a_shared_beginning_once() -> None:
+    engine = Engine(max_tokens=64)
+    for _ in range(3):
+        engine.add(18)
+    plan = engine.step()
+    assert [(c.start, c.count) for c in plan.chunks] == [(0, 18), (16, 2), (16, 2)]
+    engine.run()
+
+
 def test_admission_reserves_the_whole_prompt() -> None:
     engine = Engine(blocks=6, max_tokens=4)
     engine.add(16, first=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
 from kvloom.engine.build import Built
-from kvloom.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError, OverloadedError
+from kvloom.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError, ModelError, OverloadedError
 from kvloom.engine.request import RequestOutput
 
 MakeLLM = Callable[..., LLM]
@@ -146,6 +147,24 @@ def test_the_death_of_the_engine_reaches_everyone(make_llm: MakeLLM, monkeypatch
     client.close()
     for name in "012":  # so that the fixture may prove that nothing else was lost
         llm.core.abort(name)
+
+
+def test_the_model_is_built_on_the_thread_that_runs_it(make_llm: MakeLLM) -> None:
+    llm, threads = make_llm(), []
+
+    def make() -> Built:
+        threads.append(threading.current_thread().name)
+        return Built(llm.core, llm.model, llm.tokenizer)
+
+    client = ThreadEngineClient(make)
+    assert threads == ["kvloom-engine"]
+    client.close()
+
+    def fail() -> Built:
+        raise ModelError("the weights are gone")
+
+    with pytest.raises(ModelError, match="gone"):
+        ThreadEngineClient(fail)
 
 
 def test_close_aborts_what_runs_and_is_idempotent(make_llm: MakeLLM) -> None:

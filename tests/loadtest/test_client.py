@@ -6,13 +6,15 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 
 from kvloom.loadtest.client import Client, Job, Record, closed_loop
 from kvloom.loadtest.measures import summarise
-from kvloom.loadtest.peers import CASES, Run, Server, jobs, parse, servers, table
+from kvloom.loadtest.peers import CASES, Run, Server, jobs, parse, plot, recorded, servers, table
 
 Handler = Callable[[web.Request], "asyncio.Future[web.StreamResponse]"]
 
@@ -138,6 +140,24 @@ def test_the_table_holds_medians_and_ratios() -> None:
     assert "| 200.0 | 800.0 | 0.25x |" in ttft
     assert "| 2.0 | 8.0 | 0.25x |" in next(line for line in lines if "start" in line)
     assert "Medians of 3 rounds; 0 failed" in lines[-1]
+
+
+def test_recorded_runs_give_the_same_report(tmp_path: Path) -> None:
+    record = Record(index=0, sent=0.0, chunks=[0.1, 0.2], last=0.2, output_tokens=2, prompt_tokens=5)
+    runs = [
+        Run(name, "c1", round_, 2.0, summarise([record]))
+        for name, rounds in (("kvloom", 2), ("peer", 1))
+        for round_ in range(rounds)
+    ]
+    file = tmp_path / "runs.json"
+    file.write_text(json.dumps([asdict(run) for run in runs]))
+    assert recorded(file) == runs
+    assert "Medians of 2 rounds (peer c1: 1)" in table(recorded(file), CASES[:1])
+    plot(runs, CASES[:1], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    file.write_text("[1]")
+    with pytest.raises(SystemExit, match="recorded runs"):
+        recorded(file)
 
 
 def test_peers_come_from_commands_and_urls() -> None:
