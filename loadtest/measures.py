@@ -55,7 +55,8 @@ class Summary:
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> Summary:
         """What `dataclasses.asdict` made."""
-        return cls(**{name: Spread(**value) if isinstance(value, Mapping) else value for name, value in row.items()})
+        fields: dict[str, Any] = {name: Spread(**v) if isinstance(v, Mapping) else v for name, v in row.items()}
+        return cls(**fields)
 
 
 def summarise(records: Sequence[Record]) -> Summary:
