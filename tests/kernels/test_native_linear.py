@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvloom.engine.model.quantized import round_to_int4, round_to_int8
 from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, load
 from kvloom.kernels.cpu.native.linear import (
     PackedWeight,
     QuantLinear,
     pack_int4,
     pack_int8,
-    quantize_int4,
-    quantize_int8,
 )
 
 FORMATS = ("q4_0", "q4_1", "q8_0")
@@ -38,9 +37,9 @@ def packed_and_dense(kernels: NativeKernels, layout: str, outputs: int, inputs: 
     """A packed random weight and the matrix, fp64, that it stands for."""
     weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs + inputs)) * 0.05
     if layout == "q8_0":
-        codes, scales = quantize_int8(weight)
+        _, codes, scales, _ = round_to_int8(weight)
         return pack_int8(kernels, codes, scales), codes.double() * scales.double().repeat_interleave(32, 1)
-    codes, scales, mins = quantize_int4(weight)
+    _, codes, scales, mins = round_to_int4(weight)
     spread = scales.double().repeat_interleave(32, 1)
     if layout == "q4_1":
         return pack_int4(kernels, codes, scales, mins), codes.double() * spread + mins.double().repeat_interleave(32, 1)
@@ -138,10 +137,10 @@ def test_int8_with_one_scale_per_output(kernels: NativeKernels) -> None:
 
 def test_quantizers_round_to_nearest() -> None:
     weight = torch.randn(8, 96, generator=torch.Generator().manual_seed(3))
-    codes8, scales8 = quantize_int8(weight)
+    _, codes8, scales8, _ = round_to_int8(weight)
     error = (codes8 * scales8.repeat_interleave(32, 1) - weight).abs()
     assert (error <= 0.502 * scales8.repeat_interleave(32, 1)).all()
-    codes4, scales4, mins4 = quantize_int4(weight)
+    _, codes4, scales4, mins4 = round_to_int4(weight)
     error = (codes4 * scales4.repeat_interleave(32, 1) + mins4.repeat_interleave(32, 1) - weight).abs()
     assert (error <= 0.52 * scales4.repeat_interleave(32, 1)).all()
 
@@ -163,8 +162,8 @@ def test_the_contracts_pack_reads_all_three_formats(kernels: NativeKernels) -> N
     assert kernels.quantized is not None
     weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(4))
     x, bias = inputs_for(3, 64, torch.bfloat16), torch.ones(20)
-    codes4, scales4, mins4 = quantize_int4(weight)
-    codes8, scales8 = quantize_int8(weight)
+    _, codes4, scales4, mins4 = round_to_int4(weight)
+    _, codes8, scales8, _ = round_to_int8(weight)
     cases = [
         (4, codes4, scales4, mins4, codes4 * scales4.repeat_interleave(32, 1) + mins4.repeat_interleave(32, 1)),
         (4, codes4, scales4, None, (codes4.double() - 8) * scales4.repeat_interleave(32, 1)),

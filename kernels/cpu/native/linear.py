@@ -54,26 +54,6 @@ def pack_int8(kernels: NativeKernels, codes: Tensor, scales: Tensor) -> PackedWe
     return _pack(kernels.library, (codes.to(torch.int16) + 128).to(torch.uint8), scales, None, _Q8)
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Round to nearest as GGUF's Q8_0: codes int8 [outputs, inputs], scales fp32 [outputs, inputs / 32], fp16-exact."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
-    scales = (groups.abs().amax(-1, keepdim=True) / 127).half().float()
-    codes = (groups / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp_(-127, 127)
-    return codes.to(torch.int8).flatten(1), scales.squeeze(-1)
-
-
-def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Round to nearest between each group's extremes, as GGUF's Q4_1.
-
-    Returns codes uint8 [outputs, inputs] below 16, and scales and mins, fp32 [outputs, inputs / 32], fp16-exact.
-    """
-    groups = weight.float().unflatten(1, (-1, GROUP))
-    mins = groups.amin(-1, keepdim=True).half().float()
-    scales = ((groups.amax(-1, keepdim=True) - mins) / 15).half().float()
-    codes = ((groups - mins) / scales.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp_(0, 15)
-    return codes.to(torch.uint8).flatten(1), scales.squeeze(-1), mins.squeeze(-1)
-
-
 class QuantLinear:
     """out = x @ W.T (+ bias) (+ residual) with a packed weight. Safe to call from several threads."""
 
