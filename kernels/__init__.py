@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import logging
 
-from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, Rows
+from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
 from kvloom.kernels.warm import warm
 
-__all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "Rows", "load", "warm"]
+__all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load", "warm"]
 
 BACKENDS = ("native", "numba", "reference")
 """In the order in which `auto` tries them."""

@@ -15,8 +15,9 @@ Visibility. Query row r, for KV head h, sees
     sparse decode                  sinks + selected    tail [n-local, n)
     pure list                      list                tail empty (start == stop)
 
-so dense is only a row kind. Lists and tails hold logical positions; a block table translates them at use, and they survive
-preemption and moves. A row that sees nothing yields out = 0 and lse = -inf.
+so dense is only a row kind. A start per KV head lets heads of one row differ: all positions for one, sinks and a window for
+another. Lists and tails hold logical positions; a block table translates them at use, and they survive preemption and moves.
+A row that sees nothing yields out = 0 and lse = -inf.
 
 Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's dtype, accumulation in fp32.
 """
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -40,7 +41,7 @@ class PagedKV(NamedTuple):
 class Lists(NamedTuple):
     """Explicit positions per row and KV head; rows and heads may share a list by sharing its offset.
 
-    positions: [total] int32, ascending inside each list
+    positions: [total] int32, ascending inside each list; may be rewritten between uses of a plan (see `Kernels.plan`)
     offsets, lengths: [rows, kv_heads] int32, or [rows, 1] when all heads of a row share one list
     """
 
@@ -54,7 +55,8 @@ class Rows(NamedTuple):
 
     tables: [requests, max_blocks]   logical block -> block id; entries past a request's end are never read
     request: [rows]                  row of `tables`
-    start, stop: [rows]              tail [start, stop) of positions
+    start: [rows], or [rows, kv_heads] when heads differ
+    stop: [rows]                     tail [start, stop) of positions, start <= stop
     lists: optional                  explicit positions in front of the tail
     """
 
@@ -77,12 +79,14 @@ class Counters:
     kv_bytes: bytes of K and V that the operation needs to read at least once per row and KV head (not measured traffic:
     the g query heads of a KV head share one read; consecutive rows of a prefill tile are counted once per tile)
     score_bytes: bytes of K read by `score`
+    list_kv_bytes: the part of kv_bytes that lists name; the rest lies in tails
     """
 
     rows: int = 0
     positions: int = 0
     kv_bytes: int = 0
     score_bytes: int = 0
+    list_kv_bytes: int = 0
 
 
 class Plan(Protocol):
@@ -106,6 +110,10 @@ class QuantizedLinears(Protocol):
         ...
 
 
+PoolHow = Literal["sum", "max"]
+"""How `Kernels.pool` combines the query heads of a group."""
+
+
 class Kernels(Protocol):
     """A back end. Every `out` argument is written in place and returned; all other tensors are read only."""
 
@@ -121,8 +129,12 @@ class Kernels(Protocol):
         ...
 
     def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> Plan:
-        """Group rows into tiles and splits. Consecutive rows of one request whose tails share a start and end one position
-        further each (a prefill chunk) may be computed together."""
+        """Group rows into tiles and splits. Consecutive rows of one request that share their lists (the same offsets) and
+        starts, and end one position further each (a prefill chunk), may be computed together.
+
+        A plan reads the contents of `rows.lists.positions` when it is used, not when it is made: they may be rewritten in
+        place between two uses, as long as lists stay ascending and below start. Nothing else of `rows` may change.
+        """
         ...
 
     def attend(
@@ -139,8 +151,8 @@ class Kernels(Protocol):
         """softmax(scale * q k^T) v over what each row sees.
 
         q, out: [rows, q_heads, head_dim]   lse: [rows, q_heads] fp32, natural log
-        logits: [rows, q_heads, width] fp32: the scaled products in the order seen (list, then tail); columns past a row's
-        count are left as they were
+        logits: [n, q_heads, width] fp32, n <= rows: of the first n rows the scaled products, in the order in which a head sees
+        positions (list, then tail); columns past its count are left as they were. Rows from n on pay nothing.
         """
         ...
 
@@ -148,11 +160,43 @@ class Kernels(Protocol):
         """The products alone, without reading V. out: [rows, q_heads, width] fp32, laid out as `attend`'s logits."""
         ...
 
-    def select(self, scores: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def pool(
+        self,
+        logits: Tensor,
+        first: Tensor,
+        last: Tensor,
+        groups: int,
+        *,
+        how: PoolHow,
+        window: int,
+        out: Tensor,
+    ) -> Tensor:
+        """From raw logits to one ranking per group of query heads, for `select`.
+
+        logits: [rows, q_heads, width] fp32   first, last: [rows] int32, the candidate columns [first, last) of each row
+        out: [rows, groups, width'] fp32, width' >= the largest last - first
+
+        Per query head a softmax over its candidates alone; the q_heads / groups consecutive heads of a group are combined by
+        `how`; then, if window > 1 (odd), the maximum over a centred window of that many columns, cut off at the candidates'
+        ends. out[r, g, j] is column first + j; what lies past last - first is left as it was, so a row without candidates
+        writes nothing. A head whose candidates are all -inf contributes 0.
+        """
+        ...
+
+    def select(
+        self,
+        scores: Tensor,
+        lengths: Tensor,
+        k: int,
+        *,
+        offset: Tensor | None = None,
+        out: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Deterministic top-k of every row of scores: [rows, width] fp32, of which lengths: [rows] int32 count.
 
         Ties go to the lower column. Returns columns: [rows, k] int32, ascending, padded with -1, and counts: [rows] int32,
-        min(k, length).
+        min(k, length); new tensors, or those of `out`: columns of any row stride, counts contiguous. offset: [rows] int32,
+        added to each column of the row that is not padding.
         """
         ...
 
@@ -166,6 +210,7 @@ class Kernels(Protocol):
     def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
         """Shift rotary positions: each row turned by delta positions (half-split pairs i, i + rotary/2), in fp32, rounded once.
 
+        The angle delta * inv_freq is computed and reduced in fp64: a long shift keeps its phase.
         k, out: [rows, heads, head_dim]; delta: [rows] int32 (may be negative); inv_freq: [rotary/2] fp32, the model's
         effective inverse frequencies, rotary <= head_dim (the rest passes through).
         """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, PagedKV, Plan, QuantizedLinears, Rows
+from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Rows
 
 
 def wide(x: Tensor) -> Tensor:
@@ -21,19 +21,19 @@ def wide(x: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class ReferencePlan:
-    """`positions[row][kv head]`: the positions that are seen, in order."""
+    """Only the rows: what they see is looked up at each use."""
 
     rows: Rows
-    positions: list[list[Tensor]]
 
 
 def visible(rows: Rows, kv_heads: int) -> list[list[Tensor]]:
     """Positions each row sees for each KV head, list first, then tail: int64 tensors."""
     seen = []
     for row in range(rows.size):
-        tail = torch.arange(int(rows.start[row]), int(rows.stop[row]), device=rows.start.device)
         heads = []
         for head in range(kv_heads):
+            start = int(rows.start[row] if rows.start.ndim == 1 else rows.start[row, head])
+            tail = torch.arange(start, int(rows.stop[row]), device=rows.start.device)
             if rows.lists is None:
                 heads.append(tail)
                 continue
@@ -63,6 +63,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * wide(weight)
 
 
+def check_pool(logits: Tensor, groups: int, how: str, window: int) -> None:
+    """Raises ValueError for what no back end can pool."""
+    if groups < 1 or logits.shape[1] % groups:
+        raise ValueError(f"groups is {groups}; it must divide the {logits.shape[1]} query heads of the logits")
+    if how not in ("sum", "max"):
+        raise ValueError(f"how is {how!r}; allowed: sum, max")
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window is {window}; it must be odd, 1 for none")
+
+
 class ReferenceKernels:
     """`interface.Kernels` in plain torch."""
 
@@ -80,15 +90,16 @@ class ReferenceKernels:
         kv.v[block, :, offset] = v[kept].to(kv.v.dtype)
 
     def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> Plan:
-        """List the positions of every row and head."""
-        return ReferencePlan(rows, visible(rows, kv_heads))
+        """Nothing to prepare."""
+        return ReferencePlan(rows)
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
                lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
         """Softmax attention; see `interface.Kernels.attend`."""
         assert isinstance(plan, ReferencePlan)
         group = q.shape[1] // kv.k.shape[1]
-        for row, heads in enumerate(plan.positions):
+        seen = visible(plan.rows, kv.k.shape[1])
+        for row, heads in enumerate(seen):
             table = plan.rows.tables[int(plan.rows.request[row])]
             for q_head in range(q.shape[1]):
                 positions = heads[q_head // group]
@@ -98,40 +109,62 @@ class ReferenceKernels:
                 out[row, q_head] = (torch.softmax(products, 0) @ values).to(out.dtype)
                 if lse is not None:
                     lse[row, q_head] = torch.logsumexp(products, 0)
-                if logits is not None:
+                if logits is not None and row < logits.shape[0]:
                     logits[row, q_head, : len(positions)] = products.to(logits.dtype)
-        self._count(kv, plan, scores_only=False)
+        self._count(kv, plan.rows, seen, scores_only=False)
         return out
 
     def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
         """Query-key products; see `interface.Kernels.score`."""
         assert isinstance(plan, ReferencePlan)
         group = q.shape[1] // kv.k.shape[1]
-        for row, heads in enumerate(plan.positions):
+        seen = visible(plan.rows, kv.k.shape[1])
+        for row, heads in enumerate(seen):
             table = plan.rows.tables[int(plan.rows.request[row])]
             for q_head in range(q.shape[1]):
                 keys = wide(gather(kv.k, table, heads[q_head // group], q_head // group))
                 out[row, q_head, : len(keys)] = (keys @ wide(q[row, q_head]) * scale).to(out.dtype)
-        self._count(kv, plan, scores_only=True)
+        self._count(kv, plan.rows, seen, scores_only=True)
         return out
 
-    def _count(self, kv: PagedKV, plan: ReferencePlan, scores_only: bool) -> None:
-        seen = sum(len(positions) for heads in plan.positions for positions in heads)
-        key_bytes = seen * kv.k.shape[3] * kv.k.element_size()
+    def _count(self, kv: PagedKV, rows: Rows, seen: list[list[Tensor]], scores_only: bool) -> None:
+        positions = sum(len(head) for heads in seen for head in heads)
+        position_bytes = kv.k.shape[3] * kv.k.element_size()
         if scores_only:
-            self.counters.score_bytes += key_bytes
-        else:
-            self.counters.rows += plan.rows.size
-            self.counters.positions += seen
-            self.counters.kv_bytes += 2 * key_bytes
+            self.counters.score_bytes += positions * position_bytes
+            return
+        self.counters.rows += rows.size
+        self.counters.positions += positions
+        self.counters.kv_bytes += 2 * positions * position_bytes
+        if rows.lists is not None:
+            listed = int(rows.lists.lengths.sum()) * (kv.k.shape[1] // rows.lists.lengths.shape[1])
+            self.counters.list_kv_bytes += 2 * listed * position_bytes
 
-    def select(self, scores: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
+             how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
+        """Softmax per head, combined per group, then a running maximum; see `interface.Kernels.pool`."""
+        check_pool(logits, groups, how, window)
+        for row, (begin, end) in enumerate(zip(first.tolist(), last.tolist())):
+            if begin >= end:
+                continue
+            shares = torch.softmax(wide(logits[row, :, begin:end]), dim=-1).unflatten(0, (groups, -1))
+            shares = torch.where((logits[row, :, begin:end] == -torch.inf).unflatten(0, (groups, -1)), 0.0, shares)
+            combined = shares.sum(1) if how == "sum" else shares.amax(1)
+            if window > 1:
+                combined = torch.nn.functional.max_pool1d(combined[None], window, stride=1, padding=window // 2)[0]
+            out[row, :, : end - begin] = combined
+        return out
+
+    def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
+               out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Top-k with ties to the lower column; see `interface.Kernels.select`."""
-        columns = torch.full((scores.shape[0], k), -1, dtype=torch.int32, device=scores.device)
+        columns, counts = out or (lengths.new_empty(len(scores), k), lengths.new_empty(len(scores)))
+        columns.fill_(-1)
         for row, length in enumerate(lengths.tolist()):
             order = torch.sort(scores[row, :length], descending=True, stable=True).indices[:k]
-            columns[row, : len(order)] = order.sort().values
-        return columns, lengths.clamp(max=k)
+            columns[row, : len(order)] = order.sort().values + (0 if offset is None else offset[row])
+        counts.copy_(lengths.clamp(max=k))
+        return columns, counts
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         """Combine two states into the first; see `interface.Kernels.merge`."""

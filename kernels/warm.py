@@ -29,6 +29,7 @@ def _operations(kernels: Kernels, dtype: torch.dtype, stream: torch.dtype) -> It
     yield "attend", lambda: kernels.attend(q, kv, plan, scale=1.0, out=torch.empty_like(q), lse=lse)
     yield "score", lambda: kernels.score(q, kv, plan, scale=1.0, out=scores)
     yield "store", lambda: kernels.store(k, k, kv, longs)
+    yield "pool", lambda: kernels.pool(scores, ints, ints + 1, 1, how="sum", window=1, out=torch.empty(4, 1, 16))
     yield "select", lambda: kernels.select(scores[:, 0], ints, 2)
     yield "merge", lambda: kernels.merge(q.clone(), lse.clone(), q, lse)
     yield "rotate", lambda: kernels.rotate(k, ints, torch.ones(8), torch.empty_like(k))

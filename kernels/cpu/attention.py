@@ -264,7 +264,7 @@ def _run_tile(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v
     group, dim, width = get_long(shape, GROUP), get_long(shape, DIM), get_long(shape, WIDTH)
     block_size = get_long(shape, BLOCK_SIZE)
     row, head, rows = get_long(unit, ROW), get_long(unit, HEAD), get_long(unit, TILE_ROWS)
-    table, start = get_long(unit, TABLE), get_long(unit, START)
+    table, list_at, listed, start = get_long(unit, TABLE), get_long(unit, LIST), get_long(unit, LISTED), get_long(unit, START)
     lanes = rows * group
     seen = get_long(unit, COUNT) - rows + 1
     k_at, v_at = scratch, scratch + 4 * ADDRESSES
@@ -287,7 +287,7 @@ def _run_tile(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v
     v += size_of(kind) * head * v_strides[1]
     for at in range(begin, end, KEYS):
         count = min(KEYS, end - at)
-        locate(k_at, v_at, k, k_strides, v, v_strides, block_size, table, 0, 0, start, at, at + count, kind)
+        locate(k_at, v_at, k, k_strides, v, v_strides, block_size, table, list_at, listed, start, at, at + count, kind)
         fill(tile, width, k_at, count, dim, kind, 0)
         for lane in range(0, TILE_LANES, LANES):
             for j in range(0, count, 8):  # past count: rows of an earlier block, ignored below
@@ -374,7 +374,8 @@ def _work(
             acc = _run_tile(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v_strides, scale, kind)
         else:
             lanes, stride, lane_stride, column_stride = group, group, width, 1
-            acc = _run_single(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v_strides, logits,
+            wanted = logits if get_long(unit, ROW) < logit_strides[2] else 0
+            acc = _run_single(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v_strides, wanted,
                               logit_strides, scale, kind)  # fmt: skip
         if v == 0:
             continue
@@ -396,8 +397,9 @@ def _work(
 def attend(shape, heads, q, q_strides, k, k_strides, v, v_strides, out, out_strides, lse, logits, logit_strides, scale, kind):
     """Run all tasks of a partition. Addresses and strides (in elements) as integers.
 
-    q_strides, out_strides, logit_strides: (row, head); k_strides, v_strides: (block, head, token). v, lse, logits:
-    0 if not wanted; without v there are only logits. kind: any value of the element type of q, K, V and out.
+    q_strides, out_strides: (row, head); k_strides, v_strides: (block, head, token); logit_strides: (row, head, how many of
+    the first rows, none of them in a tile, want logits). v, lse, logits: 0 if not wanted; without v there are only logits.
+    kind: any value of the element type of q, K, V and out.
     """
     store(get_long(shape, TASK_NEXT), 0, np.int64(0))
     for thread in prange(get_long(shape, THREADS)):

@@ -1,7 +1,8 @@
 """NumbaKernels: the contract on CPU, compiled with numba.
 
 Owns the way from tensors to addresses: checks dtypes and strides, picks the element type and the number of threads, counts.
-The arithmetic is in `attention`, `layer` and `topk`; cutting into tasks is in `partition`. Called from one thread at a time.
+The arithmetic is in `attention`, `layer`, `ranking` and `topk`; cutting into tasks is in `partition`. Called from one thread at
+a time.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 from numba.np.ufunc.parallel import get_num_threads, set_num_threads
 from torch import Tensor
 
-from kvloom.kernels.cpu import attention, layer, topk
+from kvloom.kernels.cpu import attention, layer, ranking, topk
 from kvloom.kernels.cpu.compiler import config
 from kvloom.kernels.cpu.memory import Memory
 from kvloom.kernels.cpu.partition import Partition, partition
 from kvloom.kernels.cpu.scalar import BF16, FP16, FP32
 from kvloom.kernels.cpu.vector import LANES
-from kvloom.kernels.interface import Counters, PagedKV, Plan, QuantizedLinears, Rows
+from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Rows
+from kvloom.kernels.reference import check_pool
 
 _KINDS: dict[torch.dtype, Any] = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _SERIAL_ELEMENTS = 32768  # below this, a row-wise operation is done before a second thread has woken up
@@ -29,18 +31,19 @@ _SERIAL_ELEMENTS = 32768  # below this, a row-wise operation is done before a se
 
 @dataclass(slots=True)
 class NumbaPlan:
-    """A step's rows, cut into tasks. `shape` is what the compiled code reads; `held` keeps alive what it points to."""
+    """A step's rows, cut into tasks; `prepared` by how many of the first rows join no tile, because they want logits."""
 
     rows: Rows
     q_heads: int
     kv_heads: int
     head_dim: int
-    tiled: _Prepared
-    single: _Prepared | None
+    prepared: dict[int, _Prepared]
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
+    """`shape` is what the compiled code reads, at `address`; `held` keeps alive what it points to."""
+
     partition: Partition
     shape: np.ndarray[Any, np.dtype[np.int64]]
     address: int
@@ -113,13 +116,12 @@ class NumbaKernels:
             raise ValueError(f"{q_heads} query heads do not divide into {kv_heads} KV heads")
         if get_num_threads() != self.threads:  # numba keeps this per calling thread
             set_num_threads(self.threads)
-        tiled = self._prepare(rows, q_heads, kv_heads, head_dim, tiling=True)
-        return NumbaPlan(rows, q_heads, kv_heads, head_dim, tiled, None)
+        return NumbaPlan(rows, q_heads, kv_heads, head_dim, {0: self._prepare(rows, q_heads, kv_heads, head_dim, alone=0)})
 
-    def _prepare(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, tiling: bool) -> _Prepared:
+    def _prepare(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, alone: int) -> _Prepared:
         width = -(-head_dim // LANES) * LANES
         group = q_heads // kv_heads
-        parted = partition(rows, q_heads, kv_heads, head_dim, width, tiling)
+        parted = partition(rows, q_heads, kv_heads, head_dim, width, alone)
         scratch, size, parts, done, following, held = self._memory.reserve(
             attention.scratch_size(group, width), parted.parts, len(parted.units)
         )
@@ -137,7 +139,7 @@ class NumbaKernels:
         prepared.shape[attention.BLOCK_SIZE] = k.shape[2]
         if lse is not None:
             _dense("lse", lse)
-        logit_strides = (0, 0) if logits is None else _strides(logits, "logits")
+        logit_strides = (0, 0, 0) if logits is None else (*_strides(logits, "logits"), len(logits))
         attention.attend(
             prepared.address, plan.q_heads, q.data_ptr(), _strides(q, "q"), k.data_ptr(), _strides(k, "the K cache"),
             v.data_ptr() if values else 0, _strides(v, "the V cache"), 0 if out is None else out.data_ptr(),
@@ -145,38 +147,56 @@ class NumbaKernels:
             0 if logits is None else logits.data_ptr(), logit_strides, scale, kind,
         )  # fmt: skip
 
-    def _single(self, plan: NumbaPlan) -> _Prepared:
-        """The same rows without tiles, for what tiles do not do: handing out logits."""
-        if plan.single is None:
-            plan.single = self._prepare(plan.rows, plan.q_heads, plan.kv_heads, plan.head_dim, tiling=False)
-        return plan.single
+    def _prepared(self, plan: NumbaPlan, logits: Tensor | None) -> _Prepared:
+        """The first rows without tiles, which hand out no logits; the others as planned."""
+        alone = 0 if logits is None else len(logits)
+        if alone not in plan.prepared:
+            plan.prepared[alone] = self._prepare(plan.rows, plan.q_heads, plan.kv_heads, plan.head_dim, alone)
+        return plan.prepared[alone]
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
                lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
         """Softmax attention; see `interface.Kernels.attend`."""
         assert isinstance(plan, NumbaPlan)
-        prepared = plan.tiled if logits is None else self._single(plan)
+        prepared = self._prepared(plan, logits)
         self._run(prepared, plan, q, kv, True, out, lse, logits, scale)
         counts, counters = prepared.partition.counts, self.counters
         counters.rows += counts.rows
         counters.positions += counts.positions
         counters.kv_bytes += counts.kv_bytes * q.element_size()
+        counters.list_kv_bytes += counts.list_kv_bytes * q.element_size()
         return out
 
     def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
         """Query-key products; see `interface.Kernels.score`."""
         assert isinstance(plan, NumbaPlan)
-        prepared = self._single(plan)
+        prepared = self._prepared(plan, out)
         self._run(prepared, plan, q, kv, False, None, None, out, scale)
         self.counters.score_bytes += prepared.partition.counts.score_bytes * q.element_size()
         return out
 
-    def select(self, scores: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
+             how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
+        """From logits to rankings; see `interface.Kernels.pool`."""
+        check_pool(logits, groups, how, window)
+        _dense("first and last", first, last)
+        rows, q_heads, _ = logits.shape
+        ranking.pool(logits.data_ptr(), _strides(logits, "logits"), first.data_ptr(), last.data_ptr(), out.data_ptr(),
+                     _strides(out, "out"), rows, q_heads, groups, window, how == "max")  # fmt: skip
+        return out
+
+    def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
+               out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Top-k with ties to the lower column; see `interface.Kernels.select`."""
-        (stride,) = _strides(scores, "scores")
         rows = scores.shape[0]
-        columns, counts = torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, dtype=torch.int32)
-        topk.select(scores.data_ptr(), stride, lengths.data_ptr(), k, columns.data_ptr(), counts.data_ptr(), rows)
+        columns, counts = out or (torch.empty(rows, k, dtype=torch.int32), torch.empty(rows, dtype=torch.int32))
+        if columns.dtype != torch.int32 or columns.shape != (rows, k) or counts.shape != (rows,):
+            raise ValueError(f"out must be int32 [{rows}, {k}] and [{rows}]; got {columns.dtype} {tuple(columns.shape)} "
+                             f"and {tuple(counts.shape)}")  # fmt: skip
+        _dense("lengths, counts and offset", lengths, counts, *(() if offset is None else (offset,)))
+        topk.select(scores.data_ptr(), *_strides(scores, "scores"), lengths.data_ptr(), k,
+                    0 if offset is None else offset.data_ptr(), columns.data_ptr(), *_strides(columns, "columns"),
+                    counts.data_ptr(), rows)  # fmt: skip
         return columns, counts
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:

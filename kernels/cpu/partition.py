@@ -35,7 +35,7 @@ class Partition:
     """Units: [units, UNIT_FIELDS]; tasks: [tasks, 2] of (unit, split), long ones first; both int64 and contiguous.
 
     parts: fp32 elements that the states of split units need; counts: what one pass adds to the counters (score_bytes
-    holds element counts of K, kv_bytes of K and V; the caller multiplies by the element size).
+    holds element counts of K, the other bytes those of K and V; the caller multiplies by the element size).
     """
 
     units: Ints
@@ -44,11 +44,19 @@ class Partition:
     counts: Counters
 
 
-def _chunk_bounds(rows: Rows, start: Ints, stop: Ints, listed: Ints) -> tuple[Ints, Ints]:
-    """First rows and lengths of the maximal chunks: one request, one start, stops growing by 1, no lists."""
+def _chunk_bounds(rows: Rows, start: Ints, stop: Ints, listed: Ints, alone: int) -> tuple[Ints, Ints]:
+    """First rows and lengths of the maximal chunks: one request, the same starts and lists, stops growing by 1.
+
+    alone: of the first so many rows each is a chunk of its own.
+    """
     request = rows.request.numpy()
-    joined = (request[1:] == request[:-1]) & (start[1:] == start[:-1]) & (stop[1:] == stop[:-1] + 1)
-    joined &= (listed[1:] == 0).all(axis=1) & (listed[:-1] == 0).all(axis=1) & (stop[:-1] > start[:-1])
+    joined = (request[1:] == request[:-1]) & (stop[1:] == stop[:-1] + 1)
+    joined &= ((start[1:] == start[:-1]) & (stop[:-1, None] > start[:-1])).all(axis=1)
+    if rows.lists is not None:
+        offsets = rows.lists.offsets.numpy()
+        same = (offsets[1:] == offsets[:-1]) | (listed[1:] == 0)
+        joined &= (same & (listed[1:] == listed[:-1])).all(axis=1)
+    joined[:alone] = False
     first = np.concatenate(([0], np.flatnonzero(~joined) + 1))
     return first, np.diff(first, append=len(start))
 
@@ -71,16 +79,19 @@ def _split_length(count: Ints, tile_rows: Ints, chunk_rows: Ints) -> Ints:
     return np.where(tile_rows > 0, tile, single)
 
 
-def partition(rows: Rows, q_heads: int, kv_heads: int, head_dim: int, width: int, tiling: bool) -> Partition:
-    """Cut `rows` into units and tasks. width: padded head_dim of scratch rows; tiling: whether chunks become tiles."""
-    start, stop = rows.start.numpy().astype(np.int64), rows.stop.numpy().astype(np.int64)
+def partition(rows: Rows, q_heads: int, kv_heads: int, head_dim: int, width: int, alone: int) -> Partition:
+    """Cut `rows` into units and tasks. width: padded head_dim of scratch rows; alone: first rows that join no tile."""
+    stop = rows.stop.numpy().astype(np.int64)
+    start = rows.start.numpy().astype(np.int64)
+    if start.ndim == 1:
+        start = start[:, None]
     listed = np.zeros((rows.size, 1), np.int64) if rows.lists is None else rows.lists.lengths.numpy().astype(np.int64)
     group = q_heads // kv_heads
     if rows.size == 0:
         empty = np.zeros((0, UNIT_FIELDS), np.int64)
         return Partition(empty, empty[:, :2], 0, Counters())
-    if tiling and rows.size >= MIN_TILE_ROWS and group <= LANES:
-        row, tile_rows, chunk_rows = _tiles(*_chunk_bounds(rows, start, stop, listed), per_tile=TILE_LANES // group)
+    if rows.size - alone >= MIN_TILE_ROWS and group <= LANES:
+        row, tile_rows, chunk_rows = _tiles(*_chunk_bounds(rows, start, stop, listed, alone), per_tile=TILE_LANES // group)
     else:
         row = np.arange(rows.size)
         tile_rows = np.zeros_like(row)
@@ -97,9 +108,9 @@ def partition(rows: Rows, q_heads: int, kv_heads: int, head_dim: int, width: int
     if rows.lists is not None:
         units[:, :, LIST] = rows.lists.positions.data_ptr() + 4 * rows.lists.offsets.numpy()[row].astype(np.int64)
         units[:, :, LISTED] = listed[row]
-    units[:, :, START] = start[row][:, None]
-    count = listed[row] + (stop[last] - start[row])[:, None]
-    units[:, :, COUNT] = count
+    units[:, :, START] = start[row]
+    units[:, :, COUNT] = listed[row] + stop[last][:, None] - start[row]
+    count = units[:, :, COUNT]
     split_len = _split_length(count, tile_rows[:, None], chunk_rows[:, None])
     splits = np.maximum(1, -(-count // split_len))
     units[:, :, SPLITS] = splits
@@ -109,9 +120,10 @@ def partition(rows: Rows, q_heads: int, kv_heads: int, head_dim: int, width: int
     part_sizes = np.where(flat[:, SPLITS] > 1, flat[:, SPLITS] * lanes * (width + 2), 0)
     ends = np.cumsum(part_sizes)
     flat[:, PART] = ends - part_sizes
-    visible = listed.sum(axis=1) * (kv_heads // listed.shape[1]) + (stop - start) * kv_heads
+    seen = listed + stop[:, None] - start
+    visible = int(seen.sum()) * (kv_heads // seen.shape[1])
     keys = int(flat[:, COUNT].sum()) * head_dim
-    counts = Counters(rows.size, int(visible.sum()), 2 * keys, keys)
+    counts = Counters(rows.size, visible, 2 * keys, keys, 2 * int(flat[:, LISTED].sum()) * head_dim)
     return Partition(flat, _tasks(flat), int(ends[-1]), counts)
 
 

@@ -44,12 +44,12 @@ def _threshold(scores, length, k):
 
 
 @device
-def _select_row(scores, length, k, columns):
+def _select_row(scores, length, k, offset, columns):
     take = min(k, length)
     found = np.int64(0)
     if take == length:
         for i in range(length):
-            store(columns, i, np.int32(i))
+            store(columns, i, np.int32(i + offset))
         found = take
     elif take > 0:
         threshold, ties = _threshold(scores, length, take)
@@ -57,7 +57,7 @@ def _select_row(scores, length, k, columns):
             value = _order(get(scores, i))
             if value > threshold or (value == threshold and ties > 0):
                 ties -= value == threshold
-                store(columns, found, np.int32(i))
+                store(columns, found, np.int32(i + offset))
                 found += 1
     for i in range(found, k):
         store(columns, i, np.int32(-1))
@@ -65,8 +65,10 @@ def _select_row(scores, length, k, columns):
 
 
 @entry(parallel=True)
-def select(scores, stride, lengths, k, columns, counts, rows):
-    """`Kernels.select`. stride: between score rows, in elements; columns: [rows, k], counts: [rows], both int32."""
+def select(scores, stride, lengths, k, offset, columns, columns_stride, counts, rows):
+    """`Kernels.select`. Strides between rows in elements; offset: [rows] int32, or 0; columns, counts: int32."""
     for row in prange(rows):
-        found = _select_row(scores + 4 * row * stride, get_int(lengths, row), k, columns + 4 * row * k)
+        moved = get_int(offset, row) if offset != 0 else 0
+        target = columns + 4 * row * columns_stride
+        found = _select_row(scores + 4 * row * stride, get_int(lengths, row), k, moved, target)
         store(counts, row, np.int32(found))

@@ -44,7 +44,7 @@ class Paged(NamedTuple):
         return self.dense_k.shape[2]
 
 
-def ints(values: Sequence[int] | Tensor) -> Tensor:
+def ints(values: Sequence[int] | Sequence[Sequence[int]] | Tensor) -> Tensor:
     """A contiguous int32 tensor."""
     return torch.as_tensor(values, dtype=torch.int32).contiguous()
 
@@ -74,9 +74,13 @@ def paged(requests: int, tokens: int, heads: int, dim: int, *, dtype: torch.dtyp
 
 
 def make_rows(
-    store: Paged, request: Sequence[int], start: Sequence[int], stop: Sequence[int], lists: Lists | None = None
+    store: Paged,
+    request: Sequence[int],
+    start: Sequence[int] | Sequence[Sequence[int]],
+    stop: Sequence[int],
+    lists: Lists | None = None,
 ) -> Rows:
-    """Rows over the tables of `store`."""
+    """Rows over the tables of `store`; start per row, or per row and KV head."""
     return Rows(store.tables, ints(request), ints(start), ints(stop), lists)
 
 
@@ -100,7 +104,9 @@ def masked_attention(q: Tensor, store: Paged, rows: Rows, scale: float) -> tuple
     kv_heads = store.dense_k.shape[1]
     mask = torch.zeros(count, kv_heads, store.tokens, dtype=torch.bool)
     for row in range(count):
-        mask[row, :, int(rows.start[row]) : int(rows.stop[row])] = True
+        starts = rows.start[row].expand(kv_heads) if rows.start.ndim == 1 else rows.start[row]
+        for head in range(kv_heads):
+            mask[row, head, int(starts[head]) : int(rows.stop[row])] = True
         if rows.lists is not None:
             for head in range(kv_heads):
                 column = min(head, rows.lists.offsets.shape[1] - 1)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.kernels import Kernels, PagedKV, Rows, load
-from tests.kernels.conftest import TOLERANCE, make_lists, make_rows, masked_attention, paged
+from kvloom.kernels import Kernels, Lists, PagedKV, Rows, load
+from tests.kernels.conftest import TOLERANCE, ints, make_lists, make_rows, masked_attention, paged
 
 
 def check(kernels: Kernels, store, rows: Rows, q_heads: int, seed: int = 0) -> torch.Tensor:
@@ -119,6 +119,75 @@ def test_a_list_of_everything_equals_dense_bitwise(kernels: Kernels) -> None:
     assert torch.equal(dense, check(kernels, store, make_rows(store, [0], [500], [600], lists), 6))
 
 
+def test_a_list_of_everything_equals_dense_bitwise_in_every_split(kernels: Kernels) -> None:
+    """Whatever part of the positions is listed, and wherever lists and splits end."""
+    store = paged(1, 620, 1, 64, dtype=torch.bfloat16, block_size=1)
+    dense = check(kernels, store, decode_rows(store, 620), 3)
+    for listed in (1, 63, 256, 257, 619, 620):
+        rows = make_rows(store, [0], [listed], [620], make_lists([[list(range(listed))]]))
+        assert torch.equal(dense, check(kernels, store, rows, 3))
+
+
+def test_a_plan_reads_list_positions_when_used(kernels: Kernels) -> None:
+    """Lists may be rewritten between the layers of a step; decode rows, and a chunk that shares one list."""
+    store = paged(2, 300, 2, 16)
+    positions = ints([*range(0, 80, 2), *range(100, 140)])
+    lists = Lists(positions, ints([[0, 20], *[[20, 40]] * 6]), ints([[40, 20], *[[40, 40]] * 6]))
+    rows = make_rows(store, [0, *[1] * 6], [200] * 7, [220, *range(205, 211)], lists)
+    plan = kernels.plan(rows, 4, 2, 16)
+    q = torch.randn(7, 4, 16, generator=torch.Generator().manual_seed(5))
+    for step in (0, 3):
+        positions += step
+        out, logits = torch.empty_like(q), torch.empty(7, 4, 60)
+        kernels.attend(q, store.kv, plan, scale=0.25, out=out)
+        torch.testing.assert_close(out.double(), masked_attention(q, store, rows, 0.25)[0], atol=1e-5, rtol=1e-5)
+        kernels.score(q, store.kv, plan, scale=0.25, out=logits)
+        first = store.dense_k[0, 0, positions[:40].long()] @ q[0, 0] * 0.25
+        torch.testing.assert_close(logits[0, 0, :40], first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_chunk_that_shares_its_lists(kernels: Kernels, shared: bool) -> None:
+    """A prefill chunk over a selection of what came before, and its own causal tail."""
+    store = paged(2, 500, 2, 64, dtype=torch.bfloat16)
+    positions = make_lists([[list(range(h, 420, 3 + h)) for h in range(1 if shared else 2)]])
+    lists = positions._replace(offsets=positions.offsets.repeat(70, 1), lengths=positions.lengths.repeat(70, 1))
+    rows = make_rows(store, [1] * 70, [425] * 70, range(426, 496), lists)
+    together = check(kernels, store, rows, 6)
+    q = torch.randn(70, 6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alone = make_rows(store, [1], [425], [495], positions)
+    out = kernels.attend(q[69:], store.kv, kernels.plan(alone, 6, 2, 64), scale=0.125, out=torch.empty_like(q[69:]))
+    torch.testing.assert_close(out[0].float(), together[69].float(), atol=1e-2, rtol=1e-2)
+
+
+def test_chunks_with_different_lists_are_kept_apart(kernels: Kernels) -> None:
+    """Equal lengths, different lists; then equal offsets, different lengths."""
+    store = paged(1, 120, 2, 16)
+    lists = Lists(ints(range(60)), ints([[0]] * 5 + [[7]] * 5 + [[20]] * 10), ints([[9]] * 10 + [[4]] * 5 + [[5]] * 5))
+    rows = make_rows(store, [0] * 20, [60] * 20, range(70, 90), lists)
+    check(kernels, store, rows, 4)
+
+
+def test_a_start_per_head(kernels: Kernels) -> None:
+    """One head sees everything, another sinks and a window, a third nothing: decode rows beside a chunk."""
+    store = paged(2, 400, 3, 64, dtype=torch.bfloat16)
+    decode = [[[], [0, 1, 2, 3], []], [[], [0, 5], []]]
+    starts = [[0, 340, 400], [0, 250, 300], *[[0, 310, 330]] * 50]
+    lists = make_lists([*decode, *[[[], [], []]] * 50])
+    rows = make_rows(store, [0, 1, *[0] * 50], starts, [400, 300, *range(331, 381)], lists)
+    out = check(kernels, store, rows, 9)
+    assert out[:2, 6:].count_nonzero() == 0 and out[:2, :6].count_nonzero() > 0
+    check(kernels, store, rows._replace(lists=None), 9)
+
+
+def test_equal_starts_per_head_are_one_start(kernels: Kernels) -> None:
+    store = paged(2, 400, 3, 64, dtype=torch.bfloat16)
+    args = [0, *[1] * 40], [400, *range(341, 381)]
+    one = check(kernels, store, make_rows(store, args[0], [0, *[20] * 40], args[1]), 9)
+    each = check(kernels, store, make_rows(store, args[0], [[0] * 3, *[[20] * 3] * 40], args[1]), 9)
+    assert torch.equal(one, each)
+
+
 def test_permuting_blocks_changes_nothing(kernels: Kernels) -> None:
     store = paged(2, 300, 2, 16)
     order = torch.randperm(store.kv.k.shape[0], generator=torch.Generator().manual_seed(7))
@@ -206,6 +275,7 @@ def test_fuzz(kernels: Kernels, data: st.DataObject) -> None:
     block_size = data.draw(st.sampled_from([1, 2, 16]))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     store = paged(2, 80, kv_heads, 16, dtype=dtype, block_size=block_size, seed=data.draw(st.integers(0, 9)))
+    per_head = data.draw(st.booleans())
     request, start, stop, positions = [], [], [], []
     for _ in range(data.draw(st.integers(1, 3))):
         first = data.draw(st.integers(0, 70))
@@ -214,7 +284,7 @@ def test_fuzz(kernels: Kernels, data: st.DataObject) -> None:
         listed = data.draw(st.booleans()) and begin > 0
         for i in range(length):
             request.append(data.draw(st.integers(0, 1)) if listed else 1)
-            start.append(begin)
+            start.append([min(begin + h, first + i) for h in range(kv_heads)] if per_head else begin)
             stop.append(first + i)
             some = st.lists(st.integers(0, max(begin - 1, 0)), unique=True, max_size=20)
             heads = [data.draw(some) if listed else [] for _ in range(kv_heads)]

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kvloom import kernels as package
-from kvloom.kernels import Kernels, load
+from kvloom.kernels import Kernels, Lists, load
 from kvloom.kernels.interface import Counters
 from kvloom.kernels.reference import ReferenceKernels
-from tests.kernels.conftest import make_lists, make_rows, paged
+from tests.kernels.conftest import ints, make_lists, make_rows, paged
 
 
 def test_unknown_back_end() -> None:
@@ -62,7 +62,7 @@ def test_wrong_dtype_is_refused(kernels: Kernels) -> None:
 def since(kernels: Kernels, before: Counters) -> Counters:
     now = kernels.counters
     return Counters(now.rows - before.rows, now.positions - before.positions, now.kv_bytes - before.kv_bytes,
-                    now.score_bytes - before.score_bytes)  # fmt: skip
+                    now.score_bytes - before.score_bytes, now.list_kv_bytes - before.list_kv_bytes)  # fmt: skip
 
 
 def snapshot(kernels: Kernels) -> Counters:
@@ -78,10 +78,20 @@ def test_counters_of_decode_rows(kernels: Kernels) -> None:
     before = snapshot(kernels)
     kernels.attend(q, store.kv, plan, scale=1.0, out=torch.empty_like(q))
     positions = 2 * 100 + 2 * 50 + (3 + 10) + (1 + 10)
-    assert since(kernels, before) == Counters(3, positions, positions * 2 * 64 * 2, 0)
+    assert since(kernels, before) == Counters(3, positions, positions * 2 * 64 * 2, 0, (3 + 1) * 2 * 64 * 2)
     before = snapshot(kernels)
     kernels.score(q, store.kv, plan, scale=1.0, out=torch.empty(3, 6, 100))
-    assert since(kernels, before) == Counters(0, 0, 0, positions * 64 * 2)
+    assert since(kernels, before) == Counters(0, 0, 0, positions * 64 * 2, 0)
+
+
+def test_counters_of_starts_per_head_and_of_a_shared_list(kernels: Kernels) -> None:
+    store = paged(1, 100, 2, 64, dtype=torch.bfloat16)
+    plan = kernels.plan(make_rows(store, [0, 0], [[0, 90], [50, 60]], [100, 70], make_lists([[[1, 2]], [[]]])), 6, 2, 64)
+    q = torch.zeros(2, 6, 64, dtype=torch.bfloat16)
+    before = snapshot(kernels)
+    kernels.attend(q, store.kv, plan, scale=1.0, out=torch.empty_like(q))
+    positions = 2 * 2 + (100 + 10) + (20 + 10)
+    assert since(kernels, before) == Counters(2, positions, positions * 2 * 64 * 2, 0, 2 * 2 * 2 * 64 * 2)
 
 
 def test_counters_of_a_chunk(kernels: Kernels) -> None:
@@ -94,3 +104,17 @@ def test_counters_of_a_chunk(kernels: Kernels) -> None:
     done, seen = since(kernels, before), 2 * sum(range(93, 101))
     assert (done.rows, done.positions) == (8, seen)
     assert 2 * 100 * 2 * 16 * 4 <= done.kv_bytes <= seen * 2 * 16 * 4
+    assert done.list_kv_bytes == 0
+
+
+def test_counters_of_a_chunk_over_a_list(kernels: Kernels) -> None:
+    store = paged(1, 100, 2, 16)
+    lists = Lists(ints(range(0, 60, 3)), ints([[0]] * 8), ints([[20]] * 8))
+    plan = kernels.plan(make_rows(store, [0] * 8, [90] * 8, range(93, 101), lists), 2, 2, 16)
+    q = torch.zeros(8, 2, 16)
+    before = snapshot(kernels)
+    kernels.attend(q, store.kv, plan, scale=1.0, out=torch.empty_like(q))
+    done, row = since(kernels, before), 2 * 16 * 4 * 2
+    assert done.positions == 2 * sum(range(23, 31))
+    assert 30 * row <= done.kv_bytes <= sum(range(23, 31)) * row
+    assert 20 * row <= done.list_kv_bytes <= 8 * 20 * row

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.kernels import Lists, PagedKV, Rows
+from kvloom.kernels import Lists, PagedKV, PoolHow, Rows
 from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build, load
 from kvloom.kernels.cpu.native.build import SOURCES
+from kvloom.kernels.reference import ReferenceKernels
 
 
 @pytest.fixture(scope="module", params=["machine", "generic"])
@@ -62,6 +63,38 @@ def test_a_row_has_the_same_bits_alone_decoded_prefilled_and_listed(
             again, again_lse = attend(kernels, q[row : row + 1], kv, rows)
             assert torch.equal(again[0], out[row])
             assert torch.equal(again_lse[0], lse[row])
+
+
+def test_a_row_over_a_list_has_the_same_bits_alone_and_in_a_chunk(kernels: NativeKernels) -> None:
+    """A prefill tile that shares its list, heads that start at different positions, logits or not: a row is a row."""
+    kv, tables = storage(torch.bfloat16, 64)
+    q = torch.randn(40, 9, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    listed, starts, stops = ints(range(0, 500, 2)), [[500, 520, 590]] * 40, list(range(591, 631))
+    chunk = Rows(tables, ints([1] * 40), ints(starts), ints(stops), Lists(listed, ints([[0]] * 40), ints([[250]] * 40)))
+    out, lse = attend(kernels, q, kv, chunk)
+    for row in (0, 11, 39):
+        part = slice(row, row + 1)
+        alone = Rows(tables, ints([1]), ints(starts[part]), ints(stops[part]), Lists(listed, ints([[0]]), ints([[250]])))
+        again, again_lse = attend(kernels, q[part], kv, alone)
+        assert torch.equal(again[0], out[row]) and torch.equal(again_lse[0], lse[row])
+    emitted, logits = torch.empty_like(q), torch.empty(7, 9, 400)
+    kernels.attend(q, kv, kernels.plan(chunk, 9, 3, 64), scale=64**-0.5, out=emitted, logits=logits)
+    assert torch.equal(emitted, out)
+
+
+@pytest.mark.parametrize(("how", "window"), [("sum", 1), ("max", 7), ("sum", 33)])
+def test_pool_and_select_equal_the_reference(kernels: NativeKernels, how: PoolHow, window: int) -> None:
+    """Here because the build without processor-specific code has loops of its own."""
+    logits = torch.randn(3, 6, 700, generator=torch.Generator().manual_seed(window)) * 3
+    first, last = ints([0, 3, 690]), ints([700, 660, 699])
+    outs = [
+        some.pool(logits, first, last, 2, how=how, window=window, out=torch.zeros(3, 2, 700))
+        for some in (kernels, ReferenceKernels())
+    ]
+    torch.testing.assert_close(*outs, rtol=2e-5, atol=1e-7)
+    lengths = ints([700, 700, 657, 657, 9, 9])
+    chosen = [some.select(outs[0].view(6, 700), lengths, 100, offset=lengths) for some in (kernels, ReferenceKernels())]
+    assert torch.equal(chosen[0][0], chosen[1][0]) and torch.equal(chosen[0][1], chosen[1][1])
 
 
 def test_thread_count_does_not_change_bits(kernels: NativeKernels) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, PagedKV, Plan, QuantizedLinears, Rows
+from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Rows
+from kvloom.kernels.reference import check_pool
 
 from .build import build
-from .library import ATTEND, DTYPES, MERGE, NORM, ROTATE, ROTATE_STORE, SELECT, STORE, Library
+from .library import ATTEND, DTYPES, MERGE, NORM, POOL, ROTATE, ROTATE_STORE, SELECT, STORE, Library
 from .plan import NativePlan, make_plan
 from .quantized import NativeQuantized
 
@@ -81,7 +82,7 @@ class NativeKernels:
             raise ValueError(f"scale must be positive; got {scale}")
         q_row, q_head, _ = _strides(q)
         lse_at = (0, 0) if lse is None else (_fp32(lse), _strides(lse)[0])
-        logits_at = (0, 0, 0, 0) if logits is None else (_fp32(logits), *_strides(logits)[:2], logits.shape[2])
+        logits_at = (0,) * 5 if logits is None else (_fp32(logits), len(logits), *_strides(logits)[:2], logits.shape[2])
         packed = ATTEND.pack(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), scale, DTYPES[q.dtype])
         self.library.attend(packed, plan.handle)
         self._count(plan, kv.k.element_size(), reads_values=out[0] != 0)
@@ -92,18 +93,43 @@ class NativeKernels:
             self.counters.rows += plan.rows.size
             self.counters.positions += plan.positions
             self.counters.kv_bytes += 2 * key_bytes
+            self.counters.list_kv_bytes += 2 * plan.tile_listed * plan.head_dim * item
         else:
             self.counters.score_bytes += key_bytes
 
-    def select(self, scores: Tensor, lengths: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
+             how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
+        """See the contract."""
+        check_pool(logits, groups, how, window)
+        _index(first, torch.int32)
+        _index(last, torch.int32)
+        rows, q_heads, _ = logits.shape
+        if not (first.shape == last.shape == (rows,) and out.shape[:2] == (rows, groups)):
+            raise ValueError(
+                f"logits are {tuple(logits.shape)} in {groups} groups, but first is {tuple(first.shape)}, last "
+                f"{tuple(last.shape)} and out {tuple(out.shape)}; they must have one row each"
+            )
+        self.library.pool(POOL.pack(
+            _fp32(logits), *logits.stride()[:2], first.data_ptr(), last.data_ptr(), _fp32(out), *out.stride()[:2], rows,
+            q_heads, groups, window, how == "max", self.threads,
+        ))  # fmt: skip
+        return out
+
+    def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
+               out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
         """See the contract. NaN is not ordered meaningfully."""
         rows = scores.shape[0]
         _index(lengths, torch.int32)
-        columns = torch.empty((rows, k), dtype=torch.int32)
-        counts = torch.empty(rows, dtype=torch.int32)
+        if offset is not None:
+            _index(offset, torch.int32)
+        columns, counts = out or (torch.empty((rows, k), dtype=torch.int32), torch.empty(rows, dtype=torch.int32))
+        _index(counts, torch.int32)
+        if columns.dtype is not torch.int32 or columns.shape != (rows, k) or counts.shape != (rows,):
+            raise ValueError(f"out must be int32 [{rows}, {k}] and [{rows}]; got {columns.dtype} {tuple(columns.shape)} "
+                             f"and {tuple(counts.shape)}")  # fmt: skip
         self.library.select(SELECT.pack(
-            _fp32(scores), _strides(scores)[0], lengths.data_ptr(), columns.data_ptr(), counts.data_ptr(),
-            rows, k, self.threads,
+            _fp32(scores), scores.stride(0), lengths.data_ptr(), 0 if offset is None else offset.data_ptr(),
+            columns.data_ptr(), _strides(columns)[0], counts.data_ptr(), rows, k, self.threads,
         ))  # fmt: skip
         return columns, counts
 

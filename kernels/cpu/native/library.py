@@ -28,14 +28,12 @@ _PAGED = "data:P block:q head:q slot:q "
 
 ROWS = _layout(
     "tables:P request:P start:P stop:P positions:P offsets:P lengths:P table_stride:q "
-    "rows:i list_heads:i q_heads:i kv_heads:i head_dim:i threads:i"
+    "rows:i start_heads:i list_heads:i q_heads:i kv_heads:i head_dim:i threads:i"
 )
-TOTALS = _layout("positions:q tile_positions:q")
+TOTALS = _layout("positions:q tile_positions:q tile_listed:q")
 ATTEND = _layout(
-    "q:P q_row:q q_head:q out:P out_row:q out_head:q lse:P lse_row:q logits:P logits_row:q logits_head:q width:q "
-    + _PAGED
-    + _PAGED
-    + "block_size:q scale:f dtype:i"
+    "q:P q_row:q q_head:q out:P out_row:q out_head:q lse:P lse_row:q logits:P "
+    "logits_rows:q logits_row:q logits_head:q width:q " + _PAGED + _PAGED + "block_size:q scale:f dtype:i"
 )
 NORM = _layout(
     "x:P x_row:q delta:P delta_row:q weight:P out:P out_row:q rows:q hidden:q eps:f x_dtype:i weight_dtype:i dtype:i threads:i"
@@ -60,7 +58,11 @@ MERGE = _layout(
     "out_a:P a_row:q a_head:q lse_a:P lse_a_row:q out_b:P b_row:q b_head:q lse_b:P lse_b_row:q rows:q "
     "heads:i head_dim:i dtype:i threads:i"
 )
-SELECT = _layout("scores:P scores_row:q lengths:P columns:P counts:P rows:q k:i threads:i")
+SELECT = _layout("scores:P scores_row:q lengths:P offset:P columns:P columns_row:q counts:P rows:q k:i threads:i")
+POOL = _layout(
+    "logits:P logits_row:q logits_head:q first:P last:P out:P out_row:q out_group:q rows:q "
+    "q_heads:i groups:i window:i maximum:i threads:i"
+)
 LINEAR = _layout(
     "x:P x_row:q out:P out_row:q residual:P residual_row:q bias:P packed:P rows:q inputs:q outputs:q "
     "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i"
@@ -68,9 +70,9 @@ LINEAR = _layout(
 PACK = _layout("codes:P scales:P mins:P packed:P inputs:q outputs:q format:i")
 
 # In the order of kvloom_sizes.
-_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, LINEAR, PACK)
+_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, POOL, LINEAR, PACK)
 
-_ONE_STRUCT = ("add_rms_norm", "rotate_store", "store", "rotate", "merge", "select", "linear", "linear_pack")
+_ONE_STRUCT = ("add_rms_norm", "rotate_store", "store", "rotate", "merge", "select", "pool", "linear", "linear_pack")
 
 
 class Library:

@@ -25,6 +25,7 @@ class NativePlan:
     handle: int
     positions: int  # visible positions summed over rows and KV heads
     tile_positions: int  # the same with the rows of a tile counted once
+    tile_listed: int  # those of tile_positions that lists name
 
 
 def make_plan(library: Library, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, threads: int) -> NativePlan:
@@ -33,16 +34,18 @@ def make_plan(library: Library, rows: Rows, q_heads: int, kv_heads: int, head_di
         raise ValueError(f"q_heads must be a multiple of kv_heads; got {q_heads} and {kv_heads}")
     for name in ("tables", "request", "start", "stop"):
         _check(name, getattr(rows, name))
+    start_heads = rows.start.shape[1] if rows.start.ndim == 2 else 1
+    if start_heads not in (1, kv_heads):
+        raise ValueError(f"start must have one column or {kv_heads}, got {tuple(rows.start.shape)}")
     positions, offsets, lengths, list_heads = _list_pointers(rows.lists, kv_heads)
     packed = ROWS.pack(
         rows.tables.data_ptr(), rows.request.data_ptr(), rows.start.data_ptr(), rows.stop.data_ptr(),
         positions, offsets, lengths, rows.tables.stride(0),
-        rows.size, list_heads, q_heads, kv_heads, head_dim, threads,
+        rows.size, start_heads, list_heads, q_heads, kv_heads, head_dim, threads,
     )  # fmt: skip
     totals = ctypes.create_string_buffer(TOTALS.size)
     handle = library.plan(packed, ctypes.addressof(totals))
-    seen, shared = TOTALS.unpack(totals.raw)
-    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, seen, shared)
+    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, *TOTALS.unpack(totals.raw))
     weakref.finalize(plan, library.plan_free, handle).atexit = False
     return plan
 

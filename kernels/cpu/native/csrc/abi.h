@@ -15,11 +15,11 @@ struct RowsView {  // interface.Rows
   const int32_t *tables, *request, *start, *stop;
   const int32_t *positions, *offsets, *lengths;  // interface.Lists, or null
   int64_t table_stride;
-  int32_t rows, list_heads, q_heads, kv_heads, head_dim, threads;
+  int32_t rows, start_heads, list_heads, q_heads, kv_heads, head_dim, threads;  // *_heads: columns, 1 or kv_heads
 };
 
 struct PlanTotals {  // what `plan` tells the counters
-  int64_t positions, tile_positions;
+  int64_t positions, tile_positions, tile_listed;  // tile_listed: those of tile_positions that lists name
 };
 
 struct AttendArgs {
@@ -30,7 +30,7 @@ struct AttendArgs {
   float* lse;
   int64_t lse_row;
   float* logits;
-  int64_t logits_row, logits_head, width;
+  int64_t logits_rows, logits_row, logits_head, width;  // logits_rows: how many of the first rows want them
   Paged k, v;
   int64_t block_size;
   float scale;
@@ -106,10 +106,21 @@ struct MergeArgs {
 struct SelectArgs {
   const float* scores;
   int64_t scores_row;
-  const int32_t* lengths;
-  int32_t *columns, *counts;
+  const int32_t *lengths, *offset;
+  int32_t* columns;
+  int64_t columns_row;
+  int32_t* counts;
   int64_t rows;
   int32_t k, threads;
+};
+
+struct PoolArgs {
+  const float* logits;
+  int64_t logits_row, logits_head;
+  const int32_t *first, *last;
+  float* out;
+  int64_t out_row, out_group, rows;
+  int32_t q_heads, groups, window, maximum, threads;  // maximum: combine heads by it, not by their sum
 };
 
 struct LinearArgs {  // out = x W^T (+ bias) (+ residual)

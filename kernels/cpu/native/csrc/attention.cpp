@@ -13,11 +13,12 @@ thread_local Arena local_arena, partial_arena;
 // The positions a tile sees for one KV head, as addresses: its list, then its tail.
 template <class T> class Seen {
  public:
-  Seen(const AttendArgs& args, const Plan& plan, const Tile& tile, int32_t head) : args_(args) {
+  Seen(const AttendArgs& args, const Plan& plan, const Tile& tile, int32_t head)
+      : args_(args), shift_(exponent(args.block_size)) {
     const RowsView& rows = plan.rows;
     list_length_ = plan.list_length(tile.row, head);
     if (list_length_) list_ = rows.positions + rows.offsets[plan.list_index(tile.row, head)];
-    start_ = rows.start[tile.row];
+    start_ = plan.start(tile.row, head);
     table_ = rows.tables + int64_t(rows.request[tile.row]) * rows.table_stride;
     k_ = static_cast<const T*>(args.k.data) + head * args.k.head;
     v_ = static_cast<const T*>(args.v.data) + head * args.v.head;
@@ -27,11 +28,11 @@ template <class T> class Seen {
   void rows(int64_t first, int count, const T** k, const T** v) const {
     int i = 0;
     for (; i < count && first + i < list_length_; i++) {
-      const int64_t position = list_[first + i], block = position / args_.block_size;
+      const int64_t position = list_[first + i], block = block_of(position);
       address(block, position - block * args_.block_size, k + i, v + i);
     }
     while (i < count) {  // block by block: one division and one table look-up each
-      const int64_t position = start_ + first + i - list_length_, block = position / args_.block_size;
+      const int64_t position = start_ + first + i - list_length_, block = block_of(position);
       int64_t offset = position - block * args_.block_size;
       const T *k_row, *v_row;
       address(block, offset, &k_row, &v_row);
@@ -45,6 +46,8 @@ template <class T> class Seen {
   }
 
  private:
+  static int exponent(int64_t size) { return size & (size - 1) ? -1 : __builtin_ctzll(uint64_t(size)); }
+  int64_t block_of(int64_t position) const { return shift_ < 0 ? position / args_.block_size : position >> shift_; }
   void address(int64_t block, int64_t offset, const T** k, const T** v) const {
     const int64_t id = table_[block];
     *k = k_ + id * args_.k.block + offset * args_.k.slot;
@@ -52,6 +55,7 @@ template <class T> class Seen {
   }
 
   const AttendArgs& args_;
+  const int shift_;  // of a block size that is a power of two, else -1: a list pays for its divisions one by one
   const int32_t *list_ = nullptr, *table_;
   int64_t list_length_, start_;
   const T *k_, *v_;
@@ -110,6 +114,7 @@ template <class T> class TileRun {
   void run(int32_t first, int32_t last, float* partials, int64_t partial_stride) {
     prepare_queries();
     State total = state_[0];
+    begun_at_ = first;
     if (first == last) clear(total);
     for (int32_t split = first; split < last; split++) {
       State into = partials ? state_at(partials + split * partial_stride, m_, stride_) : state_[split != first];
@@ -151,15 +156,30 @@ template <class T> class TileRun {
     const int64_t begin = int64_t(split) * kSplit, end = std::min(longest_, begin + kSplit);
     seen_.rows(begin, int(std::min<int64_t>(kBlock, end - begin)), rows_[0], rows_[1]);
     std::copy_n(rows_[0], kBlock, rows_[2]), std::copy_n(rows_[1], kBlock, rows_[3]);
+    if (split == begun_at_) {  // nobody asked for these while computing something else
+      const int count = int(std::min<int64_t>(kBlock, end - begin));
+      ask(rows_[0], count);
+      if (args_.out) ask(rows_[1], count);
+    }
     for (int64_t at = begin; at < end; at += kBlock) {
       const int count = int(std::min<int64_t>(kBlock, end - at));
       const int next = int(std::min<int64_t>(kBlock, longest_ - at - kBlock));
-      if (next > 0) seen_.rows(at + kBlock, next, rows_[2], rows_[3]);
+      if (next > 0) {
+        seen_.rows(at + kBlock, next, rows_[2], rows_[3]);
+        if (!keys_in_place_) ask(rows_[2], next);
+        if (args_.out && !values_in_place_) ask(rows_[3], next);
+      }
       block(at, count, into);
       std::swap(rows_[0], rows_[2]);
       std::swap(rows_[1], rows_[3]);
     }
     for (int64_t r = 0; r < m_; r++) into.sum[r] = sum(lanes_[r]);
+  }
+
+  // Cache lines of rows that are read soon. Listed rows lie where no hardware prefetcher looks.
+  void ask(const T* const* rows, int count) const {
+    for (int j = 0; j < count; j++)
+      for (int64_t d = 0; d < dim_; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(rows[j] + d, 0, 2);
   }
 
   void block(int64_t at, int count, State into) {
@@ -181,7 +201,7 @@ template <class T> class TileRun {
 
   template <int R> void group(int64_t at, int64_t r, int count, State into) {
     score_block<R>(r, count);
-    if (args_.logits) emit<R>(at, r);
+    if (args_.logits && token(r) < args_.logits_rows) emit<R>(at, r);
     if (!args_.out) return;
     int64_t visible[R];
     for (int i = 0; i < R; i++) visible[i] = limit_[r + i] - at;
@@ -208,7 +228,7 @@ template <class T> class TileRun {
   }
 
   template <int R> void emit(int64_t at, int64_t r) {
-    for (int i = 0; i < R; i++) {
+    for (int i = 0; i < R && token(r + i) < args_.logits_rows; i++) {
       float* to = args_.logits + token(r + i) * args_.logits_row + query_head(r + i) * args_.logits_head + at;
       const int64_t n = std::min({int64_t(kBlock), limit_[r + i] - at, args_.width - at});
       for (int64_t j = 0; j < n; j++) to[j] = s_[i * kBlock + j] * args_.scale;
@@ -265,6 +285,7 @@ template <class T> class TileRun {
   State state_[2];
   const T** rows_[4];  // K and V addresses of this block, K and V addresses of the next
   int64_t longest_;
+  int32_t begun_at_ = 0;
   bool keys_in_place_, values_in_place_;  // few rows: no packed copy
 };
 

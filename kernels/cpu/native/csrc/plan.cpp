@@ -14,10 +14,17 @@ bool same_lists(const RowsView& rows, int32_t a, int32_t b) {
   return true;
 }
 
+bool same_starts(const RowsView& rows, int32_t a, int32_t b) {
+  const int32_t *of_a = rows.start + int64_t(a) * rows.start_heads, *of_b = rows.start + int64_t(b) * rows.start_heads;
+  for (int32_t h = 0; h < rows.start_heads; h++)
+    if (of_a[h] != of_b[h] || rows.stop[a] < of_a[h]) return false;
+  return true;
+}
+
 // Row b may follow row a in a tile if what a sees is a beginning of what b sees.
 bool extends(const RowsView& rows, int32_t a, int32_t b) {
-  return rows.request[a] == rows.request[b] && rows.start[a] == rows.start[b] && rows.stop[a] <= rows.stop[b] &&
-         rows.stop[a] >= rows.start[a] && same_lists(rows, a, b);
+  return rows.request[a] == rows.request[b] && rows.stop[a] <= rows.stop[b] && same_starts(rows, a, b) &&
+         same_lists(rows, a, b);
 }
 
 void make_tiles(Plan& plan) {
@@ -65,6 +72,7 @@ void count(Plan& plan) {
       for (int32_t r = 0; r < tile.rows; r++) plan.totals.positions += plan.seen(tile.row + r, h);
       const int64_t shared = plan.seen(tile.row + tile.rows - 1, h);
       plan.totals.tile_positions += shared;
+      plan.totals.tile_listed += plan.list_length(tile.row, h);
       plan.work += shared * tile.rows * plan.group;
     }
 }

@@ -45,8 +45,11 @@ struct Plan {
   int64_t list_index(int32_t row, int32_t head) const {
     return int64_t(row) * rows.list_heads + (rows.list_heads > 1 ? head : 0);
   }
+  int64_t start(int32_t row, int32_t head) const {
+    return rows.start[int64_t(row) * rows.start_heads + (rows.start_heads > 1 ? head : 0)];
+  }
   int64_t seen(int32_t row, int32_t head) const {
-    const int64_t tail = int64_t(rows.stop[row]) - rows.start[row];
+    const int64_t tail = rows.stop[row] - start(row, head);
     return list_length(row, head) + (tail > 0 ? tail : 0);
   }
   int64_t state_floats(const Tile& tile) const {  // o [m][padded_dim], maximum [m], sum [m]
