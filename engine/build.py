@@ -20,12 +20,16 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
 from kvloom.engine.model.gguf_file import read_metadata
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
+from kvloom.engine.model.rope import rotary_table
+from kvloom.engine.request import KVOptions
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduling import ORDERS
-from kvloom.engine.selection import SELECTIONS
+from kvloom.engine.selection import SELECTIONS, Geometry
+from kvloom.engine.selection.base import extrapolates
+from kvloom.engine.selection.policies import Defaults, Selectors
 from kvloom.engine.text import Tokenizer
 
 log = logging.getLogger("kvloom.engine")
@@ -59,18 +63,33 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     )
     tokenizer = Tokenizer.from_folder(files.path) if files.path.is_dir() else Tokenizer.from_gguf(read_metadata(files.path))
     cache = _cache(config, loaded)
-    length = _max_model_len(config.model, loaded, cache)
+    length = _max_model_len(config, loaded, cache)
+    trained = loaded.config.max_position
+    if length > trained:  # keys are stored at true positions
+        loaded.decoder.rotary = rotary_table(loaded.config.rope, length)
+    geometry = _geometry(loaded, length)
     runner = Runner(
         loaded.decoder,
         cache,
         backend,
+        geometry,
         max_rows=config.scheduler.max_batched_tokens,
         max_seqs=config.scheduler.max_num_seqs,
-        max_len=length,
+        shadow_interval=config.selection.shadow_interval,
     )
+    selection = config.selection
+    defaults = Defaults(selection.selection, selection.budget, selection.options(), selection.draft, selection.draft_tokens)
+    selectors = Selectors(defaults, geometry, backend, config.scheduler.max_batched_tokens - config.scheduler.max_num_seqs)
+    if length > trained and not extrapolates(selectors.policy(KVOptions()).selector):
+        raise ConfigError(
+            f"max_model_len is {length}, but this model was trained for {trained}; give at most that, or a default selection "
+            "that goes beyond: --selection token_select with --selection-options "
+            """'{"positions": "reindexed", "prefill_budget": 1024}'"""
+        )
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
-    core = EngineCore(config, runner, cache, backend, tokenizer, domains, Limits(length, loaded.config.vocab_size), eos)
+    limits = Limits(length, trained, loaded.config.vocab_size)
+    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
 
 
@@ -83,11 +102,25 @@ def _check_names(config: EngineConfig) -> None:
     for name, value, allowed in (
         ("reuse", config.cache.reuse, REUSE),
         ("scheduler", config.scheduler.scheduler, tuple(ORDERS)),
-        ("selection", config.scheduler.selection, SELECTIONS),
+        ("selection", config.selection.selection, SELECTIONS),
         ("retention", config.scheduler.retention, RETENTION),
     ):
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _geometry(loaded: LoadedModel, length: int) -> Geometry:
+    model = loaded.config
+    return Geometry(
+        layers=model.layers,
+        q_heads=model.q_heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        max_len=length,
+        trained_len=model.max_position,
+        inv_freq=loaded.decoder.rotary.inv_freq,
+        model_key=loaded.fingerprint,
+    )
 
 
 def _cache(config: EngineConfig, loaded: LoadedModel) -> CacheManager:
@@ -103,9 +136,20 @@ def _cache(config: EngineConfig, loaded: LoadedModel) -> CacheManager:
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
 
 
-def _max_model_len(options: ModelOptions, loaded: LoadedModel, cache: CacheManager) -> int:
-    """Longest request: what was asked for, or what the model was trained for; never more than the cache holds."""
-    trained, capacity, asked = loaded.config.max_position, cache.capacity_tokens, options.max_model_len
+def _beyond_training(asked: int, trained: int) -> ConfigError:
+    how = """--selection token_select --selection-options '{"positions": "reindexed", "prefill_budget": 1024}'"""
+    return ConfigError(
+        f"max_model_len is {asked}, but this model was trained for {trained}; give at most {trained}, or a selection that goes "
+        f"beyond: {how}"
+    )
+
+
+def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManager) -> int:
+    """Longest request: what was asked for, or what the model was trained for; never more than the cache holds.
+
+    Whether a default selection other than dense can serve more than that is checked once it is made.
+    """
+    trained, capacity, asked = loaded.config.max_position, cache.capacity_tokens, config.model.max_model_len
     if asked is None:
         if trained > capacity:
             log.warning(
@@ -115,8 +159,10 @@ def _max_model_len(options: ModelOptions, loaded: LoadedModel, cache: CacheManag
                 trained,
             )
         return min(trained, capacity)
-    if not 2 <= asked <= trained:
+    if asked < 2:
         raise ConfigError(f"max_model_len is {asked}; allowed for this model: 2 to {trained}")
+    if asked > trained and config.selection.selection == "dense":
+        raise _beyond_training(asked, trained)
     if asked > capacity:
         raise ConfigError(f"max_model_len is {asked}, but the KV cache holds {capacity} tokens; raise kv_memory or lower it")
     return asked

@@ -37,6 +37,27 @@ class GroupStats:
     in_use: int
 
 
+@dataclass(slots=True)
+class MethodStats:
+    """What one method did since start-up, summed over layers and requests: proof that it does something, and how much."""
+
+    decode_rows: int = 0
+    """Decode rows of requests that use the method (not times layers)."""
+    attended: float = 0.0
+    """Positions those rows read, mean over KV heads, summed over layers."""
+    held: int = 0
+    """Positions they could have read, summed over layers."""
+    selections: int = 0
+    """Lists made (one per row and layer)."""
+    reused: int = 0
+    """Lists used again without a new selection: Selection Cache hits, reuse between layers or between steps."""
+    refreshes: int = 0
+    """Lists made anew because a stride or a trigger said so (Recycled), or KV corrected (TidalDecode)."""
+    mass: float = 0.0
+    """Sum of sampled covered attention mass, each in [0, 1]; see `mass_samples`."""
+    mass_samples: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of the engine, cheap to take. Counters run since start-up; times are in seconds."""
@@ -60,6 +81,15 @@ class EngineStats:
     queued_tokens: int
     """Prompt tokens of waiting requests."""
     kv_bytes_read: int
+    kv_bytes: Mapping[str, int] = field(default_factory=dict)
+    """The same by kind: tail (contiguous ranges, dense rows among them), list (positions chosen by selection methods), score
+    (keys read to choose them)."""
+    selection: Mapping[str, MethodStats] = field(default_factory=dict)
+    """What every selection method did."""
+    drafts: int = 0
+    """Dense verifications of drafts, tokens drafted for them, and how many of those were kept."""
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     tenants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """tenant -> {cached_blocks, in_use_blocks}; the tenant of requests without one is ''."""
 

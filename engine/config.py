@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -72,8 +73,6 @@ class SchedulerOptions:
     """Token budget of one step: decodes first, prompts in chunks with the rest."""
     max_queued_tokens: int | None = None
     """Refuse new requests (429) while this many prompt tokens wait; the default is no bound."""
-    selection: str = "dense"
-    """What a decode step reads unless a request says otherwise: dense."""
     retention: str = "everything"
     """What stays in memory: everything."""
 
@@ -86,6 +85,39 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SelectionOptions:
+    """What a decode step reads, unless a request says otherwise."""
+
+    selection: str = "dense"
+    """Method: dense, sink_window."""
+    budget: int | None = None
+    """Positions that a sparse decode row reads, sinks and recent tokens included; the default is the method's own."""
+    selection_options: str | None = None
+    """The method's own options as a JSON object, such as {"sinks": 8}."""
+    draft: bool = False
+    """Use the method only to draft tokens that a dense step verifies: output as if dense."""
+    draft_tokens: int = 4
+    """Tokens per draft, 1 to 16."""
+    shadow_interval: int = 256
+    """Measure covered attention mass against a dense pass once in so many sparse steps; 0 for never."""
+
+    def __post_init__(self) -> None:
+        if self.shadow_interval < 0:
+            raise ConfigError(f"shadow_interval is {self.shadow_interval}; allowed: 0 or more")
+        self.options()
+
+    def options(self) -> dict[str, Any]:
+        """`selection_options`, read. Raises ConfigError if it is no JSON object."""
+        try:
+            found = json.loads(self.selection_options or "{}")
+        except ValueError as error:
+            raise ConfigError(f"selection_options is {self.selection_options!r}, which is not JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f'selection_options is {self.selection_options!r}; allowed: a JSON object such as {{"sinks": 8}}')
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything the engine needs to know."""
 
@@ -95,6 +127,8 @@ class EngineConfig:
     """The KV cache."""
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     """Scheduling."""
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
+    """Selection."""
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> EngineConfig:
@@ -176,6 +210,10 @@ def parse_value(option: Option, value: Any) -> Any:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")
         return value
     kind = kinds[0]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{option.name} is {value!r}; allowed: true or false")
+        return value
     if isinstance(value, bool) or not isinstance(value, (str, kind)):
         raise ConfigError(f"{option.name} is {value!r}; allowed: {kind.__name__}")
     try:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,8 +25,10 @@ from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
 from kvloom.engine.sampler import SampleError, Sampler
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
-from kvloom.engine.selection import SELECTIONS
+from kvloom.engine.selection.base import Correcting, extrapolates
+from kvloom.engine.selection.policies import Selectors
 from kvloom.engine.text import Tokenizer
+from kvloom.engine.view import decodes
 from kvloom.kernels.interface import Kernels
 
 LOGITS_ROWS = 128
@@ -36,10 +39,19 @@ class Limits(NamedTuple):
     """What a request may ask for, whatever else runs."""
 
     max_model_len: int
+    trained_len: int
+    """Positions that the model was trained for: without a selection that goes beyond, a request has no more."""
     vocab_size: int
 
     def check(
-        self, prompt_length: int, largest_token: int, smallest_token: int, sampling: SamplingParams, kv: KVOptions
+        self,
+        prompt_length: int,
+        largest_token: int,
+        smallest_token: int,
+        sampling: SamplingParams,
+        kv: KVOptions,
+        *,
+        extrapolates: bool = False,
     ) -> int:
         """The request's token limit, prompt + output. Raises InvalidRequestError if it could never be served."""
         if prompt_length == 0:
@@ -47,29 +59,48 @@ class Limits(NamedTuple):
         if smallest_token < 0 or largest_token >= self.vocab_size:
             bad = smallest_token if smallest_token < 0 else largest_token
             raise InvalidRequestError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}", param="prompt")
-        room = self.max_model_len - prompt_length
+        longest = self.max_model_len if extrapolates else min(self.max_model_len, self.trained_len)
+        limit, hint = "this server's context", ""
+        if longest < self.max_model_len:
+            limit = "what the model was trained for"
+            hint = ", or use kv.selection token_select with re-indexed positions and a prefill_budget"
+        room = longest - prompt_length
         if room < 1:
             raise ContextLengthError(
-                f"the prompt has {prompt_length} tokens; this server's context is {self.max_model_len} "
-                "tokens, prompt and output together; shorten the prompt",
+                f"the prompt has {prompt_length} tokens; {limit} is {longest} tokens, prompt and output together; shorten the "
+                f"prompt{hint}",
                 param="prompt",
             )
         if sampling.max_tokens is not None and sampling.max_tokens > room:
             raise ContextLengthError(
-                f"max_tokens is {sampling.max_tokens} and the prompt has {prompt_length} tokens; together they exceed this "
-                f"server's context of {self.max_model_len}; ask for at most {room}",
+                f"max_tokens is {sampling.max_tokens} and the prompt has {prompt_length} tokens; together they exceed {limit}, "
+                f"{longest}; ask for at most {room}{hint}",
                 param="max_tokens",
             )
-        ids = [*sampling.logit_bias, *sampling.stop_token_ids]
-        if any(token >= self.vocab_size for token in ids):
-            raise InvalidRequestError(
-                f"token id {max(ids)} is outside the vocabulary, 0 to {self.vocab_size - 1}",
-                param="logit_bias" if max(ids) in sampling.logit_bias else "stop_token_ids",
-            )
-        for name, value, allowed in (("selection", kv.selection, SELECTIONS), ("reuse", kv.reuse, REUSE)):
-            if value is not None and value not in allowed:
-                raise InvalidRequestError(f"kv.{name} is {value!r}; allowed: {', '.join(allowed)}", param=f"kv.{name}")
+        for name in ("logit_bias", "stop_token_ids", "forced_tokens"):
+            largest = max(getattr(sampling, name), default=0)
+            if largest >= self.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {largest} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=name
+                )
+        if kv.reuse is not None and kv.reuse not in REUSE:
+            raise InvalidRequestError(f"kv.reuse is {kv.reuse!r}; allowed: {', '.join(REUSE)}", param="kv.reuse")
         return prompt_length + (room if sampling.max_tokens is None else sampling.max_tokens)
+
+
+class Ending(NamedTuple):
+    """A chunk whose last rows are sampled from: rows [first, last) of the step."""
+
+    chunk: Chunk
+    first: int
+    last: int
+
+
+def _sampled_rows(plan: StepPlan, result: StepResult) -> Iterator[tuple[int, int]]:
+    """Rows to sample from: all of a chunk that verifies drafts, else its last."""
+    for chunk, start in zip(plan.chunks, result.starts):
+        stop = start + chunk.count
+        yield (start if chunk.request.verifying else stop - 1), stop
 
 
 class EngineCore:
@@ -81,6 +112,7 @@ class EngineCore:
         runner: Runner,
         cache: CacheManager,
         kernels: Kernels,
+        selectors: Selectors,
         tokenizer: Tokenizer,
         domains: DomainFactory,
         limits: Limits,
@@ -90,7 +122,10 @@ class EngineCore:
         self.cache = cache
         self._reuse = config.cache.reuse
         self.runner = runner
+        self.observer: Callable[[Request, Tensor], None] | None = None
+        """Called with (request, logits [1, vocab] fp32, valid only during the call) for every row a token is taken from."""
         self._kernels = kernels
+        self._selectors = selectors
         self._tokenizer = tokenizer
         self._domains = domains
         self._eos = eos
@@ -107,6 +142,7 @@ class EngineCore:
         self._sequence = 0
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._step_seconds = 0.0
+        self._drafts = self._drafted = self._accepted = 0
 
     @property
     def busy(self) -> bool:
@@ -133,8 +169,14 @@ class EngineCore:
                 param="priority",
             )
         prompt = request.prompt
+        selector, request.draft_tokens = self._selectors.policy(request.kv)
         request.token_limit = self.limits.check(
-            len(prompt), max(prompt, default=0), min(prompt, default=0), request.sampling, request.kv
+            len(prompt),
+            max(prompt, default=0),
+            min(prompt, default=0),
+            request.sampling,
+            request.kv,
+            extrapolates=extrapolates(selector),
         )
         request.tokens = list(prompt)
         request.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
@@ -142,10 +184,16 @@ class EngineCore:
         self._sequence += 1
         reusing = (request.kv.reuse or self._reuse) == "exact"
         table = self.cache.open(
-            self.domain(request.tenant, request.cache_salt),
+            self._domains.domain(request.tenant, request.cache_salt, selector.domain if selector else ""),
             publishes=reusing,
             looks_up=reusing and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
+            align=max(1, selector.grid) if selector else 1,
         )
+        if selector is not None:
+            request.selector = selector
+            if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
+                request.correct_every = selector.correct_every
+            self._selectors.open(selector, request)
         self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
         self._scheduler.add(request, table)
 
@@ -161,8 +209,11 @@ class EngineCore:
         outputs: list[RequestOutput] = []
         if plan.chunks:
             result = self.runner.run(plan)
-            for chunk in plan.chunks:
-                self._scheduler.completed(chunk)
+            for chunk, exact in zip(plan.chunks, result.exact):
+                self._scheduler.completed(chunk, exact=exact)
+            for chunk, attended in zip(plan.chunks, result.attended):
+                if chunk.samples and chunk.start >= len(chunk.request.prompt):
+                    self._states[chunk.request.id].attended(attended, chunk.stop)
             self._score_prompts(plan, result)
             outputs = list(self._sample(plan, result))
         self._steps += 1
@@ -199,39 +250,102 @@ class EngineCore:
             step_seconds=self._step_seconds,
             queued_tokens=scheduler.queued_tokens,
             kv_bytes_read=counters.kv_bytes + counters.score_bytes,
+            kv_bytes={
+                "tail": counters.kv_bytes - counters.list_kv_bytes,
+                "list": counters.list_kv_bytes,
+                "score": counters.score_bytes,
+            },
+            selection={name: replace(stats) for name, stats in self._selectors.stats.items()},
+            drafts=self._drafts,
+            drafted_tokens=self._drafted,
+            accepted_tokens=self._accepted,
             tenants=tenants,
         )
 
     def _sample(self, plan: StepPlan, result: StepResult) -> Iterator[RequestOutput]:
-        ends = [(chunk, start + chunk.count - 1) for chunk, start in zip(plan.chunks, result.starts) if chunk.samples]
+        ends = [Ending(chunk, *span) for chunk, span in zip(plan.chunks, _sampled_rows(plan, result)) if chunk.samples]
         if not ends:
             return
-        requests = [chunk.request for chunk, _ in ends]
-        logits = self.runner.logits(result, [row for _, row in ends])
-        for i, sampled in enumerate(self._sampler.sample(logits, requests, self._eos_ids)):
-            state = self._states[requests[i].id]
-            if isinstance(sampled, SampleError):
-                yield self._finish(state, state.end("error", error=str(sampled)))
+        logits = self.runner.logits(result, [row for end in ends for row in range(end.first, end.last)])
+        at = 0
+        for end in ends:
+            own = logits[at : at + end.last - end.first]
+            at += end.last - end.first
+            request = end.chunk.request
+            if request.verifying:
+                yield from self._verify(request, own)
+            elif request.draft_tokens and decodes(end.chunk) and request.sparse:
+                self._draft(request, own)
             else:
-                yield self._advance(state, ends[i][0], sampled, logits[i : i + 1])
+                yield self._next(request, own)
 
-    def _advance(self, state: OutputState, chunk: Chunk, token: int, logits: Tensor) -> RequestOutput:
-        request = state.request
-        now = time.monotonic()
+    def _next(self, request: Request, logits: Tensor) -> RequestOutput:
+        """Sample the next token of a request and hand it out. logits: [1, vocab]."""
+        state = self._states[request.id]
+        if self.observer is not None:
+            self.observer(request, logits)
+        token = self._sampler.sample(logits, [request], self._eos_ids)[0]
+        if isinstance(token, SampleError):
+            return self._finish(state, state.end("error", error=str(token)))
         if not request.first_token:
-            request.first_token = now
+            request.first_token = time.monotonic()
             self._prompt_tokens += len(request.prompt)
-        if chunk.count == 1:
-            state.attended(chunk.stop)
         request.tokens.append(token)
         self._generation_tokens += 1
         top = request.sampling.logprobs
         output = state.push(token, None if top is None else logprobs(logits, [token], top)[0])
-        return output if output.finish_reason is None else self._finish(state, output)
+        if output.finish_reason is not None:
+            return self._finish(state, output)
+        self._correct(request)
+        return output
+
+    def _correct(self, request: Request) -> None:
+        """Cache correction: once enough tokens have approximate KV, the next rows compute them again, densely, in place."""
+        request.correcting = False
+        if request.correct_every and len(request.tokens) - 1 - request.exact >= request.correct_every:
+            assert request.selector is not None
+            request.computed, request.correcting = request.exact, True
+            request.selector.stats.refreshes += 1
+
+    def _draft(self, request: Request, logits: Tensor) -> None:
+        """Sample a draft: known to the engine, handed out only once a dense step agrees."""
+        token = self._sampler.sample(logits, [request], self._eos_ids)[0]
+        if not isinstance(token, SampleError):
+            request.tokens.append(token)
+            request.drafts += 1
+            request.drafted += 1
+            self._drafted += 1
+        if isinstance(token, SampleError) or request.drafts >= request.draft_limit or token in self._eos:
+            request.verifying = True
+            request.computed = len(request.tokens) - request.drafts - 1
+
+    def _verify(self, request: Request, logits: Tensor) -> Iterator[RequestOutput]:
+        """Sample from the dense logits of every draft, [drafts + 1, vocab], as long as the drafts agree.
+
+        A token's random number depends on its seed and index alone, and draft and verification draw with the same one. So what
+        comes out is what dense decoding with that seed gives, and drafts that were sampled from a near distribution mostly
+        agree: no correction of probabilities is needed.
+        """
+        drafts = request.drop_drafts()
+        self._drafts += 1
+        for i in range(len(drafts) + 1):
+            output = self._next(request, logits[i : i + 1])
+            agrees = output.finish_reason != "error" and i < len(drafts) and request.tokens[-1] == drafts[i]
+            request.accepted += agrees
+            self._accepted += agrees
+            yield output
+            if output.finish_reason is not None:
+                return
+            if not agrees:
+                break
+        request.computed = len(request.tokens) - 1
+        request.exact = min(request.exact, request.computed)
 
     def _finish(self, state: OutputState, output: RequestOutput) -> RequestOutput:
         self._scheduler.finish(state.request)
         self._sampler.drop(state.request)
+        if state.request.selector is not None:
+            self._selectors.close(state.request.selector, state.request)
         del self._states[state.request.id]
         return output
 

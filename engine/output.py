@@ -23,14 +23,15 @@ class OutputState:
             skip_special_tokens=sampling.skip_special_tokens,
             stop=sampling.stop,
             include_stop=sampling.include_stop_str_in_output,
-            min_tokens=sampling.min_tokens,
+            min_tokens=sampling.least_tokens,
         )
-        self._attended = 0
+        self._attended, self._held = 0.0, 0
         self.prompt_logprobs: list[TokenLogprob | None] | None = None if sampling.prompt_logprobs is None else [None]
 
-    def attended(self, positions: int) -> None:
-        """A decode row read this many positions."""
+    def attended(self, positions: float, held: int) -> None:
+        """A decode row read this many of the positions there were."""
         self._attended += positions
+        self._held += held
 
     def push(self, token: int, logprob: TokenLogprob | None) -> RequestOutput:
         """The output for one sampled token, which is the last of `request.tokens` already."""
@@ -38,7 +39,7 @@ class OutputState:
         finish: FinishReason | None = None
         reason: int | str | None = None
         text = ""
-        enough = request.generated >= request.sampling.min_tokens
+        enough = request.generated >= request.sampling.least_tokens
         if enough and (token in self._ends or token in self._stops):
             finish, reason = "stop", (None if token in self._ends else token)
             if request.sampling.include_stop_str_in_output and token in self._stops:
@@ -89,7 +90,10 @@ class OutputState:
             prompt_tokens=len(request.prompt),
             completion_tokens=request.generated,
             cached_tokens=request.cached,
-            attended_tokens=self._attended,
+            attended_tokens=round(self._attended),
+            held_tokens=self._held,
+            drafted_tokens=request.drafted,
+            accepted_tokens=request.accepted,
             preemptions=request.preemptions,
             queue_seconds=max(0.0, request.first_scheduled - request.arrival),
         )

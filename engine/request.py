@@ -9,9 +9,12 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvloom.engine.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from kvloom.engine.selection.base import Selector
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -19,6 +22,7 @@ MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_DRAFT_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,9 @@ class SamplingParams:
     """Log-probabilities of the sampled token and of this many likeliest ones, per generated token; None for none."""
     prompt_logprobs: int | None = None
     """The same for every prompt token after the first. Such a prompt is computed in full: no prefix is reused."""
+    forced_tokens: tuple[int, ...] = ()
+    """Teacher forcing: the first generated tokens are these, each computed as a decode row like any other; sampling goes on
+    after them. With `logprobs`, each comes with its own log-probability. Nothing ends generation before them."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
@@ -93,9 +100,19 @@ class SamplingParams:
             "stop_token_ids",
             "at most 256 token ids of 0 or more",
         )
+        check(all(t >= 0 for t in self.forced_tokens), "forced_tokens", "token ids of 0 or more")
+        check(
+            self.max_tokens is None or len(self.forced_tokens) <= self.max_tokens, "forced_tokens", "at most max_tokens of them"
+        )
+        check(self.n == 1 or not self.forced_tokens, "forced_tokens", "only with n = 1")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}, or null")
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens before which nothing may end generation."""
+        return max(self.min_tokens, len(self.forced_tokens))
 
     def choices(self) -> list[SamplingParams]:
         """One SamplingParams with n = 1 per completion; a given seed becomes seed, seed + 1, ..."""
@@ -111,6 +128,14 @@ class KVOptions:
 
     selection: str | None = None
     """What a decode step reads: a name registered in `engine.selection`."""
+    budget: int | None = None
+    """Positions that a sparse decode row reads, sinks and recent tokens included."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The selection method's own options; `kv.<method>` on the wire."""
+    draft: bool | None = None
+    """Use the method only to draft tokens that a dense step verifies: output as if dense."""
+    draft_tokens: int | None = None
+    """Tokens per draft, 1 to 16."""
     reuse: str | None = None
     """Where KV may come from: a name registered in `engine.reuse` ("off", "exact")."""
 
@@ -166,6 +191,46 @@ class Request:
     """Resolved sampling seed: the request's own, or one drawn for it."""
     token_limit: int = 0
     """Known tokens may not grow beyond this: min(prompt + max_tokens, model length)."""
+    selector: Selector | None = None
+    """What decides which positions its decode rows read; None reads all."""
+    exact: int = 0
+    """Tokens in front whose stored KV is what the prompt's own rule gives (dense, unless prompts are computed sparsely):
+    only these may be published. At most `computed`."""
+    draft_tokens: int = 0
+    """Tokens per draft; 0: no drafting."""
+    drafts: int = 0
+    """Tokens at the end of `tokens` that are drafts, not yet verified."""
+    drafted: int = 0
+    """Drafts made so far."""
+    accepted: int = 0
+    """Drafts that verification kept."""
+
+    verifying: bool = False
+    """Whether the next rows are a dense pass over the drafts."""
+    correct_every: int = 0
+    """Once so many tokens have approximate KV, they are computed again, densely; 0 for never."""
+    correcting: bool = False
+    """Whether the next rows are that pass."""
+
+    @property
+    def draft_limit(self) -> int:
+        """Drafts that make sense now: the token after the last one must be allowed too."""
+        return min(self.draft_tokens, self.token_limit - (len(self.tokens) - self.drafts) - 1)
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its next decode row is the selector's business: always, or with drafting while it drafts."""
+        if self.selector is None or not self.draft_tokens:
+            return self.selector is not None and not self.correcting
+        drafting = not self.verifying and self.draft_limit > 0
+        return drafting and len(self.tokens) - self.drafts > self.selector.budget
+
+    def drop_drafts(self) -> list[int]:
+        """Take the drafts off the known tokens and return them."""
+        drafts = self.tokens[len(self.tokens) - self.drafts :]
+        del self.tokens[len(self.tokens) - self.drafts :]
+        self.drafts, self.verifying = 0, False
+        return drafts
 
     @property
     def output(self) -> list[int]:
@@ -187,7 +252,12 @@ class Usage:
     cached_tokens: int
     """Prompt tokens whose KV was reused exactly."""
     attended_tokens: int = 0
-    """Key positions read per query row, summed over decode steps (one layer)."""
+    """Key positions read per query row, summed over decode steps (mean over layers and KV heads)."""
+    held_tokens: int = 0
+    """Key positions there were to read in those steps."""
+    drafted_tokens: int = 0
+    """Tokens drafted by sparse steps, and how many of them the dense verification kept."""
+    accepted_tokens: int = 0
     preemptions: int = 0
     queue_seconds: float = 0.0
     """From submission to the first step that computed something of it."""

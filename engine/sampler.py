@@ -69,7 +69,7 @@ class Sampler:
         logits: [n, vocab], any float type, not changed; row i belongs to requests[i], whose `tokens` hold all that is known.
         A row that holds NaN or +inf, or nothing but -inf, gives a SampleError; so does a request that `check` would refuse.
         """
-        plain = all(_is_greedy(r.sampling) and not _changes_logits(r) for r in requests)
+        plain = all(_is_greedy(r.sampling) and not r.sampling.forced_tokens and not _changes_logits(r) for r in requests)
         if plain and logits.device.type != "cpu":
             best, index = logits.max(dim=-1)  # NaN wins
             return [i if ok else _unusable() for i, ok in zip(index.tolist(), torch.isfinite(best).tolist())]
@@ -90,6 +90,8 @@ class Sampler:
         self._states.pop(request, None)
 
     def _one(self, row: Floats, request: Request, eos_ids: Sequence[int]) -> int | SampleError:
+        if request.generated < len(request.sampling.forced_tokens):
+            return request.sampling.forced_tokens[request.generated]
         best = int(row.argmax())  # NaN wins; of equals the first
         if not np.isfinite(row[best]):
             return _unusable()

@@ -27,10 +27,22 @@ FAILED = 1
 INTERRUPTED = 130
 MEASUREMENTS = {
     "bench": {
+        "serve": ("kvloom.loadtest.serve_bench", "load on any OpenAI-compatible server: latency, throughput, goodput"),
+        "sweep": ("kvloom.loadtest.sweep", "a grid of server settings under the same load, speed beside quality"),
+        "report": ("kvloom.loadtest.report", "the report of one run, or several beside each other"),
         "engine": ("kvloom.loadtest.engine_bench", "the engine without HTTP, against what this machine can do"),
         "peers": ("kvloom.loadtest.peers", "kvloom beside other servers, with the same client and requests"),
     },
-    "eval": {"weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality")},
+    "eval": {
+        "methods": ("kvloom.loadtest.quality.methods", "every selection method: quality, speed and memory in one table"),
+        "agreement": ("kvloom.loadtest.quality.agreement", "how far selection methods are from dense on real text"),
+        "tasks": ("kvloom.loadtest.quality.task_eval", "long-context tasks by method, length and depth"),
+        "long": ("kvloom.loadtest.quality.long", "what a method's own output does to a long generation"),
+        "drafts": ("kvloom.loadtest.quality.drafts", "sparse drafting: is the output dense, and where does it pay"),
+        "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
+        "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
+    },
+    "calibrate": {"tidal": ("kvloom.loadtest.calibrate_tidal", "choose TidalDecode's layers and heads for a model")},
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""
 API_KEY_VARIABLE = "KVLOOM_API_KEY"
@@ -82,7 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_models(commands)
-    for name, text in (("bench", "measure speed"), ("eval", "measure quality")):
+    texts = {"bench": "measure speed", "eval": "measure quality", "calibrate": "fit a method to a model"}
+    for name, text in texts.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
         kinds = command.add_subparsers(title="what", required=True, metavar="WHAT")
         for kind, (_, what) in MEASUREMENTS[name].items():

@@ -6,7 +6,7 @@ are the model and values that the code fixes: nothing a client sends becomes a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import prometheus_client
@@ -26,6 +26,17 @@ _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 
 _PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _REQUEST = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0,
             1920.0, 7680.0)  # fmt: skip
+_SELECTION = {
+    "decode_rows": "Decode rows of requests that use the method.",
+    "attended": "Positions that those rows read, mean over KV heads, summed over layers.",
+    "held": "Positions that they could have read, summed over layers.",
+    "selections": "Lists of positions made, one per row and layer.",
+    "reused": "Lists used again without a new selection.",
+    "refreshes": "Lists or KV made anew because a stride, a trigger or a correction said so.",
+    "mass": "Attention mass covered by what was read, summed over the samples.",
+    "mass_samples": "Samples of covered attention mass, against a shadow dense pass.",
+}
+"""Counters per selection method: the fields of `MethodStats`."""
 
 
 def _token_buckets(longest: int) -> tuple[float, ...]:
@@ -100,7 +111,9 @@ class _EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens of all requests.", stats.prompt_tokens),
             ("generation_tokens", "Generated tokens of all requests.", stats.generation_tokens),
             ("kv_evicted_blocks", "Cached blocks given up for other requests.", stats.evicted_blocks),
-            ("kv_read_bytes", "Bytes of keys and values read by attention.", stats.kv_bytes_read),
+            ("spec_decode_num_drafts", "Dense verifications of drafted tokens.", stats.drafts),
+            ("spec_decode_num_draft_tokens", "Tokens drafted by sparse steps.", stats.drafted_tokens),
+            ("spec_decode_num_accepted_tokens", "Drafted tokens that verification kept.", stats.accepted_tokens),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_step_seconds", "Time spent in steps.", stats.step_seconds),
         )
@@ -108,6 +121,10 @@ class _EngineCollector(Collector):
             yield self._one(GaugeMetricFamily(PREFIX + name, text, labels=list(self._labels)), value)
         for name, text, value in counters:
             yield self._one(CounterMetricFamily(PREFIX + name, text, labels=list(self._labels)), value)
+        yield self._by("kv_read_bytes", "Bytes of keys and values that attention had to read.", "kind", stats.kv_bytes)
+        for name, text in _SELECTION.items():
+            values = {method: getattr(found, name) for method, found in stats.selection.items()}
+            yield self._by(f"selection_{name}", text, "method", values)
         yield self._blocks()
         yield self._info()
 
@@ -115,6 +132,13 @@ class _EngineCollector(Collector):
         family.add_metric(list(self._labels.values()), value)
         metric: Metric = family
         return metric
+
+    def _by(self, name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
+        """A counter with one more label, whose values the code fixes."""
+        family = CounterMetricFamily(PREFIX + name, text, labels=[*self._labels, label])
+        for value, count in values.items():
+            family.add_metric([*self._labels.values(), value], count)
+        return family
 
     def _blocks(self) -> Metric:
         labels = [*self._labels, "group", "state"]

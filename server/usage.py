@@ -47,7 +47,7 @@ class UsageTotals:
             "prompt_tokens_details": {"cached_tokens": cached},
         }
         if self._with_kv:
-            attended = sum(usage.attended_tokens for usage in self._latest)
-            preemptions = sum(usage.preemptions for usage in self._latest)
-            body["kv"] = {"reused_tokens": cached, "attended_tokens": attended, "preemptions": preemptions}
+            names = ("attended_tokens", "held_tokens", "drafted_tokens", "accepted_tokens", "preemptions")
+            totals = {name: sum(getattr(usage, name) for usage in self._latest) for name in names}
+            body["kv"] = {"reused_tokens": cached, **totals}
         return body

@@ -175,3 +175,45 @@ def test_metrics_carry_the_names_of_the_field(server: str) -> None:
     ):
         line = next(line for line in text.splitlines() if line.startswith(f"kvloom:{name}{{"))
         assert float(line.split()[-1]) >= (0 if name in ("num_requests_running", "request_queue_time_seconds_sum") else 1)
+
+
+def test_selection_per_request(server: str) -> None:
+    client = OpenAI(base_url=server + "/v1", api_key="none", max_retries=0)
+    prompt = [(7 * i) % 290 + 3 for i in range(100)]
+    common: dict[str, Any] = {"model": "tiny", "prompt": prompt, "max_tokens": 12, "temperature": 0}
+    dense = client.completions.create(**common, extra_body={"ignore_eos": True, "kv": {}})
+    window = {"selection": "sink_window", "budget": 32, "sink_window": {"sinks": 8}}
+    sparse = client.completions.create(**common, extra_body={"ignore_eos": True, "kv": window})
+    drafted = client.completions.create(**common, extra_body={"ignore_eos": True, "kv": {**window, "draft": True}})
+    usages = [reply.usage.model_dump()["kv"] for reply in (dense, sparse, drafted) if reply.usage is not None]
+    assert usages[0]["attended_tokens"] == usages[0]["held_tokens"] == usages[1]["held_tokens"] == sum(range(101, 112))
+    assert usages[1]["attended_tokens"] == 11 * 32
+    assert 0 < usages[2]["drafted_tokens"] >= usages[2]["accepted_tokens"]
+    assert drafted.choices[0].text == dense.choices[0].text
+    metrics = httpx.get(server + "/metrics", timeout=5).text
+    assert re.search(r'kvloom:selection_attended_total\{.*method="sink_window".*\} [1-9]', metrics)
+    assert re.search(r"kvloom:spec_decode_num_draft_tokens_total\{.*\} [1-9]", metrics)
+    assert httpx.get(server + "/v1/kv", timeout=5).json()["selection"]["sink_window"]["attended_share"] < 0.5
+    for kv, message in (
+        ({"selection": "nearest"}, "allowed: dense, sink_window"),
+        ({"selection": "sink_window", "budget": 0}, "kv.budget is 0; allowed: 1 to 200"),
+        ({"selection": "sink_window", "budget": 201}, "kv.budget is 201"),
+        ({"budget": 64}, "the selection is dense"),
+        ({"sink_window": {"sinks": -1}}, "kv.sink_window.sinks is -1"),
+        ({"sink_window": {"window": 4}}, "kv.sink_window.window is not an option"),
+    ):
+        with pytest.raises(BadRequestError, match=message):
+            client.completions.create(**common, extra_body={"kv": kv})
+
+
+def test_bad_selection_defaults_end_at_start_up(tiny: Path) -> None:
+    for arguments, message in (
+        (["--selection", "nearest"], "selection is 'nearest'; allowed: dense, sink_window"),
+        (["--selection", "sink_window", "--budget", "0"], "budget is 0"),
+        (["--selection", "sink_window", "--selection-options", "{"], "is not JSON"),
+        (["--draft"], "the selection is dense"),
+    ):
+        command = [sys.executable, "-m", "kvloom.server.cli", "serve", str(tiny), *SETTINGS, *arguments]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 2, ended.stderr
+        assert message in ended.stderr and "Traceback" not in ended.stderr

@@ -14,6 +14,7 @@ was published stays cached. `check` proves after any of them that the books bala
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ class BlockTable:
     """Whether its full blocks may be found by others."""
     looks_up: bool = True
     """Whether it may begin with blocks of others."""
+    align: int = 1
+    """What it begins with ends at a multiple of this many tokens."""
     blocks: array[int] = field(default_factory=lambda: array("i"))
     published: int = 0
     """Blocks in front that are findable or known to be duplicates of findable ones."""
@@ -68,15 +71,17 @@ class CacheManager:
         """Blocks that `tokens` positions take."""
         return -(-tokens // self.block_size)
 
-    def open(self, domain: Domain, *, publishes: bool = True, looks_up: bool = True) -> BlockTable:
+    def open(self, domain: Domain, *, publishes: bool = True, looks_up: bool = True, align: int = 1) -> BlockTable:
         """An empty table."""
-        table = BlockTable(Chain(domain, self.block_size), publishes, looks_up)
+        table = BlockTable(Chain(domain, self.block_size), publishes, looks_up, align)
         self._tables.add(table)
         return table
 
     def match(self, table: BlockTable, tokens: Sequence[int]) -> Match:
         """The longest findable prefix of `tokens`, pinned, leaving at least one token to compute."""
         blocks = self.index.match(table.chain, tokens, len(tokens) - 1) if table.looks_up else []
+        step = math.lcm(table.align, self.block_size) // self.block_size
+        del blocks[len(blocks) // step * step :]
         self.pool.retain(blocks)
         match = Match(tuple(blocks), len(blocks) * self.block_size)
         self._matches.add(match)

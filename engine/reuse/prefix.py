@@ -32,9 +32,10 @@ class DomainFactory:
         self._secret = secret or secrets.token_bytes(32)
         self._parts = parts
 
-    def domain(self, tenant: str, salt: str) -> Domain:
+    def domain(self, tenant: str, salt: str, method: str = "") -> Domain:
+        """method: parameters of whatever computed the KV, if that is not the plain dense way."""
         digest = hashlib.blake2b(key=self._secret, digest_size=32)
-        for part in (*self._parts, tenant, salt):
+        for part in (*self._parts, tenant, salt, method):
             raw = part.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)  # lengths first: ("ab", "c") is not ("a", "bc")
         return Domain(digest.digest(), tenant)

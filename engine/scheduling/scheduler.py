@@ -92,12 +92,16 @@ class Scheduler:
                 break
             if request.status is not Status.RUNNING:  # preempted for the sake of an earlier one
                 continue
-            count = min(pending(request), budget)
+            count = _fitting(request, budget)
+            if count == 0:
+                continue
             if self._reserve(request, request.computed + count, plan):
                 plan.chunks.append(Chunk(request, self._tables[request], request.computed, count))
                 budget -= count
         while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
-            count = min(pending(admitted), budget)
+            count = _fitting(admitted, budget)
+            if count == 0:  # it keeps its blocks, and comes first in the next step
+                break
             chunk = Chunk(admitted, self._tables[admitted], admitted.computed, count)
             plan.chunks.append(chunk)
             budget -= count
@@ -107,10 +111,15 @@ class Scheduler:
             self.cache.commit(chunk.table, admitted.tokens, chunk.stop)
         return plan
 
-    def completed(self, chunk: Chunk) -> None:
-        """The chunk's KV is stored."""
-        chunk.request.computed = chunk.stop
-        self.cache.commit(chunk.table, chunk.request.tokens, chunk.stop)
+    def completed(self, chunk: Chunk, *, exact: bool = True) -> None:
+        """The chunk's KV is stored. exact: it is what the prompt's rule gives, if all before it is; only then published."""
+        request = chunk.request
+        request.computed = chunk.stop
+        if not exact:
+            request.exact = min(request.exact, chunk.start)
+        elif chunk.start <= request.exact:
+            request.exact = chunk.stop
+        self.cache.commit(chunk.table, request.tokens, min(request.exact, len(request.tokens) - request.drafts))
 
     def _reserve(self, request: Request, tokens: int, plan: StepPlan) -> bool:
         """Slots for `tokens` positions, preempting from the end of the order. False if the request itself had to go."""
@@ -128,7 +137,8 @@ class Scheduler:
         plan.chunks[:] = [chunk for chunk in plan.chunks if chunk.request is not victim]
         plan.preempted.append(victim)
         self.cache.release(self._tables[victim])
-        victim.computed = 0
+        victim.drop_drafts()
+        victim.computed = victim.exact = 0
         victim.preemptions += 1
         self.preemptions += 1
         self._wait(victim)
@@ -166,7 +176,7 @@ class Scheduler:
         heapq.heappop(self._waiting)
         self.queued_tokens -= len(request.tokens)
         request.status = Status.RUNNING
-        request.computed = match.tokens
+        request.computed = request.exact = match.tokens
         if not request.first_scheduled:
             request.first_scheduled = time.monotonic()
             request.cached = min(match.tokens, len(request.prompt))
@@ -182,3 +192,17 @@ class Scheduler:
             return False
         self._preempt(victim, plan)
         return True
+
+
+def _fitting(request: Request, budget: int) -> int:
+    """Rows of a request that a step with `budget` rows left takes: 0 if it must wait for a step with more room.
+
+    Drafts are verified in one piece; a sparse prompt is cut at its method's grid, so that the cut never depends on the budget.
+    """
+    pending = len(request.tokens) - request.computed
+    if pending <= budget:
+        return pending
+    if request.verifying:
+        return 0
+    grid = request.selector.grid if request.selector is not None else 0
+    return budget if grid == 0 else max(0, (request.computed + budget) // grid * grid - request.computed)

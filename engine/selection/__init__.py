@@ -1,10 +1,29 @@
 """What does a step read? Methods that decide which positions each query row sees.
 
-dense    every position up to the row's own
+dense          every position up to the row's own (no selector at all)
+sink_window    the first tokens and the last ones: the baseline of all others
+token_select   one list per layer by a vote of all heads, used again while the query stays alike; sparse prompts too
+tidal_decode   lists made in a few layers of every step, read by the layers behind them
+recycled       lists by attention score per layer and KV head, used again until a stride or the query's drift renews them
 """
 
+from kvloom.engine.selection.base import Geometry, Method, MethodStats, Selector
+from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.selection.dense import dense_rows
+from kvloom.engine.selection.recycled import Recycled, RecycledOptions
+from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
+from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
+from kvloom.engine.selection.token_select import TokenSelect, TokenSelectOptions
 
-SELECTIONS = ("dense",)
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("sink_window", "first tokens and a window of the last", SinkWindowOptions, SinkWindow),
+        Method("token_select", "one list per layer, voted for by all heads (TokenSelect)", TokenSelectOptions, TokenSelect),
+        Method("tidal_decode", "a few layers choose for all others (TidalDecode, Kascade)", TidalDecodeOptions, TidalDecode),
+        Method("recycled", "lists by score, renewed every few tokens (Recycled Attention)", RecycledOptions, Recycled),
+    )
+}
+SELECTIONS = ("dense", *METHODS)
 
-__all__ = ["SELECTIONS", "dense_rows"]
+__all__ = ["METHODS", "SELECTIONS", "Batch", "Geometry", "Method", "MethodStats", "Scratch", "Selector", "dense_rows"]

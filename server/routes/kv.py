@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from kvloom.engine.client import EngineStats
+from kvloom.engine.client import EngineStats, MethodStats
 from kvloom.server.context import context_of
 
 router = APIRouter()
@@ -30,5 +30,17 @@ def _body(stats: EngineStats) -> dict[str, Any]:
         "prefix": {"query_tokens": stats.prefix_query_tokens, "hit_tokens": stats.prefix_hit_tokens},
         "evicted_blocks": stats.evicted_blocks,
         "requests": {"running": stats.running, "waiting": stats.waiting, "preemptions": stats.preemptions},
+        "read_bytes": dict(stats.kv_bytes),
+        "selection": {name: _method(method) for name, method in stats.selection.items() if method.decode_rows},
+        "drafts": {"made": stats.drafts, "drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens},
         "tenants": {name: dict(counts) for name, counts in stats.tenants.items()},
+    }
+
+
+def _method(stats: MethodStats) -> dict[str, Any]:
+    """What a selection method did, with its two shares; null before there is anything to divide by."""
+    return {
+        **asdict(stats),
+        "attended_share": stats.attended / stats.held if stats.held else None,
+        "covered_mass": stats.mass / stats.mass_samples if stats.mass_samples else None,
     }

@@ -75,16 +75,44 @@ class StreamOptions(StrictBody):
 class KVFields(BaseModel):
     """What this request asks of the KV cache. Unknown keys are an error: a misspelt one would silently do nothing."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     selection: Text | None = Field(None, max_length=64)
-    """What a decode step reads."""
+    """What a decode step reads: dense, or the name of a selection method."""
+    budget: int | None = Field(None, ge=0, le=MAX_INT)
+    """Positions that a sparse decode row reads, sinks and recent tokens included."""
+    draft: bool | None = None
+    """Use the selection method only to draft tokens that a dense step verifies: output as if dense."""
+    draft_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    """Tokens per draft."""
     reuse: Text | None = Field(None, max_length=64)
     """Where KV may come from: off, exact."""
 
+    @model_validator(mode="after")
+    def _method_options(self) -> KVFields:
+        """Beside the fields above, a method's own options may stand under its name; other keys are errors."""
+        extra = self.model_extra or {}
+        for name, value in extra.items():
+            if not isinstance(value, dict):
+                known = ", ".join(type(self).model_fields)
+                raise problem(
+                    name[:64], f"unknown key {name[:64]!r}; allowed: {known}, or a method's name with its own options"
+                )
+            if name != (self.selection or name) or len(extra) > 1:
+                raise problem(name[:64], f"{name[:64]!r} holds options, but the selection is {self.selection or list(extra)}")
+        return self
+
     def options(self) -> KVOptions:
-        """The engine's form of it."""
-        return KVOptions(selection=self.selection, reuse=self.reuse)
+        """The engine's form of it. Options alone choose their method."""
+        name, options = next(iter((self.model_extra or {}).items()), (self.selection, {}))
+        return KVOptions(
+            selection=self.selection or name,
+            budget=self.budget,
+            options=options,
+            draft=self.draft,
+            draft_tokens=self.draft_tokens,
+            reuse=self.reuse,
+        )
 
 
 class GenerationBody(StrictBody):
@@ -111,6 +139,7 @@ class GenerationBody(StrictBody):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    forced_tokens: list[TokenId] = Field(default_factory=list, max_length=65536)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -186,4 +215,5 @@ class GenerationBody(StrictBody):
             skip_special_tokens=self.skip_special_tokens,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            forced_tokens=tuple(self.forced_tokens),
         )

@@ -1,0 +1,154 @@
+"""Which selector a request uses: its own wishes over the server's defaults, checked against the model.
+
+Requests with the same method, budget and options share one selector, whose state they then share slabs of; a selector that
+no open request uses is forgotten when too many have gathered.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kvloom.engine.errors import ConfigError, InvalidRequestError
+from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
+from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
+from kvloom.engine.selection.base import read_options
+from kvloom.kernels.interface import Kernels
+
+MOST_SELECTORS = 64
+
+
+class Defaults(NamedTuple):
+    """The server's own choice."""
+
+    selection: str = "dense"
+    budget: int | None = None
+    options: Mapping[str, Any] = {}
+    draft: bool = False
+    draft_tokens: int = 4
+
+
+class Policy(NamedTuple):
+    """What one request does."""
+
+    selector: Selector | None
+    """None: dense."""
+    draft_tokens: int
+    """Tokens drafted by the selector before a dense step verifies them; 0: its output is taken as it is."""
+
+
+@dataclass(slots=True)
+class _Entry:
+    selector: Selector
+    open: int = 0
+
+
+class Selectors:
+    """All selectors in use. Called on the engine's thread."""
+
+    def __init__(self, defaults: Defaults, geometry: Geometry, kernels: Kernels, prompt_rows: int) -> None:
+        """prompt_rows: rows that a step has for prompts whatever else runs. Raises ConfigError if the defaults cannot work."""
+        self._prompt_rows = prompt_rows
+        self.stats: dict[str, MethodStats] = {name: MethodStats() for name in METHODS}
+        self._geometry, self._kernels, self._defaults = geometry, kernels, defaults
+        self._entries: OrderedDict[tuple[str, int, Any], _Entry] = OrderedDict()
+        try:
+            self._budget("dense", defaults.budget)
+            self._draft_tokens(defaults.draft_tokens)
+            self.policy(KVOptions(draft=True) if defaults.draft else KVOptions())
+        except InvalidRequestError as error:
+            raise ConfigError(str(error).replace("kv.", "--")) from None
+
+    def policy(self, kv: KVOptions) -> Policy:
+        """Raises InvalidRequestError naming the option that cannot work."""
+        defaults = self._defaults
+        name = kv.selection or defaults.selection
+        own = name == defaults.selection
+        if name not in SELECTIONS:
+            raise InvalidRequestError(f"kv.selection is {name!r}; allowed: {', '.join(SELECTIONS)}", param="kv.selection")
+        draft = defaults.draft and own if kv.draft is None else kv.draft
+        if name == "dense":
+            self._refuse_for_dense(kv)
+            return Policy(None, 0)
+        budget = self._budget(name, kv.budget if kv.budget is not None else defaults.budget)
+        options = read_options(METHODS[name], kv.options or (defaults.options if own else {}))
+        selector = self._selector(name, budget, options)
+        if not draft:
+            if kv.draft_tokens is not None:
+                raise InvalidRequestError(
+                    "kv.draft_tokens is given without kv.draft; set draft to true", param="kv.draft_tokens"
+                )
+            return Policy(selector, 0)
+        if selector.prompts == "sparse":
+            raise InvalidRequestError(
+                f"kv.draft verifies against dense KV, but {name} with these options computes the prompt sparsely; "
+                "leave out either of them",
+                param="kv.draft",
+            )
+        tokens = kv.draft_tokens if kv.draft_tokens is not None else defaults.draft_tokens
+        if not 1 <= tokens <= MAX_DRAFT_TOKENS:
+            raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
+        return Policy(selector, tokens)
+
+    def open(self, selector: Selector, request: Request) -> None:
+        """A request starts to use a selector that `policy` gave."""
+        self._entry(selector).open += 1
+        selector.open(request)
+
+    def close(self, selector: Selector, request: Request) -> None:
+        """It has ended."""
+        self._entry(selector).open -= 1
+        selector.close(request)
+
+    def _entry(self, selector: Selector) -> _Entry:
+        return next(entry for entry in self._entries.values() if entry.selector is selector)
+
+    def _refuse_for_dense(self, kv: KVOptions) -> None:
+        for option, value in (("budget", kv.budget), ("draft", kv.draft or None), ("draft_tokens", kv.draft_tokens)):
+            if value is not None:
+                raise InvalidRequestError(
+                    f"kv.{option} is given, but the selection is dense, which reads everything; choose a kv.selection: "
+                    f"{', '.join(METHODS)}",
+                    param=f"kv.{option}",
+                )
+
+    def _draft_tokens(self, tokens: int) -> int:
+        if not 1 <= tokens <= MAX_DRAFT_TOKENS:
+            raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
+        return tokens
+
+    def _budget(self, name: str, budget: int | None) -> int:
+        longest = self._geometry.max_len
+        if budget is None:
+            return min(METHODS[name].default_budget if name in METHODS else longest, longest)
+        if not 1 <= budget <= longest:
+            raise InvalidRequestError(
+                f"kv.budget is {budget}; allowed: 1 to {longest}, this server's context", param="kv.budget"
+            )
+        return budget
+
+    def _selector(self, name: str, budget: int, options: Any) -> Selector:
+        key = (name, budget, options)
+        entry = self._entries.get(key)
+        if entry is None:
+            selector = METHODS[name].make(options, budget, self._geometry, self._kernels)
+            if selector.grid and selector.grid > self._prompt_rows:
+                raise InvalidRequestError(
+                    f"kv.{name} computes prompts in pieces of {selector.grid} tokens, but a step of this server has room for "
+                    f"{self._prompt_rows}; make them smaller, or raise max_batched_tokens",
+                    param=f"kv.{name}",
+                )
+            selector.stats = self.stats[name]
+            entry = self._entries[key] = _Entry(selector)
+            self._forget()
+        self._entries.move_to_end(key)
+        return entry.selector
+
+    def _forget(self) -> None:
+        for key, entry in list(self._entries.items())[:-1]:
+            if len(self._entries) <= MOST_SELECTORS:
+                return
+            if entry.open == 0:
+                del self._entries[key]

@@ -1,0 +1,139 @@
+"""Recycled Attention (arXiv 2411.05787 v1), in its second form RefreshKV (v2, ACL 2025): lists recycled from step to step.
+
+In the paper's words and symbols, with N tokens known and K the budget:
+
+    full cache C_f       all N tokens; here the paged cache itself
+    small cache C_p      K of them per layer and KV head; here a list of positions (`ListStore`), nothing is copied
+    full step            dense attention; its scores give a new C_p (section 3, "refresh")
+    partial step         attention over C_p and the tokens since the full step
+    score of a position  attention probability, maximum over the g query heads of a KV head, then max-pooled over 7 positions
+    first C_p            from the last rows of the prompt, which is computed densely (`recycled_step.Seeding`)
+    stride S             a full step every S steps ("fixed"), or wherever, at every QC-th step ("query comparison stride"), the
+                         cosine of a layer's query and that of its last full step is at most s ("dynamic")
+
+A decode row sees          [0, sinks) + K - sinks - recent best positions     then     [N_refresh - recent, N)
+
+so tokens since the last refresh are always visible, on top of K. Where we depart from the paper, and why:
+
+- Tokens since the refresh stay visible instead of pushing the worst entries out of C_p: a list is immutable until it is made
+  anew, reads K + S/2 positions on average, and no token is ever invisible before it had a chance to be selected.
+- Sinks and recent tokens are forced into the list (options; 0 gives the plain form): they hold most of the mass of most heads.
+- Stride and trigger work together: the stride bounds a list's age, the trigger shortens it where a query moves away.
+- Layers take turns (option `stagger`): layer l refreshes when N + phase(l) is a multiple of S, so that every step carries the
+  same share of the cost. The schedule is a function of a request's own length; what else is in the batch does not matter.
+- A refresh may read K only and take its output from the new list (option `refresh`): half the bytes. The paper's ablation
+  finds the scores, not the dense output, to matter.
+- The softmax behind the scores runs over the candidates, so that a head whose mass lies in sinks and recent tokens, which are
+  read anyway, has its say too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.selection.base import Geometry, MethodStats, refuse
+from kvloom.engine.selection.batch import Batch
+from kvloom.engine.selection.recycled_step import RecycledStep, Schedule, Seeding
+from kvloom.engine.selection.store import ListStore
+from kvloom.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+MOST_SEED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class RecycledOptions:
+    """Options of recycled."""
+
+    stride: int = 16
+    """S: a list is made anew after this many tokens; 0 for never, 1 for always."""
+    similarity: float = -1.0
+    """s: a layer refreshes where its query's cosine with that of its last refresh is at most this; -1 never, above 1 always."""
+    check_every: int = 5
+    """QC: queries are compared once in so many tokens."""
+    compare: Literal["mean", "min", "flat"] = "mean"
+    """Which cosine: of the mean over heads (the paper), the least of any head, or of all heads in one vector."""
+    refresh: Literal["dense", "score"] = "score"
+    """A refreshing row attends to everything, or only scores every key and attends to its new list: half the bytes."""
+    sinks: int | None = None
+    """First tokens that are always read; by default 4, or an eighth of a small budget."""
+    recent: int | None = None
+    """Last tokens that are always read at a refresh; by default a quarter of the budget."""
+    pool: int = 7
+    """Scores are max-pooled over this many neighbours, odd; 1 for none."""
+    seed_rows: int = 1
+    """Last rows of the prompt that vote for the first lists; 1 in the paper; 0: the first decode row refreshes instead."""
+    stagger: bool = True
+    """Layers take turns in refreshing, instead of all in one step."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise refuse("recycled", name, getattr(self, name), allowed)
+
+        check(self.stride >= 0, "stride", "0 or more")
+        check(-1.0 <= self.similarity <= 2.0, "similarity", "-1 (never) to 1; above 1, up to 2: always")
+        check(self.check_every >= 1, "check_every", "1 or more")
+        check(self.compare in ("mean", "min", "flat"), "compare", "mean, min, flat")
+        check(self.refresh in ("dense", "score"), "refresh", "dense, score")
+        check(self.sinks is None or self.sinks >= 0, "sinks", "0 or more, or null")
+        check(self.recent is None or self.recent >= 0, "recent", "0 or more, or null")
+        check(self.pool >= 1 and self.pool % 2 == 1, "pool", "an odd number, 1 for none")
+        check(0 <= self.seed_rows <= MOST_SEED_ROWS, "seed_rows", f"0 to {MOST_SEED_ROWS}")
+
+
+class Recycled:
+    """`Selector`: lists per layer and KV head, made densely once in a while and recycled in between."""
+
+    prompts: Literal["dense", "seed", "sparse"]
+    grid = 0
+    domain = ""
+
+    def __init__(self, options: RecycledOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
+        self.options, self.budget, self.geometry = options, budget, geometry
+        self.sinks = min(4, budget // 8) if options.sinks is None else options.sinks
+        self.recent = budget // 4 if options.recent is None else options.recent
+        self.chosen = budget - self.sinks - self.recent
+        """Positions of a list that its scores choose."""
+        if self.chosen < 1:
+            raise InvalidRequestError(
+                f"kv.recycled.sinks and recent are {self.sinks} and {self.recent}, which leaves nothing to select of a budget "
+                f"of {budget}; make them smaller, or the budget larger",
+                param="kv.recycled.recent" if self.recent else "kv.recycled.sinks",
+            )
+        self.heads = geometry.kv_heads
+        self.width = self.sinks + self.chosen
+        self.prompts = "seed" if options.seed_rows else "dense"
+        self.emits = options.refresh == "dense"
+        self.stats = MethodStats()
+        self.schedule = Schedule.of(options.stride, self._check_every(), geometry.layers, stagger=options.stagger)
+        self.store = ListStore(geometry.layers, self.heads, self.width, self._query_size())
+        self.state_bytes = self.store.bytes_per_request
+        self.sink_positions = np.arange(self.sinks, dtype=np.int32)
+
+    def open(self, request: Request) -> None:
+        self.store.open(request)
+
+    def close(self, request: Request) -> None:
+        self.store.close(request)
+
+    def decode(self, batch: Batch) -> RecycledStep:
+        return RecycledStep(self, batch)
+
+    def prefill(self, batch: Batch) -> Seeding:
+        return Seeding(self, batch)
+
+    def _check_every(self) -> int:
+        """0: queries are never compared."""
+        return 0 if self.options.similarity <= -1.0 else self.options.check_every
+
+    def _query_size(self) -> int:
+        if not self._check_every():
+            return 0
+        return self.geometry.head_dim * (1 if self.options.compare == "mean" else self.geometry.q_heads)

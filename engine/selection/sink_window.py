@@ -1,0 +1,73 @@
+"""Sinks and a window: the first tokens and the last ones, nothing between (StreamingLLM, arXiv 2309.17453, section 3.2).
+
+The cheapest thing that a decode step can read, and so the baseline that every other method must beat at the same budget.
+Departure: true positions instead of positions inside the cache, since all KV is kept and stays where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from kvloom.engine.selection.base import Geometry, Layer, MethodStats, refuse
+from kvloom.engine.selection.batch import Batch
+from kvloom.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SinkWindowOptions:
+    """Options of sink_window."""
+
+    sinks: int = 4
+    """Tokens at the beginning that are always read."""
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise refuse("sink_window", "sinks", self.sinks, "0 or more")
+
+
+class SinkWindow:
+    """Reads `sinks` first tokens and the last `budget - sinks`. No state."""
+
+    heads = 1
+    prompts: Literal["dense", "seed", "sparse"] = "dense"
+    grid = 0
+    domain = ""
+    emits = False
+    state_bytes = 0
+
+    def __init__(self, options: SinkWindowOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
+        if options.sinks >= budget:
+            raise refuse("sink_window", "sinks", options.sinks, f"less than the budget of {budget}")
+        self.budget, self.sinks = budget, options.sinks
+        self.width = max(1, options.sinks)
+        self.stats = MethodStats()
+
+    def open(self, request: Request) -> None: ...
+
+    def close(self, request: Request) -> None: ...
+
+    def decode(self, batch: Batch) -> SinkWindowStep:
+        return SinkWindowStep(self, batch)
+
+    def prefill(self, batch: Batch) -> SinkWindowStep:
+        raise AssertionError("prompts are dense")
+
+
+class SinkWindowStep:
+    """The same rows in every layer."""
+
+    def __init__(self, method: SinkWindow, batch: Batch) -> None:
+        (long,) = (batch.stops > method.budget).nonzero()
+        batch.lists[:, :, : method.sinks] = torch.arange(method.sinks, dtype=torch.int32)
+        batch.see(long, batch.stops[long] - (method.budget - method.sinks), method.sinks)
+
+    def before(self, layer: Layer) -> None: ...
+
+    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None: ...

@@ -1,0 +1,192 @@
+"""TokenSelect (arXiv 2411.02886 v4, EMNLP 2025): the tokens that the heads of a layer vote for, one list per layer.
+
+In the paper's words and symbols, with N tokens known, H query heads and h the KV head that query head h reads:
+
+    criticality (Eq. 7)      vote[n] = sum_h softmax_n(Q_h . K_h[n]) over the candidates n in [n_init, N - n_local): the "soft
+                             vote". The product is not divided by sqrt(d), which sharpens the vote (option `vote`)
+    selection                [0, n_init)  +  TopK(vote, k)  +  [N - n_local, N), one list for all heads of the layer
+    Selection Cache (Alg. 1) a layer keeps the query C_Q, all heads in one vector, and the list C_I of its last selection. While
+                             cos(Q, C_Q) >= theta the list is used again; C_Q is not updated by that, so drift adds up
+    prompts                  chunks of c queries share a list, chosen by the mean of their rotated queries
+
+    decode row     [0, n_init) + k best     then    [N_sel - n_local, N)         N_sel: N at the last selection
+    prompt cell    [0, n_init) + k best     then    [begin + 1 - n_local, p]     for every row p of [begin, begin + c)
+
+A row with N <= n_init + k + n_local sees everything; so does a prompt cell whose first row does.
+
+Where we depart from the paper or its release, and why:
+
+- Prompts are dense unless `prefill_budget` says otherwise: their KV is then exact, and shared with all other requests.
+- Tokens that leave the local window between two selections stay visible until the next one (the tail begins at
+  N_sel - n_local). The paper drops them: they are in no set. `max_gap` bounds how many there may be.
+- Query head i votes with KV head i // g, as in attention. The release pairs i mod Hkv, which no such model does.
+- Votes are summed in fp32, and ties go to the lower position; in the release bf16 makes ties common.
+- Cells lie on an absolute grid of c positions, so a list depends neither on the scheduler's chunks nor on a prefix hit, and
+  a row always has n_local neighbours: the release lets the first row of a chunk see none.
+- Keys keep their true positions by default. "reindexed" gives them those of the release (`token_select_positions`).
+- The vote may be max-pooled over neighbours (`pool`); the release does so for some data sets without saying.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from kvloom.engine.client import MethodStats
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.selection.base import Geometry, refuse
+from kvloom.engine.selection.batch import Batch
+from kvloom.engine.selection.store import ListStore
+from kvloom.engine.selection.token_select_step import DecodeStep, PromptStep
+from kvloom.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+MOST_SINKS, MOST_LOCAL = 128, 512
+"""n_init and n_local of the paper: what large budgets get by default."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSelectOptions:
+    """Options of token_select."""
+
+    sinks: int | None = None
+    """n_init: first tokens that are always read; by default 4, or an eighth of a small budget."""
+    local: int | None = None
+    """n_local: last tokens that are always read, at least 1; by default a quarter of the budget, at most 512."""
+    vote: Literal["unscaled", "scaled"] = "unscaled"
+    """Whether the products in the vote are divided by sqrt(head_dim), as attention's are; the paper does not."""
+    pool: int = 1
+    """Votes are max-pooled over this many neighbours, odd; 1 for none."""
+    theta: float = 0.9
+    """Selection Cache: a list is used again while the query's cosine with that of its selection is at least this; above 1
+    never, -1 always."""
+    max_gap: int | None = 128
+    """A list is made anew after this many tokens even so, which bounds what a row reads; null for no bound."""
+    prefill_budget: int | None = None
+    """Positions that a row of the prompt reads, the rows of its own chunk before it beside that; null or 0: all."""
+    chunk: int = 512
+    """c: rows of the prompt that share a list."""
+    positions: Literal["true", "reindexed"] = "true"
+    """Positions of keys in attention: their own, or their place among those that are read, which never leaves the trained
+    length: with prefill_budget, prompts may be longer than that."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, allowed: str) -> None:
+            if not ok:
+                raise refuse("token_select", name, getattr(self, name), allowed)
+
+        check(self.sinks is None or self.sinks >= 0, "sinks", "0 or more, or null")
+        check(self.local is None or self.local >= 1, "local", "1 or more, or null")
+        check(self.vote in ("unscaled", "scaled"), "vote", "unscaled, scaled")
+        check(self.pool >= 1 and self.pool % 2 == 1, "pool", "an odd number, 1 for none")
+        check(-1.0 <= self.theta <= 2.0, "theta", "-1 (select once) to 1; above 1, up to 2: no cache")
+        check(self.max_gap is None or self.max_gap >= 1, "max_gap", "1 or more, or null")
+        check(self.prefill_budget is None or self.prefill_budget >= 0, "prefill_budget", "0 (dense) or more, or null")
+        check(self.chunk >= 1, "chunk", "1 or more")
+        check(self.positions in ("true", "reindexed"), "positions", "true, reindexed")
+
+
+class Split(NamedTuple):
+    """How a budget is spent."""
+
+    sinks: int
+    """n_init"""
+    chosen: int
+    """k"""
+    local: int
+    """n_local"""
+
+    @property
+    def budget(self) -> int:
+        return sum(self)
+
+    @property
+    def width(self) -> int:
+        """Entries of a list: sinks and chosen positions."""
+        return self.sinks + self.chosen
+
+    @classmethod
+    def of(cls, budget: int, options: TokenSelectOptions, name: str) -> Split:
+        """Raises InvalidRequestError if sinks and local leave nothing to choose of the budget that `name` says."""
+        sinks = min(4, budget // 8) if options.sinks is None else options.sinks
+        local = min(MOST_LOCAL, max(1, budget // 4)) if options.local is None else options.local
+        if sinks + local >= budget:
+            raise InvalidRequestError(
+                f"kv.token_select.sinks and local are {sinks} and {local}, which leaves nothing to select of a {name} of "
+                f"{budget}; make them smaller, or the {name} larger",
+                param="kv.token_select.local" if options.local is not None else f"kv.{name}",
+            )
+        return cls(sinks, budget - sinks - local, local)
+
+
+class TokenSelect:
+    """`Selector`: a list per layer, voted for by all query heads, kept while the query stays alike."""
+
+    heads = 1
+    emits = False
+    prompts: Literal["dense", "seed", "sparse"]
+
+    def __init__(self, options: TokenSelectOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
+        self.options, self.budget, self.geometry = options, budget, geometry
+        self.split = Split.of(budget, options, "budget")
+        self.prompt = (
+            Split.of(options.prefill_budget, options, "token_select.prefill_budget") if options.prefill_budget else None
+        )
+        self.reindexed = options.positions == "reindexed"
+        self.prompts = "sparse" if self.prompt else "dense"
+        self.grid = options.chunk if self.prompt else 0
+        self.domain = self._domain()
+        self.extrapolates = self.reindexed and self.prompt is not None
+        self.max_gap = self._max_gap()
+        self.width = max(self.split.width, self.prompt.width if self.prompt else 0)
+        self.scale = geometry.scale if options.vote == "scaled" else 1.0
+        self.compares = -1.0 < options.theta <= 1.0
+        """Whether queries are kept and compared; else lists are never, or always, used again."""
+        query_size = geometry.q_heads * geometry.head_dim if self.compares else 0
+        self.store = ListStore(geometry.layers, self.heads, self.split.width, query_size)
+        self.state_bytes = self.store.bytes_per_request
+        self.stats = MethodStats()
+
+    def open(self, request: Request) -> None:
+        self.store.open(request)
+
+    def close(self, request: Request) -> None:
+        self.store.close(request)
+
+    def decode(self, batch: Batch) -> DecodeStep:
+        return DecodeStep(self, batch)
+
+    def prefill(self, batch: Batch) -> PromptStep:
+        return PromptStep(self, batch)
+
+    def _domain(self) -> str:
+        """Everything that the KV of a sparse prompt depends on."""
+        if self.prompt is None:
+            return ""
+        options = self.options
+        return "token_select " + " ".join(
+            map(str, (*self.prompt, options.chunk, options.vote, options.pool, options.positions))
+        )
+
+    def _max_gap(self) -> int:
+        """Tokens after which a list is made anew. Re-indexed positions never leave the trained length.
+
+        Raises InvalidRequestError if they would.
+        """
+        gap = np.iinfo(np.int32).max if self.options.max_gap is None else self.options.max_gap
+        if not self.reindexed:
+            return int(gap)
+        trained, options = self.geometry.trained_len, self.options
+        if self.budget >= trained:
+            raise refuse("token_select", "budget", self.budget, f"less than {trained}, the model's trained length")
+        if self.prompt is not None and self.prompt.budget + options.chunk > trained:
+            raise InvalidRequestError(
+                f"kv.token_select.prefill_budget and chunk are {self.prompt.budget} and {options.chunk}; with re-indexed "
+                f"positions together at most {trained}, the model's trained length",
+                param="kv.token_select.prefill_budget",
+            )
+        return min(int(gap), trained - self.budget)

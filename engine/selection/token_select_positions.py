@@ -1,0 +1,118 @@
+"""Positions of TokenSelect's release: a key's place among those that are read, so that none leaves the trained length.
+
+K is stored rotated at true positions, and attention depends on differences of positions only. So queries and tails stay as they
+are, and the M keys of a list are turned to stand right in front of their tail, which begins at s:
+
+    place in the list    0        1    ...   M - 1    |  tail
+    position             s - M          ...  s - 1    |  s ... p          the release counts 0 ... M - 1, M ... M + p - s
+
+Votes do not look at positions at all: every candidate is scored as if n_local tokens before the query (the release rotates
+queries at n_local and leaves keys as they are), which needs candidates turned back to position 0.
+
+Turned keys are copies in work space; the cache itself is not touched. V needs no turning, but is copied along.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvloom.engine.selection.base import Layer
+from kvloom.engine.selection.batch import Batch, Ints
+from kvloom.kernels.interface import PagedKV, Plan, Rows
+
+Indices = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+class TurnBack:
+    """Queries as if at position 0, for all layers of a step: `Kernels.rotate` would compute the same angles in each of them."""
+
+    def __init__(self, positions: Ints, inv_freq: Tensor) -> None:
+        """positions: [rows]; inv_freq: [rotary/2]"""
+        angles = positions[:, None, None].astype(np.float64) * inv_freq.numpy()
+        self._cos, self._sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+
+    def __call__(self, q: Floats) -> Floats:
+        """[rows, heads, head_dim]"""
+        half, out = self._cos.shape[-1], q.copy()
+        a, b = q[..., :half], q[..., half : 2 * half]
+        out[..., :half] = a * self._cos + b * self._sin
+        out[..., half : 2 * half] = b * self._cos - a * self._sin
+        return out
+
+
+def neutral_query(batch: Batch, q: Tensor, positions: Ints, local: int) -> Tensor:
+    """Queries [n, q_heads, head_dim] that stand at `positions`, turned to position `local`."""
+    delta = torch.from_numpy(np.int32(local) - positions)
+    return batch.kernels.rotate(q.contiguous(), delta, batch.geometry.inv_freq, torch.empty_like(q))
+
+
+def neutral_scores(batch: Batch, q: Tensor, kv: PagedKV, table: Ints, first: Ints, last: Ints, scale: float) -> Tensor:
+    """`Batch.score` with every key turned back to position 0. Each request's keys are turned once for all its queries."""
+    size = kv.k.shape[2]
+    blocks = -(-int(last.max()) // size)
+    tables, which = np.unique(table, return_inverse=True)
+    ids = batch.tables[torch.from_numpy(tables)][:, :blocks].flatten()
+    keys = torch.index_select(kv.k.transpose(1, 2), 0, ids).flatten(0, 1)
+    delta = torch.arange(0, -blocks * size, -1, dtype=torch.int32).repeat(len(tables))
+    batch.kernels.rotate(keys, delta, batch.geometry.inv_freq, keys)
+    turned = _paged(keys, size)
+    pages = torch.arange(len(ids), dtype=torch.int32).view(len(tables), blocks)
+    rows = Rows(pages, torch.from_numpy(which.astype(np.int32)), torch.from_numpy(first), torch.from_numpy(last))
+    geometry = batch.geometry
+    plan = batch.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim)
+    out = batch.scratch.take("logits", len(first), geometry.q_heads, int((last - first).max()))
+    return batch.kernels.score(q, PagedKV(turned, turned), plan, scale=scale, out=out)
+
+
+class Reindexed:
+    """Attention of some runs over copies of their lists and tails. Serves every layer in which tails begin at `starts`."""
+
+    def __init__(self, batch: Batch, runs: Indices, starts: Ints, width: int, size: int) -> None:
+        """runs, starts: [n]; width: entries of each run's list, to be found in `batch.lists`; size: tokens per block."""
+        self.starts = starts
+        self.counts = batch.stops[runs] - starts + np.int32(width)
+        """[n]: positions that a run's last row reads."""
+        self._batch, self._width, self._size = batch, width, size
+        self._which = torch.from_numpy(runs)
+        self._tables = batch.tables.numpy()[batch.table[runs]]
+        self._pages = -(-int(self.counts.max()) // size)
+        places = np.arange(self._pages * size, dtype=np.int32) + (starts - np.int32(width))[:, None]
+        self._positions = np.minimum(places, batch.stops[runs, None] - 1)  # nobody reads what lies behind a run's end
+        self._places = places[:, :width].copy()
+        self._delta = np.zeros_like(places)
+        ends, counts = np.cumsum(batch.counts)[runs], batch.counts[runs]
+        self._rows = torch.from_numpy(np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]))
+        self._plan = self._planned(counts)
+
+    def attend(self, layer: Layer, out: Tensor) -> None:
+        """Write these runs' rows of out: [rows of the batch, q_heads, head_dim]."""
+        batch, width = self._batch, self._width
+        lists = batch.lists[self._which, 0, :width].numpy()
+        self._positions[:, :width] = lists
+        self._delta[:, :width] = self._places - lists
+        blocks = torch.from_numpy(np.take_along_axis(self._tables, self._positions // self._size, axis=1).ravel())
+        offsets = torch.from_numpy((self._positions % self._size).ravel())
+        keys, values = layer.kv.k[blocks, :, offsets], layer.kv.v[blocks, :, offsets]
+        batch.kernels.rotate(keys, torch.from_numpy(self._delta.ravel()), batch.geometry.inv_freq, keys)
+        kv = PagedKV(_paged(keys, self._size), _paged(values, self._size))
+        q = layer.q[self._rows]
+        out[self._rows] = batch.kernels.attend(q, kv, self._plan, scale=batch.geometry.scale, out=torch.empty_like(q))
+
+    def _planned(self, counts: Ints) -> Plan:
+        """Row i of a run sees its list, and its tail up to itself."""
+        runs, geometry = len(counts), self._batch.geometry
+        pages = torch.arange(runs * self._pages, dtype=torch.int32).view(runs, self._pages)
+        request = np.repeat(np.arange(runs, dtype=np.int32), counts)
+        last = np.cumsum(counts, dtype=np.int32) - 1
+        stop = np.repeat(self.counts - last, counts) + np.arange(len(request), dtype=np.int32)
+        rows = Rows(pages, torch.from_numpy(request), torch.zeros(len(request), dtype=torch.int32), torch.from_numpy(stop))
+        return self._batch.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim)
+
+
+def _paged(tokens: Tensor, size: int) -> Tensor:
+    """[n * size, heads, head_dim] as blocks of `size` tokens."""
+    return tokens.unflatten(0, (-1, size)).transpose(1, 2)

@@ -1,0 +1,96 @@
+"""An oracle for selection methods: attention as a dense softmax under a mask, written without the engine's own paths.
+
+`Traced` wraps an engine's kernels and keeps, for every attention call, what every row saw; `masked_attention` computes the same
+from the whole cache with -inf where nothing may be seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.request import KVOptions
+from kvloom.kernels.interface import PagedKV, Rows
+from kvloom.kernels.reference import visible
+
+
+class Call(NamedTuple):
+    """One attention call: its rows, what they saw, inputs and output (copies)."""
+
+    rows: Rows
+    seen: list[list[Tensor]]
+    """[row][kv head]: positions."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    scale: float
+
+
+class Traced:
+    """Kernels that keep every call of `attend`."""
+
+    def __init__(self, kernels: Any) -> None:
+        self._kernels = kernels
+        self.calls: list[Call] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._kernels, name)
+
+    def attend(self, q: Tensor, kv: PagedKV, plan: Any, *, scale: float, out: Tensor, **wanted: Any) -> Tensor:
+        result: Tensor = self._kernels.attend(q, kv, plan, scale=scale, out=out, **wanted)
+        seen = visible(plan.rows, kv.k.shape[1])
+        rows = plan.rows._replace(  # the originals are the engine's work space
+            tables=plan.rows.tables.clone(), request=plan.rows.request.clone(), stop=plan.rows.stop.clone()
+        )
+        self.calls.append(Call(rows, seen, q.clone(), kv.k.clone(), kv.v.clone(), result.clone(), scale))
+        return result
+
+
+def masked_attention(call: Call) -> Tensor:
+    """The call's output from dense logits over the whole sequence with -inf outside what was seen: [rows, heads, dim] fp64."""
+    rows, group = call.rows, call.q.shape[1] // call.k.shape[1]
+    out = torch.zeros(call.q.shape, dtype=torch.float64)
+    for row in range(rows.size):
+        stop = int(rows.stop[row])
+        table = rows.tables[int(rows.request[row])].long()
+        for head in range(call.q.shape[1]):
+            k = call.k[table, head // group].flatten(0, 1)[:stop].double()
+            v = call.v[table, head // group].flatten(0, 1)[:stop].double()
+            logits = k @ call.q[row, head].double() * call.scale
+            mask = torch.full((stop,), -math.inf, dtype=torch.float64)
+            mask[call.seen[row][head // group].long()] = 0.0
+            out[row, head] = torch.softmax(logits + mask, 0) @ v
+    return out
+
+
+@pytest.fixture
+def trace() -> Iterator[Callable[[LLM], Traced]]:
+    """Puts `Traced` into an engine's attention for the duration of a test."""
+    undo: list[tuple[Any, Any]] = []
+
+    def start(llm: LLM) -> Traced:
+        attention: Any = llm.core.runner._attention
+        undo.append((attention, attention._kernels))
+        attention._kernels = traced = Traced(attention._kernels)
+        return traced
+
+    yield start
+    for attention, kernels in undo:
+        attention._kernels = kernels
+
+
+def greedy(tokens: int, **more: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, **more)
+
+
+def logprobs_of(llm: LLM, prompts: list[list[int]], tokens: int, kv: KVOptions = KVOptions(), **more: Any) -> list[list[float]]:
+    """Log-probabilities of greedy continuations, all in one batch."""
+    results = llm.generate(prompts, greedy(tokens, logprobs=0, **more), kv=kv)
+    return [[entry.logprob for entry in result.logprobs] for result in results]
