@@ -1,87 +1,65 @@
-"""The load client: one streamed request against any OpenAI-compatible server, with every instant kept.
-
-Owns the definitions of what is timed. Instants are `time.perf_counter()` seconds; a `Record` keeps raw ones, so that any
-definition of TTFT or ITL can be computed afterwards.
-"""
+"""The load client: one streamed request against any OpenAI-compatible server, with every instant kept in its record."""
 
 from __future__ import annotations
 
 import asyncio
+import email.utils
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal, NamedTuple
 
 import aiohttp
 
-DATA = b"data: "
+from kvloom.loadtest.record import Job, Record
+from kvloom.loadtest.stream import message_of, read
+
+__all__ = ["Client", "Endpoint", "Job", "Record", "Turn", "words"]
+
+Endpoint = Literal["completions", "chat"]
+PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+RETRIED = (429, 503)
+LONGEST_WAIT = 120.0
+"""Seconds beyond which a Retry-After is cut short, as openai-python does."""
+CONNECT_SECONDS = 10.0
 
 
-@dataclass(slots=True, kw_only=True)
-class Record:
-    """One request as the client saw it."""
+class Turn(NamedTuple):
+    """What was said before, for a job that follows another."""
 
-    index: int
-    scheduled: float = 0.0
-    """When it should have been sent."""
-    sent: float = 0.0
-    first_byte: float | None = None
-    chunks: list[float] = field(default_factory=list)
-    """Arrival of every chunk that carried text."""
-    last: float | None = None
-    """Arrival of the last chunk that carried text."""
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    cached_tokens: int | None = None
-    finish_reason: str | None = None
-    text: str = ""
-    error: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.error is None
-
-    @property
-    def ttft(self) -> float:
-        """Seconds from sending to the first non-empty text."""
-        return self.chunks[0] - self.sent
-
-    @property
-    def e2e(self) -> float:
-        """Seconds from sending to the last text."""
-        assert self.last is not None
-        return self.last - self.sent
-
-    @property
-    def tpot(self) -> float:
-        """(E2E - TTFT) / (output tokens - 1), seconds; 0 for a single token."""
-        return (self.e2e - self.ttft) / (self.output_tokens - 1) if self.output_tokens > 1 else 0.0
-
-    @property
-    def itl(self) -> list[float]:
-        """Gaps between chunks that carried text, seconds."""
-        return [b - a for a, b in zip(self.chunks, self.chunks[1:])]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One request to send: token ids in, how many tokens out."""
-
-    prompt: Sequence[int]
-    output_tokens: int
-    extra: dict[str, Any] = field(default_factory=dict)
+    prompt: str
+    reply: str
 
 
 class Client:
     """Sends jobs to one server. Use as an async context manager."""
 
-    def __init__(self, base_url: str, model: str, *, api_key: str | None = None, timeout: float = 1800.0) -> None:
-        """`base_url` without /v1, such as http://127.0.0.1:8000; timeout in seconds per request."""
-        self._url = base_url.rstrip("/") + "/v1/completions"
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        tenant_keys: Mapping[str, str] | None = None,
+        endpoint: Endpoint = "completions",
+        extra_body: Mapping[str, Any] | None = None,
+        retries: int = 0,
+        timeout: float = 1800.0,
+    ) -> None:
+        """`base_url` without /v1, such as http://127.0.0.1:8000; `timeout` in seconds for each try of a request.
+
+        `retries`: how often a 429 or 503 is tried again after the time that the server asks for.
+        """
+        self.base_url = base_url.rstrip("/").removesuffix("/v1")
+        self._url = self.base_url + PATHS[endpoint]
         self._model = model
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+        self._endpoint = endpoint
+        self._extra = dict(extra_body or {})
+        self._retries = retries
+        self._headers = {"Content-Type": "application/json", **_bearer(api_key)}
+        self._tenant_headers = {tenant: _bearer(key) for tenant, key in (tenant_keys or {}).items()}
+        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_SECONDS)
 
     async def __aenter__(self) -> Client:
         # A connection per request: llama-server closes kept-alive ones without a word, and on loopback a new one costs nothing.
@@ -92,58 +70,121 @@ class Client:
     async def __aexit__(self, *exc: object) -> None:
         await self._session.close()
 
-    async def send(self, job: Job, record: Record) -> Record:
-        """Run one job into its record. Never raises for what the server does: failures are in `record.error`."""
-        body = {"model": self._model, "prompt": list(job.prompt), "max_tokens": job.output_tokens, "temperature": 0,
-                "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}, **job.extra}  # fmt: skip
+    async def get(self, path: str, timeout: float) -> tuple[int, str]:
+        """Status and text of a GET. Raises OSError, TimeoutError or aiohttp.ClientError."""
+        async with self._session.get(self.base_url + path, timeout=aiohttp.ClientTimeout(total=timeout)) as reply:
+            return reply.status, await reply.text()
+
+    async def reachable(self) -> bool:
+        """Whether anything listens there at all."""
+        try:
+            await self.get("/health", 5.0)
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
+            return False
+        except (TimeoutError, aiohttp.ClientError, OSError):
+            pass
+        return True
+
+    async def send(self, job: Job, record: Record, history: Sequence[Turn] = ()) -> Record:
+        """Run one job into its record. Never raises for what the server does: failures are in the record.
+
+        Cancelling the task closes the connection and marks the record.
+        """
+        body = json.dumps(self.body(job, history), separators=(",", ":")).encode()
+        headers = {"X-KVLoom-Tenant": job.tenant, **self._tenant_headers.get(job.tenant, {})} if job.tenant else {}
         record.sent = time.perf_counter()
         record.scheduled = record.scheduled or record.sent
         try:
-            async with self._session.post(self._url, json=body) as reply:
-                if reply.status != 200:
-                    record.error = f"HTTP {reply.status}: {(await reply.text())[:200]}"
-                    return record
-                async for event in _events(reply.content, record):
-                    _note(event, record)
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-            record.error = f"{type(error).__name__}: {error}"
+            async with asyncio.timeout(job.cancel_after):
+                await self._tries(body, headers, record)
+        except TimeoutError:  # the job's own: a server's slowness is caught below
+            record.cancelled = True
+        except asyncio.CancelledError:
+            record.cancelled = True
+            raise
+        finally:
+            record.ended = time.perf_counter()
         if record.ok and not record.chunks:
-            record.error = "the stream ended without text"
+            record.fail("empty", "the stream ended without text")
+        if record.ok and job.expect is not None:
+            record.correct = job.expect.casefold() in record.text.casefold()
         return record
 
+    def body(self, job: Job, history: Sequence[Turn] = ()) -> dict[str, Any]:
+        """The JSON of a request."""
+        body = {"model": self._model, **self._prompt(job, history), "max_tokens": job.output_tokens, "temperature": 0,
+                "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+        if job.tenant:
+            body["user"] = job.tenant
+        return body | self._extra | job.extra
 
-async def _events(content: aiohttp.StreamReader, record: Record) -> AsyncIterator[dict[str, Any]]:
-    async for line in content:
-        if record.first_byte is None:
-            record.first_byte = time.perf_counter()
-        if line.startswith(DATA) and (payload := line[len(DATA) :].strip()) != b"[DONE]":
-            yield json.loads(payload)
+    def _prompt(self, job: Job, history: Sequence[Turn]) -> dict[str, Any]:
+        if self._endpoint == "completions" and not history:
+            return {"prompt": job.prompt if isinstance(job.prompt, str) else list(job.prompt)}
+        if not isinstance(job.prompt, str):
+            raise ValueError("token ids can neither be sent to the chat endpoint nor follow a reply; use a text prompt")
+        if self._endpoint == "completions":
+            return {"prompt": "".join(turn.prompt + turn.reply for turn in history) + job.prompt}
+        turns = (({"role": "user", "content": t.prompt}, {"role": "assistant", "content": t.reply}) for t in history)
+        return {"messages": [*(message for turn in turns for message in turn), {"role": "user", "content": job.prompt}]}
+
+    async def _tries(self, body: bytes, headers: dict[str, str], record: Record) -> None:
+        for left in range(self._retries, -1, -1):
+            wait = await self._once(body, headers, record)
+            if wait is None or not left:
+                return
+            await asyncio.sleep(wait)
+            record.retries += 1
+            record.error = record.error_kind = None
+
+    async def _once(self, body: bytes, headers: dict[str, str], record: Record) -> float | None:
+        """One try; the seconds to wait before another if the server is too busy."""
+        try:
+            async with self._session.post(self._url, data=body, headers=headers) as reply:
+                record.status = reply.status
+                if reply.status == 200:
+                    await read(reply.content, record)
+                    return None
+                record.fail(f"http_{reply.status}", f"HTTP {reply.status}: {_message(await reply.text())}")
+                return _wait(reply.headers, record.retries) if reply.status in RETRIED else None
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            record.fail("connect", words(error))
+        except TimeoutError as error:
+            record.fail("timeout", f"no end after {self._timeout.total:g} s ({words(error)})")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            record.fail("stream", words(error))
+        return None
 
 
-def _note(event: dict[str, Any], record: Record) -> None:
-    """Take one event down."""
-    if event.get("error"):
-        record.error = str(event["error"].get("message", event["error"]))
-        return
-    for choice in event.get("choices", ()):
-        record.finish_reason = choice.get("finish_reason") or record.finish_reason
-        if choice.get("text"):
-            record.last = time.perf_counter()
-            record.chunks.append(record.last)
-            record.text += choice["text"]
-    if usage := event.get("usage"):
-        record.prompt_tokens, record.output_tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        record.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", record.cached_tokens)
+def _bearer(key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-async def closed_loop(client: Client, jobs: Sequence[Job], concurrency: int) -> list[Record]:
-    """Send jobs with at most `concurrency` under way; each starts when one before it ends."""
-    records = [Record(index=i) for i in range(len(jobs))]
-    queue = iter(zip(jobs, records))
+def words(error: Exception) -> str:
+    """An error of the network in one line."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"Connection failed: {error.os_error}"
+    return f"{type(error).__name__}: {error}".rstrip(": ")
 
-    async def worker() -> None:
-        for job, record in queue:
-            await client.send(job, record)
 
-    await asyncio.gather(*(worker() for _ in range(min(concurrency, len(jobs)))))
-    return records
+def _message(text: str) -> str:
+    try:
+        return message_of(json.loads(text))[:300]
+    except ValueError:
+        return " ".join(text.split())[:300]
+
+
+def _wait(headers: Mapping[str, str], tries: int) -> float:
+    """Seconds that a busy server asks for: `retry-after-ms`, else Retry-After in seconds or as a date, else doubling."""
+    wait = 0.5 * 2**tries
+    try:
+        if "retry-after-ms" in headers:
+            wait = float(headers["retry-after-ms"]) / 1e3
+        elif after := headers.get("Retry-After"):
+            try:
+                wait = float(after)
+            except ValueError:
+                wait = (email.utils.parsedate_to_datetime(after) - datetime.now(UTC)).total_seconds()
+    except (ValueError, TypeError):  # neither a number nor a date
+        pass
+    return min(max(wait, 0.0), LONGEST_WAIT)

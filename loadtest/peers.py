@@ -13,28 +13,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import shlex
-import signal
-import socket
 import statistics
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.console import Console
 
-from kvloom.loadtest.client import Client, Job, closed_loop
+from kvloom.loadtest.client import Client, Job
+from kvloom.loadtest.drive import closed_loop
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.measures import Summary, summarise
+from kvloom.loadtest.servers import Server, StartError, model_name, running
 
 console = Console(highlight=False)
 
@@ -56,18 +49,8 @@ CASES = (
     Case("c16", 16, 1024, 64, 24),
     Case("long", 8, 7500, 64, 8),
 )
-START_SECONDS = 600.0
 FIRST_TOKEN, LAST_TOKEN = 300, 48_000
 """Token ids that are ordinary text in SmolLM2's vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """A server under test: a command to start it, or where it already runs."""
-
-    name: str
-    command: str | None = None
-    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,53 +69,6 @@ def jobs(case: Case, seed: int) -> list[Job]:
     source = random.Random(f"{case.name}-{seed}")
     return [Job(prompt=[source.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(case.inputs)], output_tokens=case.outputs)
             for _ in range(case.requests)]  # fmt: skip
-
-
-def answers(url: str) -> bool:
-    """Whether /health says 200."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as reply:
-            return bool(reply.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
-
-
-def model_name(url: str) -> str:
-    with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as reply:
-        return str(json.load(reply)["data"][0]["id"])
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def running(server: Server, logs: Path) -> Iterator[tuple[str, float | None]]:
-    """The server's URL, and the seconds it took to become healthy (None if it ran already)."""
-    if server.url is not None:
-        yield server.url, None
-        return
-    assert server.command is not None
-    port = free_port()
-    url, began = f"http://127.0.0.1:{port}", time.perf_counter()
-    with (logs / f"{server.name}.log").open("ab") as log:
-        command = shlex.split(server.command.format(port=port))
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            while not answers(url):
-                if process.poll() is not None or time.perf_counter() - began > START_SECONDS:
-                    raise SystemExit(f"{server.name} did not become healthy; see {log.name}")
-                time.sleep(0.05)
-            yield url, time.perf_counter() - began
-        finally:
-            os.killpg(process.pid, signal.SIGTERM)
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
 
 async def measure(url: str, case: Case, seed: int) -> Summary:
@@ -296,7 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     cases = [known[name] for name in args.cases.split(",")]
     args.out.mkdir(parents=True, exist_ok=True)
-    runs = [run for file in args.recorded for run in recorded(file)] if args.recorded else measure_all(args, cases)
+    try:
+        runs = [run for file in args.recorded for run in recorded(file)] if args.recorded else measure_all(args, cases)
+    except StartError as error:
+        raise SystemExit(str(error)) from None
     text = table(runs, cases)
     console.print(text, soft_wrap=True)
     if args.plot:

@@ -1,0 +1,103 @@
+"""What the terminal says at the end of a run, and every failure that must not be overlooked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+TIMES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2el"))
+COLUMNS = ("mean", "p50", "p90", "p99")
+LATE_MS = 50.0
+"""p99 of the client's lag beyond which an open loop is no longer one."""
+KNOWN_SHARE = 0.05
+"""Part of prompts that share nothing that may be cached all the same, such as the beginning of a chat template."""
+
+
+def show(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
+    """One table for a single stage, else a row per stage; then what to know about each."""
+    if len(stages) == 1:
+        _single(console, stages[0])
+    else:
+        _several(console, stages)
+    for stage in stages:
+        for line in remarks(stage):
+            console.print(f"[bold]{stage['name']}[/]  {line}", soft_wrap=True)
+
+
+def _single(console: Console, stage: Mapping[str, Any]) -> None:
+    console.print(_counts(stage), soft_wrap=True)
+    table = Table("ms", *COLUMNS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for title, key in TIMES:
+        table.add_row(title, *(_number(stage[f"{column}_{key}_ms"]) for column in COLUMNS))
+    console.print(table)
+
+
+def _several(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
+    names = ("completed", "failed", "TTFT p50", "TTFT p99", "TPOT p50", "E2E p50", "tok/s", "goodput/s", "hit rate")
+    table = Table("stage", *names, title="times in ms")
+    keys = ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p50_e2el_ms", "output_throughput", "request_goodput")
+    for stage in stages:
+        cells = [_number(stage[key]) for key in keys]
+        table.add_row(stage["name"], str(stage["completed"]), str(stage["failed"]), *cells, _share(stage["hit_rate"]))
+    console.print(table)
+
+
+def _counts(stage: Mapping[str, Any]) -> str:
+    return (
+        f"{stage['name']}: {stage['completed']} of {stage['num_prompts']} requests in {stage['duration']:.1f} s, "
+        f"{stage['request_throughput']:.2f} req/s, {stage['output_throughput']:.1f} output tok/s"
+    )
+
+
+def remarks(stage: Mapping[str, Any]) -> list[str]:
+    """Client lag, cache, goodput, what the server itself says, and reservations about the figures."""
+    lines = []
+    if lag := stage["client_lag"]:
+        late = "; the client fell behind, the load was lower than asked" if lag["p99_ms"] > LATE_MS else ""
+        lines.append(f"client lag mean {lag['mean_ms']:.1f} ms, p99 {lag['p99_ms']:.1f} ms, max {lag['max_ms']:.1f} ms{late}")
+    if stage["hit_rate"] is not None:
+        known = "; the server knew them from an earlier run, change --seed" if _known_before(stage) else ""
+        share = f"{stage['cached_tokens']} of {stage['total_input_tokens']} prompt tokens cached ({_share(stage['hit_rate'])})"
+        lines.append(share + known)
+    if stage["request_goodput"] is not None:
+        lines.append(f"goodput {stage['request_goodput']:.2f} req/s, {_share(stage['goodput_share'])} of requests")
+    if stage["correct_rate"] is not None:
+        lines.append(f"{_share(stage['correct_rate'])} of answers hold the expected text")
+    if server := stage["server"]:
+        told = [f"{name} {server[key]:.1f} ms" for name, key in (("TTFT", "mean_ttft_ms"), ("queue", "mean_queue_ms"))
+                if server[key] is not None]  # fmt: skip
+        told += [f"{server['preemptions']:.0f} preemptions"] if server["preemptions"] is not None else []
+        lines.append(f"the server says: mean {', '.join(told)}" if told else "the server's /metrics hold no times")
+    if stage["tokens_from_chunks"]:
+        lines.append(f"{stage['tokens_from_chunks']} answers came without usage: their tokens are chunks, counted")
+    if stage["cancelled"]:
+        lines.append(f"{stage['cancelled']} requests were ended by the client")
+    return lines
+
+
+def _known_before(stage: Mapping[str, Any]) -> bool:
+    """Whether prompts that share nothing were found in the cache all the same."""
+    return stage["reusable_tokens"] == 0 and stage["hit_rate"] > KNOWN_SHARE
+
+
+def failures(stage: Mapping[str, Any]) -> str | None:
+    """One line about what failed in a stage; None if nothing did."""
+    if not stage["failed"]:
+        return None
+    kinds = ", ".join(f"{count} {kind}" for kind, count in stage["failures"].items())
+    kind, example = next(iter(stage["first_errors"].items()))
+    hint = "; --retries N waits as the server asks" if kind == "http_429" else ""
+    return f"{stage['name']}: {stage['failed']} of {stage['num_prompts']} requests failed: {kinds} ({example}){hint}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

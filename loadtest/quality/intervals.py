@@ -1,0 +1,77 @@
+"""How sure a figure is: confidence intervals from the measured values alone.
+
+Neighbouring tokens of a text are alike, and so are questions about one haystack: values come with a block each, and the
+bootstrap draws whole blocks (Kunsch 1989). Counts of right answers use Wilson's interval (1927), which also holds at 0 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+RESAMPLES = 1000
+
+
+class Interval(NamedTuple):
+    """A 95% confidence interval."""
+
+    low: float
+    high: float
+
+
+def _mean(values: Floats) -> float:
+    return float(values.mean())
+
+
+def bootstrap(
+    values: npt.ArrayLike,
+    blocks: npt.ArrayLike | None = None,
+    statistic: Callable[[Floats], float] = _mean,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """95% percentile interval of a statistic over values that are drawn block by block.
+
+    values, blocks: [n]; equal numbers in `blocks` belong together; without blocks each value is its own. Raises ValueError if
+    there are no values, or not one block per value.
+    """
+    data = np.asarray(values, np.float64)
+    names = np.arange(len(data)) if blocks is None else np.asarray(blocks)
+    if len(data) == 0 or len(names) != len(data):
+        raise ValueError(f"{len(data)} values with {len(names)} blocks; give at least one value, and a block for each")
+    groups = [data[names == name] for name in np.unique(names)]
+    draws = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
+    if statistic is _mean:  # the mean needs no concatenation
+        sums, counts = (np.array([f(group) for group in groups]) for f in (np.sum, len))
+        found = sums[draws].sum(1) / counts[draws].sum(1)
+    else:
+        found = np.array([statistic(np.concatenate([groups[i] for i in draw])) for draw in draws])
+    return Interval(*(float(edge) for edge in np.percentile(found, (2.5, 97.5))))
+
+
+def wilson(right: float, count: int) -> Interval:
+    """95% interval of a share of `count` independent trials. Raises ValueError without trials."""
+    if count < 1 or not 0 <= right <= count:
+        raise ValueError(f"{right} right of {count}; give at least one trial, and 0 to that many right")
+    z, share = 1.959964, right / count
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    # At 0 and 1 the bounds are exact in theory; rounding must not push them past the share itself.
+    low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
+    return Interval(min(max(0.0, low), share), max(min(1.0, high), share))
+
+
+def ratio(above: npt.ArrayLike, below: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Interval of median(above) / median(below), both drawn anew: how sure a speed-up is."""
+    generator: Any = np.random.default_rng(seed)
+    medians = []
+    for values in (above, below):
+        data = np.asarray(values, np.float64)
+        medians.append(np.median(data[generator.integers(0, len(data), (resamples, len(data)))], axis=1))
+    return Interval(*(float(edge) for edge in np.percentile(medians[0] / medians[1], (2.5, 97.5))))

@@ -1,0 +1,110 @@
+"""Rows of results on disk: written after every measurement, so that an interrupted run keeps what it has.
+
+JSON is a list of rows; Markdown is one table of chosen columns. With resuming, rows that an earlier run wrote for the same
+settings are not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kvloom.engine.errors import ConfigError
+
+Row = dict[str, Any]
+
+
+class Column(NamedTuple):
+    """One column of a table."""
+
+    title: str
+    key: str
+    form: str = ""
+    """As in format(); empty for text and whole numbers."""
+    factor: float = 1.0
+
+
+def cell(column: Column, row: Mapping[str, Any]) -> str:
+    """A value with its 95% interval, if the row has one under `<key>_ci`; a dash for what was not measured."""
+    value = row.get(column.key)
+    if value is None:
+        return "-"
+    if isinstance(value, (dict, list)):
+        return json.dumps(value) if value else ""
+    if isinstance(value, str):
+        return value
+    show = lambda n: format(n if column.factor == 1 else n * column.factor, column.form or ",")  # noqa: E731
+    interval = row.get(f"{column.key}_ci")
+    return show(value) + (f" ({show(interval[0])} to {show(interval[1])})" if interval else "")
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """A Markdown table; columns that no row has a value for are left out."""
+    kept = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    lines = ["| " + " | ".join(column.title for column in kept) + " |", "|" + "---|" * len(kept)]
+    return "\n".join([*lines, *("| " + " | ".join(cell(column, row) for column in kept) + " |" for row in rows)])
+
+
+@dataclass(slots=True)
+class Results:
+    """The rows of a run and where they go."""
+
+    columns: Sequence[Column]
+    identity: Sequence[str]
+    """Keys that tell one row from another: what `find` compares."""
+    title: str
+    json: Path | None = None
+    markdown: Path | None = None
+    note: str = ""
+    """Said under the table: model, machine, settings."""
+    rows: list[Row] = field(default_factory=list)
+
+    def resume(self) -> None:
+        """Take over the rows of the JSON file, if it is there. Raises ConfigError if it holds none."""
+        if self.json is None:
+            raise ConfigError("--resume needs --json FILE, which holds what was measured")
+        if not self.json.exists():
+            return
+        try:
+            rows = json.loads(self.json.read_text())
+            self.rows = [dict(row) for row in rows]
+        except (ValueError, TypeError):
+            raise ConfigError(f"--json {self.json} holds no list of rows; give another file, or leave out --resume") from None
+
+    def find(self, row: Mapping[str, Any]) -> Row | None:
+        """The row that was measured with the same identity."""
+        wanted = self._key(row)
+        return next((known for known in self.rows if self._key(known) == wanted), None)
+
+    def add(self, row: Row) -> None:
+        """Take a row in, in place of one with the same identity, and write the files."""
+        known = self.find(row)
+        if known is None:
+            self.rows.append(row)
+        else:
+            self.rows[self.rows.index(known)] = row
+        self.write()
+
+    def write(self) -> None:
+        """Write both files: whole or not at all."""
+        if self.json is not None:
+            _replace(self.json, json.dumps(self.rows, indent=1) + "\n")
+        if self.markdown is not None:
+            _replace(self.markdown, self.text() + "\n")
+
+    def text(self) -> str:
+        """The Markdown."""
+        return f"# {self.title}\n\n{table(self.columns, self.rows)}\n\n{self.note}"
+
+    def _key(self, row: Mapping[str, Any]) -> str:
+        return json.dumps([row.get(key) for key in self.identity], sort_keys=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

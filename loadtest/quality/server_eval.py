@@ -1,0 +1,214 @@
+"""Quality of any OpenAI server: perplexity of real text, agreement with a second server, and needles.
+
+    kvloom eval server --base-url http://127.0.0.1:8000 --model smollm2 [--reference-url URL] [--kv '{"selection": ...}']
+
+    perplexity   of the same texts for every server: per token of the server's own tokenizer, and in bits per byte
+    agreement    both servers over the same tokens: share with the same likeliest one, and KL over what both list. Servers tell
+                 only the likeliest few, so all others count as one: a lower bound, close where those weigh little
+    needles      planted facts, asked at the end of the prompt
+
+Prompts are scored in one piece, so this sees what changes prompts and stored KV (weights, reuse, retention, sparse prefill).
+A method that only changes decode steps shows in the needles, from the answer's second token on; `kvloom eval methods` measures
+those on the engine itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvloom.engine.errors import ConfigError
+from kvloom.loadtest.corpus import TextSource
+from kvloom.loadtest.machine import describe
+from kvloom.loadtest.quality import setup
+from kvloom.loadtest.quality.completions import Completions, Scored, all_of
+from kvloom.loadtest.quality.intervals import bootstrap, wilson
+from kvloom.loadtest.quality.results import Column, Results, Row
+from kvloom.loadtest.quality.spec import parse_numbers
+from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
+
+COLUMNS = (
+    Column("server", "base_url"),
+    Column("model", "model"),
+    Column("context", "context"),
+    Column("tokens", "n"),
+    Column("perplexity", "ppl", ".3f"),
+    Column("bits per byte", "bits_per_byte", ".4f"),
+    Column("reference's perplexity", "ppl_dense", ".3f"),
+    Column("KL, at least", "kl_mean", ".4f"),
+    Column("top-1", "top1", ".1%"),
+    Column("needle", "needle", ".1%"),
+    Column("trials", "needle_trials"),
+    Column("reference's", "needle_dense", ".1%"),
+)
+FLOOR = -100.0
+"""Log-probability of what cannot be less likely; some servers send -9999 for minus infinity."""
+
+
+def coarse_divergence(reference: Mapping[str, float], found: Mapping[str, float]) -> float:
+    """KL(reference || found) in nats over the tokens that both list, and one class for all the rest.
+
+    Merging classes never adds to a KL, so this is a lower bound of the whole one.
+    """
+    shared = reference.keys() & found.keys()
+    p = [math.exp(max(reference[token], FLOOR)) for token in shared]
+    q = [math.exp(max(found[token], FLOOR)) for token in shared]
+    p.append(max(1.0 - sum(p), 0.0))
+    q.append(max(1.0 - sum(q), 1e-12))
+    return max(0.0, sum(a * math.log(a / max(b, 1e-45)) for a, b in zip(p, q) if a > 0.0))
+
+
+def likeliest(top: Mapping[str, float]) -> str:
+    """The token with the highest log-probability."""
+    return max(top, key=lambda token: top[token])
+
+
+def perplexity(scored: Sequence[Scored], texts: Sequence[str]) -> Row:
+    """Of all texts together, with the interval over texts."""
+    losses = [-value for one in scored for value in one.logprobs]
+    blocks = [i for i, one in enumerate(scored) for _ in one.logprobs]
+    size = sum(len(text.encode()) for text in texts)
+    return {
+        "n": len(losses),
+        "ppl": math.exp(sum(losses) / len(losses)),
+        "ppl_ci": np.exp(bootstrap(losses, blocks)).tolist(),
+        "bits_per_byte": sum(losses) / math.log(2) / size,
+    }
+
+
+def agreement(reference: Sequence[Scored], scored: Sequence[Scored]) -> Row:
+    """Of two servers over the same tokens. Raises ConfigError if they cut the texts differently."""
+    if any(a.tokens != b.tokens for a, b in zip(reference, scored)):
+        raise ConfigError("the two servers cut the same text into different tokens; compare models with the same tokenizer")
+    pairs = [(i, a, b) for i, (x, y) in enumerate(zip(reference, scored)) for a, b in zip(x.top, y.top) if a and b]
+    if not pairs:
+        raise ConfigError("a server lists no likeliest tokens; it must answer logprobs with top_logprobs")
+    blocks = [i for i, _, _ in pairs]
+    kl = [coarse_divergence(a, b) for _, a, b in pairs]
+    same = [float(likeliest(a) == likeliest(b)) for _, a, b in pairs]
+    return {
+        "kl_mean": float(np.mean(kl)),
+        "kl_mean_ci": list(bootstrap(kl, blocks)),
+        "kl_p99": float(np.quantile(kl, 0.99)),
+        "top1": float(np.mean(same)),
+        "top1_ci": list(bootstrap(same, blocks)),
+        "ppl_dense": math.exp(-sum(v for one in reference for v in one.logprobs) / sum(len(one.logprobs) for one in reference)),
+    }
+
+
+class Study:
+    """One context length on one server, or on two."""
+
+    def __init__(self, args: argparse.Namespace, source: TextSource, context: int, steps: setup.Steps) -> None:
+        self._args, self._context, self._steps = args, context, steps
+        self._texts = [source.decode(source.tokens(context, f"{args.seed} {i}")) for i in range(args.windows)]
+        text = source.tokens(max(context, source.size), str(args.seed))
+        found = trials("needle", source.tokenizer, text, context, args.haystacks, args.seed) if args.haystacks else []
+        self._trials: list[tuple[Trial, str]] = [(t, source.decode([*t.prompt, *t.question])) for t in found]
+
+    async def measure(self, row: Row, server: Completions, reference: Completions | None) -> None:
+        """Fill a row, as far as it comes."""
+        scored = await self._score(server)
+        row |= perplexity(scored, self._texts)
+        if reference is not None:
+            row |= agreement(await self._score(reference), scored)
+        if self._trials:
+            right = await self._needle(server)
+            row |= {"needle": float(np.mean(right)), "needle_ci": list(wilson(sum(right), len(right)))}
+            row["needle_trials"] = len(right)
+            if reference is not None:
+                row["needle_dense"] = float(np.mean(await self._needle(reference)))
+
+    async def _score(self, server: Completions) -> list[Scored]:
+        found: dict[int, Scored] = {}
+
+        def done(index: int, scored: Scored) -> None:
+            found[index] = scored
+            self._steps.done()
+
+        self._steps.name(f"{self._context} tokens: perplexity")
+        await all_of([server.score(text, self._args.top) for text in self._texts], done)
+        return [found[i] for i in range(len(self._texts))]
+
+    async def _needle(self, server: Completions) -> list[float]:
+        right = [0.0] * len(self._trials)
+
+        def done(index: int, text: str) -> None:
+            right[index] = self._trials[index][0].score(text)
+            self._steps.done()
+
+        self._steps.name(f"{self._context} tokens: needles")
+        await all_of([server.complete(prompt, trial.room) for trial, prompt in self._trials], done)
+        return right
+
+
+async def run(args: argparse.Namespace, source: TextSource, results: Results) -> None:
+    """Measure every context; a row is kept even if it stops half-way, with what it has."""
+    contexts = parse_numbers(args.contexts, "--contexts")
+    key: dict[str, Any] = {"api_key": args.api_key, "concurrency": args.concurrency}
+    servers = 2 if args.reference_url else 1
+    reference = args.reference_url or args.base_url, args.reference_model or args.model
+    with setup.Steps(len(contexts) * servers * (args.windows + NEEDLES * args.haystacks)) as steps:
+        async with (
+            Completions(args.base_url, args.model, extra=args.kv and {"kv": args.kv}, **key) as server,
+            Completions(*reference, **key) as other,
+        ):
+            for context in contexts:
+                row: Row = {"base_url": args.base_url, "model": args.model, "method": "server", "options": args.kv or {},
+                            "context": context, "batch": args.concurrency, "machine": describe()}  # fmt: skip
+                try:
+                    await Study(args, source, context, steps).measure(row, server, other if args.reference_url else None)
+                finally:
+                    if "ppl" in row:
+                        results.add(row)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="kvloom eval server", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--base-url", required=True, help="such as http://127.0.0.1:8000, without /v1")
+    add("--model", required=True, help="its name in the server's API")
+    add("--reference-url", help="a second server to compare with")
+    add("--reference-model", help="its model (default: --model)")
+    add("--api-key", help="sent to both servers as a bearer token")
+    add("--kv", help='JSON object sent as the request field "kv" to --base-url')
+    add(
+        "--tokenizer", default="smollm2", help="cuts the texts to length: built-in name, folder or .gguf (default: %(default)s)"
+    )
+    add("--contexts", default="1000", help="tokens of a text (default: %(default)s)")
+    add("--windows", type=setup.count, default=8, help="texts per context (default: %(default)s)")
+    add("--haystacks", type=int, default=2, help="with 8 needles each; 0 for none (default: %(default)s)")
+    add("--top", type=setup.count, default=5, help="likeliest tokens to ask for, 5 with OpenAI's limit (default: %(default)s)")
+    add("--concurrency", type=setup.count, default=4, help="requests at once (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--json", type=Path, help="write rows into this file")
+    add("--markdown", type=Path, help="write the table into this file")
+    args = parser.parse_args(argv)
+    try:
+        args.kv = json.loads(args.kv or "{}")
+    except ValueError as error:
+        raise ConfigError(f"--kv is {args.kv!r}, which is not JSON: {error}") from None
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns the exit code. Raises ServerError after writing what there is."""
+    args = parse(argv)
+    source = TextSource.load(args.tokenizer)
+    note = f"Text: Python's reference, fingerprint {source.fingerprint}. In brackets: 95% intervals over texts. {describe()}."
+    results = Results(
+        COLUMNS, ("base_url", "model", "options", "context"), "Quality of a server", args.json, args.markdown, note
+    )
+    return setup.finish(results, lambda: asyncio.run(run(args, source, results)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

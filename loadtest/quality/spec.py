@@ -1,0 +1,88 @@
+"""Which methods a quality run compares: names, budgets and options, as they are written on the command line.
+
+    dense,sink_window,token_select:theta=0.9:pool=7,tidal_decode:layers=[2,16]
+
+Every sparse method is measured at every budget, and the cheap baseline stands beside it at the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvloom.engine import LLM
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.request import KVOptions, Request, SamplingParams
+
+DENSE = "dense"
+BASELINE = "sink_window"
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """One method as it is measured."""
+
+    method: str
+    budget: int | None = None
+    """Positions a sparse decode row reads; None for dense."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own."""
+
+    @property
+    def kv(self) -> KVOptions:
+        """What its requests carry."""
+        return KVOptions(selection=self.method, budget=self.budget, options=dict(self.options))
+
+    @property
+    def label(self) -> str:
+        """Short and unique in a run, such as `token_select theta=0.9 @ 256`."""
+        parts = [self.method, *(f"{key}={json.dumps(value)}" for key, value in self.options.items())]
+        return " ".join(parts) + ("" if self.budget is None else f" @ {self.budget}")
+
+
+def parse_methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names with options. Raises ConfigError showing what cannot be read."""
+    found = []
+    for part in re.split(r",(?![^\[]*\])", text):  # not inside [...]
+        name, *settings = part.strip().split(":")
+        if not name or any("=" not in setting for setting in settings):
+            raise ConfigError(f"--methods has {part!r}; write NAME or NAME:OPTION=VALUE:..., separated by commas")
+        found.append((name, {key: _value(value) for key, value in (setting.split("=", 1) for setting in settings)}))
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def parse_numbers(text: str, flag: str) -> list[int]:
+    """Positive whole numbers separated by commas. Raises ConfigError."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise ConfigError(f"{flag} is {text!r}; allowed: whole numbers of 1 or more, separated by commas")
+    return numbers
+
+
+def plan(methods: str, budgets: str, *, baseline: bool = True) -> list[MethodSpec]:
+    """What to measure, in order: dense, then budget by budget the baseline and every method. Raises ConfigError."""
+    chosen = [(name, options) for name, options in parse_methods(methods) if name != DENSE]
+    if baseline and chosen and all(name != BASELINE for name, _ in chosen):
+        chosen.insert(0, (BASELINE, {}))
+    sizes = parse_numbers(budgets, "--budgets")
+    return [MethodSpec(DENSE), *(MethodSpec(name, size, options) for size in sizes for name, options in chosen)]
+
+
+def check(llm: LLM, specs: Sequence[MethodSpec]) -> None:
+    """Have the engine look at every spec before anything expensive runs. Raises its InvalidRequestError, naming the key."""
+    for spec in specs:
+        llm.core.add(Request(id="check", prompt=[0], sampling=SamplingParams(max_tokens=1), kv=spec.kv))
+        llm.core.abort("check")

@@ -1,0 +1,90 @@
+"""Reports on load tests: `report.md`, `report.html` and PNG plots from what a run left on disk.
+
+    kvloom bench report DIR             writes the report into DIR
+    kvloom bench report A B C --out D   writes one report into D with B and C beside A
+
+A report can be made from a partial run. It says what is missing, shows failures by kind, and leaves out a plot that would be
+empty with a line that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvloom.loadtest.report import html, markdown
+from kvloom.loadtest.report.compare import comparison
+from kvloom.loadtest.report.document import Document
+from kvloom.loadtest.report.plot import render
+from kvloom.loadtest.report.run import ReportError, Run, load_run
+from kvloom.loadtest.report.single import document
+from kvloom.loadtest.report.theme import DARK, LIGHT
+
+__all__ = ["ReportError", "compare_runs", "main", "write_document", "write_report"]
+
+
+def write_report(folder: Path) -> list[Path]:
+    """Report on the run in `folder`, into it. Returns the files written. Raises ReportError if there is no run."""
+    return write_document(document(load_run(folder)), folder)
+
+
+def compare_runs(runs: Sequence[Run], out: Path) -> list[Path]:
+    """Report on several runs side by side, into `out`. Returns the files written."""
+    return write_document(comparison(runs), out)
+
+
+def write_document(what: Document, out: Path) -> list[Path]:
+    """Write a report in all its forms. Plots of an earlier report that this one leaves out are removed."""
+    out.mkdir(parents=True, exist_ok=True)
+    images, written = {}, []
+    for plot in what.plots:
+        path = out / f"{plot.name}.png"
+        if plot.draw is None:
+            path.unlink(missing_ok=True)
+            continue
+        images[plot.name] = html.Images(render(plot, LIGHT), render(plot, DARK))
+        path.write_bytes(images[plot.name].light)
+        written.append(path)
+    for name, text in (("report.md", markdown.write(what, images)), ("report.html", html.write(what, images))):
+        (out / name).write_text(text, encoding="utf-8")
+        written.append(out / name)
+    return written
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kvloom bench report", description="Report on load tests that were run before, one alone or several side by side."
+    )
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="a folder written by kvloom bench serve or sweep")
+    parser.add_argument("--name", action="append", default=[], help="what to call a run, in the order of folders; repeat it")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: DIR itself; with several, 'comparison' beside the first)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report and say where it is. Returns the exit code."""
+    args = parse(argv)
+    names = [*args.name, *[""] * len(args.folders)]
+    try:
+        written = _write(args.folders, names, args.out)
+    except (ReportError, OSError) as error:
+        print(f"kvloom bench report: {error}", file=sys.stderr)
+        return 1
+    for path in written:
+        print(path)
+    return 0
+
+
+def _write(folders: Sequence[Path], names: Sequence[str], out: Path | None) -> list[Path]:
+    if len(folders) == 1 and (folders[0] / "sweep.json").exists():
+        from kvloom.loadtest.sweep.report import write_sweep  # stands above this package
+
+        return write_sweep(folders[0], out)
+    if len(folders) == 1:
+        return write_document(document(load_run(folders[0], names[0])), out or folders[0])
+    runs = [load_run(folder, name) for folder, name in zip(folders, names)]
+    return compare_runs(runs, out or folders[0].resolve().parent / "comparison")

@@ -1,0 +1,110 @@
+"""Several runs beside each other: a column per run, and ratios to the first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent, ratio
+from kvloom.loadtest.report.figures import plots
+from kvloom.loadtest.report.run import Run, Stage
+from kvloom.loadtest.report.single import definitions
+from kvloom.loadtest.report.tables import METRICS, settings, tables
+from kvloom.loadtest.report.timeline import heaviest
+from kvloom.loadtest.report.verdict import verdict, warnings
+
+LIKE = ("workload", "workload_options", "seed", "mode", "model", "slo", "machine")
+"""Settings in which runs must be equal to be compared."""
+RATES = (
+    ("output tokens/s", "output_throughput", amount),
+    ("total tokens/s", "total_token_throughput", amount),
+    ("requests/s", "request_throughput", amount),
+    ("goodput, requests/s", "request_goodput", amount),
+    ("hit rate", "hit_rate", percent),
+    ("correct answers", "correct_rate", percent),
+    ("succeeded", "completed", amount),
+    ("failed", "failed", amount),
+)
+COUNTS = ("completed", "failed")
+
+
+def comparison(runs: Sequence[Run]) -> Document:
+    """A report on several runs. The first is what the others are compared with."""
+    first = runs[0]
+    lines = [line for run in runs[1:] for line in _beside(first, run)]
+    lines += [f"{run.title}: {text}" for run in runs for text in verdict(run)[:1]]
+    doubts = [*differences(runs), *(f"{run.title}: {text}" for run in runs for text in warnings(run))]
+    details = [
+        Table(f"{run.title}: {table.title.lower()}", table.head, table.rows, table.note)
+        for run in runs
+        for table in tables(run)
+        if table.title == "Failures by kind"
+    ]
+    shown = [beside(runs), *details]
+    title = "Load test: " + " beside ".join(run.title for run in runs)
+    return Document(title, lines, doubts, shown, plots(runs), definitions(first), [settings(run) for run in runs])
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """Settings in which the runs differ though a comparison needs them equal."""
+    found = []
+    for key in LIKE:
+        values = [run.settings.get(key) for run in runs]
+        if key == "machine":  # its date differs always
+            values = [str(value).split(", ", 1)[-1] for value in values]
+        if any(value != values[0] for value in values):
+            said = "; ".join(f"{run.title}: {value}" for run, value in zip(runs, values))
+            found.append(f"Not like for like: {key.replace('_', ' ')} differs ({said}).")
+    return found
+
+
+def _beside(first: Run, run: Run) -> Iterator[str]:
+    """One run against the first, in words."""
+    a, b = _common_loads(first, run)
+    if a is None or b is None:
+        return
+    faster = [(name, b.number(key), a.number(key)) for name, key in (("TTFT", "p50_ttft_ms"), ("TPOT", "p50_tpot_ms"))]
+    parts = [f"median {name} {ratio(x, y)}" for name, x, y in faster if x is not None and y]
+    if (speed := ratio(b.number("output_throughput"), a.number("output_throughput"))) != NONE:
+        parts.append(f"output tokens/s {speed}")
+    if parts:
+        yield f"{run.title} against {first.title} at {b.label}: {', '.join(parts)}."
+
+
+def _common_loads(first: Run, run: Run) -> tuple[Stage | None, Stage | None]:
+    """The highest load that both ran, else the only one of each."""
+    shared = [(a, b) for a in first.stages for b in run.stages if a.label == b.label and a.completed and b.completed]
+    if shared:
+        return max(shared, key=lambda pair: pair[0].load or 0.0)
+    if len(first.stages) == len(run.stages) == 1:
+        return heaviest(first), heaviest(run)
+    return None, None
+
+
+def beside(runs: Sequence[Run]) -> Table:
+    """A row per load and figure, a column per run, and how many times the first run's figure each other one is."""
+    titles = [run.title for run in runs]
+    ratios = [f"{title} / {titles[0]}" for title in titles[1:]]
+    rows = []
+    loads = list(_by_load(runs))
+    quantiles = ("mean", "p50", "p90", "p99") if len(loads) == 1 else ("p50", "p99")
+    times = [(f"{name} {q}, ms", f"{q}_{key}_ms", ms) for key, name in METRICS.items() for q in quantiles]
+    for load, stages in loads:
+        for name, key, show in (*times, *RATES):
+            values = [None if stage is None else stage.number(key) for stage in stages]
+            if any(value is not None for value in values):
+                against = [NONE if key in COUNTS else ratio(value, values[0]) for value in values[1:]]
+                rows.append([load, name, *(show(value) for value in values), *against])
+    note = (
+        f"Ratios are to {titles[0]}: below 1 is faster for times, above 1 for throughput. Failed requests are not averaged in."
+    )
+    return Table("Side by side", ["load", "figure", *titles, *ratios], rows, note)
+
+
+def _by_load(runs: Sequence[Run]) -> Iterator[tuple[str, list[Stage | None]]]:
+    """Stages of the same load of every run, None where a run lacks it. Single stages stand side by side at any load."""
+    if all(len(run.stages) == 1 for run in runs):
+        loads = list(dict.fromkeys(run.stages[0].label for run in runs))
+        yield " / ".join(loads), [run.stages[0] for run in runs]
+        return
+    for load in dict.fromkeys(stage.label for run in runs for stage in run.stages):
+        yield load, [next((stage for stage in run.stages if stage.label == load), None) for run in runs]

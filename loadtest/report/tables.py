@@ -1,0 +1,142 @@
+"""The tables of a report on one run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvloom.loadtest.report.bars import classes
+from kvloom.loadtest.report.document import NONE, Table, amount, ms, percent
+from kvloom.loadtest.report.run import Run, Stage
+
+METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
+QUANTILES = ("mean", "p50", "p90", "p99", "std")
+FEW = 100
+ERROR_LENGTH = 160
+
+
+def tables(run: Run) -> list[Table]:
+    """All of them; those without rows are left out."""
+    made = [stages(run), latency(run), failures(run), beside_server(run), kv_totals(run)]
+    made += [by_class(run, key, title) for key, title in (("tenants", "Tenants"), ("labels", "Classes of requests"))]
+    return [table for table in made if table.rows]
+
+
+def stages(run: Run) -> Table:
+    """A row per load: what was asked, what came back, and how fast."""
+    times = [f"{name} {quantile} ms" for name in ("TTFT", "TPOT") for quantile in ("p50", "p99")]
+    rates = ["requests/s", "output tok/s", "total tok/s"]
+    head = ["load", "requests", "ok", "failed", "cancelled", "not sent", *rates, *times, "goodput req/s", "hit rate", "correct"]
+    head.append("client lag p99 ms")
+    rows = [_stage_row(stage) for stage in run.stages]
+    kept = [i for i in range(len(head)) if i < 2 or any(row[i] != NONE for row in rows)]
+    return Table("Loads", [head[i] for i in kept], [[row[i] for i in kept] for row in rows])
+
+
+def _stage_row(stage: Stage) -> list[str]:
+    figures = stage.figures
+    lag = figures.get("client_lag") or {}
+    times = [ms(figures.get(f"{p}_{m}_ms")) for m in ("ttft", "tpot") for p in ("p50", "p99")]
+    rates = [amount(figures.get(k)) for k in ("request_throughput", "output_throughput", "total_token_throughput")]
+    numbers = [amount(figures.get(k)) for k in ("num_prompts", "completed", "failed", "cancelled")]
+    numbers.append(amount(figures.get("not_sent") or None))
+    return [stage.label, *numbers, *rates, *times, amount(figures.get("request_goodput")), percent(figures.get("hit_rate")),
+            percent(figures.get("correct_rate")), ms(lag.get("p99_ms"))]  # fmt: skip
+
+
+def latency(run: Run) -> Table:
+    """Every quantile of every time, over successful requests only."""
+    rows = []
+    for stage in run.stages:
+        for key, name in METRICS.items():
+            cells = [ms(stage.figures.get(f"{quantile}_{key}_ms")) for quantile in QUANTILES]
+            cells.append(_interval(stage.figures.get(f"median_{key}_ms_ci95")))
+            if any(cell != NONE for cell in cells):
+                rows.append([stage.label, name, *cells])
+    fewest = min((stage.completed for stage in run.stages if stage.completed), default=0)
+    note = "Milliseconds, over successful requests only; failed ones are counted, never averaged in."
+    if 0 < fewest < FEW:
+        note += f" With {fewest} requests p99 is little else than the slowest of them."
+    head = ["load", "ms", *QUANTILES, "p50, 95% interval"]
+    if all(row[-1] == NONE for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return Table("Latency", head, rows, note)
+
+
+def failures(run: Run) -> Table:
+    """Failed requests by kind, with an error of each in the server's words."""
+    rows = []
+    for stage in run.stages:
+        for kind, count in (stage.figures.get("failures") or {}).items():
+            if not count:
+                continue
+            first = (stage.figures.get("first_errors") or {}).get(kind)
+            said = first or next((str(row.values["error"]) for row in stage.rows if row.failure == kind), "")
+            share = percent(count / total if (total := stage.number("num_prompts")) else None)
+            rows.append([stage.label, kind, amount(count), share, " ".join(said.split())[:ERROR_LENGTH] or NONE])
+    return Table("Failures by kind", ["load", "kind", "requests", "share", "for instance"], rows)
+
+
+def beside_server(run: Run) -> Table:
+    """What the server measured of itself beside what the client saw."""
+    rows = []
+    for stage in run.stages:
+        for key, value in (stage.figures.get("server") or {}).items():
+            if isinstance(value, Mapping):
+                rows += [[stage.label, f"{words(key)}, {words(part)}", NONE, amount(v)] for part, v in value.items()]
+            elif value is not None:
+                show = percent if key.endswith("hit_rate") else ms if key.endswith("_ms") else amount
+                client = "hit_rate" if key.endswith("hit_rate") else key
+                rows.append([stage.label, words(key), show(stage.figures.get(client)), show(value)])
+    note = "The server's TTFT begins when a request has arrived and does not hold the way there and back."
+    return Table("The server's own figures", ["load", "figure", "client", "server"], rows, note)
+
+
+def kv_totals(run: Run) -> Table:
+    """Sums of `usage.kv` over successful requests: what the method did."""
+    totals = [(stage, stage.figures.get("kv") or {}) for stage in run.stages]
+    rows = [[stage.label, words(key).replace(".", ": "), amount(value)] for stage, kv in totals for key, value in kv.items()]
+    return Table("What the requests' usage says of the KV cache", ["load", "figure", "sum"], rows)
+
+
+def by_class(run: Run, key: str, title: str) -> Table:
+    """Figures by tenant or label."""
+    rows = []
+    for stage in run.stages:
+        for name, figures in classes(stage, key).items():
+            rows.append([stage.label, name or "(none)", *_class_row(figures)])
+    head = ["load", key.removesuffix("s"), "ok", "failed", "output tokens", "share", "mean TTFT ms", "p99 TTFT ms"]
+    return Table(title, head, rows)
+
+
+def _class_row(figures: Mapping[str, Any]) -> list[str]:
+    counts = [amount(figures.get(k)) for k in ("completed", "failed", "output_tokens")]
+    return [*counts, percent(figures.get("share")), ms(figures.get("mean_ttft_ms")), ms(figures.get("p99_ttft_ms"))]
+
+
+def words(key: str) -> str:
+    """mean_ttft_ms -> mean TTFT, ms"""
+    text, unit = (key.removesuffix("_ms"), ", ms") if key.endswith("_ms") else (key, "")
+    names = {**METRICS, "kv": "KV"}
+    return " ".join(names.get(word, word) for word in text.split("_") if word) + unit
+
+
+def _interval(bounds: object) -> str:
+    return f"{ms(bounds[0])} to {ms(bounds[1])}" if isinstance(bounds, (list, tuple)) and len(bounds) == 2 else NONE
+
+
+def settings(run: Run) -> Table:
+    """How the run was made, so that it can be made again."""
+    rows = []
+    for key, value in run.settings.items():
+        if key == "definitions":
+            continue
+        pairs = value.items() if isinstance(value, Mapping) else [("", value)]
+        rows += [[f"{key.replace('_', ' ')} {name}".strip(), _plain(part)] for name, part in pairs]
+    return Table(f"Settings of {run.title}", ["setting", "value"], rows)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(_plain, value)) or NONE
+    return NONE if value is None else str(value)

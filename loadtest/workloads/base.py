@@ -1,0 +1,57 @@
+"""What a workload is: a name, options that are described once, and a function from (options, text, seed, count) to jobs.
+
+Promises of every workload: the same options, text, seed and count give the same jobs; `count` jobs come out (fewer only where
+a trace has fewer), the first ones do not depend on how many follow, and a job's sharing figures are what `sharing` finds in
+the prompts themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from kvloom.engine.errors import ConfigError
+from kvloom.loadtest.corpus import TextSource
+from kvloom.loadtest.record import Job
+from kvloom.loadtest.workloads.sharing import with_sharing
+
+Build = Callable[[Any, TextSource, int, int], list[Job]]
+"""(options, text, seed, count) -> jobs. Raises ConfigError."""
+
+LONGEST = 1 << 20
+"""Tokens of a prompt or of an answer, beyond any model that is served today: more is a slip of the keyboard."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """One kind of load."""
+
+    name: str
+    help: str
+    """One line."""
+    options: type
+    """A frozen dataclass; the docstring of a field is its help on the command line (`engine.config.option_fields`)."""
+    make: Build
+
+    def build(self, options: Any, text: TextSource, seed: int, count: int) -> list[Job]:
+        """`count` jobs. Raises ConfigError for options that cannot work."""
+        if count < 1:
+            raise ConfigError(f"{count} requests were asked for; allowed: 1 or more")
+        if not isinstance(options, self.options):
+            raise ConfigError(f"the workload {self.name} takes {self.options.__name__}, not {type(options).__name__}")
+        return with_sharing(self.make(options, text, seed, count), text)
+
+
+def require(options: object, low: float, high: float, *names: str) -> None:
+    """Raise ConfigError unless each named option lies within [low, high]."""
+    for name in names:
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise ConfigError(f"{name} is {value:g}; allowed: {low:g} to {high:g}")
+
+
+def choose(options: object, name: str, allowed: tuple[str, ...]) -> None:
+    """Raise ConfigError unless the named option is one of `allowed`."""
+    if getattr(options, name) not in allowed:
+        raise ConfigError(f"{name} is {getattr(options, name)!r}; allowed: {', '.join(allowed)}")
