@@ -36,7 +36,8 @@ class ModelOptions:
     weights: WeightMode = "auto"
     """How linear layers are stored: bf16 (that is, dtype), int8, int4, or auto (the fastest within 1% perplexity)."""
     max_model_len: int | None = None
-    """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds."""
+    """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
+    only with a selection that goes beyond it: token_select with re-indexed positions."""
     backend: Backend = "auto"
     """Attention kernels: native (C++, built on this machine), numba, reference, or auto (the first that works)."""
     threads: int | None = None
@@ -89,7 +90,7 @@ class SelectionOptions:
     """What a decode step reads, unless a request says otherwise."""
 
     selection: str = "dense"
-    """Method: dense, sink_window."""
+    """Method: dense, sink_window, token_select, tidal_decode, recycled."""
     budget: int | None = None
     """Positions that a sparse decode row reads, sinks and recent tokens included; the default is the method's own."""
     selection_options: str | None = None

@@ -35,7 +35,7 @@ class BlockTable:
     looks_up: bool = True
     """Whether it may begin with blocks of others."""
     align: int = 1
-    """What it begins with ends at a multiple of this many tokens."""
+    """What it begins with, and what it publishes, ends at a multiple of this many tokens."""
     blocks: array[int] = field(default_factory=lambda: array("i"))
     published: int = 0
     """Blocks in front that are findable or known to be duplicates of findable ones."""
@@ -119,7 +119,7 @@ class CacheManager:
         """The KV of tokens[0:computed] is stored and final: publish the full blocks among it."""
         if not table.publishes:
             return
-        for i in range(table.published, computed // self.block_size):
+        for i in range(table.published, computed // table.align * table.align // self.block_size):
             if self.index.publish(table.chain, i, tokens, table.blocks[i]):
                 self.pool.publish(table.blocks[i])
             table.published = i + 1

@@ -7,7 +7,7 @@ In the paper's words and symbols, with N tokens known and K the budget:
     full step            dense attention; its scores give a new C_p (section 3, "refresh")
     partial step         attention over C_p and the tokens since the full step
     score of a position  attention probability, maximum over the g query heads of a KV head, then max-pooled over 7 positions
-    first C_p            from the last rows of the prompt, which is computed densely (`recycled_step.Seeding`)
+    first C_p            from the last row of the prompt, which is computed densely (`recycled_step.Seeding`)
     stride S             a full step every S steps ("fixed"), or wherever, at every QC-th step ("query comparison stride"), the
                          cosine of a layer's query and that of its last full step is at most s ("dynamic")
 
@@ -21,6 +21,8 @@ so tokens since the last refresh are always visible, on top of K. Where we depar
 - Stride and trigger work together: the stride bounds a list's age, the trigger shortens it where a query moves away.
 - Layers take turns (option `stagger`): layer l refreshes when N + phase(l) is a multiple of S, so that every step carries the
   same share of the cost. The schedule is a function of a request's own length; what else is in the batch does not matter.
+- By default the first decode row makes the first lists, which reads better than any number of the prompt's last rows, and does
+  not depend on how a prompt was cut into chunks (option `seed_rows`).
 - A refresh may read K only and take its output from the new list (option `refresh`): half the bytes. The paper's ablation
   finds the scores, not the dense output, to matter.
 - The softmax behind the scores runs over the candidates, so that a head whose mass lies in sinks and recent tokens, which are
@@ -53,7 +55,7 @@ class RecycledOptions:
 
     stride: int = 16
     """S: a list is made anew after this many tokens; 0 for never, 1 for always."""
-    similarity: float = -1.0
+    similarity: float = 0.7
     """s: a layer refreshes where its query's cosine with that of its last refresh is at most this; -1 never, above 1 always."""
     check_every: int = 5
     """QC: queries are compared once in so many tokens."""
@@ -64,11 +66,11 @@ class RecycledOptions:
     sinks: int | None = None
     """First tokens that are always read; by default 4, or an eighth of a small budget."""
     recent: int | None = None
-    """Last tokens that are always read at a refresh; by default a quarter of the budget."""
+    """Last tokens that are always read at a refresh; by default 64, or half of a small budget."""
     pool: int = 7
     """Scores are max-pooled over this many neighbours, odd; 1 for none."""
-    seed_rows: int = 1
-    """Last rows of the prompt that vote for the first lists; 1 in the paper; 0: the first decode row refreshes instead."""
+    seed_rows: int = 0
+    """Last rows of the prompt that make the first lists, 1 in the paper; 0: the first decode row refreshes instead."""
     stagger: bool = True
     """Layers take turns in refreshing, instead of all in one step."""
 
@@ -98,7 +100,7 @@ class Recycled:
     def __init__(self, options: RecycledOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
         self.options, self.budget, self.geometry = options, budget, geometry
         self.sinks = min(4, budget // 8) if options.sinks is None else options.sinks
-        self.recent = budget // 4 if options.recent is None else options.recent
+        self.recent = min(64, budget // 2) if options.recent is None else options.recent
         self.chosen = budget - self.sinks - self.recent
         """Positions of a list that its scores choose."""
         if self.chosen < 1:

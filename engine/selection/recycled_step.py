@@ -68,13 +68,19 @@ class RecycledStep:
         have: Bools = tails < batch.stops
         self._refreshes: Bools = long & (method.schedule.due(batch.stops) | ~have)
         """[layers, rows]: which rows refresh; known beforehand but for what the comparison of queries adds."""
-        self._recycles: Bools = long & ~self._refreshes
-        self._compares: Bools = self._recycles & method.schedule.checks(batch.stops)
-        self._start = np.where(self._recycles, tails, 0).astype(np.int32)
+        recycles: Bools = long & ~self._refreshes
+        self._compares: Bools = recycles & method.schedule.checks(batch.stops)
+        self._start = np.where(recycles, tails, 0).astype(np.int32)
+        self._lengths = np.where(recycles, method.width, 0).astype(np.int32)
         self._any_refreshes: Bools = np.asarray(self._refreshes.any(axis=1))
         self._any_compares: Bools = np.asarray(self._compares.any(axis=1))
+        self._shown = b""
+        """What rows see now: start and length of each, as bytes."""
+        self._kept = method.store.lists.view(-1, method.heads * method.width)
+        self._room = batch.lists.view(batch.runs, -1)
         self._first_list = torch.from_numpy(self.slots * len(tails))
         batch.stats.refreshes += int((self._refreshes & have).sum())
+        batch.stats.reused += int(recycles.sum())
 
     def before(self, layer: Layer) -> None:
         at = layer.layer
@@ -103,14 +109,13 @@ class RecycledStep:
 
     def _show(self, at: int) -> None:
         """Rows that recycle see their lists, all others everything."""
-        batch, method, recycles, start = self.batch, self.method, self._recycles[at], self._start[at]
-        lengths = np.where(recycles, np.int32(method.width), np.int32(0))
-        if not (np.array_equal(batch.start, start) and np.array_equal(batch.lengths[:, 0], lengths)):
-            batch.see(EVERY, start, lengths[:, None])
+        start, lengths = self._start[at], self._lengths[at]
+        shown = start.tobytes() + lengths.tobytes()
+        if shown != self._shown:  # neighbouring layers often agree, and a plan can stay
+            self._shown = shown
+            self.batch.see(EVERY, start, lengths[:, None])
         if lengths.any():
-            store = method.store.lists.view(-1, method.heads * method.width)
-            torch.index_select(store, 0, self._first_list + at, out=batch.lists.view(batch.runs, -1))
-            batch.stats.reused += int(np.count_nonzero(lengths))
+            torch.index_select(self._kept, 0, self._first_list + at, out=self._room)
 
     def _compare(self, layer: Layer) -> None:
         """Refresh rows whose query is no longer like that of their last refresh."""
@@ -120,10 +125,10 @@ class RecycledStep:
         moved = self._compares[at] & (cosines <= options.similarity)
         if moved.any():
             self._refreshes[at] |= moved
-            self._recycles[at] &= ~moved
-            self._start[at, moved] = 0
+            self._start[at, moved] = self._lengths[at, moved] = 0
             self._any_refreshes[at] = True
             self.batch.stats.refreshes += int(moved.sum())
+            self.batch.stats.reused -= int(moved.sum())
 
     def _remember_query(self, layer: Layer, rows: npt.NDArray[np.int64]) -> None:
         if self.method.schedule.check_every:
@@ -139,6 +144,7 @@ class RecycledStep:
         made = choose(method, batch, ranking, first, last)
         batch.lists[torch.from_numpy(rows)] = made
         batch.see(rows, last, method.width)
+        self._shown = b""
         remember(method, layer.layer, self.slots[rows], made, stops)
 
 

@@ -19,6 +19,8 @@ Where we depart from the paper or its release, and why:
 - Prompts are dense unless `prefill_budget` says otherwise: their KV is then exact, and shared with all other requests.
 - Tokens that leave the local window between two selections stay visible until the next one (the tail begins at
   N_sel - n_local). The paper drops them: they are in no set. `max_gap` bounds how many there may be.
+- The cosine compares queries turned back to position 0 (the paper does not say, its release has the cache switched off): a
+  few more tokens use a list again, at the same divergence from dense.
 - Query head i votes with KV head i // g, as in attention. The release pairs i mod Hkv, which no such model does.
 - Votes are summed in fp32, and ties go to the lower position; in the release bf16 makes ties common.
 - Cells lie on an absolute grid of c positions, so a list depends neither on the scheduler's chunks nor on a prefix hit, and
@@ -39,14 +41,18 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.selection.base import Geometry, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.store import ListStore
+from kvloom.engine.selection.token_select_positions import TurnBack
 from kvloom.engine.selection.token_select_step import DecodeStep, PromptStep
 from kvloom.kernels.interface import Kernels
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
 
-MOST_SINKS, MOST_LOCAL = 128, 512
-"""n_init and n_local of the paper: what large budgets get by default."""
+MOST_LOCAL = 512
+"""n_local of the paper: what large budgets get by default."""
+
+MOST_BLOCK = 256
+"""Tokens of the largest block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ class TokenSelectOptions:
     sinks: int | None = None
     """n_init: first tokens that are always read; by default 4, or an eighth of a small budget."""
     local: int | None = None
-    """n_local: last tokens that are always read, at least 1; by default a quarter of the budget, at most 512."""
+    """n_local: last tokens that are always read, at least 1; by default an eighth of the budget, at most 512."""
     vote: Literal["unscaled", "scaled"] = "unscaled"
     """Whether the products in the vote are divided by sqrt(head_dim), as attention's are; the paper does not."""
     pool: int = 1
@@ -113,7 +119,7 @@ class Split(NamedTuple):
     def of(cls, budget: int, options: TokenSelectOptions, name: str) -> Split:
         """Raises InvalidRequestError if sinks and local leave nothing to choose of the budget that `name` says."""
         sinks = min(4, budget // 8) if options.sinks is None else options.sinks
-        local = min(MOST_LOCAL, max(1, budget // 4)) if options.local is None else options.local
+        local = min(MOST_LOCAL, max(1, budget // 8)) if options.local is None else options.local
         if sinks + local >= budget:
             raise InvalidRequestError(
                 f"kv.token_select.sinks and local are {sinks} and {local}, which leaves nothing to select of a {name} of "
@@ -150,6 +156,7 @@ class TokenSelect:
         self.store = ListStore(geometry.layers, self.heads, self.split.width, query_size)
         self.state_bytes = self.store.bytes_per_request
         self.stats = MethodStats()
+        self._turn_back: TurnBack | None = None
 
     def open(self, request: Request) -> None:
         self.store.open(request)
@@ -162,6 +169,13 @@ class TokenSelect:
 
     def prefill(self, batch: Batch) -> PromptStep:
         return PromptStep(self, batch)
+
+    def turn_back(self) -> TurnBack:
+        """Over every position there can be, made when first wanted."""
+        if self._turn_back is None:
+            positions = np.arange(self.geometry.max_len + MOST_BLOCK, dtype=np.int32)  # the last block may reach beyond
+            self._turn_back = TurnBack(positions, self.geometry.inv_freq)
+        return self._turn_back
 
     def _domain(self) -> str:
         """Everything that the KV of a sparse prompt depends on."""

@@ -24,42 +24,47 @@ from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.kernels.interface import PagedKV, Plan, Rows
 
 Indices = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 
 class TurnBack:
-    """Queries as if at position 0, for all layers of a step: `Kernels.rotate` would compute the same angles in each of them."""
+    """Vectors as if at position 0. Its tables serve all layers, where `Kernels.rotate` would compute every angle anew."""
 
     def __init__(self, positions: Ints, inv_freq: Tensor) -> None:
-        """positions: [rows]; inv_freq: [rotary/2]"""
-        angles = positions[:, None, None].astype(np.float64) * inv_freq.numpy()
-        self._cos, self._sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        """positions: [n]; inv_freq: [rotary/2]"""
+        angles = positions[:, None, None].astype(np.float64) * inv_freq.double().numpy()
+        cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+        self._cos, self._sin = np.concatenate([cos, cos], axis=-1), np.concatenate([sin, -sin], axis=-1)
 
-    def __call__(self, q: Floats) -> Floats:
-        """[rows, heads, head_dim]"""
-        half, out = self._cos.shape[-1], q.copy()
-        a, b = q[..., :half], q[..., half : 2 * half]
-        out[..., :half] = a * self._cos + b * self._sin
-        out[..., half : 2 * half] = b * self._cos - a * self._sin
-        return out
+    def __call__(self, x: Tensor) -> Tensor:
+        """x: [..., m, heads, head_dim], m <= n, at the first m positions. Returns fp32."""
+        rows, rotary, values = x.shape[-3], self._cos.shape[-1], x.float().numpy()
+        pairs = values[..., :rotary]
+        swapped = pairs.reshape(*x.shape[:-1], 2, -1)[..., ::-1, :].reshape(pairs.shape)
+        turned = pairs * self._cos[:rows] + swapped * self._sin[:rows]
+        if rotary < x.shape[-1]:
+            turned = np.concatenate([turned, values[..., rotary:]], axis=-1)
+        return torch.from_numpy(turned)
 
 
 def neutral_query(batch: Batch, q: Tensor, positions: Ints, local: int) -> Tensor:
-    """Queries [n, q_heads, head_dim] that stand at `positions`, turned to position `local`."""
+    """Queries [n, q_heads, head_dim] that stand at `positions`, turned to position `local`: fp32."""
     delta = torch.from_numpy(np.int32(local) - positions)
-    return batch.kernels.rotate(q.contiguous(), delta, batch.geometry.inv_freq, torch.empty_like(q))
+    return batch.kernels.rotate(q.float(), delta, batch.geometry.inv_freq, torch.empty(q.shape))
 
 
-def neutral_scores(batch: Batch, q: Tensor, kv: PagedKV, table: Ints, first: Ints, last: Ints, scale: float) -> Tensor:
-    """`Batch.score` with every key turned back to position 0. Each request's keys are turned once for all its queries."""
+def neutral_scores(
+    batch: Batch, turn_back: TurnBack, q: Tensor, kv: PagedKV, table: Ints, first: Ints, last: Ints, scale: float
+) -> Tensor:
+    """`Batch.score` with every key turned back to position 0, in fp32. A request's keys are turned once for all its queries.
+
+    turn_back: over the positions 0, 1, 2 ... up to the end of the last block.
+    """
     size = kv.k.shape[2]
     blocks = -(-int(last.max()) // size)
     tables, which = np.unique(table, return_inverse=True)
     ids = batch.tables[torch.from_numpy(tables)][:, :blocks].flatten()
-    keys = torch.index_select(kv.k.transpose(1, 2), 0, ids).flatten(0, 1)
-    delta = torch.arange(0, -blocks * size, -1, dtype=torch.int32).repeat(len(tables))
-    batch.kernels.rotate(keys, delta, batch.geometry.inv_freq, keys)
-    turned = _paged(keys, size)
+    keys = torch.index_select(kv.k.transpose(1, 2), 0, ids)
+    turned = _paged(turn_back(keys.view(len(tables), blocks * size, *keys.shape[2:])).flatten(0, 1), size)
     pages = torch.arange(len(ids), dtype=torch.int32).view(len(tables), blocks)
     rows = Rows(pages, torch.from_numpy(which.astype(np.int32)), torch.from_numpy(first), torch.from_numpy(last))
     geometry = batch.geometry

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from kvloom.engine.selection.base import Layer
 from kvloom.engine.selection.batch import EVERY, Batch, Ints
-from kvloom.engine.selection.token_select_positions import Floats, Indices, Reindexed, TurnBack, neutral_query, neutral_scores
+from kvloom.engine.selection.token_select_positions import Indices, Reindexed, TurnBack, neutral_query, neutral_scores
 from kvloom.kernels.interface import PagedKV
 
 if TYPE_CHECKING:
     from kvloom.engine.selection.token_select import Split, TokenSelect
 
 Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float32]
 
 
 class DecodeStep:
@@ -85,7 +86,7 @@ class DecodeStep:
 
         Where a query stands does not count: what it asks of far tokens hardly depends on it, and lists are used longer.
         """
-        flat = self._turn_back(layer.q.float().numpy()).reshape(len(self.slots), -1)
+        flat: Floats = self._turn_back(layer.q).flatten(1).numpy()
         lengths = np.sqrt(np.vecdot(flat, flat))
         unit: Floats = np.divide(flat, np.maximum(lengths, 1e-30)[:, None], dtype=np.float32)
         return unit
@@ -163,7 +164,7 @@ def vote(method: TokenSelect, batch: Batch, split: Split, q: Tensor, kv: PagedKV
     first, last = np.full(len(table), split.sinks, np.int32), positions + np.int32(1 - split.local)
     if method.reindexed:
         q = neutral_query(batch, q, positions, split.local)
-        logits = neutral_scores(batch, q, kv, table, first, last, method.scale)
+        logits = neutral_scores(batch, method.turn_back(), q, kv, table, first, last, method.scale)
     else:
         logits = batch.score(q, kv, table, first, last, method.scale)
     columns = last - first

@@ -25,7 +25,8 @@ LAYERS = 3
 
 
 def recycled(budget: int, **options: Any) -> KVOptions:
-    return KVOptions(selection="recycled", budget=budget, options=options)
+    """Without the trigger, unless a test asks for it."""
+    return KVOptions(selection="recycled", budget=budget, options={"similarity": -1.0, **options})
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -86,7 +87,7 @@ def test_stride_one_is_dense(make_llm: Make, backend: str) -> None:
     llm = make_llm(backend=backend)
     dense = logprobs_of(llm, [prompt(60), prompt(41)], 8)
     assert logprobs_of(llm, [prompt(60), prompt(41)], 8, kv=recycled(24, stride=1, refresh="dense")) == dense
-    assert llm.stats().selection["recycled"].refreshes == 2 * 7 * LAYERS
+    assert llm.stats().selection["recycled"].selections == 2 * 7 * LAYERS
     assert logprobs_of(llm, [prompt(60), prompt(41)], 8, kv=recycled(24, stride=4, refresh="dense")) != dense
 
 
@@ -108,7 +109,7 @@ def test_lists_change_at_refreshes_only(make_llm: Make, trace: Trace, stagger: b
     """R3, R4: full steps by the stride; between them the list stands still, and all tokens since then are seen."""
     llm = make_llm()
     traced = trace(llm)
-    kv = recycled(24, stride=6, stagger=stagger, sinks=sinks, recent=recent, refresh="dense")
+    kv = recycled(24, stride=6, stagger=stagger, sinks=sinks, recent=recent, refresh="dense", seed_rows=2)
     llm.generate([prompt(60)], greedy(30), kv=kv)
     steps = decode_steps(traced)
     assert len(steps) == 29 * LAYERS
@@ -135,7 +136,7 @@ def test_layers_take_turns(make_llm: Make, trace: Trace) -> None:
     for stagger, most in ((True, 1), (False, LAYERS)):
         llm = make_llm(reuse="off")
         traced = trace(llm)
-        llm.generate([prompt(60)], greedy(13), kv=recycled(24, stride=6, stagger=stagger, refresh="dense"))
+        llm.generate([prompt(60)], greedy(13), kv=recycled(24, stride=6, stagger=stagger, refresh="dense", seed_rows=1))
         full: dict[int, int] = {}
         for step in decode_steps(traced):
             full[step.stop] = full.get(step.stop, 0) + step.full
@@ -164,7 +165,8 @@ def test_trigger_always_refreshes_at_every_check(make_llm: Make, trace: Trace, c
     """R5."""
     llm = make_llm()
     traced = trace(llm)
-    kv = recycled(24, stride=0, similarity=2.0, check_every=4, compare=compare, stagger=False, refresh="dense")
+    kv = recycled(24, stride=0, similarity=2.0, check_every=4, compare=compare, stagger=False, refresh="dense",
+                  seed_rows=1)  # fmt: skip
     llm.generate([prompt(60)], greedy(20), kv=kv)
     for step in decode_steps(traced):
         assert step.full == (step.stop % 4 == 0)
@@ -178,7 +180,8 @@ def test_trigger_compares_with_the_last_refresh(make_llm: Make, trace: Trace, co
     llm = make_llm()
     traced = trace(llm)
     level = {"mean": 0.3, "min": -0.4, "flat": 0.2}[compare]
-    kv = recycled(24, stride=0, similarity=level, check_every=2, compare=compare, stagger=False, refresh=refresh)
+    kv = recycled(24, stride=0, similarity=level, check_every=2, compare=compare, stagger=False, refresh=refresh,
+                  seed_rows=1, recent=6)  # fmt: skip
     llm.generate([prompt(60)], greedy(40), kv=kv)
     prefill = traced.calls[:LAYERS]
     kept = {layer: (prefill[layer].q[-1], 60) for layer in range(LAYERS)}
@@ -283,7 +286,7 @@ def test_preempted_requests_seed_again(make_llm: Make) -> None:
     block_bytes = 16 * 2 * 2 * 16 * 4 * LAYERS
     texts = [prompt(n, n) for n in (60, 50, 41, 70)]
     tight = make_llm(kv_memory=18 * block_bytes, max_model_len=200)
-    results = tight.generate(texts, greedy(60), kv=recycled(24, stride=0, similarity=-1.0))
+    results = tight.generate(texts, greedy(60), kv=recycled(24, stride=0, similarity=-1.0, seed_rows=4))
     assert tight.stats().preemptions > 0
     assert all(len(result.tokens) == 60 for result in results)
     assert tight.stats().selection["recycled"].selections > 4 * LAYERS
@@ -337,5 +340,5 @@ def test_bad_options_are_refused_by_name(make_llm: Make, budget: int, options: d
 
 @pytest.mark.parametrize("budget", [1, 2, 16, 100, 512])
 def test_defaults_fit_every_budget(make_llm: Make, budget: int) -> None:
-    results = make_llm().generate([prompt(120)], greedy(20), kv=recycled(budget))
+    results = make_llm().generate([prompt(120)], greedy(20), kv=KVOptions(selection="recycled", budget=budget))
     assert len(results[0].tokens) == 20

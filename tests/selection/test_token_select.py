@@ -1,4 +1,4 @@
-"""TokenSelect's decode rows: what they see, the vote, the Selection Cache, what they cost (T1 to T6, T9 of the specification)."""
+"""TokenSelect: what decode rows see, the vote, the Selection Cache, what they cost (T1 to T6, T9 of the specification)."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_lists_are_the_votes_of_all_heads(
 ) -> None:
     """T3, T9: sinks, the k candidates with most votes, and the local window; attention over exactly these."""
     llm = make_llm(backend=backend, block_size=8)
-    sinks, local = options.get("sinks", 4), options.get("local", 8)
+    sinks, local = options.get("sinks", 4), options.get("local", 4)
     traced = trace(llm)
     llm.generate([prompt(70)], greedy(6), kv=using(32, theta=NEVER, **options))
     calls = decode_calls(traced)
@@ -144,8 +144,8 @@ def test_selection_cache(make_llm: Make, trace: Trace, theta: float, max_gap: in
         kept: dict[int, list[int]] = {}
         for call, at in zip(own, made):
             stop, seen = int(call.rows.stop[0]), call.seen[0][0].tolist()
-            assert seen[24:] == list(range(at - 8, stop))  # tokens since the selection are never invisible
-            assert kept.setdefault(at, seen[:24]) == seen[:24]
+            assert seen[28:] == list(range(at - 4, stop))  # tokens since the selection are never invisible
+            assert kept.setdefault(at, seen[:28]) == seen[:28]
     stats = llm.stats().selection["token_select"]
     assert stats.selections == selections
     assert stats.selections + stats.reused == LAYERS * (tokens - 1)
@@ -160,7 +160,7 @@ def test_selection_cache(make_llm: Make, trace: Trace, theta: float, max_gap: in
 def test_hits_read_lists_only(make_llm: Make) -> None:
     """Bytes follow the formula: a selection reads the candidates' keys, every row its list and tail, and nothing else."""
     llm = make_llm()
-    start, tokens, budget, local = 70, 12, 32, 8
+    start, tokens, budget, local = 70, 12, 32, 4
     llm.generate([prompt(start)], greedy(1))
     before = llm.stats().kv_bytes
     llm.generate([prompt(start)], greedy(tokens), kv=using(budget, theta=-1.0, max_gap=None))

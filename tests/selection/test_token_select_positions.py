@@ -20,7 +20,7 @@ from kvloom.engine.model.rope import RopeConfig, rotary_table
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import Batch, Geometry, Scratch
 from kvloom.engine.selection.base import Layer
-from kvloom.engine.selection.token_select_positions import Reindexed, neutral_query, neutral_scores
+from kvloom.engine.selection.token_select_positions import Reindexed, TurnBack, neutral_query, neutral_scores
 from kvloom.kernels.interface import PagedKV, Rows
 from kvloom.kernels.reference import ReferenceKernels
 from tests.selection.conftest import greedy
@@ -126,7 +126,8 @@ def test_votes_do_not_look_at_positions(backend: str) -> None:
     batch, first, last = here.batch, np.array([4, 7], np.int32), np.array([188, 80], np.int32)
     table = np.array([0, 1], np.int32)
     q = neutral_query(batch, here.layer.q, batch.begins, local)
-    found = neutral_scores(batch, q, here.layer.kv, table, first, last, 1.0)
+    turn_back = TurnBack(np.arange(LONGEST, dtype=np.int32), batch.geometry.inv_freq)
+    found = neutral_scores(batch, turn_back, q, here.layer.kv, table, first, last, 1.0)
     at = torch.tensor([local, local])
     queries = turned(here.queries, at, batch.geometry.inv_freq)
     for run in range(2):

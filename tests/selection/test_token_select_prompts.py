@@ -56,7 +56,7 @@ def test_cells_share_the_list_of_their_mean_query(make_llm: Make, trace: Trace) 
 
 def cell_sees(call: Call, begin: int, length: int) -> list[int]:
     """What rows of the cell [begin, begin + 16) see before it: Eq. 7 with their mean query, in fp64."""
-    sinks, local, chosen = 4, 12, 32
+    sinks, local, chosen = 4, 6, 38
     if begin < 48:  # such a cell's first row has nothing to leave out
         return list(range(begin))
     cell = call.q[begin : min(begin + 16, length)].double().mean(0)
@@ -135,3 +135,15 @@ def test_drafting_needs_dense_prompts(make_llm: Make) -> None:
     kv = KVOptions(selection="token_select", budget=48, draft=True, options={"prefill_budget": 48})
     with pytest.raises(InvalidRequestError, match=r"kv\.draft verifies against dense KV"):
         make_llm().generate([prompt(20)], greedy(2), kv=kv)
+
+
+def test_partial_cells_are_not_shared(make_llm: Make) -> None:
+    """A prompt that ends inside a cell chooses with the mean of what it has: nobody else may build on that."""
+    text = prompt(160)
+    expected = make_llm(reuse="off").generate([[*text, 7]], greedy(4, logprobs=0), kv=using(chunk=32))[0]
+    llm = make_llm(block_size=8)
+    llm.generate([text[:120]], greedy(1), kv=using(chunk=32))  # [96, 120) is part of the cell [96, 128)
+    llm.generate([text[:160]], greedy(1), kv=using(chunk=32))
+    found = llm.generate([[*text, 7]], greedy(4, logprobs=0), kv=using(chunk=32))[0]
+    assert found.usage is not None and found.usage.cached_tokens == 160
+    assert [e.logprob for e in found.logprobs] == pytest.approx([e.logprob for e in expected.logprobs], abs=1e-4)
