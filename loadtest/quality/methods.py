@@ -4,7 +4,8 @@
         --json results/methods.json --markdown docs/methods.md
 
     KL, top-1, ppl   real text, teacher-forced: every scored token is a decode row; against this engine's own dense rows
-    needle           planted facts at evenly spread depths, asked through the decode path
+    needle           planted facts at evenly spread depths; the question is fed through the decode path, token by token
+    asked            planted five-digit numbers; the question ends the prompt, as users ask it, and the answer is decoded
     step, attention  medians over decode steps of batch x context of the same texts, dense and method in turns
     bytes read       per step, by the kernels' counters; KV held: blocks in use, plus the method's own state
 
@@ -28,7 +29,7 @@ from kvloom.loadtest.quality.divergence import BLOCK, Agreement, Scores
 from kvloom.loadtest.quality.intervals import bootstrap, ratio
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import BASELINE, DENSE, MethodSpec, plan
-from kvloom.loadtest.quality.tasks import NEEDLES, haystacks, trials
+from kvloom.loadtest.quality.tasks import NEEDLES, haystacks, in_prompt, trials
 
 COLUMNS = (
     Column("method", "method"),
@@ -40,6 +41,7 @@ COLUMNS = (
     Column("top-1", "top1", ".1%"),
     Column("ppl", "ppl", ".3f"),
     Column("needle", "needle", ".1%"),
+    Column("asked", "asked", ".1%"),
     Column("step ms", "step_ms", ".1f"),
     Column("speed-up", "speed_up", ".2f"),
     Column("attention ms", "attention_ms", ".1f"),
@@ -102,8 +104,10 @@ class Study:
         texts = [Passage(passage.prompt, passage.forced[: args.scored + 1]) for passage in self.passages]
         self.agreement = Agreement(llm, texts, args.batch)
         self.trials = trials("needle", llm.tokenizer, text, args.context, args.haystacks, args.seed) if args.haystacks else []
-        self.prompts = [*(passage.prompt for passage in self.passages), *haystacks(self.trials)]
-        self._dense: Answers | None = None
+        numbers = trials("number", llm.tokenizer, text, args.context, args.haystacks, args.seed) if args.haystacks else []
+        self.questions = {"needle": self.trials, "asked": in_prompt(numbers)}
+        self.prompts = [*(passage.prompt for passage in self.passages), *haystacks(self.trials), *haystacks(numbers)]
+        self._dense: dict[str, Answers] = {}
         self._baselines: dict[int | None, Scores] = {}
 
     @property
@@ -113,7 +117,7 @@ class Study:
     @property
     def measurements(self) -> int:
         """Steps of the progress bar per spec."""
-        return self.agreement.batches + -(-len(self.trials) // self.args.batch) + 1
+        return self.agreement.batches + sum(-(-len(asked) // self.args.batch) for asked in self.questions.values()) + 1
 
     def prepare(self, steps: setup.Steps) -> None:
         """Compute what every spec needs: prompts, and dense distributions."""
@@ -141,29 +145,32 @@ class Study:
         elif spec.budget in self._baselines:
             row |= over(scores, self._baselines[spec.budget])
         if self.trials:
-            row |= self._needle(spec, steps)
+            for name in self.questions:
+                row |= self._questions(name, spec, steps)
         steps.name(f"{spec.label}: step time")
         row |= speed(*timed(self.llm, self.passages[: args.batch], spec, args.rounds, args.steps))
         steps.done()
         return row
 
-    def _needle(self, spec: MethodSpec, steps: setup.Steps) -> Row:
-        if self._dense is None:  # a resumed run need not have measured dense
-            steps.name("dense: needle")
-            self._dense = ask(self.llm, self.trials, MethodSpec(DENSE).kv, self.args.batch)
-        steps.name(f"{spec.label}: needle")
-        dense, found = self._dense, self._dense
+    def _questions(self, name: str, spec: MethodSpec, steps: setup.Steps) -> Row:
+        """Accuracy of one kind of question, beside dense's."""
+        asked, batch = self.questions[name], self.args.batch
+        if name not in self._dense:  # a resumed run need not have measured dense
+            steps.name(f"dense: {name}")
+            self._dense[name] = ask(self.llm, asked, MethodSpec(DENSE).kv, batch)
+        steps.name(f"{spec.label}: {name}")
+        dense = found = self._dense[name]
         if spec.method != DENSE:
-            found = ask(self.llm, self.trials, spec.kv, self.args.batch, steps.done)
+            found = ask(self.llm, asked, spec.kv, batch, steps.done)
         figures = found.figures()
         changed = [a.score - b.score for a, b in zip(found.answers, dense.answers)]
         return {
-            "needle": figures["accuracy"],
-            "needle_ci": figures["accuracy_ci"],
-            "needle_trials": figures["trials"],
-            "needle_dense": dense.accuracy,
-            "needle_over_dense": float(np.mean(changed)),
-            "needle_over_dense_ci": list(bootstrap(changed, [answer.trial.haystack for answer in found.answers])),
+            name: figures["accuracy"],
+            f"{name}_ci": figures["accuracy_ci"],
+            f"{name}_trials": figures["trials"],
+            f"{name}_dense": dense.accuracy,
+            f"{name}_over_dense": float(np.mean(changed)),
+            f"{name}_over_dense_ci": list(bootstrap(changed, [answer.trial.haystack for answer in found.answers])),
         }
 
 
@@ -196,9 +203,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def note(llm: LLM, args: argparse.Namespace) -> str:
     return (
-        f"Context {args.context}, batch {args.batch}; {args.windows} windows of text, {args.scored} tokens scored in each, "
-        f"{args.haystacks} haystacks with {NEEDLES} questions each. In brackets: 95% intervals, by bootstrap over blocks of "
-        f"{BLOCK} tokens, Wilson's for needles. Speed-up over dense steps of the same rounds. {setup.described(llm)}"
+        f"Context {args.context}, batch {args.batch}; {args.windows} windows of text, {args.scored} tokens scored in each; "
+        f"{args.haystacks} haystacks with {NEEDLES} questions of either kind. In brackets: 95% intervals, by bootstrap over "
+        f"blocks of {BLOCK} tokens, Wilson's for needles. Speed-up over dense steps of the same rounds. {setup.described(llm)}"
     )
 
 

@@ -15,7 +15,7 @@ changes only decode rows reads the question with sparse rows, and so the first t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import NamedTuple
 
@@ -176,6 +176,11 @@ def trials(task: str, tokenizer: Tokenizer, text: Sequence[int], length: int, ha
         )
         found += TASKS[task](number, filler, length, Random(f"{task} {length} {number} {seed}"))
     return found
+
+
+def in_prompt(found: Iterable[Trial]) -> list[Trial]:
+    """The same questions as users ask them: at the end of the prompt, so that only the answer is decoded."""
+    return [replace(trial, prompt=trial.prompt + trial.question, question=()) for trial in found]
 
 
 def haystacks(found: Iterable[Trial]) -> list[tuple[int, ...]]:
