@@ -274,7 +274,9 @@ def show(title: str, rows: Sequence[Any]) -> None:
 
 
 def cell(value: object) -> str:
-    """Three significant digits, or a whole number."""
+    """Three significant digits, a whole number, or text as it is."""
+    if isinstance(value, str):
+        return value
     if not isinstance(value, float):
         return f"{value:,}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
