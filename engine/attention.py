@@ -30,6 +30,9 @@ class StepAttention:
         self._scale = config.head_dim**-0.5
         self._scratch = Scratch()
         self._view: SparseView | None = None
+        self._plan: Plan | None = None
+        self._plans: dict[bytes, Plan] = {}
+        """This step's, by what rows see: layers that see alike share one."""
 
     def plan(
         self, rows: Rows | SparseView, positions: Tensor, slots: Tensor, q: Tensor, out: Tensor, *, shadow: bool = False
@@ -38,10 +41,14 @@ class StepAttention:
 
         shadow: measure, beside what selection methods read, how much attention mass a dense step would have found there.
         """
-        self._view = rows if isinstance(rows, SparseView) else None
-        self._plan: Plan | None = None if isinstance(rows, SparseView) else self._planned(rows)
         self._positions, self._slots = positions, slots
         self._q, self._out = q, out
+        if isinstance(rows, SparseView):
+            self._view, self._plans = rows, {}
+            parts = [slice(batch.first_row, batch.first_row + batch.rows) for batch in rows.batches]
+            self._parts = [(part, q[part], out[part]) for part in parts]
+        else:
+            self._view, self._plan = None, self._planned(rows)
         self._flat = out.view(out.shape[0], -1)
         self._shadow = shadow
 
@@ -60,19 +67,22 @@ class StepAttention:
 
     def _select(self, layer: int, kv: PagedKV, view: SparseView) -> None:
         """One layer with selection methods among the rows."""
-        layers = [Layer(layer, self._q[batch.first_row : batch.first_row + batch.rows], kv) for batch in view.batches]
+        layers = [Layer(layer, q, kv) for _, q, _ in self._parts]
         for batch, hook, of in zip(view.batches, view.hooks, layers):
             batch.emits = False
             hook.before(of)
             batch.count_layer()
-        if self._plan is None or view.changed:
-            self._plan = self._planned(view.rows())
+        if view.changed or not self._plans:
+            seen = view.seen()
+            self._plan = self._plans.get(seen)
+            if self._plan is None:
+                self._plan = self._plans[seen] = self._planned(view.rows())
+        assert self._plan is not None
         logits = self._room_for_logits(view)
         lse = self._scratch.take("lse", self._q.shape[0], self._config.q_heads) if self._shadow else None
         self._kernels.attend(self._q, kv, self._plan, scale=self._scale, out=self._out, lse=lse, logits=logits)
-        for batch, hook, of in zip(view.batches, view.hooks, layers):
-            rows = slice(batch.first_row, batch.first_row + batch.rows)
-            hook.after(of, logits[rows] if logits is not None and batch.emits else None, self._out[rows])
+        for batch, hook, of, (rows, _, out) in zip(view.batches, view.hooks, layers, self._parts):
+            hook.after(of, logits[rows] if logits is not None and batch.emits else None, out)
         if lse is not None:
             self._cover(kv, view, lse)
 
@@ -87,16 +97,12 @@ class StepAttention:
 
     def _cover(self, kv: PagedKV, view: SparseView, lse: Tensor) -> None:
         """Covered mass of sparse decode rows: exp(lse of what was read - lse of everything), mean over heads."""
-        for batch in view.batches:
+        for batch, (rows, q, read) in zip(view.batches, self._parts):
             sparse = batch.sees_less()
             if not batch.decodes or not sparse.any():
                 continue
-            rows = slice(batch.first_row, batch.first_row + batch.rows)
-            everything = torch.empty(batch.rows, self._config.q_heads)
-            out = torch.empty_like(self._out[rows])
-            self._kernels.attend(
-                self._q[rows], kv, self._planned(batch.everything()), scale=self._scale, out=out, lse=everything
-            )
+            everything, plan = torch.empty(batch.rows, self._config.q_heads), self._planned(batch.everything())
+            self._kernels.attend(q, kv, plan, scale=self._scale, out=torch.empty_like(read), lse=everything)
             mass = (lse[rows] - everything).exp().mean(dim=1)[torch.from_numpy(sparse)]
             batch.stats.mass += float(mass.sum())
             batch.stats.mass_samples += len(mass)

@@ -126,13 +126,17 @@ class SparseView:
 
     @property
     def changed(self) -> bool:
-        """Whether what is seen has changed since `rows` was last called."""
+        """Whether what is seen may have changed since `seen` was last called."""
         return any(batch.changed for batch in self.batches)
+
+    def seen(self) -> bytes:
+        """What every row sees now, as a key: equal keys, equal rows. Nothing has `changed` then."""
+        for batch in self.batches:
+            batch.changed = False
+        return b"".join((self._start.tobytes(), self._offsets.tobytes(), self._lengths.tobytes()))
 
     def rows(self) -> Rows:
         """What every row sees now."""
-        for batch in self.batches:
-            batch.changed = False
         lists = Lists(self._positions, self._by_row(self._offsets), self._by_row(self._lengths))
         return Rows(self._tables, self._request, self._by_row(self._start), self._stop, lists)
 

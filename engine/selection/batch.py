@@ -86,6 +86,8 @@ class Batch:
     """Whether what is seen has changed since the last layer (contents of lists alone do not count)."""
     emits: bool = False
     """Whether this layer's logits are wanted; reset before every layer."""
+    rows: int = field(init=False)
+    """All rows of the batch."""
     attended: npt.NDArray[np.float64] = field(init=False)
     """[runs]: positions read by a run's last row so far, mean over KV heads, summed over layers."""
     seen: npt.NDArray[np.float64] = field(init=False)
@@ -94,6 +96,7 @@ class Batch:
     """[runs]: whether a run saw less than everything in some layer."""
 
     def __post_init__(self) -> None:
+        self.rows = int(self.counts.sum())
         self.attended, self.seen = np.zeros(len(self.counts)), np.zeros(len(self.counts))
         self.partial = np.zeros(len(self.counts), np.bool_)
         self.see_all()
@@ -102,10 +105,6 @@ class Batch:
     @property
     def runs(self) -> int:
         return len(self.counts)
-
-    @property
-    def rows(self) -> int:
-        return int(self.counts.sum())
 
     def own_lists(self) -> None:
         """Every run reads its own lists, each KV head the list of its own head."""
@@ -153,9 +152,10 @@ class Batch:
 
     def count_layer(self) -> None:
         """Called once per layer, after `before`: what the last row of every run reads."""
-        self.seen = self.stops - self.start + self.lengths.mean(axis=1)
+        if self.changed:
+            self.seen = self.stops - self.start + self.lengths.sum(axis=1) / self.geometry.kv_heads
+            self.partial |= self.seen < self.stops
         self.attended += self.seen
-        self.partial |= self.seen < self.stops
 
     def sees_less(self) -> npt.NDArray[np.bool_]:
         """[runs]: whether a run sees something, but not everything, in the layer that was counted last."""

@@ -27,7 +27,7 @@ def summary(q: Tensor, compare: Compare) -> Floats:
     return heads.reshape(len(heads), 1, -1) if compare == "flat" else heads
 
 
-def similarity(queries: Floats, kept: Floats, compare: Compare) -> Floats:
+def similarity(queries: Floats, kept: Floats) -> Floats:
     """[rows]: cosines of `summary`'s queries and kept ones, [rows, vectors * size]; the least of a row's vectors."""
     old = kept.reshape(queries.shape)
     products = (queries * old).sum(axis=-1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvloom.engine.selection.base import Layer
 from kvloom.engine.selection.batch import EVERY, Batch, Ints
-from kvloom.engine.selection.recycled_query import similarity, summary
+from kvloom.engine.selection.recycled_query import Floats, similarity, summary
 
 if TYPE_CHECKING:
     from kvloom.engine.selection.recycled import Recycled
@@ -76,22 +76,26 @@ class RecycledStep:
         self._any_compares: Bools = np.asarray(self._compares.any(axis=1))
         self._shown = b""
         """What rows see now: start and length of each, as bytes."""
-        self._kept = method.store.lists.view(-1, method.heads * method.width)
-        self._room = batch.lists.view(batch.runs, -1)
-        self._first_list = torch.from_numpy(self.slots * len(tails))
+        self._kept = method.store.lists.view(-1, method.heads * method.width).numpy()
+        self._room = batch.lists.view(batch.runs, -1).numpy()
+        self._first_list = self.slots * len(tails)
         batch.stats.refreshes += int((self._refreshes & have).sum())
         batch.stats.reused += int(recycles.sum())
 
     def before(self, layer: Layer) -> None:
-        at = layer.layer
-        if self._any_compares[at]:
-            self._compare(layer)
+        at, method = layer.layer, self.method
+        queries = None
+        if self._any_compares[at] or (self._any_refreshes[at] and method.schedule.check_every):
+            queries = summary(layer.q, method.options.compare)
+        if self._any_compares[at] and queries is not None:
+            self._compare(at, queries)
         self._show(at)
         if self._any_refreshes[at]:
             (rows,) = self._refreshes[at].nonzero()
             self.batch.stats.selections += len(rows)
-            self._remember_query(layer, rows)
-            if self.method.options.refresh == "score":
+            if queries is not None:
+                method.store.query[self.slots[rows], at] = queries[rows].reshape(len(rows), -1)
+            if method.options.refresh == "score":
                 self._refresh_by_score(layer, rows)
             else:
                 self.batch.emits = True
@@ -115,13 +119,12 @@ class RecycledStep:
             self._shown = shown
             self.batch.see(EVERY, start, lengths[:, None])
         if lengths.any():
-            torch.index_select(self._kept, 0, self._first_list + at, out=self._room)
+            np.take(self._kept, self._first_list + at, axis=0, out=self._room, mode="clip")  # "raise" copies twice
 
-    def _compare(self, layer: Layer) -> None:
+    def _compare(self, at: int, queries: Floats) -> None:
         """Refresh rows whose query is no longer like that of their last refresh."""
-        at, options = layer.layer, self.method.options
-        kept = self.method.store.query[self.slots, at]
-        cosines = similarity(summary(layer.q, options.compare), kept, options.compare)
+        options = self.method.options
+        cosines = similarity(queries, self.method.store.query[self.slots, at])
         moved = self._compares[at] & (cosines <= options.similarity)
         if moved.any():
             self._refreshes[at] |= moved
@@ -129,11 +132,6 @@ class RecycledStep:
             self._any_refreshes[at] = True
             self.batch.stats.refreshes += int(moved.sum())
             self.batch.stats.reused -= int(moved.sum())
-
-    def _remember_query(self, layer: Layer, rows: npt.NDArray[np.int64]) -> None:
-        if self.method.schedule.check_every:
-            query = summary(layer.q, self.method.options.compare)[rows]
-            self.method.store.query[self.slots[rows], layer.layer] = query.reshape(len(rows), -1)
 
     def _refresh_by_score(self, layer: Layer, rows: npt.NDArray[np.int64]) -> None:
         """Read the keys alone, and see the new lists at once."""
