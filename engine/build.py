@@ -18,11 +18,14 @@ from kvloom.engine.config import EngineConfig, ModelOptions
 from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
+from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.gguf_file import read_metadata
+from kvloom.engine.model.heads import Heads
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.rope import rotary_table
 from kvloom.engine.request import KVOptions
 from kvloom.engine.retention import RETENTION
+from kvloom.engine.retention.razor import Razor, RazorOptions
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.runner import Runner
@@ -54,15 +57,18 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     files = resolve(config.model.model, progress)
     backend = kernels.load(config.model.backend, threads=torch.get_num_threads())
     kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
+    retention = _Retention(config)
     loaded = load_model(
         files.path,
         config.model.dtype,
         backend,
         config.model.weights,
         progress=lambda done, total: progress("loading layers", done, total),
+        head_groups=retention.head_groups,
     )
     tokenizer = Tokenizer.from_folder(files.path) if files.path.is_dir() else Tokenizer.from_gguf(read_metadata(files.path))
-    cache = _cache(config, loaded)
+    razor = retention.razor
+    cache = _cache(config, loaded, razor)
     length = _max_model_len(config, loaded, cache)
     trained = loaded.config.max_position
     if length > trained:  # keys are stored at true positions
@@ -76,6 +82,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         max_rows=config.scheduler.max_batched_tokens,
         max_seqs=config.scheduler.max_num_seqs,
         shadow_interval=config.selection.shadow_interval,
+        retention=razor,
     )
     selection = config.selection
     defaults = Defaults(selection.selection, selection.budget, selection.options(), selection.draft, selection.draft_tokens)
@@ -89,8 +96,33 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     limits = Limits(length, trained, loaded.config.vocab_size)
-    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos)
+    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
+
+
+class _Retention:
+    """What --retention asks for, decided while the model is loaded: heads are moved about by then."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.razor: Razor | None = None
+        self._config = config
+        asks = config.scheduler.retention == "razor"
+        self._options = RazorOptions.read(config.scheduler.retention_options) if asks else None
+        if asks and config.selection.selection != "dense":
+            raise ConfigError(
+                f"selection is {config.selection.selection}, but retention razor drops KV that methods choose from; leave one "
+                "of them out (selection razor_view reads what razor keeps, and keeps everything)"
+            )
+        if not asks and config.scheduler.retention_options is not None:
+            raise ConfigError("retention_options is given, but retention everything has none; add --retention razor")
+
+    def head_groups(self, model: ModelConfig, fingerprint: str) -> list[Heads] | None:
+        """The KV heads of every group in every layer, None for one group."""
+        if self._options is None:
+            return None
+        classes = self._options.classes(model, fingerprint)
+        self.razor = Razor(self._options, classes, model, TORCH_DTYPES[self._config.model.dtype])
+        return list(zip(*(spec.heads for spec in self.razor.specs)))
 
 
 def _slow_only(progress: Progress) -> Callable[[str, float], None]:
@@ -123,11 +155,13 @@ def _geometry(loaded: LoadedModel, length: int) -> Geometry:
     )
 
 
-def _cache(config: EngineConfig, loaded: LoadedModel) -> CacheManager:
+def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> CacheManager:
     model, dtype = loaded.config, loaded.decoder.dtype
     spec = GroupSpec.everything(model.layers, model.kv_heads)
     block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
     memory = default_kv_memory() if config.cache.kv_memory is None else config.cache.kv_memory
+    if razor is not None:
+        return razor.make_cache(memory, config.model.max_model_len or model.max_position, config.cache.block_size)
     if memory < 2 * block:
         raise ConfigError(
             f"kv_memory is {memory} bytes, but one block of {config.cache.block_size} tokens takes {block}; "
@@ -149,7 +183,7 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
 
     Whether a default selection other than dense can serve more than that is checked once it is made.
     """
-    trained, capacity, asked = loaded.config.max_position, cache.capacity_tokens, config.model.max_model_len
+    trained, capacity, asked = loaded.config.max_position, cache.longest, config.model.max_model_len
     if asked is None:
         if trained > capacity:
             log.warning(

@@ -75,7 +75,9 @@ class SchedulerOptions:
     max_queued_tokens: int | None = None
     """Refuse new requests (429) while this many prompt tokens wait; the default is no bound."""
     retention: str = "everything"
-    """What stays in memory: everything."""
+    """What stays in memory: everything, razor (local heads keep sinks and a window alone)."""
+    retention_options: str | None = None
+    """The retention's own options as a JSON object, such as {"induction_share": 0.3}."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_batched_tokens"):
@@ -165,7 +167,7 @@ class Option(NamedTuple):
 
 
 @functools.cache
-def option_fields(cls: type) -> tuple[Option, ...]:
+def option_fields(cls: Any) -> tuple[Option, ...]:
     """The settings of a dataclass with the docstrings that follow its fields."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)

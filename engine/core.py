@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +21,7 @@ from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.engine.logprobs import logprobs
 from kvloom.engine.output import OutputState
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
+from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
@@ -117,10 +119,12 @@ class EngineCore:
         domains: DomainFactory,
         limits: Limits,
         eos: frozenset[int],
+        retention: Razor | None = None,
     ) -> None:
         self.limits = limits
         self.cache = cache
         self._reuse = config.cache.reuse
+        self.retention = retention
         self.runner = runner
         self.observer: Callable[[Request, Tensor], None] | None = None
         """Called with (request, logits [1, vocab] fp32, valid only during the call) for every row a token is taken from."""
@@ -170,6 +174,13 @@ class EngineCore:
             )
         prompt = request.prompt
         selector, request.draft_tokens = self._selectors.policy(request.kv)
+        if selector is not None and self.retention is not None:
+            raise InvalidRequestError(
+                f"kv.selection asks for a method, but this server runs with --retention {self.retention.name}, which drops KV "
+                "that methods choose from; leave it out, or use a server with --retention everything (razor_view reads there "
+                "what razor keeps)",
+                param="kv.selection",
+            )
         request.token_limit = self.limits.check(
             len(prompt),
             max(prompt, default=0),
@@ -194,6 +205,8 @@ class EngineCore:
             if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
                 request.correct_every = selector.correct_every
             self._selectors.open(selector, request)
+        if self.retention is not None:
+            self.retention.open(request)
         self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
         self._scheduler.add(request, table)
 
@@ -216,22 +229,36 @@ class EngineCore:
                     self._states[chunk.request.id].attended(attended, chunk.stop)
             self._score_prompts(plan, result)
             outputs = list(self._sample(plan, result))
+            self._retain(plan)
         self._steps += 1
         self._step_seconds += time.perf_counter() - began
         return outputs
+
+    def _retain(self, plan: StepPlan) -> None:
+        """Give back what local heads leave behind of requests that go on, once their prompt has been computed densely."""
+        if self.retention is None:
+            return
+        for chunk in plan.chunks:
+            request = chunk.request
+            if request.id in self._states and request.generated and request.computed == len(request.tokens) - 1:
+                self.retention.advance(request, chunk.table)
 
     def check(self) -> None:
         """Prove that no block is lost. Raises AssertionError."""
         self.cache.check()
 
     def stats(self) -> EngineStats:
-        pool, cache, scheduler = self.cache.pool, self.cache, self._scheduler
+        cache, scheduler = self.cache, self._scheduler
+        pools = [group.pool for group in cache.groups]
+        in_use: Counter[str] = sum((pool.in_use_by for pool in pools), Counter())
+        cached: Counter[str] = sum((pool.cached_by for pool in pools), Counter())
         tenants = {
-            tenant: {"in_use_blocks": pool.in_use_by[tenant], "cached_blocks": pool.cached_by[tenant]}
-            for tenant in sorted(set(+pool.in_use_by) | set(+pool.cached_by))
+            tenant: {"in_use_blocks": in_use[tenant], "cached_blocks": cached[tenant]}
+            for tenant in sorted(set(+in_use) | set(+cached))
         }
-        group = GroupStats(
-            name=cache.storage.spec.name, total=pool.total, free=pool.free, cached=pool.cached, in_use=pool.in_use
+        groups = tuple(
+            GroupStats(name=group.storage.spec.name, total=pool.total, free=pool.free, cached=pool.cached, in_use=pool.in_use)
+            for group, pool in zip(cache.groups, pools)
         )
         counters = self._kernels.counters
         return EngineStats(
@@ -239,10 +266,10 @@ class EngineCore:
             waiting=scheduler.waiting,
             capacity_tokens=cache.capacity_tokens,
             block_size=cache.block_size,
-            groups=(group,),
+            groups=groups,
             prefix_query_tokens=cache.query_tokens,
             prefix_hit_tokens=cache.hit_tokens,
-            evicted_blocks=pool.evictions,
+            evicted_blocks=sum(pool.evictions for pool in pools),
             preemptions=scheduler.preemptions,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
@@ -346,6 +373,8 @@ class EngineCore:
         self._sampler.drop(state.request)
         if state.request.selector is not None:
             self._selectors.close(state.request.selector, state.request)
+        if self.retention is not None:
+            self.retention.close(state.request)
         del self._states[state.request.id]
         return output
 

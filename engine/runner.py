@@ -15,11 +15,13 @@ from torch import Tensor
 
 from kvloom.engine.attention import StepAttention
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.head_groups import Folded, GroupedAttention, GroupRows
 from kvloom.engine.model.decoder import Decoder
+from kvloom.engine.retention.razor import Razor
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection import Geometry, Scratch, dense_rows
 from kvloom.engine.view import Place, SparseView, arrange
-from kvloom.kernels.interface import Kernels, Rows
+from kvloom.kernels.interface import Kernels, Lists, Rows
 
 
 class StepResult(NamedTuple):
@@ -48,8 +50,10 @@ class Runner:
         max_rows: int,
         max_seqs: int,
         shadow_interval: int = 0,
+        retention: Razor | None = None,
     ) -> None:
-        """shadow_interval: measure covered attention mass once in so many steps with sparse decode rows; 0 for never."""
+        """shadow_interval: measure covered attention mass once in so many steps with sparse decode rows; 0 for never.
+        retention: what gives blocks of the cache's second head group back; None if there is one group."""
         config = decoder.config
         self._kernels, self.geometry = kernels, geometry
         self._scratch = Scratch()
@@ -57,10 +61,13 @@ class Runner:
         self.decoder = decoder
         self._size = cache.block_size
         self._attention = StepAttention(kernels, cache.storage, config, decoder.rotary.cos, decoder.rotary.sin)
-        self._tokens, self._positions, self._slots = (np.zeros(max_rows, np.int64) for _ in range(3))
+        self._retention = retention
+        self._grouped = GroupedAttention(kernels, cache.groups, config, decoder.rotary.cos, decoder.rotary.sin)
+        self._tokens, self._positions = (np.zeros(max_rows, np.int64) for _ in range(2))
+        self._slots = [np.zeros(max_rows, np.int64) for _ in cache.groups]
         self._request, self._stop = (np.zeros(max_rows, np.int32) for _ in range(2))
         self._zeros = torch.zeros(max_rows, dtype=torch.int32)
-        self._tables = np.zeros((max_seqs, -(-geometry.max_len // self._size)), np.int32)
+        self._tables = [np.zeros((max_seqs, -(-geometry.max_len // self._size)), np.int32) for _ in cache.groups]
         shape = (max_rows, config.q_heads, config.head_dim)
         self._q, self._out = (torch.empty(shape, dtype=decoder.dtype) for _ in range(2))
 
@@ -68,6 +75,8 @@ class Runner:
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows and store their KV."""
         chunks = plan.chunks
+        if self._retention is not None:
+            return self._run_grouped(chunks, self._retention)
         if any(chunk.request.selector is not None for chunk in chunks):
             places = arrange(chunks)
             if any(place.selects for place in places):
@@ -92,16 +101,48 @@ class Runner:
         by_chunk = {place.chunk: start for place, start in zip(places, starts)}
         return StepResult(hidden, [by_chunk[i] for i in range(len(chunks))], attended, exact)
 
-    def _seen(self, rows: int, chunks: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _run_grouped(self, chunks: list[Chunk], retention: Razor) -> StepResult:
+        """The same over two head groups, one of which may have forgotten the middle of sequences."""
+        starts, count = self._fill(chunks), [chunk.count for chunk in chunks]
+        rows = sum(count)
+        requests = [chunk.request for chunk in chunks]
+        begins = retention.begins(requests, [chunk.table for chunk in chunks], self._size)
+        begin = torch.from_numpy(np.repeat(begins, count))
+        sinks = Lists(
+            torch.arange(max(1, retention.window.sinks), dtype=torch.int32),
+            torch.zeros(rows, 1, dtype=torch.int32),
+            torch.where(begin > 0, retention.window.sinks, 0).to(torch.int32)[:, None],
+        )
+        groups = []
+        for group, slots in enumerate(self._slots):
+            tables, request, stop = self._seen(rows, len(chunks), group)
+            visible = (
+                Rows(tables, request, begin, stop, sinks) if group else dense_rows(tables, request, stop, self._zeros[:rows])
+            )
+            groups.append(GroupRows(visible, torch.from_numpy(slots[:rows])))
+        folded, behind = None, begins.nonzero()[0]
+        if retention.state is not None and len(behind):
+            front = behind[-1] + 1  # chunks in front: single decode rows, all or nearly all with something folded
+            folded = Folded(retention.state, np.repeat(retention.state.slots(requests[:front]), count[:front]))
+        tokens, positions = torch.from_numpy(self._tokens[:rows]), torch.from_numpy(self._positions[:rows])
+        self._grouped.plan(groups, positions, self._q[:rows], self._out[:rows], folded)
+        hidden = self.decoder.forward(tokens, self._grouped)
+        local = 1.0 - retention.classes.share
+        hidden_tokens = np.maximum(0, begins - retention.window.sinks) * local
+        return StepResult(
+            hidden, starts, [chunk.stop - float(h) for chunk, h in zip(chunks, hidden_tokens)], [not begin for begin in begins]
+        )
+
+    def _seen(self, rows: int, chunks: int, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """tables, request, stop of a step's rows."""
         return (
-            torch.from_numpy(self._tables[:chunks]),
+            torch.from_numpy(self._tables[group][:chunks]),
             torch.from_numpy(self._request[:rows]),
             torch.from_numpy(self._stop[:rows]),
         )
 
     def _forward(self, visible: Rows | SparseView, rows: int, *, shadow: bool = False) -> Tensor:
-        tokens, positions, slots = (torch.from_numpy(array[:rows]) for array in (self._tokens, self._positions, self._slots))
+        tokens, positions, slots = (torch.from_numpy(array[:rows]) for array in (self._tokens, self._positions, self._slots[0]))
         self._attention.plan(visible, positions, slots, self._q[:rows], self._out[:rows], shadow=shadow)
         return self.decoder.forward(tokens, self._attention)
 
@@ -115,22 +156,24 @@ class Runner:
         """Write tokens, positions, slots and tables into the buffers, in this order. Returns each chunk's first row."""
         starts, row, size = [], 0, self._size
         for i, chunk in enumerate(chunks):
-            request, table, start, count = chunk.request, chunk.table, chunk.start, chunk.count
-            blocks = np.frombuffer(table.blocks, np.int32)
-            self._tables[i, : len(blocks)] = blocks
+            request, start, count = chunk.request, chunk.start, chunk.count
             self._request[row] = i
             starts.append(row)
             if count == 1:  # a decode: scalars beat slices
                 self._tokens[row] = request.tokens[start]
                 self._positions[row] = start
-                self._slots[row] = int(blocks[start // size]) * size + start % size
             else:
                 stop = row + count
-                positions = np.arange(start, start + count)
                 self._tokens[row:stop] = request.tokens[start : start + count]
-                self._positions[row:stop] = positions
-                self._slots[row:stop] = blocks[positions // size].astype(np.int64) * size + positions % size
+                self._positions[row:stop] = positions = np.arange(start, start + count)
                 self._request[row:stop] = i
+            for part, tables, slots in zip(chunk.table.parts, self._tables, self._slots):
+                blocks = np.frombuffer(part, np.int32)
+                tables[i, : len(blocks)] = blocks
+                if count == 1:
+                    slots[row] = int(blocks[start // size]) * size + start % size
+                else:
+                    slots[row:stop] = blocks[positions // size].astype(np.int64) * size + positions % size
             row += count
         np.add(self._positions[:row], 1, out=self._stop[:row], casting="unsafe")
         return starts

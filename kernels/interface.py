@@ -241,7 +241,7 @@ class Kernels(Protocol):
     ) -> Tensor:
         """Split a fused projection, normalise (QK norm) and rotate q and k, store k and v, and write q.
 
-        qkv: [rows, (q_heads + 2 kv_heads) * head_dim]   q: [rows, q_heads, head_dim] (written, returned)
+        qkv: [rows, (q_heads + 2 kv_heads) * head_dim], of any row stride   q: [rows, q_heads, head_dim] (written, returned)
         cos, sin: [max_positions, rotary/2] fp32 (any YaRN temperature already multiplied in)   positions, slots: [rows] int64
         q_norm, k_norm: [head_dim] RMS-norm weights, or None
         """

@@ -1,4 +1,4 @@
-"""The command line: `kvloom serve`, `models`, `bench`, `eval`.
+"""The command line: `kvloom serve`, `models`, `plan`, `bench`, `eval`, `calibrate`.
 
 Flags, their help and the YAML keys come from the docstrings of the settings.
 
@@ -38,6 +38,8 @@ MEASUREMENTS = {
         "agreement": ("kvloom.loadtest.quality.agreement", "how far selection methods are from dense on real text"),
         "tasks": ("kvloom.loadtest.quality.task_eval", "long-context tasks by method, length and depth"),
         "long": ("kvloom.loadtest.quality.long", "what a method's own output does to a long generation"),
+        "extrapolation": ("kvloom.loadtest.quality.extrapolation", "beyond the trained length: re-indexed or true positions"),
+        "ceilings": ("kvloom.loadtest.quality.ceilings", "bytes read by formula and by counters, and what they allow"),
         "drafts": ("kvloom.loadtest.quality.drafts", "sparse drafting: is the output dense, and where does it pay"),
         "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_serve(commands)
     _add_models(commands)
+    _add_plan(commands)
     texts = {"bench": "measure speed", "eval": "measure quality", "calibrate": "fit a method to a model"}
     for name, text in texts.items():
         command = commands.add_parser(name, help=text, allow_abbrev=False)
@@ -160,6 +163,24 @@ def _add_models(commands: Any) -> None:
     pull = actions.add_parser("pull", help="fetch a model into the cache")
     pull.add_argument("model", metavar="MODEL", help="built-in name or Hugging Face repo id")
     pull.set_defaults(run=_models_pull, parser=pull)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser("plan", help="what fits into a memory, for every retention", allow_abbrev=False)
+    plan.add_argument("model", nargs="?", default="smollm2", metavar="MODEL", help="as in kvloom serve (default: %(default)s)")
+    plan.add_argument("--memory", required=True, metavar="SIZE", help="for weights and KV cache together: 16GiB, 512MiB, ...")
+    plan.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="(default: %(default)s)")
+    plan.add_argument("--max-model-len", type=int, metavar="TOKENS", help="length of a request (default: the model's own)")
+    plan.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="(default: %(default)s)")
+    plan.set_defaults(run=_plan, parser=plan)
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from kvloom.engine.config import CacheOptions
+    from kvloom.server.plan_command import plan
+
+    size = CacheOptions(block_size=arguments.block_size).block_size  # refuses what cannot be
+    return plan(arguments.model, arguments.memory, arguments.dtype, arguments.max_model_len, size)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -5,11 +5,15 @@
                                      [computed, slots)   reserved, to be written
                                      [slots, known)      not yet reserved
 
-    open -> match -> adopt | drop -> reserve* -> commit* -> release
+    open -> match -> adopt | drop -> reserve* -> commit* -> forget* -> release
 
 Which call changes what: `match` pins blocks (they cannot be evicted) and changes nothing else; `adopt` hands the pins to the
-table; `reserve` takes blocks, evicting cached ones; `commit` makes full blocks findable; `release` gives all back, and what
-was published stays cached. `check` proves after any of them that the books balance.
+table; `reserve` takes blocks, evicting cached ones; `commit` makes full blocks findable; `forget` gives back the blocks of a
+head group that will not be read again; `release` gives all back, and what was published stays cached. `check` proves after any
+of them that the books balance.
+
+Head groups each have a storage, a pool and an index of their own. A request begins with what all of them can find, and grows
+in all of them at once; they differ only in what is forgotten.
 """
 
 from __future__ import annotations
@@ -24,48 +28,113 @@ from kvloom.engine.cache.pool import BlockPool
 from kvloom.engine.cache.storage import Storage
 from kvloom.engine.reuse.prefix import Chain, Domain, PrefixIndex
 
+HOLE = -1
+"""In a table: a block that was given back because its head group reads it no more."""
+
 
 @dataclass(slots=True, eq=False)
 class BlockTable:
-    """One request's blocks in one cache, in sequence order. Append-only between `open` and `release`."""
+    """One request's blocks in one cache, in sequence order. Append-only between `open` and `release`, but for `HOLE`s."""
 
     chain: Chain
+    groups: int = 1
     publishes: bool = True
     """Whether its full blocks may be found by others."""
     looks_up: bool = True
     """Whether it may begin with blocks of others."""
     align: int = 1
     """What it begins with, and what it publishes, ends at a multiple of this many tokens."""
-    blocks: array[int] = field(default_factory=lambda: array("i"))
+    parts: list[array[int]] = field(init=False)
+    """Block ids per head group, equally many."""
     published: int = 0
     """Blocks in front that are findable or known to be duplicates of findable ones."""
+    forgotten: int = 0
+    """Blocks in front of which a head group may have holes."""
+
+    def __post_init__(self) -> None:
+        self.parts = [array("i") for _ in range(self.groups)]
+
+    @property
+    def blocks(self) -> array[int]:
+        """Of the first head group, which never forgets."""
+        return self.parts[0]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Match:
     """A reusable prefix, pinned until it is adopted or dropped."""
 
-    blocks: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
+    """Block ids per head group, equally many."""
     tokens: int
-    """len(blocks) * block_size, always less than the tokens that were looked up."""
+    """Blocks * block_size, always less than the tokens that were looked up."""
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Of the first head group."""
+        return self.parts[0]
 
 
-class CacheManager:
-    """Blocks of one head group: pool, exact prefix index and tables."""
+class HeadGroup:
+    """Tensors, blocks and index of one head group."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self.block_size = storage.block_size
         self.index = PrefixIndex(storage.block_size)
         self.pool = BlockPool(storage.blocks, self.index.remove)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Memory of the blocks that requests hold."""
+        return self.pool.in_use * self.storage.block_bytes
+
+
+class CacheManager:
+    """Tables over the blocks of one or several head groups."""
+
+    def __init__(self, *storages: Storage) -> None:
+        """Storages of equal block size; the first group keeps whole sequences."""
+        self.groups = tuple(HeadGroup(storage) for storage in storages)
+        self.block_size = storages[0].block_size
         self.query_tokens = 0
         self.hit_tokens = 0
         self._tables: set[BlockTable] = set()
         self._matches: set[Match] = set()
 
     @property
+    def storage(self) -> Storage:
+        """Of the first head group."""
+        return self.groups[0].storage
+
+    @property
+    def pool(self) -> BlockPool:
+        """Of the first head group."""
+        return self.groups[0].pool
+
+    @property
+    def index(self) -> PrefixIndex:
+        """Of the first head group."""
+        return self.groups[0].index
+
+    @property
     def capacity_tokens(self) -> int:
+        """Tokens that the group which keeps whole sequences has room for."""
         return self.pool.total * self.block_size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request there is room for: a prompt is held whole by every group while it is computed."""
+        return min(group.pool.total for group in self.groups) * self.block_size
+
+    @property
+    def available(self) -> int:
+        """Blocks that every group can give."""
+        return min(group.pool.available for group in self.groups)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Memory of the blocks that requests hold."""
+        return sum(group.bytes_in_use for group in self.groups)
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that `tokens` positions take."""
@@ -73,30 +142,34 @@ class CacheManager:
 
     def open(self, domain: Domain, *, publishes: bool = True, looks_up: bool = True, align: int = 1) -> BlockTable:
         """An empty table."""
-        table = BlockTable(Chain(domain, self.block_size), publishes, looks_up, align)
+        table = BlockTable(Chain(domain, self.block_size), len(self.groups), publishes, looks_up, align)
         self._tables.add(table)
         return table
 
     def match(self, table: BlockTable, tokens: Sequence[int]) -> Match:
         """The longest findable prefix of `tokens`, pinned, leaving at least one token to compute."""
-        blocks = self.index.match(table.chain, tokens, len(tokens) - 1) if table.looks_up else []
+        limit = len(tokens) - 1 if table.looks_up else 0
+        found = [group.index.match(table.chain, tokens, limit) for group in self.groups]
         step = math.lcm(table.align, self.block_size) // self.block_size
-        del blocks[len(blocks) // step * step :]
-        self.pool.retain(blocks)
-        match = Match(tuple(blocks), len(blocks) * self.block_size)
+        count = min(map(len, found)) // step * step
+        match = Match(tuple(tuple(blocks[:count]) for blocks in found), count * self.block_size)
+        for group, blocks in zip(self.groups, match.parts):
+            group.pool.retain(blocks)
         self._matches.add(match)
         return match
 
     def drop(self, match: Match) -> None:
         """Unpin a match that is not used."""
         self._matches.remove(match)
-        self.pool.release(match.blocks)
+        for group, blocks in zip(self.groups, match.parts):
+            group.pool.release(blocks)
 
     def adopt(self, table: BlockTable, match: Match, looked_up: int) -> None:
         """Make a match the beginning of an empty table. `looked_up` tokens count as queried."""
         assert not table.blocks, "only an empty table can adopt a prefix"
         self._matches.remove(match)
-        table.blocks.extend(match.blocks)
+        for part, blocks in zip(table.parts, match.parts):
+            part.extend(blocks)
         table.published = len(match.blocks)
         if table.looks_up:
             self.query_tokens += looked_up
@@ -110,9 +183,10 @@ class CacheManager:
         """Grow the table to hold `tokens` positions: all or nothing. False if that would leave fewer than `keep_free`."""
         count = self.missing(table, tokens)
         if count > 0:
-            if self.pool.available - count < keep_free:
+            if self.available - count < keep_free:
                 return False
-            table.blocks.extend(self.pool.take(count, table.chain.domain.tenant))
+            for group, part in zip(self.groups, table.parts):
+                part.extend(group.pool.take(count, table.chain.domain.tenant))
         return True
 
     def commit(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
@@ -120,15 +194,26 @@ class CacheManager:
         if not table.publishes:
             return
         for i in range(table.published, computed // table.align * table.align // self.block_size):
-            if self.index.publish(table.chain, i, tokens, table.blocks[i]):
-                self.pool.publish(table.blocks[i])
+            for group, part in zip(self.groups, table.parts):
+                if part[i] != HOLE and group.index.publish(table.chain, i, tokens, part[i]):
+                    group.pool.publish(part[i])
             table.published = i + 1
+
+    def forget(self, table: BlockTable, group: int, first: int, last: int) -> None:
+        """Give back blocks [first, last) of a group that keeps no whole sequences. What was published stays findable until
+        its memory is wanted; the table has holes there."""
+        assert group > 0, "the first group keeps whole sequences"
+        part = table.parts[group]
+        self.groups[group].pool.release([block for block in part[first:last] if block != HOLE])
+        part[first:last] = array("i", [HOLE] * (last - first))
+        table.forgotten = max(table.forgotten, last)
 
     def release(self, table: BlockTable) -> None:
         """Give all blocks back; the table is empty and may be used again."""
-        self.pool.release(table.blocks)
-        table.blocks = array("i")
-        table.published = 0
+        for i, group in enumerate(self.groups):
+            group.pool.release([block for block in table.parts[i] if block != HOLE])
+            table.parts[i] = array("i")
+        table.published = table.forgotten = 0
 
     def close(self, table: BlockTable) -> None:
         """Release, and forget the table."""
@@ -136,19 +221,26 @@ class CacheManager:
         self._tables.remove(table)
 
     def evict(self, blocks: int | None = None) -> int:
-        """Forget cached prefixes, least recently used first (all of them by default). Returns blocks freed."""
-        return self.pool.evict(self.pool.total if blocks is None else blocks)
+        """Forget cached prefixes, least recently used first (all of them by default). Returns blocks freed in all groups."""
+        return sum(group.pool.evict(group.pool.total if blocks is None else blocks) for group in self.groups)
 
     def check(self) -> None:
         """Prove free + cached + in use = total, per tenant too, and that every reference has a holder.
 
         Raises AssertionError naming what is off. Costs time in proportion to the number of blocks: for tests and idle time.
         """
-        held: Counter[int] = Counter()
+        for i, group in enumerate(self.groups):
+            held: Counter[int] = Counter()
+            for table in self._tables:
+                held.update(block for block in table.parts[i] if block != HOLE)
+            for match in self._matches:
+                held.update(match.parts[i])
+            group.pool.check(held)
+            group.index.check()
         for table in self._tables:
-            held.update(table.blocks)
-        for match in self._matches:
-            held.update(match.blocks)
-        self.pool.check(held)
-        self.index.check()
-        assert all(len(set(table.blocks)) == len(table.blocks) for table in self._tables), "a table holds a block twice"
+            assert len(set(map(len, table.parts))) == 1, "a table's groups differ in length"
+            for part in table.parts:
+                assert HOLE not in part[table.forgotten :], "a block is missing behind what was forgotten"
+                blocks = [block for block in part if block != HOLE]
+                assert len(set(blocks)) == len(blocks), "a table holds a block twice"
+            assert HOLE not in table.blocks, "the first group has a hole"

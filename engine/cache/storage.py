@@ -50,6 +50,8 @@ class Storage:
         except MemoryError:
             size = blocks * block_size * bytes_per_token(spec, head_dim, dtype)
             raise ConfigError(f"the KV cache of {size} bytes cannot be allocated; lower kv_memory") from None
+        self.block_bytes: int = sum(tensor[0].nbytes for layer in self.layers for tensor in layer)
+        """Bytes of one block over all layers."""
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

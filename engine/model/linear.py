@@ -50,10 +50,19 @@ class LinearWeight:
     """
 
     def __init__(
-        self, source: WeightSource, names: tuple[str, ...], made: Tensor | None = None, *, sensitive: bool = False
+        self,
+        source: WeightSource,
+        names: tuple[str, ...],
+        made: Tensor | None = None,
+        *,
+        rows: Tensor | None = None,
+        columns: Tensor | None = None,
+        sensitive: bool = False,
     ) -> None:
-        """sensitive: rounded to 8 bits at the least (the head: its error goes straight into the logits)."""
+        """rows, columns: permutations of the stacked matrix, int64; None leaves it as it is.
+        sensitive: rounded to 8 bits at the least (the head: its error goes straight into the logits)."""
         self.source, self.names, self._made, self.sensitive = source, names, made, sensitive
+        self._rows, self._columns = rows, columns
         self.rows = tuple(source.shape(name)[0] for name in names)
         self.shape = (sum(self.rows), source.shape(names[0])[1])
 
@@ -64,14 +73,24 @@ class LinearWeight:
         weight = torch.empty(self.shape, dtype=dtype)
         for name, part in zip(self.names, weight.split(self.rows)):
             self.source.read_into(name, part)
-        return weight
+        weight = weight if self._rows is None else weight[self._rows]
+        return weight if self._columns is None else weight[:, self._columns]
 
     def quantized(self) -> QuantizedRows | None:
-        """The rows as stored, if all parts are stored in the same kind."""
+        """The rows as stored, if all parts are stored in the same kind, and no column leaves its group of 32."""
         parts = [part for name in self.names if (part := self.source.quantized(name)) is not None]
         if len(parts) < len(self.names) or len({part.kind for part in parts}) > 1:
             return None
-        return parts[0] if len(parts) == 1 else QuantizedRows(parts[0].kind, torch.cat([p.blocks for p in parts]), self.shape)
+        blocks = parts[0].blocks if len(parts) == 1 else torch.cat([part.blocks for part in parts])
+        if self._rows is not None:
+            blocks = blocks[self._rows]
+        if self._columns is not None:
+            columns = self._columns.view(-1, GROUP)
+            groups = columns[:, 0] // GROUP
+            if not torch.equal(columns, groups[:, None] * GROUP + torch.arange(GROUP)):
+                return None
+            blocks = blocks.view(self.shape[0], self.shape[1] // GROUP, -1)[:, groups].flatten(1)
+        return QuantizedRows(parts[0].kind, blocks, self.shape)
 
 
 class DenseLinear:

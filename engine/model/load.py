@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from kvloom.engine.config import DType, WeightMode
 from kvloom.engine.errors import ConfigError, ModelError
 from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
+from kvloom.engine.model.heads import Heads, output_columns, projection_rows
 from kvloom.engine.model.hf_config import read_hf_config
 from kvloom.engine.model.linear import Linear, LinearWeight, make_linear
 from kvloom.engine.model.load_gguf import GGUFWeights
@@ -53,9 +54,10 @@ def load_model(
     weights: WeightMode = "auto",
     max_model_len: int | None = None,
     progress: Progress | None = None,
+    head_groups: Callable[[ModelConfig, str], Sequence[Heads] | None] = lambda config, fingerprint: None,
 ) -> LoadedModel:
     """path: a folder (config.json, *.safetensors) or a .gguf file; max_model_len: positions to prepare for, at most the
-    model's own.
+    model's own; head_groups: from config and fingerprint, the KV heads of every group in every layer, None for one group.
 
     Raises ModelError if files are absent, damaged or unsupported, ConfigError if a setting does not fit the model.
     """
@@ -64,9 +66,16 @@ def load_model(
     check_weights(source, config)
     fingerprint = _fingerprint(config, files)
     config = _limit_context(config, max_model_len)
-    decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels).decoder(progress)
+    groups = head_groups(config, fingerprint)
+    decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups).decoder(progress)
     log.info("loaded %s (%s, %s) in %.2f s", path.name, config.architecture, config.dtype, time.perf_counter() - started)
     return LoadedModel(decoder=decoder, config=config, fingerprint=fingerprint)
+
+
+def fingerprint_of(path: Path) -> str:
+    """The identity of a model's config and weights, as in `LoadedModel`, without loading it. Raises ModelError."""
+    config, _, files = open_checkpoint(path)
+    return _fingerprint(config, files)
 
 
 def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightSource, tuple[Path, ...]]:
@@ -93,16 +102,23 @@ class _Assembly:
     """Makes a decoder's parts from a source, in one dtype and mode."""
 
     def __init__(
-        self, config: ModelConfig, source: WeightSource, dtype: torch.dtype, mode: WeightMode, kernels: Kernels
+        self,
+        config: ModelConfig,
+        source: WeightSource,
+        dtype: torch.dtype,
+        mode: WeightMode,
+        kernels: Kernels,
+        groups: Sequence[Heads] | None = None,
     ) -> None:
         self.config, self.source, self.dtype, self.mode, self.kernels = config, source, dtype, mode, kernels
+        self.groups = groups
 
     def decoder(self, progress: Progress | None) -> Decoder:
         config = self.config
         embedding = self.read(EMBEDDING, self.dtype)
         layers = []
         for index in range(config.layers):
-            layers.append(self.layer(layer_prefix(index)))
+            layers.append(self.layer(layer_prefix(index), None if self.groups is None else self.groups[index]))
             if progress is not None:
                 progress(index + 1, config.layers)
         return Decoder(
@@ -116,15 +132,17 @@ class _Assembly:
             rotary=rotary_table(config.rope, config.max_position),
         )
 
-    def layer(self, prefix: str) -> Layer:
+    def layer(self, prefix: str, heads: Heads | None = None) -> Layer:
         config = self.config
+        rows = None if heads is None else projection_rows(config, heads)
+        columns = None if heads is None else output_columns(config, heads)
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         return Layer(
             input_norm=self.read(prefix + "input_layernorm.weight", torch.float32),
-            qkv=self.linear([attention + part for part in ("q_proj", "k_proj", "v_proj")], config.qkv_bias),
+            qkv=self.linear([attention + part for part in ("q_proj", "k_proj", "v_proj")], config.qkv_bias, rows=rows),
             q_norm=self.read(attention + "q_norm.weight", torch.float32) if config.qk_norm else None,
             k_norm=self.read(attention + "k_norm.weight", torch.float32) if config.qk_norm else None,
-            o=self.linear([attention + "o_proj"], config.o_bias),
+            o=self.linear([attention + "o_proj"], config.o_bias, columns=columns),
             mlp_norm=self.read(prefix + "post_attention_layernorm.weight", torch.float32),
             gate_up=self.linear([mlp + "gate_proj", mlp + "up_proj"], config.mlp_bias),
             down=self.linear([mlp + "down_proj"], config.mlp_bias),
@@ -135,9 +153,10 @@ class _Assembly:
         weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), embedding if tied else None, sensitive=True)
         return make_linear(weight, None, self.mode, self.dtype, self.kernels)
 
-    def linear(self, parts: list[str], biased: bool) -> Linear:
-        weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts))
+    def linear(self, parts: list[str], biased: bool, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
+        weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts), rows=rows, columns=columns)
         bias = torch.cat([self.read(part + ".bias", self.dtype) for part in parts]) if biased else None
+        bias = bias[rows] if bias is not None and rows is not None else bias
         return make_linear(weight, bias, self.mode, self.dtype, self.kernels)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:

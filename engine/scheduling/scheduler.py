@@ -166,7 +166,7 @@ class Scheduler:
         table = self._tables[request]
         match = self.cache.match(table, request.tokens)
         lacking = self.cache.blocks_for(len(request.tokens)) - len(match.blocks)
-        while self.cache.pool.available - lacking < len(self.running):
+        while self.cache.available - lacking < len(self.running):
             if not self._displace(request, plan):
                 self.cache.drop(match)
                 return None

@@ -240,14 +240,15 @@ class NumbaKernels:
         """Split, normalise, rotate, store; see `interface.Kernels.rotate_store`."""
         kind = _kind(kv.k, "the cache")
         _same(kind, "qkv, q and the cache", qkv, q, kv.v)
-        _dense("qkv, q, cos and sin", qkv, q, cos, sin)
+        _dense("q, cos and sin", q, cos, sin)
         rows, q_heads, dim = q.shape
         norms = (0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr())
         norm = q_norm if q_norm is not None else k_norm
         layer.rotate_store(
             self._spread(rows, qkv.numel()), qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
             kv.k.data_ptr(), _strides(kv.k, "the K cache"), kv.v.data_ptr(), _strides(kv.v, "the V cache"), kv.k.shape[2],
-            slots.data_ptr(), q.data_ptr(), norms, eps, rows, (q_heads, kv.k.shape[1], dim, cos.shape[1]), kind,
+            slots.data_ptr(), q.data_ptr(), norms, eps, rows,
+            (q_heads, kv.k.shape[1], dim, cos.shape[1], *_strides(qkv, "qkv")), kind,
             kind if norm is None else _kind(norm, "the norm weights"),
         )  # fmt: skip
         return q

@@ -104,10 +104,10 @@ def _slot_at(slot, block_size, strides):
 @device
 def _rotate_store_rows(qkv, cos, sin, positions, k, k_strides, v, v_strides, block_size, slots, q, norms, eps, begin, end,
                        shape, kind, norm_kind):  # fmt: skip
-    q_heads, kv_heads, dim, half = shape
+    q_heads, kv_heads, dim, half, qkv_stride = shape
     size = size_of(kind)
     for row in range(begin, end):
-        source = qkv + size * row * (q_heads + 2 * kv_heads) * dim
+        source = qkv + size * row * qkv_stride
         position, slot = get_long(positions, row), get_long(slots, row)
         c, s = cos + 4 * position * half, sin + 4 * position * half
         for h in range(q_heads):
@@ -128,7 +128,10 @@ def _rotate_store_rows(qkv, cos, sin, positions, k, k_strides, v, v_strides, blo
 @entry(parallel=True)
 def rotate_store(threads, qkv, cos, sin, positions, k, k_strides, v, v_strides, block_size, slots, q, norms, eps, rows, shape,
                  kind, norm_kind):  # fmt: skip
-    """`Kernels.rotate_store`. shape: (q_heads, kv_heads, head_dim, rotary / 2); norms: addresses of (q, k) weights or 0."""
+    """`Kernels.rotate_store`. norms: addresses of (q, k) weights or 0.
+
+    shape: (q_heads, kv_heads, head_dim, rotary / 2, elements from one row of qkv to the next)
+    """
     if threads == 1:
         _rotate_store_rows(qkv, cos, sin, positions, k, k_strides, v, v_strides, block_size, slots, q, norms, eps, 0, rows,
                            shape, kind, norm_kind)  # fmt: skip

@@ -104,11 +104,6 @@ class _Clock:
         return out
 
 
-def block_bytes(llm: LLM) -> int:
-    """Bytes of one KV block over all layers."""
-    return sum(tensor[0].nbytes for layer in llm.core.cache.storage.layers for tensor in layer)
-
-
 def prefill(llm: LLM, prompts: Sequence[Sequence[int]], done: Callable[[], None] = lambda: None) -> None:
     """Have the prefix cache hold these prompts, computed one after another; `done` is called after each."""
     for prompt in prompts:
@@ -137,7 +132,6 @@ class _Run:
     def __init__(self, llm: LLM, requests: list[Request], observe: Observe | None) -> None:
         self._core, self._requests, self._observe = llm.core, requests, observe
         self._number = {request.id: i for i, request in enumerate(requests)}
-        self._block_bytes = block_bytes(llm)
         self._observing = 0.0
         self._last: dict[str, RequestOutput] = {}
         self._outputs: list[list[int]] = [[] for _ in requests]
@@ -171,7 +165,7 @@ class _Run:
         for output in outputs:
             self._last[output.id] = output
             self._outputs[self._number[output.id]] += output.tokens
-        self._cost.kv_bytes = max(self._cost.kv_bytes, self._core.cache.pool.in_use * self._block_bytes)
+        self._cost.kv_bytes = max(self._cost.kv_bytes, self._core.cache.bytes_in_use)
         if timed:
             self._cost.seconds.append(seconds)
             self._cost.attention.append(clock.spent)

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Match, Storage, bytes_per_token
+from kvloom.engine.cache import HOLE, BlockTable, CacheManager, GroupSpec, Match, Storage, bytes_per_token
 from kvloom.engine.reuse.prefix import Domain, DomainFactory
 
 SIZE = 4
@@ -159,6 +159,44 @@ def test_check_can_fail(break_it: str) -> None:
         cache.check()
 
 
+def two_groups(first: int = 8, second: int = 8) -> CacheManager:
+    specs = (GroupSpec("retrieval", ((0,),)), GroupSpec("local", ((1, 2),)))
+    return CacheManager(*(Storage(spec, n, SIZE, 8, torch.float32) for spec, n in zip(specs, (first, second))))
+
+
+def test_a_prefix_is_found_as_far_as_every_group_holds_it() -> None:
+    cache = two_groups()
+    tokens = list(range(16))
+    table = fill(cache, tokens)
+    cache.forget(table, 1, 1, 3)
+    assert list(table.parts[1])[1:3] == [HOLE, HOLE] and HOLE not in table.blocks
+    assert (cache.groups[0].pool.in_use, cache.groups[1].pool.in_use, cache.groups[1].pool.cached) == (4, 2, 2)
+    assert cache.bytes_in_use == 4 * cache.groups[0].storage.block_bytes + 2 * cache.groups[1].storage.block_bytes
+    assert hit(cache, [*tokens, 1]) == 16, "what was forgotten can be found until its memory is wanted"
+    other = cache.open(domain())
+    cache.reserve(other, 6 * SIZE - 4 * SIZE + 1 + SIZE)  # 4 blocks: the free ones
+    assert hit(cache, [*tokens, 1]) == 16
+    cache.close(other)
+    cache.groups[1].pool.evict(1)
+    assert hit(cache, [*tokens, 1]) in (4, 8), "the local group has lost one of blocks 1 and 2"
+    cache.close(table)
+    cache.check()
+
+
+def test_a_group_without_room_refuses_for_all() -> None:
+    cache = two_groups(first=8, second=3)
+    table = cache.open(domain())
+    assert (cache.longest, cache.capacity_tokens, cache.available) == (12, 32, 3)
+    assert not cache.reserve(table, 16)
+    assert [len(part) for part in table.parts] == [0, 0]
+    assert cache.reserve(table, 12)
+    cache.forget(table, 1, 0, 2)
+    assert cache.reserve(table, 20), "what was given back is room for more"
+    cache.close(table)
+    assert cache.available == 3
+    cache.check()
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Requests of two tenants over a two-letter alphabet come, grow, are preempted and end, in any order."""
 
@@ -167,10 +205,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = make_cache(blocks=6)
+        self.cache = self.make()
         self.tokens: dict[BlockTable, list[int]] = {}
         self.computed: dict[BlockTable, int] = {}
-        self.content: dict[int, tuple[str, tuple[int, ...]]] = {}  # block -> tenant and all tokens up to its end
+        self.content: dict[tuple[int, int], tuple[str, tuple[int, ...]]] = {}  # (group, block) -> tenant, tokens to its end
+
+    def make(self) -> CacheManager:
+        return make_cache(blocks=6)
 
     @rule(target=tables, tenant=st.sampled_from("ab"), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14))
     def open(self, tenant: str, tokens: list[int]) -> BlockTable:
@@ -182,9 +223,10 @@ class CacheMachine(RuleBasedStateMachine):
     def match(self, table: BlockTable) -> tuple[BlockTable, Match]:
         match = self.cache.match(table, self.tokens[table])
         assert match.tokens < len(self.tokens[table])
-        for i, block in enumerate(match.blocks):  # whoever wrote the block had exactly this text, and the same tenant
-            text = tuple(self.tokens[table][: (i + 1) * SIZE])
-            assert self.content[block] == (table.chain.domain.tenant, text)
+        for group, blocks in enumerate(match.parts):
+            for i, block in enumerate(blocks):  # whoever wrote the block had exactly this text, and the same tenant
+                text = tuple(self.tokens[table][: (i + 1) * SIZE])
+                assert self.content[group, block] == (table.chain.domain.tenant, text)
         return table, match
 
     @rule(pair=consumes(matches), adopt=st.booleans())
@@ -199,13 +241,14 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(table=tables, more=st.integers(1, 6))
     def grow(self, table: BlockTable, more: int) -> None:
         end = min(self.computed[table] + more, len(self.tokens[table]))
-        before, room = len(table.blocks), self.cache.pool.available
+        before, room = len(table.blocks), self.cache.available
         if not self.cache.reserve(table, end):
             assert len(table.blocks) == before and self.cache.missing(table, end) > room
             return
-        for i, block in enumerate(table.blocks):
-            if (i + 1) * SIZE > self.computed[table]:  # written now, perhaps over something evicted
-                self.content[block] = (table.chain.domain.tenant, tuple(self.tokens[table][: (i + 1) * SIZE]))
+        for group, part in enumerate(table.parts):
+            for i, block in enumerate(part):
+                if (i + 1) * SIZE > self.computed[table]:  # written now, perhaps over something evicted
+                    self.content[group, block] = (table.chain.domain.tenant, tuple(self.tokens[table][: (i + 1) * SIZE]))
         self.computed[table] = end
         self.cache.commit(table, self.tokens[table], end)
 
@@ -232,5 +275,23 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check()
 
 
+class GroupsMachine(CacheMachine):
+    """The same over two head groups of different size, of which the second forgets what lies before a window."""
+
+    def make(self) -> CacheManager:
+        return CacheManager(*(Storage(GroupSpec(n, ((0,),)), b, SIZE, 8, torch.float32) for n, b in (("all", 6), ("few", 5))))
+
+    @rule(table=CacheMachine.tables, last=st.integers(0, 3))
+    def forget(self, table: BlockTable, last: int) -> None:
+        last = min(last, self.computed[table] // SIZE)
+        held = self.cache.groups[1].pool.in_use
+        gone = sum(block != HOLE for block in table.parts[1][1:last])
+        self.cache.forget(table, 1, 1, max(1, last)) if last > 1 else None
+        assert HOLE not in table.parts[0] and all(block == HOLE for block in table.parts[1][1:last])
+        assert held - gone <= self.cache.groups[1].pool.in_use <= held
+
+
+GroupsMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestGroupsMachine = GroupsMachine.TestCase
 CacheMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 TestCacheMachine = CacheMachine.TestCase

@@ -112,7 +112,7 @@ def test_store(kernels: Kernels, dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize(("rows", "rotary"), [(6, 64), (6, 32), (70, 64)])
 def test_rotate_store(kernels: Kernels, dtype: torch.dtype, layout: str, normed: bool, rows: int, rotary: int) -> None:
     kv = empty_cache(dtype, layout)
-    qkv = random(rows, (6 + 2 * 2) * 64, dtype=dtype)
+    qkv = random(rows, (1 + 6 + 2 * 2) * 64, dtype=dtype)[:, 64:]  # a head group's part of a wider projection
     inv_freq = 10000.0 ** (-torch.arange(rotary // 2).double() / (rotary // 2))
     angles = torch.arange(128).double()[:, None] * inv_freq
     positions = torch.arange(rows) + 7
@@ -123,7 +123,7 @@ def test_rotate_store(kernels: Kernels, dtype: torch.dtype, layout: str, normed:
     result = kernels.rotate_store(qkv, angles.cos().float(), angles.sin().float(), positions, kv, slots, q, *weights, 1e-6)
     assert result is q
 
-    heads = qkv.double().view(rows, 10, 64)
+    heads = qkv.double().reshape(rows, 10, 64)
     queries, keys, values = heads.split([6, 2, 2], 1)
     if normed:
         queries, keys = norm(queries, weights[0], 1e-6), norm(keys, weights[1], 1e-6)

@@ -16,7 +16,7 @@ from kvloom import LLM, KVOptions, SamplingParams
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.loadtest.quality import agreement, facts, long, methods, setup, task_eval
 from kvloom.loadtest.quality.answers import Answer, Answers, ask
-from kvloom.loadtest.quality.decoding import Cost, Passage, block_bytes, follow, prefill
+from kvloom.loadtest.quality.decoding import Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement
 from kvloom.loadtest.quality.forced import log_probabilities
 from kvloom.loadtest.quality.spec import MethodSpec, check
@@ -60,10 +60,10 @@ def test_costs_of_dense_and_sparse_steps(make_llm: MakeLLM) -> None:
     texts = passages(llm)
     dense, sparse = (follow(llm, texts, kv).cost for kv in (DENSE, WINDOW))
     assert len(dense.seconds) == len(dense.attention) == len(sparse.bytes_read) == 17  # 19 decode steps, 2 of them warm-up
-    per_token = block_bytes(llm) // llm.core.cache.block_size
+    per_token = llm.core.cache.storage.block_bytes // llm.core.cache.block_size
     assert dense.bytes_read == [3 * (90 + step) * per_token for step in range(3, 20)]
     assert sparse.bytes_read == [3 * 24 * per_token] * 17
-    assert dense.kv_bytes == sparse.kv_bytes == 3 * 7 * block_bytes(llm)
+    assert dense.kv_bytes == sparse.kv_bytes == 3 * 7 * llm.core.cache.storage.block_bytes
     assert dense.figures()["attended_share"] == 1.0
     assert sparse.attended == 3 * 19 * 24
     assert all(0 < a < s for a, s in zip(dense.attention, dense.seconds))

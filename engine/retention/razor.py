@@ -1,0 +1,208 @@
+"""RazorAttention (arXiv 2407.15891, ICLR 2025), evict mode: local heads return the memory of what they no longer read.
+
+    retrieval heads   the whole sequence (head group "retrieval", the first)
+    local heads       sinks, a window max(S0, N / C), and one token for everything between (head group "local")
+
+A prompt is computed densely by all heads, as in the paper; afterwards, and every so many generated tokens, blocks of the local
+group that lie wholly before the window are folded into the compensation token and given back. So while a prompt is computed its
+local KV is there in full, and the pool of the local group has room for a whole prompt beside the windows of many requests.
+
+Departures, and why:
+
+- Whole blocks are dropped: up to a block more than the window stays, which the paper's rule allows and costs nothing.
+- The paper's S0 is 4000; at 8k tokens that would drop little. It is 256 here, as in the authors' own deployment.
+- What is dropped stays findable until its memory is wanted. A later request with the same beginning may use a prefix as far
+  as *both* groups still hold it: reuse is exact or shorter, never wrong. Generated tokens are approximate and never published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import torch
+
+from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage, bytes_per_token
+from kvloom.engine.calibration import find_razor
+from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
+from kvloom.engine.config import option_fields, parse_value
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.model.config import ModelConfig
+from kvloom.engine.retention.compensation import Compensation
+from kvloom.engine.retention.window import Window
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+RETRIEVAL, LOCAL = 0, 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RazorOptions:
+    """Options of retention razor."""
+
+    induction_share: float = INDUCTION_SHARE
+    """Share of all KV heads that keep everything for their induction score, at least one head."""
+    echo_share: float = ECHO_SHARE
+    """The same for their echo score."""
+    sinks: int = 4
+    """N0: first tokens that local heads keep."""
+    least: int = 256
+    """S0: shortest window of local heads, in tokens."""
+    share: int = 5
+    """C: the window is a C-th of the sequence, if that is more."""
+    compensation: bool = True
+    """Whether a token stands for what was dropped."""
+    heads: Literal["calibrated", "random"] = "calibrated"
+    """Which heads keep everything: the calibrated ones, or as many anywhere (to compare with)."""
+    seed: int = 0
+    """Of random heads."""
+
+    def __post_init__(self) -> None:
+        for name, ok, allowed in (
+            ("induction_share", 0.0 <= self.induction_share <= 1.0, "0 to 1"),
+            ("echo_share", 0.0 <= self.echo_share <= 1.0, "0 to 1"),
+            ("sinks", self.sinks >= 0, "0 or more"),
+            ("least", self.least >= 1, "1 or more"),
+            ("share", self.share >= 1, "1 or more"),
+            ("heads", self.heads in ("calibrated", "random"), "calibrated, random"),
+        ):
+            if not ok:
+                raise ConfigError(f"retention_options: {name} is {getattr(self, name)!r}; allowed: {allowed}")
+
+    @classmethod
+    def read(cls, text: str | None) -> RazorOptions:
+        """From a JSON object. Raises ConfigError naming what is wrong."""
+        kind: type = cls
+        known = {option.name: option for option in option_fields(kind)}
+        try:
+            values = json.loads(text or "{}")
+        except ValueError as error:
+            raise ConfigError(f"retention_options is {text!r}, which is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f'retention_options is {text!r}; allowed: a JSON object such as {{"share": 5}}')
+        if strange := sorted(set(values) - set(known)):
+            raise ConfigError(f"retention_options: unknown {', '.join(strange)}; allowed: {', '.join(sorted(known))}")
+        return cls(**{name: parse_value(known[name], value) for name, value in values.items()})
+
+    @property
+    def window(self) -> Window:
+        return Window(self.sinks, self.least, self.share)
+
+    def classes(self, model: ModelConfig, model_key: str) -> HeadClasses:
+        """The model's head classes. Raises ConfigError if it has no calibration."""
+        calibration = find_razor(model_key)
+        if calibration is None:
+            raise ConfigError("this model has no RazorAttention calibration; run kvloom calibrate razor MODEL first")
+        classes = calibration.classes(self.induction_share, self.echo_share)
+        if self.heads == "random":
+            classes = HeadClasses.random(model.layers, model.kv_heads, classes.count, self.seed)
+        return classes
+
+
+def group_specs(classes: HeadClasses) -> tuple[GroupSpec, GroupSpec]:
+    """The head groups "retrieval" and "local". Raises ConfigError if either would be empty."""
+    local = GroupSpec("local", tuple(classes.local(layer) for layer in range(classes.layers)))
+    if classes.share in (0.0, 1.0):
+        raise ConfigError(
+            f"{classes.count} of {classes.layers * classes.kv_heads} KV heads would keep everything; retention razor needs "
+            "some of both kinds: change induction_share and echo_share, or use retention everything"
+        )
+    return GroupSpec("retrieval", classes.retrieval), local
+
+
+class Blocks(NamedTuple):
+    """How a cache's memory is divided."""
+
+    retrieval: int
+    local: int
+
+
+def divide(memory: int, length: int, block_size: int, block_bytes: tuple[int, int], window: Window) -> Blocks:
+    """Blocks of both groups, so that as many sequences of `length` tokens as possible fit at once.
+
+    k sequences need k whole ones in the retrieval group; in the local group k windows, and beside them room for one prompt
+    that is being computed. block_bytes: of a block of the retrieval and of the local group, over all layers.
+    """
+    whole, windows = -(-length // block_size), window_blocks(length, block_size, window)
+    full, local = block_bytes
+    sequences = (memory - (whole - windows) * local) / (whole * full + windows * local)
+    if sequences < 1:  # not even one: as much of a sequence as there is room for
+        blocks = memory // (full + local)
+        return Blocks(blocks, blocks)
+    retrieval = int(sequences * whole)
+    return Blocks(retrieval, (memory - retrieval * full) // local)
+
+
+def window_blocks(length: int, block_size: int, window: Window) -> int:
+    """Blocks of the local group that a sequence of `length` tokens holds once its prompt is computed."""
+    begin = int(window.begin(np.array([length]), block_size)[0])
+    dropped = begin // block_size - -(-window.sinks // block_size)
+    return -(-length // block_size) - max(0, dropped)
+
+
+class Razor:
+    """Evict mode of one engine: its head groups, and the state of what its open requests have dropped."""
+
+    name = "razor"
+
+    def __init__(self, options: RazorOptions, classes: HeadClasses, model: ModelConfig, dtype: torch.dtype) -> None:
+        self.options, self.classes, self.window = options, classes, options.window
+        self.specs = group_specs(classes)
+        self._model, self._dtype = model, dtype
+        local = [len(heads) for heads in self.specs[LOCAL].heads]
+        self._state = Compensation(model.layers, local, model.q_heads // model.kv_heads, model.head_dim, dtype)
+        self._cache: CacheManager | None = None
+
+    def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
+        """A cache of two groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
+        sizes = [bytes_per_token(spec, self._model.head_dim, self._dtype) * block_size for spec in self.specs]
+        blocks = divide(memory, length, block_size, (sizes[0], sizes[1]), self.window)
+        if min(blocks) < 2:
+            raise ConfigError(f"kv_memory is {memory} bytes; two blocks of all heads take {2 * sum(sizes)}, give at least that")
+        self._cache = CacheManager(
+            *(Storage(spec, n, block_size, self._model.head_dim, self._dtype) for spec, n in zip(self.specs, blocks))
+        )
+        return self._cache
+
+    @property
+    def state(self) -> Compensation | None:
+        """What stands for dropped tokens; None if nothing does."""
+        return self._state if self.options.compensation else None
+
+    def open(self, request: Request) -> None:
+        """A request has been queued."""
+        self._state.open(request)
+
+    def close(self, request: Request) -> None:
+        """It has ended."""
+        self._state.close(request)
+
+    def begins(self, requests: Sequence[Request], tables: Sequence[BlockTable], block_size: int) -> np.ndarray:
+        """[requests] int32: where the tails of local heads begin, 0 for those that read everything.
+
+        A request that was preempted begins anew: what stood for its dropped tokens is forgotten here.
+        """
+        begins = np.array([table.forgotten * block_size for table in tables], np.int32)
+        slots = self._state.slots(requests)
+        if (stale := slots[self._state.dropped_to(slots) != begins]).size:
+            self._state.forget(stale)
+        return begins
+
+    def advance(self, request: Request, table: BlockTable) -> None:
+        """All known tokens but the last are computed: fold and give back what the next row's window leaves behind."""
+        cache = self._cache
+        assert cache is not None
+        size = cache.block_size
+        begin, at = int(self.window.begin(np.array([len(request.tokens)]), size)[0]), table.forgotten * size
+        if begin <= at:
+            return
+        (slot,) = self._state.slots([request])
+        blocks = np.frombuffer(table.parts[LOCAL], np.int32)
+        self._state.fold(int(slot), cache.groups[LOCAL].storage.layers, blocks, max(at, self.window.sinks), begin)
+        del blocks  # a buffer that is looked at cannot be resized
+        keep = -(-self.window.sinks // size)
+        cache.forget(table, LOCAL, max(keep, table.forgotten), begin // size)

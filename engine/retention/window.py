@@ -1,0 +1,34 @@
+"""What local heads still read of a sequence: sinks in front, and a window at the end that grows with the sequence.
+
+    kept       [0, sinks)  and  [begin(n), n)
+    dropped    [sinks, begin(n))
+
+RazorAttention (arXiv 2407.15891, section 3.3): a window of max(S0, N / C) tokens. `begin` is rounded down to a whole block, so
+that what is dropped can be given back; the window is then up to a block longer than the paper's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.integer]
+
+
+class Window(NamedTuple):
+    """How much local heads keep."""
+
+    sinks: int = 4
+    """N0: first tokens that stay."""
+    least: int = 256
+    """S0: shortest window, in tokens."""
+    share: int = 5
+    """C: the window is a C-th of the sequence, if that is more."""
+
+    def begin(self, n: Ints, block_size: int) -> Ints:
+        """Where the window of sequences of n tokens begins; 0 where nothing is dropped. Never falls as n grows."""
+        window = np.maximum(self.least, -(-n // self.share))
+        begin = np.maximum(0, n - window) // block_size * block_size
+        return np.where(begin > self.sinks, begin, 0).astype(n.dtype)

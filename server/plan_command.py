@@ -1,0 +1,39 @@
+"""`kvloom plan MODEL --memory 16GiB`: what fits into a memory, for every retention."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from kvloom.engine.config import DType, parse_bytes
+from kvloom.server.console import LoadingBars
+
+MIB = 1 << 20
+
+
+def plan(model: str, memory: str, dtype: DType, length: int | None, block_size: int) -> int:
+    """Print the plan. Raises ModelError, ModelNotFoundError or ConfigError."""
+    from kvloom.engine.capacity import capacity  # torch takes its time
+    from kvloom.engine.catalog import resolve
+    from kvloom.engine.model.load import TORCH_DTYPES
+
+    with LoadingBars() as progress:
+        files = resolve(model, progress)
+    found = capacity(files.path, parse_bytes(memory), TORCH_DTYPES[dtype], length, block_size)
+    console = Console(highlight=False)
+    console.print(
+        f"{files.name}: {found.model.layers} layers, {found.model.kv_heads} KV heads of {found.model.head_dim}, {dtype}\n"
+        f"{memory} = {found.weight_bytes / MIB:,.0f} MiB weights + {found.kv_bytes / MIB:,.0f} MiB KV cache"
+    )
+    table = Table(
+        "retention", "KV per request", "of everything", f"requests of {found.length:,}", "tokens", "kvloom serve with"
+    )
+    whole = found.settings[0].request_bytes
+    for setting in found.settings:
+        share = f"{setting.request_bytes / whole:.2f}x"
+        size = f"{setting.request_bytes / MIB:,.1f} MiB"
+        table.add_row(setting.name, size, share, f"{setting.requests:,}", f"{setting.tokens:,}", setting.flags)
+    console.print(table, soft_wrap=True)
+    if not found.calibrated:
+        console.print(f"razor is not listed: this model has no calibration; run kvloom calibrate razor {model}")
+    return 0
