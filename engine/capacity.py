@@ -29,6 +29,8 @@ class Setting(NamedTuple):
     """One retention and what fits with it."""
 
     name: str
+    retrieval_share: float
+    """KV heads that keep everything."""
     flags: str
     """What to give to `kvloom serve`."""
     request_bytes: int
@@ -76,7 +78,7 @@ def _settings(model: ModelConfig, key: str, memory: int, dtype: torch.dtype, len
     everything = bytes_per_token(GroupSpec.everything(model.layers, model.kv_heads), model.head_dim, dtype)
     blocks = -(-length // block_size)
     whole = blocks * block_size * everything
-    yield _setting("everything", "--retention everything", whole, memory // (block_size * everything) // blocks, length)
+    yield _setting("everything", 1.0, "--retention everything", whole, memory // (block_size * everything) // blocks, length)
     if find_razor(key) is None:
         return
     for share in SHARES:
@@ -90,8 +92,8 @@ def _settings(model: ModelConfig, key: str, memory: int, dtype: torch.dtype, len
         held = blocks * sizes[0] + windows * sizes[1]
         spare = blocks - windows  # for the one prompt that is computed
         requests = min(divided.retrieval // blocks, max(0, divided.local - spare) // windows)
-        yield _setting(f"razor, {classes.share:.0%} retrieval heads", flags, held, requests, length)
+        yield _setting("razor", classes.share, flags, held, requests, length)
 
 
-def _setting(name: str, flags: str, request_bytes: int, requests: int, length: int) -> Setting:
-    return Setting(name, flags, request_bytes, requests * length, requests)
+def _setting(name: str, share: float, flags: str, request_bytes: int, requests: int, length: int) -> Setting:
+    return Setting(name, share, flags, request_bytes, requests * length, requests)

@@ -39,12 +39,16 @@ MEASUREMENTS = {
         "tasks": ("kvloom.loadtest.quality.task_eval", "long-context tasks by method, length and depth"),
         "long": ("kvloom.loadtest.quality.long", "what a method's own output does to a long generation"),
         "extrapolation": ("kvloom.loadtest.quality.extrapolation", "beyond the trained length: re-indexed or true positions"),
+        "retention": ("kvloom.loadtest.quality.retention", "what a retention costs in quality and gains in speed and memory"),
         "ceilings": ("kvloom.loadtest.quality.ceilings", "bytes read by formula and by counters, and what they allow"),
         "drafts": ("kvloom.loadtest.quality.drafts", "sparse drafting: is the output dense, and where does it pay"),
         "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
     },
-    "calibrate": {"tidal": ("kvloom.loadtest.calibrate_tidal", "choose TidalDecode's layers and heads for a model")},
+    "calibrate": {
+        "tidal": ("kvloom.loadtest.calibrate_tidal", "choose TidalDecode's layers and heads for a model"),
+        "razor": ("kvloom.loadtest.calibrate_razor", "choose RazorAttention's retrieval heads for a model"),
+    },
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""
 API_KEY_VARIABLE = "KVLOOM_API_KEY"
@@ -111,6 +115,8 @@ def _measure(module: str, words: list[str]) -> int:
     try:
         return int(importlib.import_module(module).main(words))
     except ModuleNotFoundError as error:
+        if (error.name or "").startswith("kvloom"):
+            raise  # a file of ours: not for the caller to install
         raise ConfigError(f"{error.name} is not installed; measurements need: pip install 'kvloom[bench]'") from None
 
 

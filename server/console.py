@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kvloom.engine.client import EngineClient
+from kvloom.engine.client import EngineClient, EngineStats
 from kvloom.server.options import ServerOptions
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
@@ -56,11 +56,18 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
         f"\nkvloom serves {model.name} at {url}\n"
         f"  model     {model.root} ({model.dtype}, weights {model.weights}, {model.backend} kernels)\n"
         f"  context   {model.max_model_len} tokens\n"
-        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}\n{warning}\n"
+        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n{warning}\n"
         f"Try:\n  {curl_line(options, url, model.name)}\n",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _groups(stats: EngineStats) -> str:
+    """Blocks of every head group, if there are several."""
+    if len(stats.groups) == 1:
+        return ""
+    return " (" + ", ".join(f"{group.total} {group.name}" for group in stats.groups) + ")"
 
 
 def base_url(options: ServerOptions, port: int) -> str:

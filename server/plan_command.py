@@ -25,15 +25,16 @@ def plan(model: str, memory: str, dtype: DType, length: int | None, block_size: 
         f"{files.name}: {found.model.layers} layers, {found.model.kv_heads} KV heads of {found.model.head_dim}, {dtype}\n"
         f"{memory} = {found.weight_bytes / MIB:,.0f} MiB weights + {found.kv_bytes / MIB:,.0f} MiB KV cache"
     )
-    table = Table(
-        "retention", "KV per request", "of everything", f"requests of {found.length:,}", "tokens", "kvloom serve with"
-    )
+    table = Table("retention", "retrieval heads", "KV per request", "of everything", f"requests of {found.length:,}", "tokens")
     whole = found.settings[0].request_bytes
     for setting in found.settings:
         share = f"{setting.request_bytes / whole:.2f}x"
         size = f"{setting.request_bytes / MIB:,.1f} MiB"
-        table.add_row(setting.name, size, share, f"{setting.requests:,}", f"{setting.tokens:,}", setting.flags)
-    console.print(table, soft_wrap=True)
+        heads = f"{setting.retrieval_share:.0%}"
+        table.add_row(setting.name, heads, size, share, f"{setting.requests:,}", f"{setting.tokens:,}")
+    console.print(table)
+    for setting in found.settings[1:]:
+        console.print(f"{setting.retrieval_share:.0%}: kvloom serve {model} {setting.flags}", soft_wrap=True)
     if not found.calibrated:
-        console.print(f"razor is not listed: this model has no calibration; run kvloom calibrate razor {model}")
+        console.print(f"razor is not listed: this model has no calibration; run kvloom calibrate razor {model}", soft_wrap=True)
     return 0

@@ -45,7 +45,9 @@ class Cost:
     bytes_read: list[int] = field(default_factory=list)
     """K and V that attention and selection needed to read (kernel counters)."""
     kv_bytes: int = 0
-    """Most memory of KV blocks in use."""
+    """Most memory of KV blocks in use, while prompts were computed too."""
+    held_bytes: int = 0
+    """The same in the timed steps alone."""
     state_bytes: int = 0
     """The methods' own state for these requests."""
     attended: float = 0.0
@@ -59,6 +61,7 @@ class Cost:
         self.attention += other.attention
         self.bytes_read += other.bytes_read
         self.kv_bytes, self.state_bytes = max(self.kv_bytes, other.kv_bytes), max(self.state_bytes, other.state_bytes)
+        self.held_bytes = max(self.held_bytes, other.held_bytes)
         self.attended += other.attended
         self.held += other.held
         return self
@@ -71,6 +74,7 @@ class Cost:
             "attention_ms": middle(self.attention, 1e3),
             "bytes_read": middle(self.bytes_read, 1),
             "kv_bytes": self.kv_bytes,
+            "held_bytes": self.held_bytes,
             "state_bytes": self.state_bytes,
             "attended_share": self.attended / self.held if self.held else None,
         }
@@ -139,9 +143,10 @@ class _Run:
 
     def run(self) -> Followed:
         core, runner = self._core, self._core.runner
-        attention: Any = runner._attention
+        name = "_attention" if core.retention is None else "_grouped"
+        attention: Any = getattr(runner, name)
         clock: Any = _Clock(attention)
-        runner._attention = clock
+        setattr(runner, name, clock)
         core.observer = None if self._observe is None else self._observed
         try:
             for request in self._requests:
@@ -152,7 +157,8 @@ class _Run:
                 warm += decoding
                 self._step(clock, timed=decoding and warm > WARM_STEPS)
         finally:  # also on Ctrl-C
-            core.observer, runner._attention = None, attention
+            core.observer = None
+            setattr(runner, name, attention)
             for request in self._requests:
                 core.abort(request.id)
         return self._result()
@@ -167,6 +173,7 @@ class _Run:
             self._outputs[self._number[output.id]] += output.tokens
         self._cost.kv_bytes = max(self._cost.kv_bytes, self._core.cache.bytes_in_use)
         if timed:
+            self._cost.held_bytes = max(self._cost.held_bytes, self._core.cache.bytes_in_use)
             self._cost.seconds.append(seconds)
             self._cost.attention.append(clock.spent)
             self._cost.bytes_read.append(self._core.stats().kv_bytes_read - read)

@@ -1,10 +1,11 @@
 """Sparse drafting with dense verification: is the output that of dense decoding, and where does it pay?
 
-    kvloom eval drafts [MODEL] [--dtype fp32] [--prompts 200] [--cases 1x2048,8x4096] [--json FILE] [--markdown FILE]
+    kvloom eval drafts [MODEL] [--dtype fp32] [--weights bf16] [--prompts 200] [--cases 1x2048,8x4096] [--json FILE --resume]
 
-Identity: greedy continuations of real text with and without drafting; where they differ, the two tokens' log-probabilities
-under the dense model tell whether it was a near tie. Speed: milliseconds per token of the same requests, dense and drafted in
-turn, so that a busy machine hits both; acceptance from the same run.
+Identity: greedy continuations of real text with and without drafting, of the same requests in the same batches. Where they
+differ, the first difference is shown with both tokens' log-probabilities under the dense model: a near tie, or a defect.
+Speed: milliseconds per token of the same requests, dense and every draft in turns, so that a busy machine hits all of them;
+acceptance from the same run.
 """
 
 from __future__ import annotations
@@ -14,51 +15,74 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from rich.console import Console
+from typing import Any
 
 from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import Completion
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import METHODS
-from kvloom.loadtest.engine_bench import markdown
-from kvloom.loadtest.machine import describe
+from kvloom.loadtest.quality.results import Column, Row, table
+from kvloom.loadtest.quality.setup import about, console, count, described
+from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.text import reference_text, windows
 
-console = Console(highlight=False)
+TOGETHER = 16
+"""Requests of the identity check that run at once."""
+TOP = 20
+"""Log-probabilities that dense continuations come with: a drafted token beyond them is no near tie."""
+PRECISION = (Column("dtype", "dtype"), Column("weights", "weights"), Column("method", "method"), Column("budget", "budget"))
+IDENTITY_COLUMNS = (
+    *PRECISION,
+    Column("draft tokens", "draft_tokens"),
+    Column("prompts", "prompts"),
+    Column("prompt tokens", "prompt_tokens"),
+    Column("generated", "tokens"),
+    Column("identical", "identical"),
+    Column("largest gap", "largest_gap", ".4f"),
+    Column("accepted", "accepted", ".0%"),
+)
+DIFFERENCE_COLUMNS = (
+    *PRECISION,
+    Column("prompt", "prompt"),
+    Column("after tokens", "position"),
+    Column("dense's token", "dense"),
+    Column("drafted run's", "drafted"),
+    Column("log-probability", "logprob", ".4f"),
+    Column("gap", "gap", ".4f"),
+)
+SPEED_COLUMNS = (
+    *PRECISION,
+    Column("batch", "batch"),
+    Column("context", "context"),
+    Column("draft tokens", "draft_tokens"),
+    Column("accepted", "accepted", ".0%"),
+    Column("dense ms per token", "dense_ms", ".1f"),
+    Column("drafted ms", "drafted_ms", ".1f"),
+    Column("speed-up", "speed_up", ".2f"),
+)
+SETTINGS = ("model", "dtype", "weights", "method", "budget", "draft_tokens", "prompts", "prompt_tokens", "tokens", "batch",
+            "context")  # fmt: skip
+"""What tells one row from another."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
-    """Greedy continuations with drafting against those without."""
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where a drafted continuation first leaves the dense one."""
 
-    method: str
-    budget: int
-    prompts: int
-    identical: int
-    largest_gap: float
-    """Over first differences: log-probability of dense's token minus that of the drafted run's, under dense; 0 without any."""
-    accepted: float
-    """Share of drafts that verification kept."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    """One batch and context: medians over rounds."""
-
-    method: str
-    budget: int
-    batch: int
-    context: int
-    draft_tokens: int
-    accepted: float
-    dense_ms: float
-    """Milliseconds per generated token of one request."""
-    drafted_ms: float
-    speed_up: float
+    prompt: int
+    """Its number."""
+    position: int
+    """Generated tokens before it."""
+    dense: str
+    drafted: str
+    logprob: float
+    """Of dense's token, under dense."""
+    gap: float
+    """Less that of the drafted run's token, under dense: the nearer to 0, the nearer to a tie."""
 
 
 def greedy(tokens: int, logprobs: int | None = None) -> SamplingParams:
@@ -72,28 +96,38 @@ def acceptance(results: Sequence[Completion]) -> float:
     return sum(usage.accepted_tokens for usage in used) / drafted if drafted else float("nan")
 
 
-def gap(dense: Completion, drafted: Completion) -> float | None:
-    """How much likelier dense's token was than the drafted run's where they first differ; None if they do not."""
-    for entry, other in zip(dense.logprobs, drafted.tokens):
+def difference(llm: LLM, prompt: int, dense: Completion, drafted: Completion) -> Difference | None:
+    """The first one; None if there is none. `dense` has log-probabilities."""
+    for position, (entry, other) in enumerate(zip(dense.logprobs, drafted.tokens)):
         if entry.token != other:
-            found = dict(entry.top).get(other)
-            return float("inf") if found is None else entry.logprob - found
+            known = dict(entry.top).get(other)
+            gap = float("inf") if known is None else entry.logprob - known
+            ours, theirs = (repr(llm.tokenizer.decode([token])) for token in (entry.token, other))
+            return Difference(prompt, position, ours, theirs, entry.logprob, gap)
     return None
 
 
-def identity(llm: LLM, prompts: Sequence[list[int]], tokens: int, kv: KVOptions) -> Identity:
-    """Compare all prompts, in batches of 16."""
-    gaps: list[float | None] = []
-    drafted: list[Completion] = []
-    for i in range(0, len(prompts), 16):
-        batch = prompts[i : i + 16]
-        plain = llm.generate(batch, greedy(tokens, logprobs=20))
-        found = llm.generate(batch, greedy(tokens), kv=kv)
-        gaps.extend(gap(a, b) for a, b in zip(plain, found))
-        drafted.extend(found)
-    different = [value for value in gaps if value is not None]
-    return Identity(method=kv.selection or "", budget=kv.budget or 0, prompts=len(prompts), identical=gaps.count(None),
-                    largest_gap=max(different, default=0.0), accepted=acceptance(drafted))  # fmt: skip
+def identities(llm: LLM, prompts: Sequence[list[int]], tokens: int, drafts: Sequence[KVOptions]) -> Iterator[Row]:
+    """Compare every kind of drafting on all prompts with one dense run of them, batch by batch."""
+    found: list[list[Difference]] = [[] for _ in drafts]
+    made: list[list[Completion]] = [[] for _ in drafts]
+    for first in range(0, len(prompts), TOGETHER):
+        batch = prompts[first : first + TOGETHER]
+        plain = llm.generate(batch, greedy(tokens, logprobs=TOP))
+        for differences, completions, kv in zip(found, made, drafts):
+            completions += llm.generate(batch, greedy(tokens), kv=kv)
+            pairs = enumerate(zip(plain, completions[first:]), first)
+            differences += filter(None, (difference(llm, number, a, b) for number, (a, b) in pairs))
+        console.print(f"{first + len(batch)} prompts: {sum(map(len, found))} differences")
+    for differences, completions, kv in zip(found, made, drafts):
+        yield {
+            "method": kv.selection, "budget": kv.budget, "draft_tokens": kv.draft_tokens,
+            "prompts": len(prompts), "prompt_tokens": len(prompts[0]), "tokens": tokens,
+            "identical": len(prompts) - len(differences),
+            "largest_gap": max((one.gap for one in differences), default=None),
+            "accepted": acceptance(completions),
+            "differences": [asdict(one) for one in differences],
+        }  # fmt: skip
 
 
 def per_token_ms(llm: LLM, prompts: Sequence[list[int]], tokens: int, kv: KVOptions) -> tuple[float, float]:
@@ -106,46 +140,86 @@ def per_token_ms(llm: LLM, prompts: Sequence[list[int]], tokens: int, kv: KVOpti
     return (time.perf_counter() - began - first) / (tokens - 1) * 1e3, acceptance(results)
 
 
-def speed(llm: LLM, prompts: Sequence[list[int]], tokens: int, kv: KVOptions, rounds: int) -> Speed:
+def speeds(llm: LLM, prompts: Sequence[list[int]], tokens: int, drafts: Sequence[KVOptions], rounds: int) -> Iterator[Row]:
+    """One batch and context: dense and every kind of drafting, in turns; medians over rounds."""
     llm.generate(prompts, greedy(1))  # into the prefix cache
-    dense, drafted, accepted = [], [], 0.0
+    plain: list[float] = []
+    times: list[list[float]] = [[] for _ in drafts]
+    accepted = [0.0] * len(drafts)
     for _ in range(rounds):
-        dense.append(per_token_ms(llm, prompts, tokens, KVOptions())[0])
-        ms, accepted = per_token_ms(llm, prompts, tokens, kv)
-        drafted.append(ms)
-    a, b = statistics.median(dense), statistics.median(drafted)
-    return Speed(method=kv.selection or "", budget=kv.budget or 0, batch=len(prompts), context=len(prompts[0]),
-                 draft_tokens=kv.draft_tokens or 0, accepted=accepted, dense_ms=a, drafted_ms=b, speed_up=a / b)  # fmt: skip
+        plain.append(per_token_ms(llm, prompts, tokens, KVOptions())[0])
+        for i, kv in enumerate(drafts):
+            ms, accepted[i] = per_token_ms(llm, prompts, tokens, kv)
+            times[i].append(ms)
+    dense = statistics.median(plain)
+    for i, kv in enumerate(drafts):
+        drafted = statistics.median(times[i])
+        yield {
+            "method": kv.selection, "budget": kv.budget, "draft_tokens": kv.draft_tokens, "tokens": tokens,
+            "batch": len(prompts), "context": len(prompts[0]), "accepted": accepted[i],
+            "dense_ms": dense, "drafted_ms": drafted, "speed_up": dense / drafted,
+        }  # fmt: skip
+
+
+class Report:
+    """Rows of both kinds, on disk and in print."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._json, self._markdown = args.json, args.markdown
+        self.identity: list[Row] = []
+        self.speed: list[Row] = []
+        if args.resume and args.json is not None and args.json.exists():
+            known = json.loads(args.json.read_text())
+            self.identity, self.speed = known["identity"], known["speed"]
+
+    def add(self, rows: list[Row], row: Row) -> None:
+        """Take a row in, in place of one of the same settings, and write the files."""
+        rows[:] = [known for known in rows if any(known.get(key) != row.get(key) for key in SETTINGS)] + [row]
+        if self._json is not None:
+            self._json.write_text(json.dumps({"identity": self.identity, "speed": self.speed}, indent=1) + "\n")
+        if self._markdown is not None:
+            self._markdown.write_text(self.text() + "\n")
+
+    def text(self) -> str:
+        """Three tables: identity, every difference, speed; what was not measured is left out."""
+        differences = [{**row, **one} for row in self.identity for one in row["differences"]]
+        kinds = (IDENTITY_COLUMNS, self.identity), (DIFFERENCE_COLUMNS, differences), (SPEED_COLUMNS, self.speed)
+        return "\n\n".join(table(columns, rows) for columns, rows in kinds if rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     args = parse(argv)
-    llm = LLM(args.model, dtype=args.dtype, weights=args.weights, kv_memory=args.kv_memory)
+    llm = LLM(args.model, dtype=args.dtype, weights=args.weights, kv_memory=args.kv_memory, threads=args.threads)
     text = llm.tokenizer.encode(reference_text())
-    identities, speeds = [], []
-    for method in args.methods.split(","):
-        if args.prompts:
-            kv = KVOptions(selection=method, budget=args.identity_budget, draft=True, draft_tokens=4)
-            prompts = windows(text, args.prompt_tokens, args.prompts)
-            identities.append(identity(llm, prompts, args.tokens, kv))
-            console.print(identities[-1])
-        for case in filter(None, args.cases.split(",")):
-            batch, context = map(int, case.split("x"))
-            for count in map(int, args.draft_tokens.split(",")):
-                kv = KVOptions(selection=method, budget=args.budget, draft=True, draft_tokens=count)
-                speeds.append(speed(llm, windows(text, context, batch), args.tokens, kv, args.rounds))
-                console.print(speeds[-1])
-            llm.core.cache.evict()
-    head = f"{llm.model.name}, {llm.model.dtype}, weights {llm.model.weights}, {args.tokens} tokens. Measured {describe()}."
-    parts = [head, *(markdown(rows) for rows in (identities, speeds) if rows)]
-    if args.markdown:
-        args.markdown.write_text("\n\n".join(parts) + "\n")
-    if args.json:
-        rows = {"identity": [asdict(row) for row in identities], "speed": [asdict(row) for row in speeds]}
-        args.json.write_text(json.dumps({"about": head, **rows}, indent=1))
-    console.print("\n\n".join(parts), soft_wrap=True)
+    report = Report(args)
+    for rows, row in measured(llm, text, args, report):
+        report.add(rows, {**row, **about(llm)})
+    console.print(f"{report.text()}\n\n{described(llm)}", soft_wrap=True, markup=False)
     return 0
+
+
+def measured(llm: LLM, text: list[int], args: argparse.Namespace, report: Report) -> Iterator[tuple[list[Row], Row]]:
+    """Every row, with the list that it belongs to."""
+
+    def drafts(budget: int, counts: Sequence[int]) -> list[KVOptions]:
+        return [
+            KVOptions(selection=method, budget=budget, draft=True, draft_tokens=count)
+            for method in args.methods.split(",")
+            for count in counts
+        ]
+
+    if args.prompts:
+        prompts = windows(text, args.prompt_tokens, args.prompts)
+        for row in identities(llm, prompts, args.tokens, drafts(args.identity_budget, [4])):
+            yield report.identity, row
+    for case in filter(None, args.cases.split(",")):
+        batch, context = map(int, case.split("x"))
+        console.print(f"speed: {case}")
+        kinds = drafts(args.budget, parse_numbers(args.draft_tokens, "--draft-tokens"))
+        for row in speeds(llm, windows(text, context, batch), args.tokens, kinds, args.rounds):
+            yield report.speed, row
+        llm.core.cache.evict()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -153,21 +227,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="smollm2")
     for name, default in (("dtype", "bf16"), ("weights", "auto"), ("kv-memory", "4GiB")):
         parser.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
-    parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
-    parser.add_argument("--budget", type=int, default=512, help="of the speed cases (default: %(default)s)")
-    parser.add_argument("--draft-tokens", default="2,4,6", help="of the speed cases (default: %(default)s)")
-    parser.add_argument("--cases", default="1x2048,1x7500,8x2048,8x7500", help="batch x context (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="dense and drafted in turn (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=200, help="to compare texts on; 0 for none (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=160, help="length of each (default: %(default)s)")
-    parser.add_argument("--identity-budget", type=int, default=64, help="budget of that comparison (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=48, help="generated per prompt (default: %(default)s)")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--markdown", type=Path)
+    settings: tuple[tuple[str, Any, Any, str], ...] = (
+        ("threads", count, None, "compute threads (default: one per core)"),
+        ("methods", str, ",".join(METHODS), "default: %(default)s"),
+        ("budget", count, 512, "of the speed cases (default: %(default)s)"),
+        ("draft-tokens", str, "2,4,8", "of the speed cases (default: %(default)s)"),
+        ("cases", str, "1x2048,1x7500,8x2048,8x7500", "batch x context (default: %(default)s)"),
+        ("rounds", count, 3, "dense and drafted in turn (default: %(default)s)"),
+        ("prompts", int, 200, "to compare texts on; 0 for none (default: %(default)s)"),
+        ("prompt-tokens", count, 400, "length of each (default: %(default)s)"),
+        ("identity-budget", count, 64, "budget of that comparison (default: %(default)s)"),
+        ("tokens", count, 32, "generated per prompt (default: %(default)s)"),
+    )
+    for name, kind, default, text in settings:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    parser.add_argument("--json", type=Path, help="write rows into this file")
+    parser.add_argument("--markdown", type=Path, help="write the tables into this file")
+    parser.add_argument("--resume", action="store_true", help="add to the rows that --json holds already")
     args = parser.parse_args(argv)
     for method in args.methods.split(","):
         if method not in METHODS:
             parser.error(f"method {method!r} is not known; allowed: {', '.join(METHODS)}")
+    if args.resume and args.json is None:
+        raise ConfigError("--resume needs --json FILE, which holds what was measured")
     return args
 
 

@@ -212,6 +212,9 @@ def note(llm: LLM, args: argparse.Namespace) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit code."""
     args = parse(argv)
+    if args.windows < args.batch:
+        raise ConfigError(f"--windows is {args.windows}, but steps of {args.batch} requests are timed on texts of their own; "
+                          "give at least as many windows as --batch")  # fmt: skip
     specs = plan(args.methods, args.budgets)
     llm = setup.engine(args, specs)
     results = Results(COLUMNS, IDENTITY, "Selection methods: quality beside speed", args.json, args.markdown, note(llm, args))

@@ -16,6 +16,8 @@ from typing import Any
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams
+from kvloom.engine.selection import METHODS
+from kvloom.engine.selection.base import read_options
 
 DENSE = "dense"
 BASELINE = "sink_window"
@@ -73,12 +75,23 @@ def parse_numbers(text: str, flag: str) -> list[int]:
 
 
 def plan(methods: str, budgets: str, *, baseline: bool = True) -> list[MethodSpec]:
-    """What to measure, in order: dense, then budget by budget the baseline and every method. Raises ConfigError."""
+    """What to measure, in order: dense, budget by budget the baseline and every method, then methods without a budget.
+
+    Raises ConfigError, or InvalidRequestError for an option that a method does not have.
+    """
     chosen = [(name, options) for name, options in parse_methods(methods) if name != DENSE]
     if baseline and chosen and all(name != BASELINE for name, _ in chosen):
         chosen.insert(0, (BASELINE, {}))
     sizes = parse_numbers(budgets, "--budgets")
-    return [MethodSpec(DENSE), *(MethodSpec(name, size, options) for size in sizes for name, options in chosen)]
+    without = [MethodSpec(name, None, options) for name, options in chosen if not _takes_budget(name, options)]
+    chosen = [(name, options) for name, options in chosen if _takes_budget(name, options)]
+    return [MethodSpec(DENSE), *(MethodSpec(name, size, options) for size in sizes for name, options in chosen), *without]
+
+
+def _takes_budget(name: str, options: Mapping[str, Any]) -> bool:
+    """Whether a method reads more or less by a budget. Unknown names do here; `check` refuses them."""
+    method = METHODS.get(name)
+    return method is None or method.takes_budget(read_options(method, options))
 
 
 def check(llm: LLM, specs: Sequence[MethodSpec]) -> None:

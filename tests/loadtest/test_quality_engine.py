@@ -238,6 +238,8 @@ def test_eval_methods(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     markdown = (tmp_path / "rows.md").read_text()
     assert "| sink_window | 32 |" in markdown
     before = (tmp_path / "rows.json").read_text()
+    with pytest.raises(ConfigError, match="--windows is 1"):
+        methods.main([*argv, "--windows", "1"])
     assert methods.main([*argv[:8], "sink_window", *argv[9:], "--resume"]) == 0  # nothing is left to measure
     assert (tmp_path / "rows.json").read_text() == before
 

@@ -112,6 +112,12 @@ def test_plan_sets_the_baseline_beside_every_method() -> None:
     ]
     assert specs[2].kv.options == {"stride": 8} and specs[2].kv.budget == 64
     assert plan("dense", "64") == [MethodSpec("dense")]
+    without = plan("sink_window,razor_view,razor_view:retrieval=recycled", "64,128")
+    assert [spec.label for spec in without if spec.method == "razor_view"] == [
+        'razor_view retrieval="recycled" @ 64',
+        'razor_view retrieval="recycled" @ 128',
+        "razor_view",
+    ]
     for wrong in ("0", "x", ""):
         with pytest.raises(ConfigError, match="--budgets"):
             parse_numbers(wrong, "--budgets")
