@@ -79,12 +79,15 @@ class StepAttention:
                 self._plan = self._plans[seen] = self._planned(view.rows())
         assert self._plan is not None
         logits = self._room_for_logits(view)
-        lse = self._scratch.take("lse", self._q.shape[0], self._config.q_heads) if self._shadow else None
+        lse = None
+        if self._shadow or any(batch.wants_lse for batch in view.batches):
+            lse = self._scratch.take("lse", self._q.shape[0], self._config.q_heads)
         self._kernels.attend(self._q, kv, self._plan, scale=self._scale, out=self._out, lse=lse, logits=logits)
+        if self._shadow and lse is not None:
+            self._cover(kv, view, lse)  # of what was read: before hooks merge anything into it
         for batch, hook, of, (rows, _, out) in zip(view.batches, view.hooks, layers, self._parts):
+            batch.lse = lse[rows] if lse is not None and batch.wants_lse else None
             hook.after(of, logits[rows] if logits is not None and batch.emits else None, out)
-        if lse is not None:
-            self._cover(kv, view, lse)
 
     def _room_for_logits(self, view: SparseView) -> Tensor | None:
         """[rows that come before the last emitting one, q_heads, longest] fp32, or None. Emitting rows are the first ones."""

@@ -85,7 +85,7 @@ class SparseView:
         runs = len(counts)
         self._counts: Ints = counts
         self._single = runs == len(request)
-        self._start = np.zeros(runs, np.int32)
+        self._start = np.zeros((runs, geometry.kv_heads), np.int32)
         self._offsets = np.zeros((runs, geometry.kv_heads), np.int32)
         self._lengths = np.zeros((runs, geometry.kv_heads), np.int32)
         self.batches: list[Batch] = []
@@ -138,7 +138,8 @@ class SparseView:
     def rows(self) -> Rows:
         """What every row sees now."""
         lists = Lists(self._positions, self._by_row(self._offsets), self._by_row(self._lengths))
-        return Rows(self._tables, self._request, self._by_row(self._start), self._stop, lists)
+        start = self._start if any(batch.per_head for batch in self.batches) else self._start[:, 0]
+        return Rows(self._tables, self._request, self._by_row(start), self._stop, lists)
 
     def result(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[bool]]:
         """After the step, for every chunk of the plan: positions its last row read (mean over layers and KV heads), and

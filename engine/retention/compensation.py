@@ -11,6 +11,7 @@ Sums run in fp32 and grow as the window moves on; nothing is read twice.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ class Compensation:
     """Sums of dropped K and V of all open requests, indexed by slot. Grows by doubling."""
 
     def __init__(self, layers: int, kv_heads: int | Sequence[int], group: int, head_dim: int, dtype: torch.dtype) -> None:
-        """kv_heads: in every layer, or of each; group: query heads per KV head; dtype: the model's."""
+        """kv_heads: in every layer, or of each; group: query heads per KV head; dtype: of mean values."""
         self._heads = [kv_heads] * layers if isinstance(kv_heads, int) else list(kv_heads)
         self._group, self._dim, self._dtype = group, head_dim, dtype
         self._slots: dict[Request, int] = {}
@@ -42,7 +43,7 @@ class Compensation:
     @property
     def bytes_per_request(self) -> int:
         heads = sum(self._heads)
-        return 8 + heads * self._dim * (2 * 4 + self._group * (4 + self._dtype.itemsize))
+        return 16 + heads * self._dim * (2 * 4 + self._group * (4 + self._dtype.itemsize))
 
     def open(self, request: Request) -> None:
         """Give a request a slot in which nothing is folded."""
@@ -62,8 +63,10 @@ class Compensation:
     def forget(self, slots: npt.NDArray[np.int64]) -> None:
         """Nothing is folded there any more."""
         self._count[slots] = self._to[slots] = 0
+        which = torch.from_numpy(slots)
+        self._log_count[which] = -torch.inf
         for sums in self._sums:
-            sums[torch.from_numpy(slots)] = 0.0
+            sums[which] = 0.0
 
     def dropped_to(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """[len(slots)]: the position behind the last one that is folded, 0 where none is."""
@@ -72,22 +75,32 @@ class Compensation:
 
     def fold(self, slot: int, layers: Sequence[PagedKV], table: npt.NDArray[np.int32], first: int, last: int) -> None:
         """Add positions [first, last) of every layer. table: block ids in sequence order."""
-        size = layers[0].k.shape[2]
+        self.advance(slot, first, last)
+        for layer, kv in enumerate(layers):
+            self.add(layer, slot, kv, table, first, last)
+
+    def advance(self, slot: int, first: int, last: int) -> None:
+        """Say that positions [first, last) are folded too: `add` must follow for a layer before that layer merges again."""
         self._count[slot] += last - first
         self._to[slot] = last
-        for begin in range(first // size, -(-last // size), _PIECE):
-            end = min(begin + _PIECE, -(-last // size))
-            blocks = torch.from_numpy(table[begin:end].astype(np.int64))
-            inside = slice(max(first - begin * size, 0), min(last, end * size) - begin * size)
-            for layer, kv in enumerate(layers):
-                if self._heads[layer]:
-                    for which, cache in enumerate(kv):
-                        rows = cache[blocks].transpose(0, 1).flatten(1, 2)[:, inside]
-                        self._sums[layer][slot, which] += rows.sum(dim=1, dtype=torch.float32)
-        for layer, heads in enumerate(self._heads):
-            if heads:
-                means = (self._sums[layer][slot] / float(self._count[slot])).repeat_interleave(self._group, dim=1)
-                self._keys[layer][slot], self._values[layer][slot] = means[0], means[1].to(self._dtype)
+        self._log_count[slot] = math.log(self._count[slot])
+
+    def add(self, layer: int, slot: int, kv: PagedKV, table: npt.NDArray[np.int32], first: int, last: int) -> None:
+        """Add positions [first, last) of one layer; they have been counted by `advance`."""
+        if not self._heads[layer]:
+            return
+        size, sums = kv.k.shape[2], self._sums[layer][slot]
+        end = -(-last // size)
+        for begin in range(first // size, end, _PIECE):
+            stop = min(begin + _PIECE, end)
+            blocks = torch.from_numpy(table[begin:stop].astype(np.int64))
+            for total, cache in zip(sums, kv):
+                piece = cache[blocks]  # a copy
+                piece[0, :, : max(0, first - begin * size)] = 0.0
+                piece[-1, :, size - max(0, stop * size - last) :] = 0.0
+                total += piece.sum(dim=(0, 2), dtype=torch.float32)
+        means = (sums / float(self._count[slot])).repeat_interleave(self._group, dim=1)
+        self._keys[layer][slot], self._values[layer][slot] = means[0], means[1].to(self._dtype)
 
     def merge(
         self,
@@ -100,35 +113,47 @@ class Compensation:
         scale: float,
         heads_mask: Tensor | None = None,
     ) -> None:
-        """Merge the token into an attention state in place; rows whose slot has nothing folded stay as they are.
+        """Merge the token into an attention state in place; rows whose slot has nothing folded stay as they are, to the bit.
 
-        q, out: [rows, q_heads, head_dim]; lse: [rows, q_heads] fp32; heads_mask: [kv_heads] bool, the heads that have one.
+        q, out: [rows, q_heads, head_dim], of any row stride; lse: [rows, q_heads] fp32, contiguous;
+        heads_mask: [kv_heads] bool, the heads that have a token (by default all).
         """
         which = torch.from_numpy(slots)
-        with np.errstate(divide="ignore"):
-            count = torch.from_numpy(np.log(self._count[slots]).astype(np.float32))
-        logit = (q.float() * self._keys[layer][which]).sum(dim=-1).mul_(scale).add_(count[:, None])
+        logit = (q.float() * self._keys[layer][which]).sum(dim=-1).mul_(scale).add_(self._log_count[which][:, None])
         if heads_mask is not None:
-            logit.masked_fill_(~heads_mask.repeat_interleave(self._group), float("-inf"))
-        kernels.merge(out, lse, self._values[layer][which], logit)
+            logit.unflatten(1, (-1, self._group)).masked_fill_(~heads_mask[:, None], -torch.inf)
+        values = self._values[layer][which].to(out.dtype)
+        if out.is_contiguous():
+            kernels.merge(out, lse, values, logit)
+        else:
+            merged = out.contiguous()
+            kernels.merge(merged, lse, values, logit)
+            out.copy_(merged)
 
     def _allocate(self, capacity: int) -> None:
         dim, group = self._dim, self._group
         self._count = np.zeros(capacity, np.int64)
         self._to = np.zeros(capacity, np.int32)
+        self._log_count = torch.full((capacity,), -torch.inf)
+        """ln N, -inf where nothing is folded."""
         self._sums = [torch.zeros(capacity, 2, heads, dim) for heads in self._heads]
         """Per layer [slots, K and V, kv_heads, head_dim] fp32."""
         self._keys = [torch.zeros(capacity, heads * group, dim) for heads in self._heads]
         """Mean keys per query head, fp32."""
         self._values = [torch.zeros(capacity, heads * group, dim, dtype=self._dtype) for heads in self._heads]
-        """Mean values per query head, in the model's dtype."""
+        """Mean values per query head."""
 
     def _grow(self) -> None:
-        count, to, before = self._count, self._to, len(self._count)
-        tensors = [*self._sums, *self._keys, *self._values]
+        before, (arrays, tensors) = len(self._count), self._state()
         with torch.inference_mode(False):
             self._allocate(max(4, 2 * before))
-        self._count[:before], self._to[:before] = count, to
-        for tensor, kept in zip([*self._sums, *self._keys, *self._values], tensors):
-            tensor[:before] = kept
+        new_arrays, new_tensors = self._state()
+        for array, old_array in zip(new_arrays, arrays):
+            array[:before] = old_array
+        for tensor, old_tensor in zip(new_tensors, tensors):
+            tensor[:before] = old_tensor
         self._free.extend(range(len(self._count) - 1, before - 1, -1))
+
+    def _state(self) -> tuple[list[npt.NDArray[np.generic]], list[Tensor]]:
+        """Everything that is indexed by slot."""
+        return [self._count, self._to], [self._log_count, *self._sums, *self._keys, *self._values]

@@ -5,11 +5,13 @@ sink_window    the first tokens and the last ones: the baseline of all others
 token_select   one list per layer by a vote of all heads, used again while the query stays alike; sparse prompts too
 tidal_decode   lists made in a few layers of every step, read by the layers behind them
 recycled       lists by attention score per layer and KV head, used again until a stride or the query's drift renews them
+razor_view     everything, or another method, for retrieval heads; sinks, a window and a compensation token for all others
 """
 
 from kvloom.engine.selection.base import Geometry, Method, MethodStats, Selector
 from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.selection.dense import dense_rows
+from kvloom.engine.selection.razor_view import RazorView, RazorViewOptions
 from kvloom.engine.selection.recycled import Recycled, RecycledOptions
 from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
@@ -22,6 +24,13 @@ METHODS: dict[str, Method] = {
         Method("token_select", "one list per layer, voted for by all heads (TokenSelect)", TokenSelectOptions, TokenSelect),
         Method("tidal_decode", "a few layers choose for all others (TidalDecode, Kascade)", TidalDecodeOptions, TidalDecode),
         Method("recycled", "lists by score, renewed every few tokens (Recycled Attention)", RecycledOptions, Recycled),
+        Method(
+            "razor_view",
+            "retrieval heads see everything, others sinks and a window (RazorAttention)",
+            RazorViewOptions,
+            RazorView,
+            takes_budget=RazorViewOptions.takes_budget,
+        ),
     )
 }
 SELECTIONS = ("dense", *METHODS)

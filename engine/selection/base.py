@@ -64,7 +64,7 @@ class LayerHook(Protocol):
 
     def before(self, layer: Layer) -> None:
         """Say what the rows see in this layer: through `Batch.see_all`, `Batch.see`. What was said stays until said anew.
-        Setting `batch.emits` asks for the logits of this layer's attention."""
+        Setting `batch.emits` asks for the logits of this layer's attention, `batch.wants_lse` for its `batch.lse`."""
         ...
 
     def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
@@ -142,6 +142,8 @@ class Method:
     make: Callable[[Any, int, Geometry, Kernels], Selector]
     """(options, budget, geometry, kernels) -> selector. Raises InvalidRequestError if they cannot work together."""
     default_budget: int = 512
+    takes_budget: Callable[[Any], bool] = lambda options: True
+    """Whether a budget means something with these options. If not, it is refused, and `make` gets the longest length."""
 
 
 def read_options(method: Method, values: Mapping[str, Any]) -> Any:

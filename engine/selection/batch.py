@@ -5,8 +5,9 @@
 
     row at position p sees    list (positions < start, one per KV head)    followed by    [start, p]
 
-A hook writes `start`, `lengths` and `lists` through the methods here; the step reads them when the layer attends. All arrays
-are views of the step's own, so nothing is copied per layer.
+Tails of a run begin at the same position for all KV heads, unless a hook sets `per_head`. A hook writes `start`, `lengths` and
+`lists` through the methods here; the step reads them when the layer attends. All arrays are views of the step's own, so nothing
+is copied per layer.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Batch:
     table: Ints
     """[runs]: row of `tables`."""
     start: Ints
-    """[runs]: where tails begin."""
+    """[runs, kv_heads]: where tails begin."""
     offsets: Ints
     """[runs, kv_heads]: where lists begin in the step's positions."""
     lengths: Ints
@@ -86,6 +87,13 @@ class Batch:
     """Whether what is seen has changed since the last layer (contents of lists alone do not count)."""
     emits: bool = False
     """Whether this layer's logits are wanted; reset before every layer."""
+    per_head: bool = False
+    """Whether tails of one run may begin at different positions for different KV heads."""
+    wants_lse: bool = False
+    """Whether a hook wants `lse` in `after`."""
+    lse: Tensor | None = None
+    """[rows, q_heads] fp32, natural log: of what was seen in this layer, if `wants_lse`. A hook that merges more into `out`
+    may write it. Valid during `after`."""
     rows: int = field(init=False)
     """All rows of the batch."""
     attended: npt.NDArray[np.float64] = field(init=False)
@@ -123,9 +131,10 @@ class Batch:
     def see(self, which: Which, start: Any, lengths: Any) -> None:
         """These runs see their lists, then tails from `start`.
 
-        start: [selected] or a number; lengths: a number, [selected, 1] or [selected, kv_heads]
+        start: a number or [selected], or with `per_head` [selected, kv_heads]
+        lengths: a number, [selected, 1] or [selected, kv_heads]
         """
-        self.start[which] = start
+        self.start[which] = start[:, None] if np.ndim(start) == 1 else start
         self.lengths[which] = lengths
         self.changed = True
 
@@ -153,7 +162,7 @@ class Batch:
     def count_layer(self) -> None:
         """Called once per layer, after `before`: what the last row of every run reads."""
         if self.changed:
-            self.seen = self.stops - self.start + self.lengths.sum(axis=1) / self.geometry.kv_heads
+            self.seen = self.stops + (self.lengths - self.start).sum(axis=1) / self.geometry.kv_heads
             self.partial |= self.seen < self.stops
         self.attended += self.seen
 

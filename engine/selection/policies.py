@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
-from kvloom.engine.selection.base import read_options
+from kvloom.engine.selection.base import Method, read_options
 from kvloom.kernels.interface import Kernels
 
 MOST_SELECTORS = 64
@@ -55,9 +55,10 @@ class Selectors:
         self._geometry, self._kernels, self._defaults = geometry, kernels, defaults
         self._entries: OrderedDict[tuple[str, int, Any], _Entry] = OrderedDict()
         try:
-            self._budget("dense", defaults.budget)
+            self._check_budget(defaults.budget)
             self._draft_tokens(defaults.draft_tokens)
-            self.policy(KVOptions(draft=True) if defaults.draft else KVOptions())
+            budget = None if defaults.selection == "dense" else defaults.budget  # then it is for requests that ask for a method
+            self.policy(KVOptions(draft=defaults.draft or None, budget=budget))
         except InvalidRequestError as error:
             raise ConfigError(str(error).replace("kv.", "--")) from None
 
@@ -72,9 +73,8 @@ class Selectors:
         if name == "dense":
             self._refuse_for_dense(kv)
             return Policy(None, 0)
-        budget = self._budget(name, kv.budget if kv.budget is not None else defaults.budget)
         options = read_options(METHODS[name], kv.options or (defaults.options if own else {}))
-        selector = self._selector(name, budget, options)
+        selector = self._selector(name, self._budget(METHODS[name], options, kv.budget), options)
         if not draft:
             if kv.draft_tokens is not None:
                 raise InvalidRequestError(
@@ -119,15 +119,25 @@ class Selectors:
             raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
         return tokens
 
-    def _budget(self, name: str, budget: int | None) -> int:
+    def _budget(self, method: Method, options: Any, asked: int | None) -> int:
+        """The budget of a request: its own, the server's, or the method's."""
         longest = self._geometry.max_len
-        if budget is None:
-            return min(METHODS[name].default_budget if name in METHODS else longest, longest)
-        if not 1 <= budget <= longest:
+        if not method.takes_budget(options):
+            if asked is not None:
+                raise InvalidRequestError(
+                    f"kv.budget is {asked}, but {method.name} has no budget with these options; leave it out", param="kv.budget"
+                )
+            return longest
+        budget = self._defaults.budget if asked is None else asked
+        self._check_budget(budget)
+        return min(method.default_budget, longest) if budget is None else budget
+
+    def _check_budget(self, budget: int | None) -> None:
+        longest = self._geometry.max_len
+        if budget is not None and not 1 <= budget <= longest:
             raise InvalidRequestError(
                 f"kv.budget is {budget}; allowed: 1 to {longest}, this server's context", param="kv.budget"
             )
-        return budget
 
     def _selector(self, name: str, budget: int, options: Any) -> Selector:
         key = (name, budget, options)

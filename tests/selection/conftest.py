@@ -7,7 +7,7 @@ from the whole cache with -inf where nothing may be seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 
 from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.calibration import HeadClasses
 from kvloom.engine.request import KVOptions
+from kvloom.engine.selection import Geometry
+from kvloom.engine.selection.razor_view import RazorViewOptions
 from kvloom.kernels.interface import PagedKV, Rows
 from kvloom.kernels.reference import visible
 
@@ -53,8 +56,11 @@ class Traced:
         return result
 
 
-def masked_attention(call: Call) -> Tensor:
-    """The call's output from dense logits over the whole sequence with -inf outside what was seen: [rows, heads, dim] fp64."""
+def masked_attention(call: Call, compensated: Collection[int] = ()) -> Tensor:
+    """The call's output from dense logits over the whole sequence with -inf outside what was seen: [rows, heads, dim] fp64.
+
+    compensated: KV heads with one more token, the mean of all they do not see, as often as there are of those.
+    """
     rows, group = call.rows, call.q.shape[1] // call.k.shape[1]
     out = torch.zeros(call.q.shape, dtype=torch.float64)
     for row in range(rows.size):
@@ -66,8 +72,25 @@ def masked_attention(call: Call) -> Tensor:
             logits = k @ call.q[row, head].double() * call.scale
             mask = torch.full((stop,), -math.inf, dtype=torch.float64)
             mask[call.seen[row][head // group].long()] = 0.0
-            out[row, head] = torch.softmax(logits + mask, 0) @ v
+            if head // group in compensated and (unseen := mask.isinf()).any():
+                token = k[unseen].mean(0) @ call.q[row, head].double() * call.scale + math.log(int(unseen.sum()))
+                weights = torch.softmax(torch.cat([logits + mask, token[None]]), 0)
+                out[row, head] = weights @ torch.cat([v, v[unseen].mean(0)[None]])
+            else:
+                out[row, head] = torch.softmax(logits + mask, 0) @ v
     return out
+
+
+@pytest.fixture(autouse=True)
+def retrieval_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random models have no calibration: all heads of the first layer are retrieval heads, and one of every other."""
+
+    def classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:
+        heads = [(0, head) for head in range(geometry.kv_heads)]
+        heads += [(layer, (layer - 1) % geometry.kv_heads) for layer in range(1, geometry.layers)]
+        return HeadClasses.of(heads, geometry.layers, geometry.kv_heads)
+
+    monkeypatch.setattr("kvloom.engine.selection.razor_view.head_classes", classes)
 
 
 @pytest.fixture

@@ -1,0 +1,180 @@
+"""RazorAttention (arXiv 2407.15891, ICLR 2025), view mode: all KV is kept, and most heads read little of it.
+
+    retrieval heads     induction and echo heads, found once per model (`kvloom calibrate razor`): everything, or what another
+                        selection method lets them see (option `retrieval`)
+    local heads         N0 sinks, the last max(S0, N / C) positions, and the compensation token: one attention state for all
+                        positions between, key k' and value v' their means, logit q.k' + ln N_d (section 3.3)
+
+A decode row of a local head sees      [0, sinks)     then     [begin, N)       with [sinks, begin) in the compensation token
+
+Means are running fp32 sums per layer and KV head (`retention.compensation`); what leaves the window is added once, in whole
+blocks: the window is up to a block longer than the paper's. Evict mode (`--retention razor`) computes the same, and keeps less.
+
+Departures, and why:
+
+- Prompts are computed densely, as in the paper, but nothing is dropped afterwards: prompt KV is shared like any other, and
+  requests of this method stand beside others of any kind.
+- S0 is 256 and not 4000, as in the authors' own deployment: at 8k tokens, the paper's would drop little.
+- A drafting row's window ends at the verified tokens: what is drafted and may be taken back is never added to a sum.
+- Retrieval heads may read by another method with its default options, in the request's budget. It chooses as it always does,
+  for all heads; local heads then look elsewhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvloom.engine.calibration import HeadClasses, find_razor
+from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.retention.compensation import Compensation
+from kvloom.engine.retention.window import Window
+from kvloom.engine.selection.base import Geometry, MethodStats, Selector, refuse
+from kvloom.engine.selection.batch import Batch
+from kvloom.engine.selection.razor_view_step import RazorViewStep
+from kvloom.kernels.interface import Kernels
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+NAME = "razor_view"
+_WINDOW = Window()
+
+
+@dataclass(frozen=True, slots=True)
+class RazorViewOptions:
+    """Options of razor_view."""
+
+    induction_share: float = INDUCTION_SHARE
+    """Share of all KV heads that are retrieval heads for their induction score, at least one head."""
+    echo_share: float = ECHO_SHARE
+    """The same for their echo score."""
+    sinks: int = _WINDOW.sinks
+    """N0: first tokens that local heads read."""
+    least: int = _WINDOW.least
+    """S0: shortest window of local heads, in tokens."""
+    share: int = _WINDOW.share
+    """C: the window is a C-th of the sequence, if that is more."""
+    compensation: bool = True
+    """Whether a token stands for what local heads do not read."""
+    heads: Literal["calibrated", "random"] = "calibrated"
+    """Which are retrieval heads: the calibrated ones, or as many anywhere (to compare with)."""
+    seed: int = 0
+    """Of random heads."""
+    retrieval: str | None = None
+    """The selection method by which retrieval heads read, with its default options and the request's budget. None: they read
+    everything, and there is no budget."""
+
+    def __post_init__(self) -> None:
+        for name, ok, allowed in (
+            ("induction_share", 0.0 <= self.induction_share <= 1.0, "0 to 1"),
+            ("echo_share", 0.0 <= self.echo_share <= 1.0, "0 to 1"),
+            ("sinks", self.sinks >= 0, "0 or more"),
+            ("least", self.least >= 1, "1 or more"),
+            ("share", self.share >= 1, "1 or more"),
+            ("heads", self.heads in ("calibrated", "random"), "calibrated, random"),
+        ):
+            if not ok:
+                raise refuse(NAME, name, getattr(self, name), allowed)
+
+    def takes_budget(self) -> bool:
+        """Whether a budget means anything."""
+        return self.retrieval is not None
+
+
+class RazorView:
+    """`Selector`: tails and lists that differ by KV head, and sums of what local heads do not read."""
+
+    emits = False
+    prompts: Literal["dense", "seed", "sparse"] = "dense"
+    grid = 0
+    domain = ""
+
+    def __init__(self, options: RazorViewOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
+        classes = head_classes(options, geometry)
+        self.options, self.window = options, Window(options.sinks, options.least, options.share)
+        self.inner = _inner(options.retrieval, budget, geometry, kernels)
+        whole = options.sinks + options.least
+        self.budget = whole if self.inner is None else min(whole, self.inner.budget)
+        """Rows that know no more tokens than that see everything."""
+        self.heads = 1 if self.inner is None else self.inner.heads + 1
+        self.width = max(1, options.sinks, 0 if self.inner is None else self.inner.width)
+        self.local = _shared([np.isin(np.arange(classes.kv_heads), classes.local(at)) for at in range(classes.layers)])
+        """[layers] of [kv_heads] bool: local heads. Layers that are alike share one array."""
+        self.masks = [torch.from_numpy(local) for local in self.local]
+        """The same as tensors."""
+        self.stats = MethodStats()
+        group = geometry.q_heads // geometry.kv_heads
+        self.state = (
+            Compensation(geometry.layers, geometry.kv_heads, group, geometry.head_dim, torch.float32)
+            if options.compensation
+            else None
+        )
+        self._preemptions: dict[Request, int] = {}
+        self.state_bytes = (self.state.bytes_per_request if self.state else 0) + (self.inner.state_bytes if self.inner else 0)
+
+    def open(self, request: Request) -> None:
+        self._preemptions[request] = request.preemptions
+        for part in (self.inner, self.state):
+            if part is not None:
+                part.open(request)
+
+    def close(self, request: Request) -> None:
+        del self._preemptions[request]
+        for part in (self.inner, self.state):
+            if part is not None:
+                part.close(request)
+
+    def decode(self, batch: Batch) -> RazorViewStep:
+        return RazorViewStep(self, batch)
+
+    def prefill(self, batch: Batch) -> RazorViewStep:
+        raise AssertionError("prompts are dense")
+
+    def preempted(self, request: Request) -> bool:
+        """Whether a request was preempted since this was last asked: its KV has then been computed again."""
+        before, self._preemptions[request] = self._preemptions[request], request.preemptions
+        return before != request.preemptions
+
+
+def head_classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:
+    """The model's retrieval and local heads. Raises InvalidRequestError if it has no calibration."""
+    calibration = find_razor(geometry.model_key)
+    if calibration is None:
+        raise InvalidRequestError(
+            "kv.selection is razor_view, but this model has no RazorAttention calibration; run kvloom calibrate razor MODEL "
+            "first, or choose another method",
+            param="kv.selection",
+        )
+    classes = calibration.classes(options.induction_share, options.echo_share)
+    if options.heads == "random":
+        classes = HeadClasses.random(geometry.layers, geometry.kv_heads, classes.count, options.seed)
+    return classes
+
+
+def _inner(name: str | None, budget: int, geometry: Geometry, kernels: Kernels) -> Selector | None:
+    """The method of the retrieval heads. It must leave prompts alone, and choose without looking at a layer's own logits:
+    those of local heads are not of the positions that it would take them for. Raises InvalidRequestError."""
+    if name is None:
+        return None
+    from kvloom.engine.selection import METHODS  # which lists this method too
+
+    others = [other for other in METHODS if other != NAME]
+    if name not in others:
+        raise refuse(NAME, "retrieval", name, f"null (everything), {', '.join(others)}")
+    method = METHODS[name]
+    inner = method.make(method.options(), budget, geometry, kernels)
+    if inner.prompts != "dense" or inner.emits:
+        raise refuse(NAME, "retrieval", name, "methods that compute prompts densely and choose before they attend")
+    return inner
+
+
+def _shared(arrays: list[npt.NDArray[np.bool_]]) -> list[npt.NDArray[np.bool_]]:
+    """The same, with one object for all arrays that are equal."""
+    kept: dict[bytes, npt.NDArray[np.bool_]] = {}
+    return [kept.setdefault(array.tobytes(), array) for array in arrays]
