@@ -120,7 +120,7 @@ class _Retention:
         """The KV heads of every group in every layer, None for one group."""
         if self._options is None:
             return None
-        classes = self._options.classes(model, fingerprint)
+        classes = self._options.classes(fingerprint)
         self.razor = Razor(self._options, classes, model, TORCH_DTYPES[self._config.model.dtype])
         return list(zip(*(spec.heads for spec in self.razor.specs)))
 

@@ -83,7 +83,7 @@ def _settings(model: ModelConfig, key: str, memory: int, dtype: torch.dtype, len
         return
     for share in SHARES:
         options = RazorOptions() if share is None else RazorOptions(induction_share=share)
-        classes = options.classes(model, key)
+        classes = options.classes(key)
         flags = "--retention razor" + ("" if share is None else f" --retention-options '{{\"induction_share\": {share}}}'")
         specs = group_specs(classes)
         sizes = [bytes_per_token(spec, model.head_dim, dtype) * block_size for spec in specs]

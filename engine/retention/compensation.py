@@ -63,6 +63,7 @@ class Compensation:
     def forget(self, slots: npt.NDArray[np.int64]) -> None:
         """Nothing is folded there any more."""
         self._count[slots] = self._to[slots] = 0
+        self._biases.clear()
         which = torch.from_numpy(slots)
         self._log_count[which] = -torch.inf
         for sums in self._sums:
@@ -84,6 +85,7 @@ class Compensation:
         self._count[slot] += last - first
         self._to[slot] = last
         self._log_count[slot] = math.log(self._count[slot])
+        self._biases.clear()
 
     def add(self, layer: int, slot: int, kv: PagedKV, table: npt.NDArray[np.int32], first: int, last: int) -> None:
         """Add positions [first, last) of one layer; they have been counted by `advance`."""
@@ -119,10 +121,10 @@ class Compensation:
         heads_mask: [kv_heads] bool, the heads that have a token (by default all).
         """
         which = torch.from_numpy(slots)
-        logit = (q.float() * self._keys[layer][which]).sum(dim=-1).mul_(scale).add_(self._log_count[which][:, None])
-        if heads_mask is not None:
-            logit.unflatten(1, (-1, self._group)).masked_fill_(~heads_mask[:, None], -torch.inf)
-        values = self._values[layer][which].to(out.dtype)
+        products = torch.mul(q, self._keys[layer].index_select(0, which)).sum(dim=-1)  # fp32, whatever q is
+        logit = torch.add(self._bias(slots, q.shape[1], heads_mask), products, alpha=scale)
+        values = self._values[layer].index_select(0, which)
+        values = values if values.dtype == out.dtype else values.to(out.dtype)
         if out.is_contiguous():
             kernels.merge(out, lse, values, logit)
         else:
@@ -130,7 +132,20 @@ class Compensation:
             kernels.merge(merged, lse, values, logit)
             out.copy_(merged)
 
+    def _bias(self, slots: npt.NDArray[np.int64], heads: int, mask: Tensor | None) -> Tensor:
+        """[rows, heads] fp32: ln N of every row, -inf for heads without a token. The same for many layers of a step."""
+        key = (slots.tobytes(), heads, mask)  # a tensor is its own key
+        found = self._biases.get(key)
+        if found is None:
+            found = self._log_count[torch.from_numpy(slots)][:, None].expand(-1, heads).clone()
+            if mask is not None:
+                found.unflatten(1, (-1, self._group)).masked_fill_(~mask[:, None], -torch.inf)
+            self._biases[key] = found
+        return found
+
     def _allocate(self, capacity: int) -> None:
+        self._biases: dict[tuple[bytes, int, Tensor | None], Tensor] = {}
+        """Of the rows that were merged since anything was folded or forgotten."""
         dim, group = self._dim, self._group
         self._count = np.zeros(capacity, np.int64)
         self._to = np.zeros(capacity, np.int32)

@@ -32,7 +32,7 @@ from kvloom.engine.config import option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.retention.compensation import Compensation
-from kvloom.engine.retention.window import Window
+from kvloom.engine.retention.window import Window, out_of_bounds
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
@@ -62,16 +62,9 @@ class RazorOptions:
     """Of random heads."""
 
     def __post_init__(self) -> None:
-        for name, ok, allowed in (
-            ("induction_share", 0.0 <= self.induction_share <= 1.0, "0 to 1"),
-            ("echo_share", 0.0 <= self.echo_share <= 1.0, "0 to 1"),
-            ("sinks", self.sinks >= 0, "0 or more"),
-            ("least", self.least >= 1, "1 or more"),
-            ("share", self.share >= 1, "1 or more"),
-            ("heads", self.heads in ("calibrated", "random"), "calibrated, random"),
-        ):
-            if not ok:
-                raise ConfigError(f"retention_options: {name} is {getattr(self, name)!r}; allowed: {allowed}")
+        if (wrong := out_of_bounds(self)) is not None:
+            name, allowed = wrong
+            raise ConfigError(f"retention_options: {name} is {getattr(self, name)!r}; allowed: {allowed}")
 
     @classmethod
     def read(cls, text: str | None) -> RazorOptions:
@@ -92,15 +85,13 @@ class RazorOptions:
     def window(self) -> Window:
         return Window(self.sinks, self.least, self.share)
 
-    def classes(self, model: ModelConfig, model_key: str) -> HeadClasses:
+    def classes(self, model_key: str) -> HeadClasses:
         """The model's head classes. Raises ConfigError if it has no calibration."""
         calibration = find_razor(model_key)
         if calibration is None:
             raise ConfigError("this model has no RazorAttention calibration; run kvloom calibrate razor MODEL first")
-        classes = calibration.classes(self.induction_share, self.echo_share)
-        if self.heads == "random":
-            classes = HeadClasses.random(model.layers, model.kv_heads, classes.count, self.seed)
-        return classes
+        seed = self.seed if self.heads == "random" else None
+        return calibration.classes(self.induction_share, self.echo_share, random_seed=seed)
 
 
 def group_specs(classes: HeadClasses) -> tuple[GroupSpec, GroupSpec]:

@@ -33,7 +33,7 @@ from kvloom.engine.calibration import HeadClasses, find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.retention.compensation import Compensation
-from kvloom.engine.retention.window import Window
+from kvloom.engine.retention.window import Window, out_of_bounds
 from kvloom.engine.selection.base import Geometry, MethodStats, Selector, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.razor_view_step import RazorViewStep
@@ -71,16 +71,9 @@ class RazorViewOptions:
     everything, and there is no budget."""
 
     def __post_init__(self) -> None:
-        for name, ok, allowed in (
-            ("induction_share", 0.0 <= self.induction_share <= 1.0, "0 to 1"),
-            ("echo_share", 0.0 <= self.echo_share <= 1.0, "0 to 1"),
-            ("sinks", self.sinks >= 0, "0 or more"),
-            ("least", self.least >= 1, "1 or more"),
-            ("share", self.share >= 1, "1 or more"),
-            ("heads", self.heads in ("calibrated", "random"), "calibrated, random"),
-        ):
-            if not ok:
-                raise refuse(NAME, name, getattr(self, name), allowed)
+        if (wrong := out_of_bounds(self)) is not None:
+            name, allowed = wrong
+            raise refuse(NAME, name, getattr(self, name), allowed)
 
     def takes_budget(self) -> bool:
         """Whether a budget means anything."""
@@ -106,8 +99,9 @@ class RazorView:
         self.width = max(1, options.sinks, 0 if self.inner is None else self.inner.width)
         self.local = _shared([np.isin(np.arange(classes.kv_heads), classes.local(at)) for at in range(classes.layers)])
         """[layers] of [kv_heads] bool: local heads. Layers that are alike share one array."""
-        self.masks = [torch.from_numpy(local) for local in self.local]
-        """The same as tensors."""
+        tensors = {id(local): torch.from_numpy(local) for local in self.local}
+        self.masks = [tensors[id(local)] for local in self.local]
+        """The same as tensors, alike layers sharing one."""
         self.stats = MethodStats()
         group = geometry.q_heads // geometry.kv_heads
         self.state = (
@@ -151,10 +145,8 @@ def head_classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:
             "first, or choose another method",
             param="kv.selection",
         )
-    classes = calibration.classes(options.induction_share, options.echo_share)
-    if options.heads == "random":
-        classes = HeadClasses.random(geometry.layers, geometry.kv_heads, classes.count, options.seed)
-    return classes
+    seed = options.seed if options.heads == "random" else None
+    return calibration.classes(options.induction_share, options.echo_share, random_seed=seed)
 
 
 def _inner(name: str | None, budget: int, geometry: Geometry, kernels: Kernels) -> Selector | None:

@@ -199,12 +199,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _budget(method: str, budget: int) -> int | None:
+    """The budget of a method that takes one with its default options."""
+    return budget if METHODS[method].takes_budget(METHODS[method].options()) else None
+
+
 def measured(llm: LLM, text: list[int], args: argparse.Namespace, report: Report) -> Iterator[tuple[list[Row], Row]]:
     """Every row, with the list that it belongs to."""
 
     def drafts(budget: int, counts: Sequence[int]) -> list[KVOptions]:
         return [
-            KVOptions(selection=method, budget=budget, draft=True, draft_tokens=count)
+            KVOptions(selection=method, budget=_budget(method, budget), draft=True, draft_tokens=count)
             for method in args.methods.split(",")
             for count in counts
         ]

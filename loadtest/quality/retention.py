@@ -135,6 +135,11 @@ class Study:
         for _ in range(args.rounds):
             exact.add(follow(self.dense, cut, KVOptions()).cost)
             found.add(follow(llm, cut, KVOptions()).cost)
+        if not exact.seconds or not found.seconds:  # prompts that are not cached are computed while others decode already
+            raise ConfigError(
+                f"--kv-memory {args.kv_memory} does not keep the prompts of {len(cut)} requests cached between runs, so no step "
+                "had them all decoding; give more"
+            )
         row: Row = dict(found.figures())
         for name, values, dense in (
             ("speed_up", found.seconds, exact.seconds),
@@ -167,7 +172,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(prog="kvloom eval retention", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     made.add_argument("model", nargs="?", default="smollm2")
     made.add_argument("--settings", default="razor", help="NAME or NAME:OPTION=VALUE:..., comma-separated (default: razor)")
-    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("backend", "auto"), ("kv-memory", "2GiB")):
+    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("backend", "auto"), ("kv-memory", "4GiB")):
         made.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
     made.add_argument("--threads", type=setup.count, help="compute threads (default: one per core)")
     for name, number, text in (

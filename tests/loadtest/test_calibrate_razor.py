@@ -35,7 +35,7 @@ def test_the_command_measures_stores_and_draws(
     settings = {key: found.settings[key] for key in ("tokens", "repeats", "ids", "bos", "seeds", "dtype")}
     assert settings == {"tokens": 40, "repeats": 3, "ids": [100, 200], "bos": None, "seeds": [5, 6], "dtype": "fp32"}
     overlap = found.settings["overlap"]
-    assert overlap["induction_share"] == 0.3 and overlap["echo_share"] == 0.01
+    assert overlap["induction_share"] == 0.3 and overlap["echo_share"] == 0.04
     assert len(overlap["jaccard"]) == 1 and 0 <= overlap["jaccard"][0] <= 1
     assert all(0 < score < 1 for row in (*found.induction, *found.echo) for score in row)
     assert picture.read_bytes().startswith(PNG)

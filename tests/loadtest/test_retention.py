@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality import retention
+from kvloom.loadtest.quality.answers import ask
+from kvloom.loadtest.quality.tasks import in_prompt, trials
 from kvloom.server.cli import main
 
 SCORES = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
@@ -69,3 +73,21 @@ def test_plan_lists_every_retention(calibrated: None, tiny: Path, capsys: pytest
 def test_plan_without_a_calibration_says_so(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(tiny), "--memory", "8MiB"]) == 0
     assert "kvloom calibrate razor" in capsys.readouterr().out
+
+
+def test_a_later_turn_finds_what_only_dropped_tokens_held() -> None:
+    """On the built-in model: facts stand before the window of local heads, and are asked for after those have dropped them."""
+    shared = {"kv_memory": "128MiB", "max_model_len": 2048}
+    options = '{"induction_share": 0.29, "least": 64, "share": 100}'
+    everything, razor = LLM("smollm2", **shared), LLM("smollm2", **shared, retention="razor", retention_options=options)
+    text = everything.tokenizer.encode(Path(retention.__file__).read_text(), add_special_tokens=False)
+    asked = [trial for trial in trials("number", razor.tokenizer, text, 1000, 1, 0) if trial.depth < 0.8]
+    window = KVOptions(selection="sink_window", budget=400)  # as much as razor reads: 0.31 + 0.69 * 0.08 of 1000, and more
+    found, dense = ask(razor, asked, KVOptions(), 4), ask(everything, asked, KVOptions(), 4)
+    blind = ask(everything, asked, window, 4)
+    assert found.cost.held < 1.1 * dense.cost.held and found.cost.attended < 0.5 * dense.cost.attended
+    assert dense.accuracy > 0.5 and found.accuracy >= 0.6 * dense.accuracy
+    assert blind.accuracy <= 0.5 * found.accuracy, "facts beyond the window can be guessed, so this shows nothing"
+    turn = in_prompt(asked)  # the question ends a new prompt, which all heads read densely; its answer's first token does too
+    again, exact = ask(razor, turn, KVOptions(), 4), ask(everything, turn, KVOptions(), 4)
+    assert [a.score for a in again.answers] == [a.score for a in exact.answers]
