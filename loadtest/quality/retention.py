@@ -137,8 +137,8 @@ class Study:
             found.add(follow(llm, cut, KVOptions()).cost)
         if not exact.seconds or not found.seconds:  # prompts that are not cached are computed while others decode already
             raise ConfigError(
-                f"--kv-memory {args.kv_memory} does not keep the prompts of {len(cut)} requests cached between runs, so no step "
-                "had them all decoding; give more"
+                f"--kv-memory {args.kv_memory} does not keep the prompts of {len(cut)} requests cached between runs, so no "
+                "step had them all decoding; give more"
             )
         row: Row = dict(found.figures())
         for name, values, dense in (
