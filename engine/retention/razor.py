@@ -178,6 +178,8 @@ class Razor:
         A request that was preempted begins anew: what stood for its dropped tokens is forgotten here.
         """
         begins = np.array([table.forgotten * block_size for table in tables], np.int32)
+        if self.state is None:
+            return begins
         slots = self._state.slots(requests)
         if (stale := slots[self._state.dropped_to(slots) != begins]).size:
             self._state.forget(stale)
@@ -191,9 +193,9 @@ class Razor:
         begin, at = int(self.window.begin(np.array([len(request.tokens)]), size)[0]), table.forgotten * size
         if begin <= at:
             return
-        (slot,) = self._state.slots([request])
-        blocks = np.frombuffer(table.parts[LOCAL], np.int32)
-        self._state.fold(int(slot), cache.groups[LOCAL].storage.layers, blocks, max(at, self.window.sinks), begin)
-        del blocks  # a buffer that is looked at cannot be resized
+        if self.state is not None:
+            (slot,) = self.state.slots([request])
+            blocks = np.array(table.parts[LOCAL], np.int32)
+            self.state.fold(int(slot), cache.groups[LOCAL].storage.layers, blocks, max(at, self.window.sinks), begin)
         keep = -(-self.window.sinks // size)
         cache.forget(table, LOCAL, max(keep, table.forgotten), begin // size)

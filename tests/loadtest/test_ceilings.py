@@ -73,7 +73,7 @@ def test_the_table_of_a_run(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFi
     text.write_text(Path(methods.__file__).read_text())
     assert methods.main([str(tiny), "--dtype", "fp32", "--weights", "bf16", "--kv-memory", "8MiB", "--threads", "1", "--text",
                          str(text), "--methods", "sink_window,tidal_decode,token_select:theta=0.5,recycled", "--context", "300",
-                         "--windows", "2", "--scored", "4", "--batch", "8", "--haystacks", "0", "--rounds", "1", "--steps", "3",
+                         "--windows", "2", "--scored", "4", "--batch", "2", "--haystacks", "0", "--rounds", "1", "--steps", "3",
                          "--budgets", "32", "--json", str(rows)]) == 0  # fmt: skip
     assert ceilings.main([str(tiny), "--json", str(rows), "--markdown", str(tmp_path / "table.md")]) == 0
     llm = LLM(str(tiny), dtype="fp32", kv_memory="8MiB")
