@@ -12,8 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numba import prange
 
+from kvloom.kernels.cpu.blocks import KEYS, add_values, clear, mask_tile, multiply, scores, weigh, weigh_tile
 from kvloom.kernels.cpu.compiler import device, entry
-from kvloom.kernels.cpu.paged import ask, fill, locate
+from kvloom.kernels.cpu.paged import fill, locate
 from kvloom.kernels.cpu.partition import (
     COUNT,
     HEAD,
@@ -32,23 +33,10 @@ from kvloom.kernels.cpu.partition import (
 from kvloom.kernels.cpu.scalar import LN2, LOG2E, NEG_INF, exp2, fetch_add, get, get_long, put, read, size_of, store, write
 from kvloom.kernels.cpu.vector import (
     LANES,
-    dot1,
-    dot2,
-    dot3,
-    dot4,
     fresh8x1,
-    mac1x1,
-    mac1x4,
-    mac2x1,
-    mac2x4,
-    mac3x4,
-    mac4x1,
-    mac4x4,
     mac8x1,
-    peak,
 )
 
-KEYS = 64  # keys per block of the running softmax
 ADDRESSES = 2 * KEYS  # fp32 elements that the row addresses of a block take
 
 # What stays the same in every layer of a step: one int64 each.
@@ -62,113 +50,6 @@ def scratch_size(group: int, width: int) -> int:
     """fp32 elements of scratch per thread: row addresses, key or value block, scores, q, acc, and state of every lane."""
     lanes = max(group, TILE_LANES)
     return 4 * ADDRESSES + KEYS * width + KEYS * lanes + 2 * lanes * width + 4 * lanes
-
-
-@device
-def _scores(s, q, tile, group, width, count, ahead, dim, kind):
-    """s: [group, KEYS] = q: [group, width] times tile: [count, width]. ahead: rows to ask for meanwhile, or 0."""
-    for j in range(count):
-        if ahead != 0:
-            ask(ahead, j, dim, kind)
-        key = tile + 4 * j * width
-        h = 0
-        while h < group:
-            left = group - h
-            at, query = s + 4 * (h * KEYS + j), q + 4 * h * width
-            if left >= 4:
-                dot4(at, KEYS, query, width, key, width)
-                h += 4
-            elif left == 3:
-                dot3(at, KEYS, query, width, key, width)
-                h += 3
-            elif left == 2:
-                dot2(at, KEYS, query, width, key, width)
-                h += 2
-            else:
-                dot1(at, KEYS, query, width, key, width)
-                h += 1
-
-
-@device
-def _add_wide(acc, s, tile, group, width, count):
-    """Four vectors of columns of acc: [group, width] += s: [group, KEYS] times tile: [count, width]."""
-    h = 0
-    while h < group:
-        left = group - h
-        at, weight = acc + 4 * h * width, s + 4 * h * KEYS
-        if left >= 4:
-            mac4x4(at, width, weight, KEYS, 1, tile, width, count)
-            h += 4
-        elif left == 3:
-            mac3x4(at, width, weight, KEYS, 1, tile, width, count)
-            h += 3
-        elif left == 2:
-            mac2x4(at, width, weight, KEYS, 1, tile, width, count)
-            h += 2
-        else:
-            mac1x4(at, width, weight, KEYS, 1, tile, width, count)
-            h += 1
-
-
-@device
-def _add_narrow(acc, s, tile, group, width, count):
-    """The same for one vector of columns."""
-    h = 0
-    while h < group:
-        left = group - h
-        at, weight = acc + 4 * h * width, s + 4 * h * KEYS
-        if left >= 8:
-            mac8x1(at, width, weight, KEYS, 1, tile, width, count)
-            h += 8
-        elif left >= 4:
-            mac4x1(at, width, weight, KEYS, 1, tile, width, count)
-            h += 4
-        elif left >= 2:
-            mac2x1(at, width, weight, KEYS, 1, tile, width, count)
-            h += 2
-        else:
-            mac1x1(at, width, weight, KEYS, 1, tile, width, count)
-            h += 1
-
-
-@device
-def _add_values(acc, s, tile, group, width, count):
-    """acc: [group, width] += s: [group, KEYS] times tile: [count, width]."""
-    c = 0
-    while width - c >= 4 * LANES:
-        _add_wide(acc + 4 * c, s, tile + 4 * c, group, width, count)
-        c += 4 * LANES
-    while c < width:
-        _add_narrow(acc + 4 * c, s, tile + 4 * c, group, width, count)
-        c += LANES
-
-
-@device
-def _weigh(s, count, maximum, total):
-    """Turn one head's scores into weights; returns the new maximum, the new sum and the factor for what was before."""
-    padded = -(-count // LANES) * LANES  # at most KEYS
-    _clear(s + 4 * count, padded - count, NEG_INF)
-    top = max(maximum, peak(s, padded))
-    shift = np.float32(0.0) if top == NEG_INF else top
-    factor = exp2(maximum - shift)
-    added = np.float32(0.0)
-    for j in range(count):
-        weight = exp2(get(s, j) - shift)
-        put(s, j, weight)
-        added += weight
-    return top, total * factor + added, factor
-
-
-@device
-def _scale(address, count, factor):
-    for c in range(count):
-        put(address, c, get(address, c) * factor)
-
-
-@device
-def _clear(address, count, value):
-    for c in range(count):
-        put(address, c, value)
 
 
 @device
@@ -187,10 +68,10 @@ def _run_single(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v,
     acc = query + 4 * group * width
     m = acc + 4 * group * width
     total = m + 4 * group
-    _clear(query, group * width, 0.0)
-    _clear(acc, group * width, 0.0)
-    _clear(m, group, NEG_INF)
-    _clear(total, group, 0.0)
+    clear(query, group * width, 0.0)
+    clear(acc, group * width, 0.0)
+    clear(m, group, NEG_INF)
+    clear(total, group, 0.0)
     for h in range(group):
         for c in range(dim):
             x = read(q, row * q_strides[0] + (head * group + h) * q_strides[1] + c, kind)
@@ -201,7 +82,7 @@ def _run_single(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v,
     locate(k_at, v_at, k, k_strides, v, v_strides, block_size, table, list_at, listed, start, begin, begin + count, kind)
     for at in range(begin, end, KEYS):
         fill(tile, width, k_at, count, dim, kind, 0)
-        _scores(s, query, tile, group, width, count, v_at if values else 0, dim, kind)
+        scores(s, query, tile, group, width, count, v_at if values else 0, dim, kind)
         if logits != 0:
             for h in range(group):
                 target = logits + 4 * (row * logit_strides[0] + (head * group + h) * logit_strides[1] + at)
@@ -218,44 +99,14 @@ def _run_single(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v,
         if not values:
             continue
         for h in range(group):
-            top, sum_, factor = _weigh(s + 4 * h * KEYS, now, get(m, h), get(total, h))
+            top, sum_, factor = weigh(s + 4 * h * KEYS, now, get(m, h), get(total, h))
             if factor != np.float32(1.0):
-                _scale(acc + 4 * h * width, width, factor)
+                multiply(acc + 4 * h * width, width, factor)
             put(m, h, top)
             put(total, h, sum_)
         fill(tile, width, value_at, now, dim, kind, k_at if count > 0 else 0)
-        _add_values(acc, s, tile, group, width, now)
+        add_values(acc, s, tile, group, width, now)
     return acc
-
-
-@device
-def _weigh_tile(s, count, m, total, factor):
-    """The same for all lanes at once. s: [count, TILE_LANES]; m, total, factor: [TILE_LANES]."""
-    for r in range(TILE_LANES):
-        put(factor, r, get(m, r))
-    for j in range(count):
-        for r in range(TILE_LANES):
-            put(m, r, max(get(m, r), get(s, j * TILE_LANES + r)))
-    for r in range(TILE_LANES):
-        before, top = get(factor, r), get(m, r)
-        change = exp2(before - (np.float32(0.0) if top == NEG_INF else top))
-        put(factor, r, change)
-        put(total, r, get(total, r) * change)
-    for j in range(count):
-        for r in range(TILE_LANES):
-            top = get(m, r)
-            weight = exp2(get(s, j * TILE_LANES + r) - (np.float32(0.0) if top == NEG_INF else top))
-            put(s, j * TILE_LANES + r, weight)
-            put(total, r, get(total, r) + weight)
-
-
-@device
-def _mask_tile(s, at, count, seen, group, lanes):
-    """Hide the keys that come after a lane's own row. seen: keys that the tile's first row sees."""
-    for j in range(count):
-        hidden = min(max((at + j - seen + 1) * group, 0), lanes)  # rows that end at or before key at + j
-        for r in range(hidden):
-            put(s, j * TILE_LANES + r, NEG_INF)
 
 
 @device
@@ -275,10 +126,10 @@ def _run_tile(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v
     m = acc + 4 * TILE_LANES * width
     total = m + 4 * TILE_LANES
     factor = total + 4 * TILE_LANES
-    _clear(query, TILE_LANES * width, 0.0)
-    _clear(acc, TILE_LANES * width, 0.0)
-    _clear(m, TILE_LANES, NEG_INF)
-    _clear(total, TILE_LANES, 0.0)
+    clear(query, TILE_LANES * width, 0.0)
+    clear(acc, TILE_LANES * width, 0.0)
+    clear(m, TILE_LANES, NEG_INF)
+    clear(total, TILE_LANES, 0.0)
     for r in range(lanes):
         source = (row + r // group) * q_strides[0] + (head * group + r % group) * q_strides[1]
         for c in range(dim):
@@ -294,8 +145,8 @@ def _run_tile(shape, unit, begin, end, scratch, q, q_strides, k, k_strides, v, v
                 fresh8x1(s + 4 * (j * TILE_LANES + lane), TILE_LANES, tile + 4 * j * width, width, 1, query + 4 * lane,
                        TILE_LANES, width)  # fmt: skip
         if at + count > seen:
-            _mask_tile(s, at, count, seen, group, lanes)
-        _weigh_tile(s, count, m, total, factor)
+            mask_tile(s, at, count, seen, group, lanes)
+        weigh_tile(s, count, m, total, factor)
         for c in range(width):
             for r in range(TILE_LANES):
                 put(acc, c * TILE_LANES + r, get(acc, c * TILE_LANES + r) * get(factor, r))
