@@ -19,7 +19,7 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.load import fingerprint_of, open_checkpoint
 from kvloom.engine.model.weights import expected_shapes
-from kvloom.engine.retention.razor import RazorOptions, divide, group_specs, window_blocks
+from kvloom.engine.retention.razor import RazorOptions, block_bytes, divide, window_blocks
 
 SHARES = (None, 0.3, 0.5)
 """Induction shares that razor is planned with; None is the default one."""
@@ -85,9 +85,8 @@ def _settings(model: ModelConfig, key: str, memory: int, dtype: torch.dtype, len
         options = RazorOptions() if share is None else RazorOptions(induction_share=share)
         classes = options.classes(key)
         flags = "--retention razor" + ("" if share is None else f" --retention-options '{{\"induction_share\": {share}}}'")
-        specs = group_specs(classes)
-        sizes = [bytes_per_token(spec, model.head_dim, dtype) * block_size for spec in specs]
-        divided = divide(memory, length, block_size, (sizes[0], sizes[1]), options.window)
+        sizes = block_bytes(classes, model.head_dim, dtype, block_size)
+        divided = divide(memory, length, block_size, sizes, options.window)
         windows = window_blocks(length, block_size, options.window)
         held = blocks * sizes[0] + windows * sizes[1]
         spare = blocks - windows  # for the one prompt that is computed

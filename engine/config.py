@@ -92,7 +92,7 @@ class SelectionOptions:
     """What a decode step reads, unless a request says otherwise."""
 
     selection: str = "dense"
-    """Method: dense, sink_window, token_select, tidal_decode, recycled."""
+    """Method: dense, sink_window, token_select, tidal_decode, recycled, razor_view."""
     budget: int | None = None
     """Positions that a sparse decode row reads, sinks and recent tokens included; the default is the method's own."""
     selection_options: str | None = None

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.engine.slots import Slots
 from kvloom.kernels.interface import Kernels, PagedKV
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ class Compensation:
         """kv_heads: in every layer, or of each; group: query heads per KV head; dtype: of mean values."""
         self._heads = [kv_heads] * layers if isinstance(kv_heads, int) else list(kv_heads)
         self._group, self._dim, self._dtype = group, head_dim, dtype
-        self._slots: dict[Request, int] = {}
-        self._free: list[int] = []
+        self._slots = Slots(self._grow)
         self._allocate(0)
 
     @property
@@ -47,18 +47,15 @@ class Compensation:
 
     def open(self, request: Request) -> None:
         """Give a request a slot in which nothing is folded."""
-        if not self._free:
-            self._grow()
-        slot = self._slots[request] = self._free.pop()
-        self.forget(np.array([slot]))
+        self.forget(np.array([self._slots.open(request)]))
 
     def close(self, request: Request) -> None:
         """Take the slot back."""
-        self._free.append(self._slots.pop(request))
+        self._slots.close(request)
 
     def slots(self, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
         """[len(requests)]"""
-        return np.array([self._slots[request] for request in requests], np.int64)
+        return self._slots.of(requests)
 
     def forget(self, slots: npt.NDArray[np.int64]) -> None:
         """Nothing is folded there any more."""
@@ -158,16 +155,15 @@ class Compensation:
         self._values = [torch.zeros(capacity, heads * group, dim, dtype=self._dtype) for heads in self._heads]
         """Mean values per query head."""
 
-    def _grow(self) -> None:
-        before, (arrays, tensors) = len(self._count), self._state()
+    def _grow(self, before: int, after: int) -> None:
+        arrays, tensors = self._state()
         with torch.inference_mode(False):
-            self._allocate(max(4, 2 * before))
+            self._allocate(after)
         new_arrays, new_tensors = self._state()
         for array, old_array in zip(new_arrays, arrays):
             array[:before] = old_array
         for tensor, old_tensor in zip(new_tensors, tensors):
             tensor[:before] = old_tensor
-        self._free.extend(range(len(self._count) - 1, before - 1, -1))
 
     def _state(self) -> tuple[list[npt.NDArray[np.generic]], list[Tensor]]:
         """Everything that is indexed by slot."""

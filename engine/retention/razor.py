@@ -112,20 +112,26 @@ class Blocks(NamedTuple):
     local: int
 
 
-def divide(memory: int, length: int, block_size: int, block_bytes: tuple[int, int], window: Window) -> Blocks:
+def divide(memory: int, length: int, block_size: int, sizes: tuple[int, int], window: Window) -> Blocks:
     """Blocks of both groups, so that as many sequences of `length` tokens as possible fit at once.
 
     k sequences need k whole ones in the retrieval group; in the local group k windows, and beside them room for one prompt
-    that is being computed. block_bytes: of a block of the retrieval and of the local group, over all layers.
+    that is being computed. sizes: `block_bytes`.
     """
     whole, windows = -(-length // block_size), window_blocks(length, block_size, window)
-    full, local = block_bytes
+    full, local = sizes
     sequences = (memory - (whole - windows) * local) / (whole * full + windows * local)
     if sequences < 1:  # not even one: as much of a sequence as there is room for
         blocks = memory // (full + local)
         return Blocks(blocks, blocks)
     retrieval = int(sequences * whole)
     return Blocks(retrieval, (memory - retrieval * full) // local)
+
+
+def block_bytes(classes: HeadClasses, head_dim: int, dtype: torch.dtype, block_size: int) -> tuple[int, int]:
+    """Bytes of a block of the retrieval and of the local group, over all layers."""
+    retrieval, local = (bytes_per_token(spec, head_dim, dtype) * block_size for spec in group_specs(classes))
+    return retrieval, local
 
 
 def window_blocks(length: int, block_size: int, window: Window) -> int:
@@ -150,8 +156,8 @@ class Razor:
 
     def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
         """A cache of two groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
-        sizes = [bytes_per_token(spec, self._model.head_dim, self._dtype) * block_size for spec in self.specs]
-        blocks = divide(memory, length, block_size, (sizes[0], sizes[1]), self.window)
+        sizes = block_bytes(self.classes, self._model.head_dim, self._dtype, block_size)
+        blocks = divide(memory, length, block_size, sizes, self.window)
         if min(blocks) < 2:
             raise ConfigError(f"kv_memory is {memory} bytes; two blocks of all heads take {2 * sum(sizes)}, give at least that")
         self._cache = CacheManager(

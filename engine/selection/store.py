@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.engine.slots import Slots
+
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
 
@@ -30,8 +32,7 @@ class ListStore:
     def __init__(self, layers: int, heads: int, width: int, query_size: int) -> None:
         """width: most positions per list; query_size: floats of the query kept with a list, 0 for none."""
         self._shape = (layers, heads, width, query_size)
-        self._slots: dict[Request, int] = {}
-        self._free: list[int] = []
+        self._slots = Slots(self._grow)
         self._allocate(0)
 
     @property
@@ -45,18 +46,15 @@ class ListStore:
 
     def open(self, request: Request) -> None:
         """Give a request a slot without lists."""
-        if not self._free:
-            self._grow()
-        slot = self._slots[request] = self._free.pop()
-        self.forget(np.array([slot]))
+        self.forget(np.array([self._slots.open(request)]))
 
     def close(self, request: Request) -> None:
         """Take the slot back."""
-        self._free.append(self._slots.pop(request))
+        self._slots.close(request)
 
     def slots(self, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
         """[len(requests)]"""
-        return np.array([self._slots[request] for request in requests], np.int64)
+        return self._slots.of(requests)
 
     def forget(self, slots: npt.NDArray[np.int64]) -> None:
         """These requests have no lists any more."""
@@ -80,12 +78,10 @@ class ListStore:
         self.query = np.zeros((capacity, layers, query_size), np.float32)
         """The query that it was made for, flattened."""
 
-    def _grow(self) -> None:
+    def _grow(self, before: int, after: int) -> None:
         old = (self.lists, self.counts, self.tail, self.made, self.query)
-        before = len(self.tail)
         with torch.inference_mode(False):
-            self._allocate(max(4, 2 * before))
+            self._allocate(after)
         self.lists[:before] = old[0]
         for array, kept in zip((self.counts, self.tail, self.made, self.query), old[1:]):
             array[:before] = kept
-        self._free.extend(range(len(self.tail) - 1, before - 1, -1))

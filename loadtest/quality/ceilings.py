@@ -27,6 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvloom import kernels
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection import METHODS, Geometry
@@ -152,7 +153,8 @@ def ceiling(row: Row, geometry: Geometry) -> Row:
         raise ConfigError(f"{name} {row['options']} has no formula here; there are some for {', '.join(FORMULAS)}")
     selector = None
     if name != DENSE:
-        selector = METHODS[name].make(read_options(METHODS[name], row["options"]), budget, geometry, None)  # type: ignore[arg-type]
+        method = METHODS[name]
+        selector = method.make(read_options(method, row["options"]), budget, geometry, kernels.load("reference"))  # never run
     shape, count = Shape.of(geometry, ITEM[row["dtype"]]), requests(row)
     work = Work(n := row["bytes_read_dense"] / count / shape.layers / shape.kappa, n if budget is None else budget)
     if name in FITTED:

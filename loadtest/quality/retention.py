@@ -18,15 +18,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions, Request, SamplingParams
+from kvloom.engine.request import KVOptions, Request, SamplingParams, Status
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement
-from kvloom.loadtest.quality.intervals import ratio
+from kvloom.loadtest.quality.methods import speed
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import parse_methods
 
@@ -73,7 +71,7 @@ def at_once(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> int:
             core.add(request)
         while core.busy and any(request.generated == 0 for request in requests):
             core.step()
-            most = max(most, sum(r.generated > 0 and r.id in core._states for r in requests))
+            most = max(most, sum(r.generated > 0 and r.status is Status.RUNNING for r in requests))
     finally:
         for request in requests:
             core.abort(request.id)
@@ -140,13 +138,7 @@ class Study:
                 f"--kv-memory {args.kv_memory} does not keep the prompts of {len(cut)} requests cached between runs, so no "
                 "step had them all decoding; give more"
             )
-        row: Row = dict(found.figures())
-        for name, values, dense in (
-            ("speed_up", found.seconds, exact.seconds),
-            ("attention_up", found.attention, exact.attention),
-        ):
-            row[name] = float(np.median(dense) / np.median(values))
-            row[f"{name}_ci"] = list(ratio(dense, values))
+        row = speed(found, exact)
         row["held_share"] = found.held_bytes / exact.held_bytes
         return row
 

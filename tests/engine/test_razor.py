@@ -19,6 +19,8 @@ from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import KVOptions
 from kvloom.engine.retention.razor import divide, window_blocks
 from kvloom.engine.retention.window import Window
+from kvloom.engine.runner import StepResult
+from kvloom.engine.scheduling import StepPlan
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 16
 INDUCTION = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
@@ -205,17 +207,21 @@ def test_preempted_requests_come_back(razor: Callable[..., LLM]) -> None:
     assert all(len(result.tokens) == 120 for result in results)
 
 
-def test_more_requests_fit_into_the_same_memory(make_llm: Callable[..., LLM], razor: Callable[..., LLM]) -> None:
+def test_more_requests_fit_into_the_same_memory(
+    make_llm: Callable[..., LLM], razor: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = 5 * 32 * 16 * 2 * 2 * 16 * 4 * 3  # five dense requests of 512 tokens
     most = []
     for make in (make_llm, razor):
         llm = make(kv_memory=memory, reuse="off")
         running: list[int] = []
-        core, plan = llm.core, llm.core.runner.run
-        core.runner.run = lambda step, plan=plan, core=core, running=running: (  # type: ignore[method-assign]
-            running.append(sum(r.generated > 0 for r in core._scheduler.running)),
-            plan(step),
-        )[1]
+        runner, run = llm.core.runner, llm.core.runner.run
+
+        def counted(plan: StepPlan, run: Any = run, running: list[int] = running) -> StepResult:
+            running.append(sum(chunk.request.generated > 0 for chunk in plan.chunks))
+            return run(plan)
+
+        monkeypatch.setattr(runner, "run", counted)
         llm.generate([text(440, n) for n in range(12)], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))
         assert llm.stats().preemptions == 0
         most.append(max(running))
