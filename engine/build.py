@@ -6,11 +6,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from kvloom import kernels
+from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.catalog import ModelFiles, resolve
 from kvloom.engine.client import ModelInfo
@@ -27,13 +29,18 @@ from kvloom.engine.request import KVOptions
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.retention.razor import Razor, RazorOptions
 from kvloom.engine.reuse import REUSE
+from kvloom.engine.reuse.kvshare.options import GATE, SINK_TOKENS, ShareOptions
+from kvloom.engine.reuse.kvshare.segments import SegmentStore
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS, Geometry
 from kvloom.engine.selection.base import extrapolates
 from kvloom.engine.selection.policies import Defaults, Selectors
+from kvloom.engine.tenants import Tenants
 from kvloom.engine.text import Tokenizer
+from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
 
@@ -52,6 +59,7 @@ class Built(NamedTuple):
 def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     """Load the model and make an engine of it. Raises ModelError, ModelNotFoundError or ConfigError."""
     _check_names(config)
+    tenants = Tenants.read(config.tenants.tenants)
     progress = progress or (lambda stage, done, total: None)
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model.model, progress)
@@ -96,7 +104,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     limits = Limits(length, trained, loaded.config.vocab_size)
-    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor)
+    share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants)
+    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
 
 
@@ -168,6 +177,46 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
             f"give at least {2 * block}"
         )
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+
+
+def _share(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    cache: CacheManager,
+    backend: Kernels,
+    domains: DomainFactory,
+    tokenizer: Tokenizer,
+    tenants: Tenants,
+) -> KVShare:
+    """What serves approximate reuse. Raises ConfigError if it is the default but no check of this model has passed."""
+    options = ShareOptions.read(config.cache.kvshare_options)
+    if not options.verified and calibrations.read(GATE, loaded.fingerprint) is not None:
+        options = replace(options, verified=True)
+    if config.cache.reuse == "approx" and not options.verified:
+        raise ConfigError(
+            f"reuse is approx, but nobody has checked what that does to this model's answers; run kvloom calibrate kvshare "
+            f"{config.model.model} first, or say that you know with --kvshare-options '{{\"verified\": true}}'"
+        )
+    memory = config.cache.segment_memory
+    capacity = cache.storage.blocks * cache.storage.block_bytes // 2 if memory is None else memory
+    return KVShare(
+        options,
+        SegmentStore(capacity, lambda name: tenants.get(name).segment_bytes),
+        loaded.decoder,
+        cache,
+        backend,
+        domains,
+        tenants,
+        rows=config.scheduler.max_batched_tokens,
+        special=tokenizer.special_ids,
+        sink=_sink(tokenizer),
+    )
+
+
+def _sink(tokenizer: Tokenizer) -> list[int]:
+    """Neutral tokens in front of text that is compiled alone: what a prompt begins with, then line breaks."""
+    begin, line = tokenizer.encode(""), tokenizer.encode("\n", add_special_tokens=False)
+    return (begin + line * SINK_TOKENS)[:SINK_TOKENS]
 
 
 def _beyond_training(asked: int, trained: int) -> ConfigError:

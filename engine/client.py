@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -58,6 +59,65 @@ class MethodStats:
     mass_samples: int = 0
 
 
+RUN_LENGTHS = (64, 128, 256, 512, 1024, 2048, 1 << 30)
+SHARES = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+"""Upper bounds of the buckets that `ShareStats` counts in."""
+
+
+@dataclass(slots=True)
+class ShareStats:
+    """What approximate reuse (KVShare) did since start-up. Token counts are of prompts; seconds are the engine's own."""
+
+    tokens: Counter[str] = field(default_factory=Counter)
+    """By kind: prefix (exact), stale (reused as copied), boundary and ranked (reused, then computed), rejected, fresh."""
+    tenant_tokens: dict[str, Counter[str]] = field(default_factory=dict)
+    """The same per tenant."""
+    requests: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """By (path, reason): path is full, prefix or segment; the reason says why nothing was reused."""
+    runs: Counter[str] = field(default_factory=Counter)
+    """Runs that were reused, by the kind of donor: context, isolated; and by whose: own, group, public."""
+    run_lengths: list[int] = field(default_factory=lambda: [0] * len(RUN_LENGTHS))
+    """Runs by length: [i] counts those of at most RUN_LENGTHS[i] tokens and more than the bound before."""
+    recomputed_shares: list[int] = field(default_factory=lambda: [0] * len(SHARES))
+    """Requests by the share of reused tokens that were computed after all, in the same way."""
+    match_seconds: float = 0.0
+    copy_seconds: float = 0.0
+    scan_seconds: float = 0.0
+    copied_tokens: int = 0
+    deviation_sum: float = 0.0
+    """Of runs, mean relative deviation at the check layer."""
+    deviation_runs: int = 0
+    rejected_runs: int = 0
+    identity_failures: int = 0
+    """Requests whose copied KV contradicted the model at layer 0: never, unless something is broken."""
+    refreshed_tokens: int = 0
+    """Computed again in decode steps."""
+    stale_left: int = 0
+    """Still stale when their request ended."""
+    captured_tokens: int = 0
+    """Left behind as segments, in context."""
+    compiled_tokens: int = 0
+    """Compiled in isolation."""
+    healed_tokens: int = 0
+    """Prompt tokens computed again in full when the engine was idle."""
+    shadow_checks: int = 0
+    shadow_tokens: int = 0
+    shadow_kl: float = 0.0
+    """Sum over those tokens of KL(full || reused), nats."""
+    shadow_agree: int = 0
+    """Of those tokens, with the same likeliest token."""
+    enabled: bool = True
+    """Whether approximate reuse is on: shadow checks can switch it off."""
+    segments: int = 0
+    segment_bytes: int = 0
+    segment_capacity: int = 0
+    segment_evictions: int = 0
+    segment_bytes_by: Mapping[str, int] = field(default_factory=dict)
+    """By tenant."""
+    errands: int = 0
+    """Work that waits for an idle engine."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of the engine, cheap to take. Counters run since start-up; times are in seconds."""
@@ -90,6 +150,8 @@ class EngineStats:
     """Dense verifications of drafts, tokens drafted for them, and how many of those were kept."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    share: ShareStats = field(default_factory=ShareStats)
+    """What approximate reuse did."""
     tenants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """tenant -> {cached_blocks, in_use_blocks}; the tenant of requests without one is ''."""
 

@@ -53,13 +53,20 @@ class CacheOptions:
     block_size: int = 16
     """Tokens per block: a power of two from 1 to 256."""
     reuse: str = "exact"
-    """Where KV may come from unless a request says otherwise: off, exact."""
+    """Where KV may come from unless a request says otherwise: off, exact (the same prefix), approx (KVShare: also segments of
+    other prompts at any position, repaired)."""
+    kvshare_options: str | None = None
+    """KVShare's own options as a JSON object, such as {"policy": "dhd", "ratio": 0.2}."""
+    segment_memory: int | None = None
+    """Bytes for segments that KVShare reuses (1GiB, ...); the default is half of kv_memory. Taken only as they come."""
 
     def __post_init__(self) -> None:
         if self.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             raise ConfigError(f"block_size is {self.block_size}; allowed: a power of two from 1 to 256")
         if self.kv_memory is not None and self.kv_memory <= 0:
             raise ConfigError(f"kv_memory is {self.kv_memory} bytes; allowed: more than 0")
+        if self.segment_memory is not None and self.segment_memory < 0:
+            raise ConfigError(f"segment_memory is {self.segment_memory} bytes; allowed: 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +74,10 @@ class SchedulerOptions:
     """Who runs next, and how much in a step."""
 
     scheduler: str = "fcfs"
-    """Order of waiting requests: fcfs (first come), priority (the request's priority, then first come)."""
+    """Order of waiting requests: fcfs (first come), priority (the request's priority, then first come), cache_aware (least
+    work after cache hits first, ageing with the work that passes by). Under all three, tenants share by weight."""
+    max_wait_ms: int = 2000
+    """With cache_aware: a request that has waited this long goes first, whatever work it is."""
     max_num_seqs: int = 64
     """Most requests running at once."""
     max_batched_tokens: int = 1024
@@ -83,8 +93,18 @@ class SchedulerOptions:
         for name in ("max_num_seqs", "max_batched_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
+        if self.max_wait_ms < 0:
+            raise ConfigError(f"max_wait_ms is {self.max_wait_ms}; allowed: 0 (first come, first served) or more")
         if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
             raise ConfigError(f"max_queued_tokens is {self.max_queued_tokens}; allowed: 1 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantOptions:
+    """Tenants: who shares the engine."""
+
+    tenants: str | None = None
+    """YAML file with the weight, quotas, group and API keys of each tenant; the default is equal weights, no quotas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +150,8 @@ class EngineConfig:
     """The KV cache."""
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     """Scheduling."""
+    tenants: TenantOptions = field(default_factory=TenantOptions)
+    """Tenants."""
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     """Selection."""
 
@@ -202,7 +224,7 @@ def parse_bytes(text: str | int) -> int:
 
 def parse_value(option: Option, value: Any) -> Any:
     """A value from the command line, YAML or Python in the option's type. Raises ConfigError."""
-    if option.name == "kv_memory" and value is not None:
+    if option.name in ("kv_memory", "segment_memory") and value is not None:
         return parse_bytes(value)
     kinds = [t for t in getattr(option.type, "__args__", (option.type,)) if t is not type(None)]
     optional = type(None) in getattr(option.type, "__args__", ())

@@ -5,17 +5,18 @@ Single-threaded and synchronous; `thread_client` drives it from a thread of its 
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kvloom.engine.cache import CacheManager
-from kvloom.engine.client import EngineStats, GroupStats
+from kvloom.engine.client import EngineStats, GroupStats, ShareStats
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.engine.logprobs import logprobs
@@ -23,15 +24,19 @@ from kvloom.engine.output import OutputState
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse import REUSE
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
 from kvloom.engine.sampler import SampleError, Sampler
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 from kvloom.engine.selection.base import Correcting, extrapolates
 from kvloom.engine.selection.policies import Selectors
+from kvloom.engine.tenants import Tenants
 from kvloom.engine.text import Tokenizer
 from kvloom.engine.view import decodes
 from kvloom.kernels.interface import Kernels
+
+log = logging.getLogger("kvloom.engine")
 
 LOGITS_ROWS = 128
 """Prompt log-probabilities are computed this many rows at a time: a row of logits is as wide as the vocabulary."""
@@ -120,7 +125,12 @@ class EngineCore:
         limits: Limits,
         eos: frozenset[int],
         retention: Razor | None = None,
+        share: KVShare | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
+        """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas."""
+        tenants = tenants or Tenants()
+        self.share = share
         self.limits = limits
         self.cache = cache
         self._reuse = config.cache.reuse
@@ -141,12 +151,17 @@ class EngineCore:
             self._order,
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
+            reuse=share,
+            weight=lambda tenant: tenants.get(tenant).weight,
+            max_wait=config.scheduler.max_wait_ms / 1000,
         )
+        cache.limit(tenants.get)
         self._states: dict[str, OutputState] = {}
         self._sequence = 0
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._step_seconds = 0.0
         self._drafts = self._drafted = self._accepted = 0
+        self._errand: Request | None = None
 
     @property
     def busy(self) -> bool:
@@ -172,6 +187,10 @@ class EngineCore:
                 "--scheduler priority, or leave priority out",
                 param="priority",
             )
+        if self._errand is not None and not request.internal:
+            self._give_way(self._errand)
+        if request.kv.segment is not None:
+            self._sharing().compile(request)
         prompt = request.prompt
         selector, request.draft_tokens = self._selectors.policy(request.kv)
         if selector is not None and self.retention is not None:
@@ -193,7 +212,18 @@ class EngineCore:
         request.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
         request.sequence = self._sequence
         self._sequence += 1
-        reusing = (request.kv.reuse or self._reuse) == "exact"
+        request.selector = selector
+        if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
+            request.correct_every = selector.correct_every
+        reuse = "off" if request.kv.segment is not None else request.kv.reuse or self._reuse
+        if reuse == "approx":
+            self._sharing().open(request)
+        elif request.kv.reuse_options or (request.kv.share is not None and not request.internal):
+            name = "kvshare" if request.kv.reuse_options else "share"
+            raise InvalidRequestError(
+                f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
+            )
+        reusing = reuse != "off"
         table = self.cache.open(
             self._domains.domain(request.tenant, request.cache_salt, selector.domain if selector else ""),
             publishes=reusing,
@@ -201,14 +231,63 @@ class EngineCore:
             align=max(1, selector.grid) if selector else 1,
         )
         if selector is not None:
-            request.selector = selector
-            if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
-                request.correct_every = selector.correct_every
             self._selectors.open(selector, request)
         if self.retention is not None:
             self.retention.open(request)
         self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
         self._scheduler.add(request, table)
+
+    def _sharing(self) -> KVShare:
+        """What serves approximate reuse. Raises InvalidRequestError if nothing does."""
+        if self.share is None:
+            raise InvalidRequestError(
+                "approximate reuse is asked for, but this server runs with --retention razor, which drops KV that would be "
+                "reused; use kv.reuse exact",
+                param="kv.reuse",
+            )
+        return self.share
+
+    # The engine's own work ----------------------------------------------------------------------------------------------
+
+    @property
+    def has_errands(self) -> bool:
+        """Whether there is work for an engine that is not busy."""
+        return self.share is not None and len(self.share.errands) > 0
+
+    def start_errand(self) -> None:
+        """Begin a piece of that work: the engine is busy until it is done, or until a request comes."""
+        request = self.share.errands.start() if self.share is not None else None
+        if request is not None:
+            request.arrival = time.monotonic()
+            try:
+                self.add(request)
+            except InvalidRequestError as error:  # such as a text that is too long with the tokens in front of it
+                log.warning("work for an idle engine is dropped: %s", error)
+            else:
+                self._errand = request
+
+    def _give_way(self, errand: Request) -> None:
+        """End the engine's own work, to begin it anew later."""
+        self._sharing().errands.put_back()
+        self._errand = None
+        self.abort(errand.id)
+
+    # What others ask --------------------------------------------------------------------------------------------------
+
+    def explain(self, prompt: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
+        """What a prompt would reuse now. Changes nothing. Raises InvalidRequestError without approximate reuse."""
+        share = self._sharing()
+        table = self.cache.open(self._domains.domain(tenant, salt))
+        try:
+            match = self.cache.match(table, prompt)
+            self.cache.drop(match)
+        finally:
+            self.cache.close(table)
+        return {"prompt_tokens": len(prompt), "cached_tokens": match.tokens, **share.look(prompt, match.tokens, tenant, salt)}
+
+    def purge(self, tenant: str) -> int:
+        """Forget a tenant's segments. Returns how many."""
+        return self._sharing().store.purge(tenant)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now. Its full blocks stay reusable. Returns its last output, or None if it is not here."""
@@ -218,6 +297,8 @@ class EngineCore:
     def step(self) -> list[RequestOutput]:
         """One step. Returns what it added to each request that got anything."""
         began = time.perf_counter()
+        if self.share is not None:
+            self.share.between_steps()
         plan = self._scheduler.schedule()
         outputs: list[RequestOutput] = []
         if plan.chunks:
@@ -228,11 +309,19 @@ class EngineCore:
                 if chunk.samples and chunk.start >= len(chunk.request.prompt):
                     self._states[chunk.request.id].attended(attended, chunk.stop)
             self._score_prompts(plan, result)
-            outputs = list(self._sample(plan, result))
+            outputs = [output for output in self._sample(plan, result) if not self._own(output)]
             self._retain(plan)
         self._steps += 1
         self._step_seconds += time.perf_counter() - began
         return outputs
+
+    def _own(self, output: RequestOutput) -> bool:
+        """Whether an output is of the engine's own work, which nobody waits for."""
+        if self._errand is None or output.id != self._errand.id:
+            return False
+        if output.finish_reason is not None:
+            self._errand = None
+        return True
 
     def _retain(self, plan: StepPlan) -> None:
         """Give back what local heads leave behind of requests that go on, once their prompt has been computed densely."""
@@ -287,6 +376,7 @@ class EngineCore:
             drafted_tokens=self._drafted,
             accepted_tokens=self._accepted,
             tenants=tenants,
+            share=ShareStats() if self.share is None else self.share.snapshot(),
         )
 
     def _sample(self, plan: StepPlan, result: StepResult) -> Iterator[RequestOutput]:
@@ -311,12 +401,16 @@ class EngineCore:
         state = self._states[request.id]
         if self.observer is not None:
             self.observer(request, logits)
+        if self.share is not None:
+            self.share.observe(request, logits)
         token = self._sampler.sample(logits, [request], self._eos_ids)[0]
         if isinstance(token, SampleError):
             return self._finish(state, state.end("error", error=str(token)))
         if not request.first_token:
             request.first_token = time.monotonic()
             self._prompt_tokens += len(request.prompt)
+            if self.share is not None:
+                self.share.generated(request, self._scheduler.table(request))
         request.tokens.append(token)
         self._generation_tokens += 1
         top = request.sampling.logprobs
@@ -369,6 +463,10 @@ class EngineCore:
         request.exact = min(request.exact, request.computed)
 
     def _finish(self, state: OutputState, output: RequestOutput) -> RequestOutput:
+        if self.share is not None:
+            if state.request.kv.explain or state.request.kv.segment is not None:
+                output = replace(output, usage=replace(output.usage, explanation=self.share.explain(state.request)))
+            self.share.close(state.request)
         self._scheduler.finish(state.request)
         self._sampler.drop(state.request)
         if state.request.selector is not None:

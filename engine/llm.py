@@ -98,6 +98,23 @@ class LLM:
         prompts = [self.tokenizer.encode(template.render(talk), add_special_tokens=False) for talk in talks]
         return self.generate(prompts, sampling, kv=kv)
 
+    def add_segment(self, text: Prompt, *, scope: str = "tenant") -> Mapping[str, Any]:
+        """Compile a text alone, so that prompts that hold it can reuse its KV (with kv reuse "approx").
+
+        scope: whom it is for, as in `KVOptions.share`. Returns how many segments, tokens and bytes were stored.
+        """
+        result = self.generate(
+            [text], SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True), kv=KVOptions(segment=scope)
+        )[0]
+        return {} if result.usage is None else result.usage.explanation or {}
+
+    def settle(self) -> None:
+        """Do the work that the engine keeps for idle times: heal, compile, check. A server does it by itself."""
+        while self.core.has_errands:
+            self.core.start_errand()
+            while self.core.busy:
+                self.core.step()
+
     def stats(self) -> EngineStats:
         """Counters since the start."""
         return self.core.stats()

@@ -90,6 +90,8 @@ class OutputState:
             prompt_tokens=len(request.prompt),
             completion_tokens=request.generated,
             cached_tokens=request.cached,
+            reused_tokens=request.reused,
+            recomputed_tokens=request.recomputed,
             attended_tokens=round(self._attended),
             held_tokens=self._held,
             drafted_tokens=request.drafted,

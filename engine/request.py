@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from kvloom.engine.reuse.kvshare.repair import Repair
     from kvloom.engine.selection.base import Selector
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -137,7 +138,15 @@ class KVOptions:
     draft_tokens: int | None = None
     """Tokens per draft, 1 to 16."""
     reuse: str | None = None
-    """Where KV may come from: a name registered in `engine.reuse` ("off", "exact")."""
+    """Where KV may come from: a name registered in `engine.reuse` ("off", "exact", "approx")."""
+    reuse_options: Mapping[str, Any] = field(default_factory=dict)
+    """What approximate reuse may do: fields of `reuse.kvshare.options.RepairOptions`; `kv.kvshare` on the wire."""
+    share: str | None = None
+    """How far what this request leaves behind for approximate reuse may go: none, tenant, group or public."""
+    segment: str | None = None
+    """Not a prompt to answer but a text to compile alone, as a segment of this scope (tenant, group, public)."""
+    explain: bool = False
+    """Tell in `Usage.explanation` what was reused, from where, and what was computed."""
 
 
 class TokenLogprob(NamedTuple):
@@ -211,6 +220,29 @@ class Request:
     """Once so many tokens have approximate KV, they are computed again, densely; 0 for never."""
     correcting: bool = False
     """Whether the next rows are that pass."""
+    internal: bool = False
+    """The engine's own: gives way to others, and nobody gets its output."""
+    approximate: bool = False
+    """Whether KV may come from other places than an exact prefix, and be repaired (`engine.reuse.kvshare`)."""
+    reused: int = 0
+    """Tokens whose KV was copied from a donor and kept so in the prompt pass."""
+    recomputed: int = 0
+    """Tokens whose KV was copied, or could have been, and was computed in the prompt pass."""
+    unprepared: bool = False
+    """Admitted, but such KV has not been looked for yet."""
+    repair: Repair | None = None
+    """Which of its rows hold such KV, and which are computed."""
+
+    @property
+    def taint(self) -> int:
+        """The first position whose stored KV is reused and not repaired: what comes after it is approximate."""
+        return len(self.tokens) if self.repair is None else self.repair.taint
+
+    @property
+    def pending(self) -> int:
+        """Rows to compute before the next token is sampled."""
+        left = 0 if self.repair is None else self.repair.left
+        return left or len(self.tokens) - self.computed
 
     @property
     def draft_limit(self) -> int:
@@ -251,6 +283,12 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens whose KV was reused exactly."""
+    reused_tokens: int = 0
+    """Prompt tokens whose KV was reused approximately, as it was copied."""
+    recomputed_tokens: int = 0
+    """Prompt tokens whose KV could have been reused approximately, but was computed."""
+    explanation: Mapping[str, Any] | None = None
+    """With `KVOptions.explain`, in the last output: what was reused and why no more."""
     attended_tokens: int = 0
     """Key positions read per query row, summed over decode steps (mean over layers and KV heads)."""
     held_tokens: int = 0

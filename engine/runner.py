@@ -67,7 +67,7 @@ class Runner:
         self._slots = [np.zeros(max_rows, np.int64) for _ in cache.groups]
         self._request, self._stop = (np.zeros(max_rows, np.int32) for _ in range(2))
         self._zeros = torch.zeros(max_rows, dtype=torch.int32)
-        self._tables = [np.zeros((max_seqs, -(-geometry.max_len // self._size)), np.int32) for _ in cache.groups]
+        self._tables = [np.zeros((2 * max_seqs, -(-geometry.max_len // self._size)), np.int32) for _ in cache.groups]
         shape = (max_rows, config.q_heads, config.head_dim)
         self._q, self._out = (torch.empty(shape, dtype=decoder.dtype) for _ in range(2))
 
@@ -156,7 +156,7 @@ class Runner:
         """Write tokens, positions, slots and tables into the buffers, in this order. Returns each chunk's first row."""
         starts, row, size = [], 0, self._size
         for i, chunk in enumerate(chunks):
-            request, start, count = chunk.request, chunk.start, chunk.count
+            request, start, count, scattered = chunk.request, chunk.start, chunk.count, chunk.positions
             self._request[row] = i
             starts.append(row)
             if count == 1:  # a decode: scalars beat slices
@@ -164,8 +164,12 @@ class Runner:
                 self._positions[row] = start
             else:
                 stop = row + count
-                self._tokens[row:stop] = request.tokens[start : start + count]
-                self._positions[row:stop] = positions = np.arange(start, start + count)
+                positions = np.arange(start, start + count) if scattered is None else scattered
+                self._positions[row:stop] = positions
+                known = request.tokens
+                self._tokens[row:stop] = (
+                    known[start : start + count] if scattered is None else [known[position] for position in scattered]
+                )
                 self._request[row:stop] = i
             for part, tables, slots in zip(chunk.table.parts, self._tables, self._slots):
                 blocks = np.frombuffer(part, np.int32)

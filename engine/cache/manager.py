@@ -18,18 +18,37 @@ in all of them at once; they differ only in what is forgotten.
 
 from __future__ import annotations
 
+import functools
 import math
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from kvloom.engine.cache.pool import BlockPool
+from kvloom.engine.cache.pool import BlockPool, Claim
 from kvloom.engine.cache.storage import Storage
 from kvloom.engine.reuse.prefix import Chain, Domain, PrefixIndex
 
+_CLAIMS = 4096
+"""Claims that are remembered: asked for with every block, and tenants may be many."""
+
 HOLE = -1
 """In a table: a block that was given back because its head group reads it no more."""
+
+
+class Claimant(Protocol):
+    """What a tenant may keep in the cache (`engine.tenants.Tenant`)."""
+
+    @property
+    def weight(self) -> float:
+        """Its share of the cached blocks when memory is wanted, relative to other tenants; > 0."""
+        ...
+
+    @property
+    def cache_bytes(self) -> int | None:
+        """Most bytes of findable KV; None for no bound."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -146,17 +165,38 @@ class CacheManager:
         self._tables.add(table)
         return table
 
+    def limit(self, tenant: Callable[[str], Claimant]) -> None:
+        """Bound what tenants may keep findable. `tenant` must always say the same of a name; call before anything is opened.
+
+        Bytes are spread over the head groups in proportion to their memory, so that all run out at the same length.
+        """
+        total = sum(group.storage.block_bytes * group.pool.total for group in self.groups)
+        for group in self.groups:
+            group.pool.claim = functools.lru_cache(_CLAIMS)(functools.partial(_claim, tenant, group.pool.total, total))
+
+    def epoch(self, tenant: str) -> tuple[int, ...]:
+        """Something that is another thing whenever a `peek` of this tenant may have changed. Others do not move it."""
+        return tuple(group.pool.changed(tenant) for group in self.groups)
+
+    def peek(self, table: BlockTable, tokens: Sequence[int]) -> int:
+        """Tokens that `match` would find. Pins nothing, counts nothing, makes nothing more recently used."""
+        return len(self._find(table, tokens)[0]) * self.block_size
+
     def match(self, table: BlockTable, tokens: Sequence[int]) -> Match:
         """The longest findable prefix of `tokens`, pinned, leaving at least one token to compute."""
-        limit = len(tokens) - 1 if table.looks_up else 0
-        found = [group.index.match(table.chain, tokens, limit) for group in self.groups]
-        step = math.lcm(table.align, self.block_size) // self.block_size
-        count = min(map(len, found)) // step * step
-        match = Match(tuple(tuple(blocks[:count]) for blocks in found), count * self.block_size)
+        found = self._find(table, tokens)
+        match = Match(tuple(map(tuple, found)), len(found[0]) * self.block_size)
         for group, blocks in zip(self.groups, match.parts):
             group.pool.retain(blocks)
         self._matches.add(match)
         return match
+
+    def _find(self, table: BlockTable, tokens: Sequence[int]) -> list[list[int]]:
+        limit = len(tokens) - 1 if table.looks_up else 0
+        found = [group.index.match(table.chain, tokens, limit) for group in self.groups]
+        step = math.lcm(table.align, self.block_size) // self.block_size
+        count = min(map(len, found)) // step * step
+        return [blocks[:count] for blocks in found]
 
     def drop(self, match: Match) -> None:
         """Unpin a match that is not used."""
@@ -221,7 +261,7 @@ class CacheManager:
         self._tables.remove(table)
 
     def evict(self, blocks: int | None = None) -> int:
-        """Forget cached prefixes, least recently used first (all of them by default). Returns blocks freed in all groups."""
+        """Forget cached prefixes (all of them by default), in the order of `eviction`. Returns blocks freed in all groups."""
         return sum(group.pool.evict(group.pool.total if blocks is None else blocks) for group in self.groups)
 
     def check(self) -> None:
@@ -244,3 +284,9 @@ class CacheManager:
                 blocks = [block for block in part if block != HOLE]
                 assert len(set(blocks)) == len(blocks), "a table holds a block twice"
             assert HOLE not in table.blocks, "the first group has a hole"
+
+
+def _claim(tenant: Callable[[str], Claimant], blocks: int, total_bytes: int, name: str) -> Claim:
+    """A tenant's claim in a pool of `blocks`, of a cache of `total_bytes`."""
+    found = tenant(name)
+    return Claim(found.weight, None if found.cache_bytes is None else blocks * found.cache_bytes // total_bytes)

@@ -113,12 +113,17 @@ class Decoder:
         """Run one layer. Adds `delta` (what the layer before returned) to x in place and returns this layer's own delta:
         [rows, hidden], in the workspace. x and delta may hold any subset of the rows of the layer before."""
         layer, kernels, eps, ws = self.layers[index], self.kernels, self.config.rms_eps, self._workspace(x.shape[0])
-        normed = kernels.add_rms_norm(x, delta, layer.input_norm, eps, ws.normed)
-        attended = attention(index, layer.qkv(normed, ws.qkv), layer.q_norm, layer.k_norm)
+        attended = attention(index, self.project(index, x, delta), layer.q_norm, layer.k_norm)
         projected = layer.o(attended, ws.delta)
         normed = kernels.add_rms_norm(x, projected, layer.mlp_norm, eps, ws.normed)
         gated = kernels.silu_mul(layer.gate_up(normed, ws.gate_up), ws.gated)
         return layer.down(gated, ws.delta)
+
+    def project(self, index: int, x: Tensor, delta: Tensor | None) -> Tensor:
+        """The beginning of a layer, up to its fused projection: [rows, (q_heads + 2 kv_heads) * head_dim], in the workspace.
+        Adds `delta` to x in place."""
+        layer, ws = self.layers[index], self._workspace(x.shape[0])
+        return layer.qkv(self.kernels.add_rms_norm(x, delta, layer.input_norm, self.config.rms_eps, ws.normed), ws.qkv)
 
     def finish(self, x: Tensor, delta: Tensor | None) -> Tensor:
         """Add the last layer's delta: the result of `forward`."""

@@ -3,37 +3,63 @@
 Promises: (1) a step never has more rows than the budget; (2) the request that is first in order is never preempted, and as
 every admitted request fits the cache alone, it always finishes: so all do; (3) a request is admitted only when the blocks of
 its whole known text are reserved, so prompts never fight each other half-way.
+
+Who is admitted next is the business of `queue`: lanes per tenant, credit (`fairness`), and an order within.
 """
 
 from __future__ import annotations
 
-import heapq
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.request import Request, Status
-from kvloom.engine.scheduling.order import Key, Order
+from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Speed, Surroundings
+from kvloom.engine.scheduling.fairness import Fairness
+from kvloom.engine.scheduling.order import Order
+from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
-    """A run of one request's rows: tokens [start, start + count)."""
+    """Rows of one request: tokens [start, start + count), or those at `positions`."""
 
     request: Request
     table: BlockTable
     start: int
     count: int
+    positions: npt.NDArray[np.int64] | None = None
+    """[count], ascending, the first is `start`: rows of a prompt whose other rows hold reused KV."""
+    refresh: bool = False
+    """Whether these rows only bring their KV up to date: the request has gone on without them, nothing is sampled."""
 
     @property
     def stop(self) -> int:
-        return self.start + self.count
+        """One past the last position."""
+        return self.start + self.count if self.positions is None else int(self.positions[-1]) + 1
 
     @property
     def samples(self) -> bool:
         """Whether computed meets known at the end of this chunk, so that a token is sampled."""
-        return self.stop == len(self.request.tokens)
+        return self.stop == len(self.request.tokens) and not self.refresh
+
+
+class Reuse(Protocol):
+    """Brings KV from elsewhere than the prefix index, and repairs it (`engine.reuse.kvshare`)."""
+
+    def prepare(self, request: Request, table: BlockTable) -> float:
+        """The request has been admitted: its prefix is adopted (`computed`), blocks of all its tokens are reserved. May fill
+        some of them and set `request.repair`. Returns the work that took, in rows of a full pass."""
+        ...
+
+    def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
+        """Rows beside those of the plan that bring reused KV up to date, at most `rows`."""
+        ...
 
 
 class StepPlan(NamedTuple):
@@ -47,23 +73,52 @@ class StepPlan(NamedTuple):
         return sum(chunk.count for chunk in self.chunks)
 
 
+QUANTUM_STEPS = 4
+"""What a tenant of weight 1 gets per round of credit, in steps with a full budget."""
+
+
 class Scheduler:
     """Waiting and running requests of one engine. Single-threaded; owns their tables."""
 
-    def __init__(self, cache: CacheManager, order: Order, *, max_seqs: int, max_tokens: int) -> None:
+    def __init__(
+        self,
+        cache: CacheManager,
+        order: Order,
+        *,
+        max_seqs: int,
+        max_tokens: int,
+        reuse: Reuse | None = None,
+        weight: Callable[[str], float] = lambda tenant: 1.0,
+        max_wait: float = 2.0,
+        estimator: Estimator | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """weight: a tenant's share of the work while others wait. With an order that scores, `max_wait` is in seconds, and
+        `estimator` says what a waiting request will cost (default: by its exact prefix). clock: what `arrival` is read from."""
         self.cache = cache
         self.running: list[Request] = []
         self.preemptions = 0
         self.queued_tokens = 0
         self._order = order
+        self._reuse = reuse
         self._max_seqs = max_seqs
         self._max_tokens = max_tokens
-        self._waiting: list[tuple[Key, Request]] = []
         self._tables: dict[Request, BlockTable] = {}
+        self._clock = clock
+        self._speed = Speed(clock)
+        self._fairness = Fairness(QUANTUM_STEPS * max_tokens, weight)
+        around = Surroundings(
+            cache, self._tables, self.running, estimator or PrefixEstimator(cache), self._speed, clock, max_wait
+        )
+
+        def lane(tenant: str) -> Lane:
+            return ScoredLane(tenant, around) if order.scores else KeyedLane(order.key)
+
+        self._waiting = WaitingQueue(self._fairness, lane)
 
     @property
     def waiting(self) -> int:
-        return sum(request.status is Status.WAITING for _, request in self._waiting)
+        return len(self._waiting)
 
     def __len__(self) -> int:
         return len(self._tables)
@@ -71,14 +126,22 @@ class Scheduler:
     def add(self, request: Request, table: BlockTable) -> None:
         """Queue a request. Its table is closed when it is finished."""
         self._tables[request] = table
+        self._fairness.arrived(request)
         self._wait(request)
+
+    def table(self, request: Request) -> BlockTable:
+        """Where a request's KV is."""
+        return self._tables[request]
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is; its blocks go back at once, the full ones stay findable."""
         if request.status is Status.RUNNING:
             self.running.remove(request)
-        else:  # the heap drops it when it comes to the top
+        else:
+            self._waiting.remove(request)
             self.queued_tokens -= len(request.tokens)
+        self._fairness.stopped(request)
+        self._fairness.left(request, contended=len(self._waiting) > 0)
         request.status = Status.FINISHED
         self.cache.close(self._tables.pop(request))
 
@@ -86,40 +149,78 @@ class Scheduler:
         """The next step: running requests first (decodes before prompt chunks), then new ones as long as budget lasts."""
         plan = StepPlan([], [])
         budget = self._max_tokens
-        pending = lambda r: len(r.tokens) - r.computed  # noqa: E731
-        for request in sorted(self.running, key=lambda r: (pending(r) > 1, self._order.key(r))):
+        for request in sorted(self.running, key=lambda r: (r.pending > 1, self._order.key(r))):
             if budget == 0:
                 break
             if request.status is not Status.RUNNING:  # preempted for the sake of an earlier one
                 continue
-            count = _fitting(request, budget)
-            if count == 0:
-                continue
-            if self._reserve(request, request.computed + count, plan):
-                plan.chunks.append(Chunk(request, self._tables[request], request.computed, count))
-                budget -= count
+            if request.unprepared:
+                budget = max(1, budget - self._prepare(request))
+            chunk = self._chunk(request, budget)
+            if chunk is not None and self._reserve(request, chunk.stop, plan):
+                plan.chunks.append(chunk)
+                budget -= chunk.count
+        running = len(plan.chunks)
         while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
-            count = _fitting(admitted, budget)
-            if count == 0:  # it keeps its blocks, and comes first in the next step
+            if admitted.unprepared:
+                if (
+                    admitted.computed and len(plan.chunks) > running
+                ):  # what it begins with may be computed in this very step: wait for it
+                    continue
+                budget = max(1, budget - self._prepare(admitted))
+            chunk = self._chunk(admitted, budget)
+            if chunk is None:  # it keeps its blocks, and comes first in the next step
                 break
-            chunk = Chunk(admitted, self._tables[admitted], admitted.computed, count)
             plan.chunks.append(chunk)
-            budget -= count
+            budget -= chunk.count
             # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
             # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
             # any more: whoever is admitted after it comes after it in order, and cannot displace it.
-            self.cache.commit(chunk.table, admitted.tokens, chunk.stop)
+            self.cache.commit(chunk.table, admitted.tokens, min(chunk.stop, admitted.taint))
+        if self._reuse is not None and budget > 0:
+            plan.chunks.extend(self._reuse.refresh(plan, budget))
+        self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)
         return plan
 
     def completed(self, chunk: Chunk, *, exact: bool = True) -> None:
         """The chunk's KV is stored. exact: it is what the prompt's rule gives, if all before it is; only then published."""
         request = chunk.request
-        request.computed = chunk.stop
+        self._speed.end()
+        self._fairness.computed(request, chunk.start, chunk.count)
+        if chunk.refresh:
+            assert request.repair is not None and chunk.positions is not None
+            request.repair.refresh(chunk.positions)
+        else:
+            if request.repair is not None and request.repair.left:
+                request.repair.advance(chunk.count)
+            request.computed = chunk.stop
         if not exact:
             request.exact = min(request.exact, chunk.start)
         elif chunk.start <= request.exact:
-            request.exact = chunk.stop
+            healed = chunk.refresh and request.taint > request.computed
+            request.exact = request.computed if healed else min(chunk.stop, request.taint)
         self.cache.commit(chunk.table, request.tokens, min(request.exact, len(request.tokens) - request.drafts))
+
+    def _prepare(self, request: Request) -> int:
+        """Let KV be reused for a request that has been admitted. Returns the work in rows."""
+        assert self._reuse is not None
+        request.unprepared = False
+        work = round(self._reuse.prepare(request, self._tables[request]))
+        self._fairness.computed(request, 0, work)
+        return work
+
+    def _chunk(self, request: Request, budget: int) -> Chunk | None:
+        """The request's next rows, as many as fit."""
+        count = _fitting(request, budget)
+        if count == 0:
+            return None
+        table, repair = self._tables[request], request.repair
+        if repair is None or not repair.left:
+            return Chunk(request, table, request.computed, count)
+        seeds = request.selector is not None and request.selector.prompts == "seed"  # looks at the last rows: they stand alone
+        rows = repair.next(count, tail_alone=seeds)
+        scattered = None if rows[-1] - rows[0] == len(rows) - 1 else rows
+        return Chunk(request, table, int(rows[0]), len(rows), scattered)
 
     def _reserve(self, request: Request, tokens: int, plan: StepPlan) -> bool:
         """Slots for `tokens` positions, preempting from the end of the order. False if the request itself had to go."""
@@ -139,26 +240,23 @@ class Scheduler:
         self.cache.release(self._tables[victim])
         victim.drop_drafts()
         victim.computed = victim.exact = 0
+        victim.repair = None
         victim.preemptions += 1
+        self._fairness.stopped(victim)
         self.preemptions += 1
         self._wait(victim)
 
     def _wait(self, request: Request) -> None:
         request.status = Status.WAITING
         self.queued_tokens += len(request.tokens)
-        heapq.heappush(self._waiting, (self._order.key(request), request))
-
-    def _head(self) -> Request | None:
-        while self._waiting and self._waiting[0][1].status is not Status.WAITING:
-            heapq.heappop(self._waiting)
-        return self._waiting[0][1] if self._waiting else None
+        self._waiting.push(request)
 
     def _admit(self, plan: StepPlan) -> Request | None:
         """Start the head of the queue if it fits: the blocks of all its known tokens, and one spare for each running one.
 
         The spare keeps a newcomer from pushing out, one token later, those that run already.
         """
-        request = self._head()
+        request = self._waiting.head()
         if request is None:
             return None
         if len(self.running) >= self._max_seqs and not self._displace(request, plan):
@@ -173,22 +271,24 @@ class Scheduler:
         self.cache.adopt(table, match, len(request.tokens))
         if not self.cache.reserve(table, len(request.tokens)):
             raise AssertionError("admission counted blocks that are not there")
-        heapq.heappop(self._waiting)
+        self._waiting.take(request)
+        self._fairness.admitted(request, len(request.tokens) - match.tokens)
         self.queued_tokens -= len(request.tokens)
         request.status = Status.RUNNING
         request.computed = request.exact = match.tokens
+        request.unprepared = request.approximate
         if not request.first_scheduled:
-            request.first_scheduled = time.monotonic()
+            request.first_scheduled = self._clock()
             request.cached = min(match.tokens, len(request.prompt))
         self.running.append(request)
         return request
 
     def _displace(self, request: Request, plan: StepPlan) -> bool:
-        """Preempt the last running request if the order lets `request` overtake it and it has no row in this step yet."""
-        if not self._order.displaces or not self.running:
+        """Preempt its tenant's last running request if the order lets `request` overtake it."""
+        if not self._order.displaces:
             return False
-        victim = max(self.running, key=self._order.key)
-        if self._order.key(victim)[0] <= self._order.key(request)[0]:
+        victim = max((r for r in self.running if r.tenant == request.tenant), key=self._order.key, default=None)
+        if victim is None or self._order.key(victim)[0] <= self._order.key(request)[0]:
             return False
         self._preempt(victim, plan)
         return True
@@ -199,7 +299,7 @@ def _fitting(request: Request, budget: int) -> int:
 
     Drafts are verified in one piece; a sparse prompt is cut at its method's grid, so that the cut never depends on the budget.
     """
-    pending = len(request.tokens) - request.computed
+    pending = request.pending
     if pending <= budget:
         return pending
     if request.verifying:

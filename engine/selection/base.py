@@ -148,16 +148,21 @@ class Method:
 
 def read_options(method: Method, values: Mapping[str, Any]) -> Any:
     """A method's options from a request's JSON object. Raises InvalidRequestError naming the key that is wrong."""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(method.options)}  # annotations are strings there
+    return read_fields(method.options, method.name, values)
+
+
+def read_fields(cls: type, name: str, values: Mapping[str, Any]) -> Any:
+    """A dataclass `cls` from the JSON object `kv.<name>`. Raises InvalidRequestError naming the key that is wrong."""
+    fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # annotations are strings there
     for key, value in values.items():
-        where = f"kv.{method.name}.{key}"
+        where = f"kv.{name}.{key}"
         if key not in fields:
             allowed = ", ".join(sorted(fields)) or "none"
             raise InvalidRequestError(f"{where} is not an option; allowed: {allowed}", param=where)
         kind = fields[key]
         if not _fits(value, kind):
             raise InvalidRequestError(f"{where} is {value!r}; allowed: a value of type {kind}", param=where)
-    return method.options(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def _fits(value: Any, kind: str) -> bool:

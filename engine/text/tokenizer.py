@@ -98,6 +98,11 @@ class Tokenizer:
         """A token's bytes as text, U+FFFD where they are part of a character. Special tokens show their name."""
         return self.token_bytes(token).decode("utf-8", errors="replace")
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens."""
+        return frozenset(self._special)
+
     def is_special(self, token: int) -> bool:
         """Whether `decode` leaves the token out by default."""
         return token in self._special

@@ -1,0 +1,107 @@
+"""Work for an idle engine: requests of the engine's own, one at a time, which give way to everybody else's.
+
+compile   text that several prompts shared, alone, so that other tenants may reuse it
+heal      a prompt that reused KV, in full: its new parts become donors, and its next turn finds an exact prefix
+shadow    the same, and what reuse did to the first tokens of its answer is measured
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvloom.engine.request import KVOptions, Request, SamplingParams
+
+MOST = 64
+"""Errands that wait; the oldest are forgotten."""
+SHADOW_TOKENS = 16
+"""Tokens of an answer that a shadow check compares."""
+
+Kind = Literal["compile", "heal", "shadow"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Errand:
+    """One piece of work."""
+
+    kind: Kind
+    tokens: tuple[int, ...]
+    tenant: str
+    salt: str = ""
+    scope: str = "tenant"
+    """compile: whom the segment is for; else how far what the prompt leaves may go."""
+    answer: tuple[int, ...] = ()
+    """shadow: the first tokens that were generated,"""
+    seen: tuple[Tensor, ...] = field(default=(), compare=False)
+    """and the log-probabilities they were drawn from: [vocab] fp16 each."""
+
+    def request(self, number: int) -> Request:
+        """The engine's own request that does it."""
+        answer = self.answer if self.kind == "shadow" else ()
+        return Request(
+            id=f"errand-{number}",
+            prompt=self.tokens,
+            sampling=SamplingParams(max_tokens=max(1, len(answer)), temperature=0.0, ignore_eos=True, forced_tokens=answer),
+            kv=KVOptions(segment=self.scope) if self.kind == "compile" else KVOptions(reuse="exact", share=self.scope),
+            tenant=self.tenant,
+            cache_salt=self.salt,
+            internal=True,
+        )
+
+
+class Errands:
+    """A bounded queue without duplicates."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[Errand] = deque()
+        self._numbers = itertools.count()
+        self._running: tuple[Request, Errand] | None = None
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, errand: Errand) -> None:
+        """Queue it, unless the same is waiting."""
+        if errand not in self._waiting:
+            self._waiting.append(errand)
+            if len(self._waiting) > MOST:
+                self._waiting.popleft()
+
+    def start(self) -> Request | None:
+        """The next one, as a request; None if there is none."""
+        if not self._waiting:
+            return None
+        errand = self._waiting.popleft()
+        request = errand.request(next(self._numbers))
+        self._running = (request, errand)
+        return request
+
+    def of(self, request: Request) -> Errand | None:
+        """The errand that a request does."""
+        return self._running[1] if self._running is not None and self._running[0] is request else None
+
+    def done(self) -> None:
+        """The running one has ended."""
+        self._running = None
+
+    def put_back(self) -> None:
+        """The running one gives way and begins anew later."""
+        if self._running is not None:
+            self._waiting.appendleft(self._running[1])
+            self._running = None
+
+
+def compared(full: Tensor, reused: Tensor) -> tuple[float, bool]:
+    """KL(full || reused) in nats, and whether the likeliest token is the same. full: [vocab] logits; reused: log-probs."""
+    log_p, log_q = torch.log_softmax(full.float(), dim=-1), reused.float()
+    return float((log_p.exp() * (log_p - log_q)).sum().clamp_min(0)), bool(log_p.argmax() == log_q.argmax())
+
+
+def kept(logits: Tensor) -> Tensor:
+    """Log-probabilities to compare later: [vocab] fp16. logits: [1, vocab]."""
+    return torch.log_softmax(logits[0].float(), dim=-1).clamp_min(-6e4).half()

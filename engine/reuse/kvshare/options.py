@@ -1,0 +1,143 @@
+"""Settings of KVShare: what a request may choose, and what a server fixes.
+
+Both are read from JSON objects; a field's docstring is its documentation. Defaults are what measured best (docs/kvshare.md);
+`PAPER` is the published form.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
+
+from kvloom.engine.errors import ConfigError, InvalidRequestError
+from kvloom.engine.selection.base import read_fields, refuse
+
+POLICIES = ("dhd", "query", "blend", "boundary", "random")
+ORDERS = ("importance", "position", "runs", "sweep")
+SCOPES = ("none", "tenant", "group", "public")
+"""How far what a request leaves behind may go."""
+GATE = "kvshare"
+"""The calibration that says a model may be served with approximate reuse."""
+SINK_TOKENS = 16
+"""Neutral tokens in front of what is compiled alone: they take the attention that a sequence's beginning draws."""
+RATIOS = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+"""Ratios that the adaptive choice goes through."""
+
+
+@dataclass(frozen=True, slots=True)
+class RepairOptions:
+    """What is recomputed of reused KV: `kv.kvshare` in a request, `kvshare_options` of a server for its default."""
+
+    policy: Literal["dhd", "query", "blend", "boundary", "random"] = "blend"
+    """How reused tokens are ranked for recomputation: dhd (deviation x attention, the paper), blend (deviation), query
+    (attention), boundary (the first ones of every run), random (a control)."""
+    ratio: float = 0.15
+    """Share of reused tokens that is recomputed in the prompt pass, boundaries included, 0 to 1; 1 is exact."""
+    adaptive: bool = False
+    """Take the smallest of a row of ratios (0.1 to 1) that leaves at most 0.3 of the score uncovered, instead of `ratio`."""
+    boundary: int = 16
+    """Of those, the first so many of every run come before any ranking: they stand next to another context than before."""
+    tail: int = 16
+    """Tokens at the end of a prompt that are never reused."""
+    refresh: int = 0
+    """Reused tokens recomputed per decode step; 0 for none. The paper's code takes 3."""
+    refresh_order: Literal["importance", "position", "runs", "sweep"] = "importance"
+    """Which first: importance (their score at the prompt pass), position (the paper's code), runs (runs of 4 with the highest
+    score), sweep (all tokens from the first approximate one on, in order: after it the request is exact)."""
+    max_stale: float = 0.9
+    """Share of a prompt that may stay as it was copied, 0 to 1; more is recomputed if it would be exceeded."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("policy", POLICIES), ("refresh_order", ORDERS)):
+            if getattr(self, name) not in allowed:
+                raise refuse("kvshare", name, getattr(self, name), ", ".join(allowed))
+        for name in ("ratio", "max_stale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise refuse("kvshare", name, getattr(self, name), "0 to 1")
+        for name, least, most in (("boundary", 0, 4096), ("tail", 1, 4096), ("refresh", 0, 64)):
+            if not least <= getattr(self, name) <= most:
+                raise refuse("kvshare", name, getattr(self, name), f"{least} to {most}")
+
+    @property
+    def scans(self) -> bool:
+        """Whether all rows must go through the first layers to rank them."""
+        return self.policy in ("dhd", "blend", "query") and (self.ratio < 1 or self.adaptive)
+
+
+PAPER = RepairOptions(policy="dhd", boundary=0, refresh=3, refresh_order="position")
+"""arXiv 2503.16525 as far as it is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShareOptions:
+    """What a server fixes. `repair` is the default of requests."""
+
+    repair: RepairOptions = field(default_factory=RepairOptions)
+    check_layer: int = 1
+    """Layers [0, check_layer] run on all rows before tokens are ranked; layer 0 alone would show no deviation."""
+    probe: int = 64
+    """Rows whose attention counts: the last so many that no donor has."""
+    min_match: int = 64
+    """Shortest run that is reused; half of it where it touches another run of the same donor."""
+    min_reusable: int = 256
+    """A prompt with less to reuse is computed plainly."""
+    min_gain: float = 0.1
+    """Share of the prompt's work that reuse must save; -1 to reuse where it costs time, too."""
+    reject_above: float = 1.0
+    """Mean deviation ||V' - V|| / ||V|| at the check layer above which a run is computed instead; 0 rejects everything."""
+    refresh_budget: int = 16
+    """Rows per step, of all requests together, for `RepairOptions.refresh`."""
+    stop_mass: float = 0.1
+    """Refreshing ends when the tokens left hold less than this share of the score."""
+    shadow_share: float = 0.01
+    """Share of requests that reused KV which are computed again in full when the engine is idle, to measure what reuse cost."""
+    shadow_kl: float = 0.05
+    """Approximate reuse is switched off when shadow checks show a mean KL above this,"""
+    shadow_top1: float = 0.9
+    """or agree on fewer than this share of likeliest tokens."""
+    heal: bool = True
+    """Compute prompts that reused KV again in full when the engine is idle, so that what they added can be reused, too."""
+    verified: bool = False
+    """Serve approximate reuse for a model that no check has passed (`kvloom calibrate kvshare MODEL`)."""
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("check_layer", 1, 64),
+            ("probe", 1, 1024),
+            ("min_match", 32, 8192),
+            ("min_reusable", 1, 10**6),
+            ("refresh_budget", 0, 1024),
+            ("min_gain", -1, 1),
+        )
+        for name, least, most in bounds:
+            if not least <= getattr(self, name) <= most:
+                raise refuse("kvshare", name, getattr(self, name), f"{least} to {most}")
+        for name in ("stop_mass", "shadow_share", "shadow_top1"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise refuse("kvshare", name, getattr(self, name), "0 to 1")
+
+    @classmethod
+    def read(cls, text: str | None) -> ShareOptions:
+        """From `--kvshare-options`: fields of this class and of `RepairOptions` in one JSON object. Raises ConfigError."""
+        try:
+            found = json.loads(text or "{}")
+        except ValueError as error:
+            raise ConfigError(f"kvshare_options is {text!r}, which is not JSON: {error}") from None
+        if not isinstance(found, dict):
+            raise ConfigError(f'kvshare_options is {text!r}; allowed: a JSON object such as {{"ratio": 0.2}}')
+        own = {f.name for f in fields(cls)} - {"repair"}
+        try:
+            repair = read_repair({key: value for key, value in found.items() if key not in own})
+            server: ShareOptions = read_fields(cls, "kvshare", {key: value for key, value in found.items() if key in own})
+        except InvalidRequestError as error:
+            raise ConfigError(str(error).replace("kv.kvshare.", "kvshare_options: ")) from None
+        return replace(server, repair=repair)
+
+
+def read_repair(values: Mapping[str, Any], default: RepairOptions | None = None) -> RepairOptions:
+    """A request's own options over a default. Raises InvalidRequestError naming the key that is wrong."""
+    base = {f.name: getattr(default, f.name) for f in fields(RepairOptions)} if default is not None else {}
+    options: RepairOptions = read_fields(RepairOptions, "kvshare", {**base, **values})
+    return options
