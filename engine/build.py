@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 from kvloom import kernels
-from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
+from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.catalog import ModelFiles, resolve
 from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig, ModelOptions

@@ -24,6 +24,7 @@ from kvloom.engine.output import OutputState
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse import REUSE
+from kvloom.engine.reuse.kvshare.estimate import ShareEstimator
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
@@ -154,6 +155,7 @@ class EngineCore:
             reuse=share,
             weight=lambda tenant: tenants.get(tenant).weight,
             max_wait=config.scheduler.max_wait_ms / 1000,
+            estimator=None if share is None else ShareEstimator(cache, share),
         )
         cache.limit(tenants.get)
         self._states: dict[str, OutputState] = {}
@@ -302,7 +304,10 @@ class EngineCore:
         plan = self._scheduler.schedule()
         outputs: list[RequestOutput] = []
         if plan.chunks:
+            computing = time.perf_counter()
             result = self.runner.run(plan)
+            if self.share is not None:
+                self.share.timed(plan.rows, time.perf_counter() - computing)
             for chunk, exact in zip(plan.chunks, result.exact):
                 self._scheduler.completed(chunk, exact=exact)
             for chunk, attended in zip(plan.chunks, result.attended):

@@ -10,7 +10,10 @@ Never across a barrier (special tokens: roles, tools), never outside the range t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import bisect
+import heapq
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -22,6 +25,8 @@ from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
+NEAR = WINDOW
+"""Most tokens between two runs of one donor and shift for the shorter one to count as going on: an edit, a special token."""
 Reason = Literal["tokens differ", "segment ends", "special token", "range ends", "overlap"]
 
 
@@ -127,30 +132,35 @@ def find(
 ) -> Match:
     """Runs of tokens[begin:end] that segments of these domains hold, searched in their order.
 
-    min_match: shortest run; short_match: shortest one that follows, or is followed by, another run of its donor and shift.
+    min_match: shortest run; short_match: shortest one within NEAR tokens of another run of its donor and shift.
     """
     walls = np.zeros(len(tokens), bool) if barriers is None else barriers
     pieces = _pieces(store, tokens, begin, end, domains, walls)
-    runs = sorted(_joined(pieces), key=_rank)
-    chosen, dropped = _choose(runs, min_match, short_match)
-    broken = [Broken(at, why) for run in chosen for at, why in _ends(run, chosen, tokens, begin, end, walls)]
-    return Match(tuple(chosen), tuple(broken), tuple(sorted(dropped)))
+    chosen, dropped = _choose(_joined(pieces), min_match, short_match)
+    broken = [Broken(at, why) for run in chosen for at, why in _ends(run, tokens, begin, end, walls)]
+    return Match(tuple(chosen), tuple(broken), tuple(dropped))
 
 
 def _pieces(store: SegmentStore, tokens: Ints, begin: int, end: int, domains: Sequence[Domain], walls: Bools) -> list[Piece]:
-    """Every maximal piece that a chosen window leads to, once."""
+    """Every maximal piece that a chosen window leads to, once.
+
+    A window that lies in a piece is not looked for again in that piece's segment: what else it leads to there lies in the piece,
+    too, or another window leads to it. So text that repeats itself is tiled, not matched at every shift.
+    """
     found: list[Piece] = []
     reached: dict[tuple[int, int], int] = {}  # (segment, where it would begin) -> first prompt position not looked at
+    tiled: dict[int, int] = {}  # segment -> end of its last piece
     for at, value in zip(*(values.tolist() for values in fingerprints(tokens[begin:end]))):
         at += begin
         for domain in domains:
             for segment, offset in store.candidates(domain, value):
                 line = (id(segment), at - offset)
-                if reached.get(line, 0) > at:
+                if reached.get(line, 0) > at or tiled.get(id(segment), 0) >= at + WINDOW:
                     continue
                 piece = _grown(segment, offset, tokens, at, begin, end, walls)
                 if piece is not None:
                     reached[line] = piece.stop
+                    tiled[id(segment)] = max(piece.stop, tiled.get(id(segment), 0))
                     found.append(piece)
     return found
 
@@ -197,60 +207,77 @@ def _rank(run: Run) -> tuple[float, ...]:
     return (-run.length, not run.isolated, deviation, -run.pieces[0].segment.donor, run.start)
 
 
-def _choose(runs: Sequence[Run], min_match: int, short_match: int) -> tuple[list[Run], list[tuple[int, int, str]]]:
-    """Greedy, in the order given."""
-    chosen: list[Run] = []
-    dropped: list[tuple[int, int, str]] = []
-    waiting = list(runs)
+class _Choice:
+    """Runs that were taken, ascending and disjoint."""
+
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self._starts: list[int] = []
+
+    def take(self, run: Run) -> None:
+        i = bisect.bisect(self._starts, run.start)
+        self.runs.insert(i, run)
+        self._starts.insert(i, run.start)
+
+    def around(self, start: int, stop: int) -> list[Run]:
+        """Those that overlap positions [start, stop)."""
+        first = bisect.bisect(self._starts, start)
+        first -= first > 0 and self.runs[first - 1].stop > start
+        return self.runs[first : bisect.bisect_left(self._starts, stop)]
+
+    def outside(self, run: Run) -> list[Run]:
+        """The parts of a run that none of them covers."""
+        taken = self.around(run.start, run.stop)
+        starts, stops = [run.start, *(other.stop for other in taken)], [*(other.start for other in taken), run.stop]
+        return [part for start, stop in zip(starts, stops) if (part := run.within(start, stop)) is not None]
+
+    def continues(self, run: Run) -> bool:
+        """Whether it goes on where another of its donor and shift left off, or the other way round."""
+        near = self.around(run.start - NEAR, run.stop + NEAR)
+        return any(_alike(run.pieces[0], other.pieces[0]) for other in near)
+
+
+def _choose(runs: Iterable[Run], min_match: int, short_match: int) -> tuple[list[Run], list[tuple[int, int, str]]]:
+    """Greedy, best first; short ones last, as they need a longer one beside them."""
+    choice, number = _Choice(), itertools.count()
+    waiting = [(_rank(run), next(number), run) for run in runs]
+    heapq.heapify(waiting)
+    dropped: set[tuple[int, int, str]] = set()
+    short: list[Run] = []
     while waiting:
-        run = waiting.pop(0)
-        parts = _outside(run, chosen)
-        if len(parts) == 1 and parts[0].length == run.length:
-            least = short_match if _continues(run, chosen) else min_match
-            if run.length >= least:
-                chosen.append(run)
-            else:
-                dropped.append((run.start, run.stop, "shorter than min_match"))
-            continue
-        if not parts:
-            dropped.append((run.start, run.stop, "overlap"))
-        waiting = sorted([*waiting, *parts], key=_rank)
-    return sorted(chosen, key=lambda run: run.start), dropped
+        run = heapq.heappop(waiting)[2]
+        parts = choice.outside(run)
+        if parts != [run]:
+            if not parts:
+                dropped.add((run.start, run.stop, "overlap"))
+            for part in parts:
+                heapq.heappush(waiting, (_rank(part), next(number), part))
+        elif run.length >= min_match:
+            choice.take(run)
+        else:
+            short.append(run)
+    while (run := next((run for run in short if run.length >= short_match and choice.continues(run)), None)) is not None:
+        short.remove(run)
+        choice.take(run)
+        short = [part for other in short for part in choice.outside(other)]
+    dropped |= {(run.start, run.stop, "shorter than min_match") for run in short}
+    return choice.runs, sorted(dropped)
 
 
-def _outside(run: Run, chosen: Sequence[Run]) -> list[Run]:
-    """The parts of a run that no chosen one covers."""
-    parts = [run]
-    for other in chosen:
-        parts = [
-            part
-            for whole in parts
-            for part in (whole.within(0, other.start), whole.within(other.stop, whole.stop))
-            if part is not None
-        ]
-    return parts
-
-
-def _continues(run: Run, chosen: Sequence[Run]) -> bool:
-    return any(
-        (other.stop == run.start or other.start == run.stop) and _alike(run.pieces[0], other.pieces[0]) for other in chosen
-    )
-
-
-def _ends(run: Run, chosen: Sequence[Run], tokens: Ints, begin: int, end: int, walls: Bools) -> Iterator[tuple[int, Reason]]:
+def _ends(run: Run, tokens: Ints, begin: int, end: int, walls: Bools) -> Iterator[tuple[int, Reason]]:
     """Why a run does not go on at either side."""
     first, last = run.pieces[0], run.pieces[-1]
     for at, outside, source, piece in (
         (run.start, run.start - 1, first.source - 1, first),
         (run.stop, run.stop, last.source + last.length, last),
     ):
-        if any(other.start <= outside < other.stop for other in chosen):
-            yield at, "overlap"
-        elif not begin <= outside < end:
+        if not begin <= outside < end:
             yield at, "range ends"
         elif walls[outside]:
             yield at, "special token"
         elif not 0 <= source < len(piece.segment.tokens):
             yield at, "segment ends"
-        else:
+        elif piece.segment.tokens[source] != tokens[outside]:
             yield at, "tokens differ"
+        else:  # it does go on, under a run that was preferred
+            yield at, "overlap"

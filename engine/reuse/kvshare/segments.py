@@ -21,7 +21,9 @@ from kvloom.engine.reuse.kvshare.chunks import fingerprints
 from kvloom.engine.reuse.prefix import Domain
 
 MOST_CANDIDATES = 8
-"""Segments kept per domain and fingerprint; the oldest is forgotten there."""
+"""Places kept per domain and fingerprint; the least recently used is forgotten there."""
+MOST_REPEATS = 2
+"""Places that one segment has of them: text that repeats itself must not crowd out others, nor make a search long."""
 REJECTIONS = 3
 """Deviation rejections after which a segment goes."""
 
@@ -62,6 +64,8 @@ class SegmentStore:
     def __init__(self, capacity: int, quota: Callable[[str], int | None] = lambda owner: None) -> None:
         """capacity: bytes of all segments; quota: of an owner's, None for no bound."""
         self.capacity, self.bytes, self.evictions = capacity, 0, 0
+        self.version = 0
+        """Counts changes of what can be found."""
         self.bytes_by: Counter[str] = Counter()
         self._quota = quota
         self._segments: OrderedDict[Segment, list[Key]] = OrderedDict()  # least recently used first
@@ -75,35 +79,49 @@ class SegmentStore:
     def __iter__(self) -> Iterator[Segment]:
         return iter(self._segments)
 
-    def known(self, domain: Domain, tokens: npt.NDArray[np.int32]) -> bool:
-        """Whether a segment of exactly these tokens is there."""
-        return (domain.key, tokens.tobytes()) in self._known
+    def known(self, domain: Domain, tokens: npt.NDArray[np.int32], *, isolated: bool = False) -> bool:
+        """Whether a segment of exactly these tokens is there. isolated: whether only one that was computed alone counts."""
+        segment = self._known.get((domain.key, tokens.tobytes()))
+        return segment is not None and (segment.isolated or not isolated)
 
     def add(self, segment: Segment) -> bool:
         """Store it, evicting if there is no room. False if it is known already, or larger than what may be freed.
 
+        One that was computed alone takes the place of one of the same tokens that was computed in context.
         Raises ValueError for a segment that was computed in context and is offered to another domain than its owner's.
         """
         if not segment.isolated and segment.domain.tenant != segment.owner:
             raise ValueError("a segment that was computed in the context of a prompt may only be found by that prompt's tenant")
-        name = (segment.domain.key, segment.tokens.tobytes())
-        if name in self._known or not self._make_room(segment):
+        if self.known(segment.domain, segment.tokens, isolated=segment.isolated) or not self._fits(segment):
             return False
-        keys = []
-        for offset, value in zip(*fingerprints(segment.tokens)):
-            keys.append(key := (segment.domain.key, int(value)))
-            entries = self._index.setdefault(key, [])
-            entries.append((segment, int(offset)))
-            del entries[:-MOST_CANDIDATES]
+        name = (segment.domain.key, segment.tokens.tobytes())
+        if name in self._known:
+            self.remove(self._known[name])
+        self._make_room(segment)
         self._known[name] = segment
-        self._segments[segment] = keys
+        self.version += 1
+        self._segments[segment] = self._indexed(segment)
         self._owned[segment.owner][segment] = None
         self.bytes += segment.nbytes
         self.bytes_by[segment.owner] += segment.nbytes
         return True
 
+    def _indexed(self, segment: Segment) -> list[Key]:
+        """Make it findable. Returns its keys."""
+        places: defaultdict[Key, list[int]] = defaultdict(list)
+        for offset, value in zip(*fingerprints(segment.tokens)):
+            places[segment.domain.key, int(value)].append(int(offset))
+        for key, offsets in places.items():
+            entries = self._index.setdefault(key, [])
+            entries += [(segment, offset) for offset in reversed(offsets[:MOST_REPEATS])]
+            del entries[:-MOST_CANDIDATES]
+        return list(places)
+
     def candidates(self, domain: Domain, fingerprint: int) -> Sequence[tuple[Segment, int]]:
-        """Segments with a window of that hash, newest first, and where in them: tokens are for the caller to compare."""
+        """Segments with a window of that hash, last used first, and where in them, the first such place first.
+
+        Tokens are for the caller to compare.
+        """
         return self._index.get((domain.key, fingerprint), ())[::-1]
 
     def touch(self, segment: Segment) -> None:
@@ -112,6 +130,8 @@ class SegmentStore:
             segment.uses += 1
             self._segments.move_to_end(segment)
             self._owned[segment.owner].move_to_end(segment)
+            for key in self._segments[segment]:
+                self._index.get(key, []).sort(key=lambda entry: entry[0] is segment)  # stable: its own go last
 
     def reject(self, segment: Segment) -> None:
         """It was found, but its KV deviated too far: the third time it goes."""
@@ -124,12 +144,13 @@ class SegmentStore:
         keys = self._segments.pop(segment, None)
         if keys is None:
             return
-        for key in set(keys):
+        for key in keys:
             entries = [entry for entry in self._index.get(key, ()) if entry[0] is not segment]
             if entries:
                 self._index[key] = entries
             else:
                 self._index.pop(key, None)
+        self.version += 1
         del self._known[segment.domain.key, segment.tokens.tobytes()]
         del self._owned[segment.owner][segment]
         if not self._owned[segment.owner]:
@@ -146,18 +167,16 @@ class SegmentStore:
             self.remove(segment)
         return len(gone)
 
-    def _make_room(self, segment: Segment) -> bool:
+    def _fits(self, segment: Segment) -> bool:
         quota = self._quota(segment.owner)
-        size = segment.nbytes
-        if size > self.capacity or (quota is not None and size > quota):
-            return False
+        return segment.nbytes <= (self.capacity if quota is None else min(quota, self.capacity))
+
+    def _make_room(self, segment: Segment) -> None:
+        quota, size = self._quota(segment.owner), segment.nbytes
         while quota is not None and self.bytes_by[segment.owner] + size > quota:
             self._evict(next(iter(self._owned[segment.owner])))
         while self.bytes + size > self.capacity:
             self._evict(next(iter(self._segments)))
-        if not self.bytes_by[segment.owner]:  # reading a Counter leaves nothing, an emptied one would
-            self.bytes_by.pop(segment.owner, None)
-        return True
 
     def _evict(self, segment: Segment) -> None:
         self.evictions += 1
@@ -171,7 +190,11 @@ class SegmentStore:
             by[segment.owner] += segment.nbytes
         assert by == self.bytes_by, "an owner's bytes are off"
         assert set(self._known.values()) == set(self._segments), "a segment is known that is not there, or the other way round"
-        indexed = {segment for entries in self._index.values() for segment, _ in entries}
-        assert indexed <= set(self._segments), "the index names a segment that is gone"
-        assert {s for owned in self._owned.values() for s in owned} == set(self._segments), "an owner lacks a segment"
+        for key, entries in self._index.items():
+            assert 0 < len(entries) <= MOST_CANDIDATES, "the index keeps too many places, or an empty list"
+            assert all(key in self._segments.get(s, ()) for s, _ in entries), "the index names a segment that is gone"
+        owned = [(owner, segment) for owner, segments in self._owned.items() for segment in segments]
+        assert len(owned) == len(self._segments) and all(s.owner == owner and s in self._segments for owner, s in owned), (
+            "a segment has no owner, or another's"
+        )
         assert all(s.isolated or s.domain.tenant == s.owner for s in self._segments), "in-context KV crossed a tenant boundary"

@@ -54,6 +54,8 @@ SHADOW_WINDOW, SHADOW_LEAST = 32, 8
 """Shadow checks that are looked at together, and the fewest that decide."""
 COPY_WORK = 0.02
 """Work of copying one token in, in rows of a full pass; a first guess, measured from then on."""
+TIMED_ROWS = 256
+"""Rows of a step whose time tells what a row costs."""
 
 
 class Scopes(NamedTuple):
@@ -131,7 +133,7 @@ class KVShare:
         self._least_ratio = 0.0
         self.errands = Errands()
         self._donors = itertools.count(1)
-        self._copy_work = COPY_WORK
+        self._copy_work, self._row_seconds = COPY_WORK, 0.0
         self.enabled = True
         """False once a shadow check has failed: requests are served exactly."""
 
@@ -216,6 +218,25 @@ class KVShare:
         count(self.stats, request, reason, self.scopes(request.tenant, request.cache_salt).kinds())
         return work
 
+    def search(self, request: Request, tokens: npt.NDArray[np.int64], prefix: int) -> Match:
+        """What a request would find now behind its prefix. Changes nothing."""
+        return self._search(tokens, prefix, self.scopes(request.tenant, request.cache_salt), self._repairs[request])
+
+    def work(self, request: Request, reused: int, rest: int) -> float:
+        """Rows of a full pass that a request takes of whose `rest` tokens behind the prefix so many are reused."""
+        return self._work(reused, rest, self._repairs[request])
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that may reuse KV approximately and have not ended."""
+        return len(self._repairs)
+
+    def timed(self, rows: int, seconds: float) -> None:
+        """A step that computed a prompt took so long: the measure for what copying costs."""
+        if rows >= TIMED_ROWS:
+            per_row = seconds / rows
+            self._row_seconds += (0.2 if self._row_seconds else 1.0) * (per_row - self._row_seconds)
+
     def _search(self, tokens: npt.NDArray[np.int64], begin: int, scopes: Scopes, options: RepairOptions) -> Match:
         end = max(begin, len(tokens) - options.tail)
         return find(
@@ -242,6 +263,9 @@ class KVShare:
         copied = time.perf_counter()
         self.stats.copy_seconds += copied - began
         self.stats.copied_tokens += reused
+        if self._row_seconds:
+            now = (copied - began) / reused / self._row_seconds
+            self._copy_work += 0.2 * (min(now, 1.0) - self._copy_work)
         positions = covered(match.runs)
         if not self._scanner.identity(placed, positions):
             self._distrust(match.runs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,10 @@ from kvloom.engine.llm import Completion
 from kvloom.engine.request import Request
 
 MakeLLM = Callable[..., LLM]
-OPTIONS = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0, "heal": false%s}'
+OPTIONS = (
+    '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0, '
+    '"heal": false%s}'
+)
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 EIGHT = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 THETA = 10_000.0
@@ -58,7 +62,7 @@ class Watch:
             self.repairs.append(request.repair)
 
 
-# The oracle ---------------------------------------------------------------------------------------------------------------
+# The oracle ------------------------------------------------------------------------------------------------------------------
 
 
 class KV(NamedTuple):
@@ -163,7 +167,7 @@ def reuse(llm: LLM, case: Case, sampling: SamplingParams = ONE, **options: Any) 
     return result, watch.repairs[0], watch
 
 
-# Reuse and repair -----------------------------------------------------------------------------------------------------------
+# Reuse and repair ------------------------------------------------------------------------------------------------------------
 
 
 def test_runs_are_found_where_they_are(make: MakeLLM) -> None:
@@ -238,7 +242,7 @@ def test_sets_are_nested_and_cost_what_they_say(make: MakeLLM, policy: str) -> N
         reused = sum(run.length for run in repair.runs)
         assert repair.kinds["boundary"] + repair.kinds["ranked"] == round(ratio * reused)
         chosen.append(set(repair.rows.tolist()))
-    assert all(small <= large for small, large in zip(chosen, chosen[1:]))
+    assert all(small <= large for small, large in itertools.pairwise(chosen))
 
 
 def replace_seed(sampling: SamplingParams) -> SamplingParams:
@@ -259,7 +263,7 @@ def test_same_place_same_context_deviates_nowhere(make: MakeLLM) -> None:
     assert off.tokens == [int(watch.logits[0].argmax())]
 
 
-# Together with the rest of the engine ------------------------------------------------------------------------------------------
+# Together with the rest of the engine ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", [0, 16, 17, 64])
@@ -333,7 +337,7 @@ def test_preempted_requests_come_back(make: MakeLLM) -> None:
     llm.core.share.store.check()
 
 
-# Taint -------------------------------------------------------------------------------------------------------------------------
+# Taint -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_approximate_is_published(make: MakeLLM) -> None:
@@ -356,7 +360,7 @@ def test_tainted_part_is_never_a_donor(make: MakeLLM) -> None:
     case = shuffled()
     llm = make()
     reuse(llm, case, policy="blend", ratio=0.2)
-    for segment in {s for s in segments(llm)}:
+    for segment in segments(llm):
         assert any(is_part(segment.tokens.tolist(), known) for known in (case.donor, case.prompt[:11]))
 
 
@@ -368,14 +372,14 @@ def is_part(needle: list[int], hay: list[int]) -> bool:
     return any(hay[i : i + len(needle)] == needle for i in range(len(hay) - len(needle) + 1))
 
 
-# Refreshing --------------------------------------------------------------------------------------------------------------------
+# Refreshing ------------------------------------------------------------------------------------------------------------------
 
 
 def test_sweep_makes_a_request_exact(make: MakeLLM, oracle: Any) -> None:
     case = shuffled()
     llm = make()
     long = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
-    result, repair, watch = reuse(llm, case, sampling=long, policy="boundary", ratio=0.0, refresh=16, refresh_order="sweep")
+    result, _, watch = reuse(llm, case, sampling=long, policy="boundary", ratio=0.0, refresh=16, refresh_order="sweep")
     request = watch.requests[0]
     assert request.taint > len(request.tokens) and request.exact >= len(request.tokens) - 1
     tokens = torch.tensor([case.prompt + result.tokens[:-1]])
@@ -408,7 +412,7 @@ def test_refreshing_brings_logits_closer(make: MakeLLM, oracle: Any, order: str)
     assert error[8] < 0.5 * error[0]
 
 
-# What cannot be ----------------------------------------------------------------------------------------------------------------
+# What cannot be --------------------------------------------------------------------------------------------------------------
 
 
 def test_off_means_off(make_llm: MakeLLM) -> None:
