@@ -11,7 +11,7 @@
     default:                    of every tenant that is not listed
       weight: 1
 
-A tenant that is not listed is not refused: it gets `default`. Everything that cannot be understood is a ConfigError that names it.
+A tenant that is not listed is not refused: it gets `default`. What cannot be understood is a ConfigError that names it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from kvloom.engine.client import EngineClient
 from kvloom.server import description, errors
-from kvloom.server.auth import AuthMiddleware, KeyRing
+from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.limits import BodyLimitMiddleware
 from kvloom.server.metrics import Metrics
@@ -42,10 +42,12 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
 
 
 def _guard(app: FastAPI, context: ServerContext) -> None:
-    """Middleware, the innermost first: a body is measured only for those with a key, and a preflight needs neither."""
+    """Middleware, the innermost first: a body is measured and a tenant named only for those with a key, and a preflight needs
+    none of it."""
     refused = context.metrics.refused
     app.add_middleware(BodyLimitMiddleware, limit=context.options.max_body, refused=refused)
-    keys = KeyRing(context.options.api_key)
+    app.add_middleware(TenantMiddleware, proxies=context.options.proxies(), refused=refused)
+    keys = KeyRing(context.options.api_key, context.options.tenant_keys)
     if keys:
         app.add_middleware(AuthMiddleware, keys=keys, refused=refused)
     if context.options.cors:

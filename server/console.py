@@ -50,7 +50,7 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
     """Print the address, the model, the KV capacity and a command to paste."""
     model, stats = client.model, client.stats()
     url = base_url(options, port)
-    open_to_all = options.host not in LOOPBACK and not options.api_key
+    open_to_all = options.host not in LOOPBACK and not (options.api_key or options.tenant_keys)
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
     print(
         f"\nkvloom serves {model.name} at {url}\n"
@@ -81,6 +81,6 @@ def curl_line(options: ServerOptions, url: str, model: str) -> str:
     """A shell command that asks the server something. It names no key: a terminal's scrollback is no place for one."""
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a KV cache?"}], "max_tokens": 100})
     quoted = body.replace("'", "'\\''")
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if options.api_key else ""
+    key = " -H 'Authorization: Bearer YOUR_KEY'" if (options.api_key or options.tenant_keys) else ""
     insecure = " -k" if url.startswith("https") else ""
     return f"curl{insecure} {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{quoted}'"

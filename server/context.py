@@ -40,7 +40,7 @@ def context_of(request: Request) -> ServerContext:
 
 
 def tenant_of(request: Request) -> str:
-    """Whose request it is; '' without API keys."""
+    """Whose request it is, as `auth` found out; '' without API keys and proxies."""
     return str(getattr(request.state, "tenant", ""))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from kvloom.engine.config import Option, option_fields, parse_bytes, parse_value
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.tenants import Tenants
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
@@ -23,6 +26,11 @@ class ServerOptions:
     """Port to listen on; 0 picks a free one."""
     api_key: tuple[str, ...] = ()
     """Key that clients must send as a bearer token; repeat it, or separate by commas, for several. Guards all but /health."""
+    trusted_proxies: tuple[str, ...] = ()
+    """Network (CIDR, such as 10.0.0.0/8) of proxies that may name a request's tenant in X-KVLoom-Tenant; repeat it, or separate
+    by commas, for several. From anywhere else that header is refused."""
+    tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """API key -> tenant, beside `api_key`: from the tenants file, see `with_tenants`."""
     cors: tuple[str, ...] = ()
     """Origin whose pages may call the API from a browser (* for any); repeat it, or separate by commas, for several."""
     max_body: int = 4 * 1024**2
@@ -47,8 +55,22 @@ class ServerOptions:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; allowed: 0 to 3600")
         if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
             raise ConfigError("api_key holds an empty key or one that no header can carry; allowed: printable ASCII")
+        self.proxies()
+        if twice := sorted({self.tenant_keys[key] for key in self.api_key if key in self.tenant_keys}):
+            raise ConfigError(f"a key of tenant {twice[0]} is also given as api_key; give it in one place")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile go together; one of them is missing")
+
+    def proxies(self) -> tuple[Network, ...]:
+        """`trusted_proxies`, read. Raises ConfigError."""
+        try:
+            return tuple(ipaddress.ip_network(text) for text in self.trusted_proxies)
+        except ValueError as error:
+            raise ConfigError(f"trusted_proxies: {error}; write networks such as 10.0.0.0/8 or 127.0.0.1") from None
+
+    def with_tenants(self, tenants: Tenants) -> ServerOptions:
+        """These options, and the API keys of the tenants. Raises ConfigError if a key is given twice."""
+        return dataclasses.replace(self, tenant_keys=tenants.keys)
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> ServerOptions:
@@ -57,8 +79,8 @@ class ServerOptions:
 
 
 def server_options() -> tuple[Option, ...]:
-    """Every setting of the HTTP side."""
-    return option_fields(ServerOptions)
+    """Every setting of the HTTP side that has a flag."""
+    return tuple(option for option in option_fields(ServerOptions) if option.name != "tenant_keys")
 
 
 def _parse(option: Option, value: Any) -> Any:

@@ -24,6 +24,7 @@ import uvicorn
 from kvloom.engine.client import EngineClient
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import KVLoomError
+from kvloom.engine.tenants import Tenants
 from kvloom.server.app import create_app
 from kvloom.server.console import LoadingBars, banner
 from kvloom.server.limits import BoundedHttpProtocol
@@ -52,6 +53,7 @@ class StartError(KVLoomError):
 
 def serve(config: EngineConfig, options: ServerOptions) -> int:
     """Load the model, serve until told to stop, and return the exit code. Raises KVLoomError if it cannot start."""
+    options = options.with_tenants(Tenants.read(config.tenants.tenants))
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -2,7 +2,7 @@
 
 A pool whose blocks all belong to one owner is plain least-recently-used. Between owners, the next block comes from
 
-1. an owner who has done nothing while the whole pool was turned over once: nothing of a stranger is worth keeping;
+1. an owner who has done nothing while the whole pool was turned over several times: nothing of a stranger is worth keeping;
 2. else the owner with the most cached blocks for its weight, which is one over its fair share (weight over the weights of all
    who have something cached) if anybody is. So who floods the cache loses what it flooded with, not what others left there.
 

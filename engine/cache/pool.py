@@ -19,6 +19,10 @@ from typing import NamedTuple
 
 from kvloom.engine.cache.eviction import CachedBlocks
 
+STRANGER_TURNOVERS = 16
+"""An owner who did nothing while the pool was turned over so often has no claim left. Many, as a flood turns it over as well;
+not endless, as blocks that nobody will ask for again would stay for good."""
+
 
 class Claim(NamedTuple):
     """What an owner may keep in the cache."""
@@ -47,7 +51,7 @@ class BlockPool:
         self._refs = [0] * total
         self._published = bytearray(total)
         self._free = list(range(total - 1, -1, -1))
-        self._cached = CachedBlocks(total, lambda owner: self.claim(owner).weight)
+        self._cached = CachedBlocks(STRANGER_TURNOVERS * total, lambda owner: self.claim(owner).weight)
         self._on_evict = on_evict
 
     @property

@@ -12,15 +12,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 
 MOST = 64
 """Errands that wait; the oldest are forgotten."""
-SHADOW_TOKENS = 16
-"""Tokens of an answer that a shadow check compares."""
 
 Kind = Literal["compile", "heal", "shadow"]
 
@@ -94,14 +91,3 @@ class Errands:
         if self._running is not None:
             self._waiting.appendleft(self._running[1])
             self._running = None
-
-
-def compared(full: Tensor, reused: Tensor) -> tuple[float, bool]:
-    """KL(full || reused) in nats, and whether the likeliest token is the same. full: [vocab] logits; reused: log-probs."""
-    log_p, log_q = torch.log_softmax(full.float(), dim=-1), reused.float()
-    return float((log_p.exp() * (log_p - log_q)).sum().clamp_min(0)), bool(log_p.argmax() == log_q.argmax())
-
-
-def kept(logits: Tensor) -> Tensor:
-    """Log-probabilities to compare later: [vocab] fp16. logits: [1, vocab]."""
-    return torch.log_softmax(logits[0].float(), dim=-1).clamp_min(-6e4).half()

@@ -25,6 +25,7 @@ from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
+Dropped = tuple[int, int, str]
 NEAR = WINDOW
 """Most tokens between two runs of one donor and shift for the shorter one to count as going on: an edit, a special token."""
 Reason = Literal["tokens differ", "segment ends", "special token", "range ends", "overlap"]
@@ -105,7 +106,7 @@ class Match(NamedTuple):
     """Ascending, not overlapping."""
     broken: tuple[Broken, ...]
     """Both ends of every run."""
-    dropped: tuple[tuple[int, int, str], ...]
+    dropped: tuple[Dropped, ...]
     """(start, stop, why) of runs that were not taken."""
 
     def check(self, tokens: Ints) -> None:
@@ -144,8 +145,8 @@ def find(
 def _pieces(store: SegmentStore, tokens: Ints, begin: int, end: int, domains: Sequence[Domain], walls: Bools) -> list[Piece]:
     """Every maximal piece that a chosen window leads to, once.
 
-    A window that lies in a piece is not looked for again in that piece's segment: what else it leads to there lies in the piece,
-    too, or another window leads to it. So text that repeats itself is tiled, not matched at every shift.
+    A window that lies in a piece is not looked for again in that piece's segment: what else it leads to there lies in the
+    piece, too, or another window leads to it. So text that repeats itself is tiled, not matched at every shift.
     """
     found: list[Piece] = []
     reached: dict[tuple[int, int], int] = {}  # (segment, where it would begin) -> first prompt position not looked at
@@ -233,16 +234,16 @@ class _Choice:
 
     def continues(self, run: Run) -> bool:
         """Whether it goes on where another of its donor and shift left off, or the other way round."""
-        near = self.around(run.start - NEAR, run.stop + NEAR)
+        near = self.around(run.start - NEAR - 1, run.stop + NEAR + 1)
         return any(_alike(run.pieces[0], other.pieces[0]) for other in near)
 
 
-def _choose(runs: Iterable[Run], min_match: int, short_match: int) -> tuple[list[Run], list[tuple[int, int, str]]]:
+def _choose(runs: Iterable[Run], min_match: int, short_match: int) -> tuple[list[Run], list[Dropped]]:
     """Greedy, best first; short ones last, as they need a longer one beside them."""
     choice, number = _Choice(), itertools.count()
     waiting = [(_rank(run), next(number), run) for run in runs]
     heapq.heapify(waiting)
-    dropped: set[tuple[int, int, str]] = set()
+    dropped: set[Dropped] = set()
     short: list[Run] = []
     while waiting:
         run = heapq.heappop(waiting)[2]
@@ -256,12 +257,18 @@ def _choose(runs: Iterable[Run], min_match: int, short_match: int) -> tuple[list
             choice.take(run)
         else:
             short.append(run)
-    while (run := next((run for run in short if run.length >= short_match and choice.continues(run)), None)) is not None:
-        short.remove(run)
+    dropped |= _lengthen(choice, short, short_match)
+    return choice.runs, sorted(dropped)
+
+
+def _lengthen(choice: _Choice, short: Sequence[Run], least: int) -> set[Dropped]:
+    """Take short runs, best first, that continue one that was taken, be it one of themselves. Returns what is left."""
+    while True:
+        run = next((run for run in short if run.length >= least and choice.continues(run)), None)
+        if run is None:
+            return {(run.start, run.stop, "shorter than min_match") for run in short}
         choice.take(run)
         short = [part for other in short for part in choice.outside(other)]
-    dropped |= {(run.start, run.stop, "shorter than min_match") for run in short}
-    return choice.runs, sorted(dropped)
 
 
 def _ends(run: Run, tokens: Ints, begin: int, end: int, walls: Bools) -> Iterator[tuple[int, Reason]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,14 +31,14 @@ class Popularity:
     def __init__(self, half_life: float = 600.0, capacity: int = 65536) -> None:
         """half_life: seconds."""
         self._half_life, self._capacity = half_life, capacity
-        self._seen: OrderedDict[tuple[bytes, bytes], _Seen] = OrderedDict()
+        self._seen: OrderedDict[bytes, _Seen] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._seen)
 
     def see(self, domain: Domain, tokens: npt.NDArray[np.int32], request: str, now: float) -> float:
         """Count a chunk once per request; returns its count, this sighting included. now: seconds."""
-        key = (domain.key, tokens.tobytes())
+        key = hashlib.blake2b(tokens.tobytes(), key=domain.key, digest_size=16).digest()
         entry = self._seen.get(key)
         if entry is None:
             entry = self._seen[key] = _Seen(0.0, now, "")
@@ -52,7 +53,7 @@ class Popularity:
     def second_sight(
         self, domain: Domain, tokens: npt.NDArray[np.int32], spans: Sequence[tuple[int, int]], request: str, now: float
     ) -> list[tuple[int, int]]:
-        """Count all spans of a prompt, and return the stretches of neighbouring ones that have been seen before."""
+        """Count all spans of a prompt, and return the stretches of LEAST to MOST tokens of neighbouring ones seen before."""
         found: list[tuple[int, int]] = []
         for first, last in spans:
             if self.see(domain, tokens[first:last], request, now) < SECOND:

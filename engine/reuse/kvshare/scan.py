@@ -10,6 +10,7 @@ Rows are taken in pieces that fit the engine's largest step. Everything is read 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,11 @@ class Placed(NamedTuple):
     tokens: Ints
     blocks: npt.NDArray[np.int32]
     block_size: int
+
+    @classmethod
+    def of(cls, tokens: Sequence[int], blocks: array[int], block_size: int) -> Placed:
+        """From a request's tokens and table."""
+        return cls(np.array(tokens, np.int64), np.frombuffer(blocks, np.int32).copy(), block_size)
 
     def slots(self, positions: Ints) -> Tensor:
         """[positions] int64"""

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import itertools
 import logging
-import random
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -29,18 +27,19 @@ from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.request import Request
-from kvloom.engine.reuse.kvshare import chunks
-from kvloom.engine.reuse.kvshare.copying import copy_in, copy_out, covered
-from kvloom.engine.reuse.kvshare.errands import SHADOW_TOKENS, Errand, Errands, compared, kept
+from kvloom.engine.reuse.kvshare.copying import copy_in, covered
+from kvloom.engine.reuse.kvshare.donors import Donors
+from kvloom.engine.reuse.kvshare.errands import Errand, Errands
 from kvloom.engine.reuse.kvshare.matching import Match, Run, find
-from kvloom.engine.reuse.kvshare.options import RATIOS, SCOPES, RepairOptions, ShareOptions, read_repair
-from kvloom.engine.reuse.kvshare.popularity import Popularity
+from kvloom.engine.reuse.kvshare.options import RepairOptions, ShareOptions, read_repair
 from kvloom.engine.reuse.kvshare.ranking import choose
 from kvloom.engine.reuse.kvshare.repair import Floats, Repair
 from kvloom.engine.reuse.kvshare.report import count, describe, explain
 from kvloom.engine.reuse.kvshare.scan import Placed, Scanner
-from kvloom.engine.reuse.kvshare.segments import Segment, SegmentStore
-from kvloom.engine.reuse.prefix import Domain, DomainFactory
+from kvloom.engine.reuse.kvshare.scopes import ScopeBook, Scopes
+from kvloom.engine.reuse.kvshare.segments import SegmentStore
+from kvloom.engine.reuse.kvshare.shadow import Shadow
+from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.scheduling.scheduler import Chunk, StepPlan
 from kvloom.engine.tenants import Tenants
 from kvloom.engine.view import decodes
@@ -50,42 +49,10 @@ log = logging.getLogger("kvloom.engine")
 
 NEAR_END = 8
 """Tokens before a request's limit at which refreshing it is not worth while any more."""
-SHADOW_WINDOW, SHADOW_LEAST = 32, 8
-"""Shadow checks that are looked at together, and the fewest that decide."""
 COPY_WORK = 0.02
 """Work of copying one token in, in rows of a full pass; a first guess, measured from then on."""
 TIMED_ROWS = 256
 """Rows of a step whose time tells what a row costs."""
-
-
-class Scopes(NamedTuple):
-    """The domains in which a request may find segments, and the widest one that it leaves them to."""
-
-    own: Domain
-    group: Domain | None
-    public: Domain | None
-
-    def readable(self) -> list[Domain]:
-        """In the order in which they are searched."""
-        return [domain for domain in (self.own, self.group, self.public) if domain is not None]
-
-    def of(self, scope: str) -> Domain | None:
-        """The domain of a scope."""
-        return {"tenant": self.own, "group": self.group, "public": self.public}.get(scope)
-
-    def kinds(self) -> dict[bytes, str]:
-        """Names of the scopes by their domain's key."""
-        return {domain.key: name for name in SCOPES if (domain := self.of(name)) is not None}
-
-
-@dataclass(slots=True)
-class Compiled:
-    """A text that is compiled alone, and what came of it."""
-
-    domain: Domain
-    tokens: int = 0
-    segments: int = 0
-    bytes: int = 0
 
 
 class Plan(NamedTuple):
@@ -116,26 +83,20 @@ class KVShare:
         """rows: of the largest step; special: ids of special tokens, which are never reused; sink: neutral tokens that stand
         in front of what is compiled in isolation."""
         self.options, self.store, self.stats = options, store, ShareStats()
-        self.sink = tuple(sink)
+        self.errands = Errands()
+        self.scopes = ScopeBook(domains, tenants)
         self._decoder, self._cache, self._kernels = decoder, cache, kernels
-        self._domains, self._tenants = domains, tenants
-        self._special = np.array(sorted(special), np.int64)
         self._scanner = Scanner(decoder, cache.storage, kernels, rows=rows, layer=options.check_layer)
+        self._donors = Donors(store, self.scopes, cache, self.errands, self.stats, special=special, sink=sink)
+        self._shadow = Shadow(options, self.errands, self.stats)
         self._repairs: dict[Request, RepairOptions] = {}
         self._plans: dict[Request, Plan] = {}
-        self._capture: list[tuple[Request, BlockTable]] = []
-        self._compiles: dict[Request, Compiled] = {}
-        self._seen: dict[Request, list[Tensor]] = {}
-        self._checks: deque[tuple[float, float]] = deque(maxlen=SHADOW_WINDOW)
-        self._checking: list[tuple[float, bool]] = []
-        self._popularity = Popularity()
-        self._random = random.Random()
-        self._least_ratio = 0.0
-        self.errands = Errands()
-        self._donors = itertools.count(1)
         self._copy_work, self._row_seconds = COPY_WORK, 0.0
-        self.enabled = True
-        """False once a shadow check has failed: requests are served exactly."""
+
+    @property
+    def enabled(self) -> bool:
+        """False once shadow checks have failed: requests are served exactly."""
+        return self._shadow.enabled
 
     # A request's life ---------------------------------------------------------------------------------------------------
 
@@ -149,9 +110,7 @@ class KVShare:
                 param="kv.reuse",
             )
         options = read_repair(kv.reuse_options, self.options.repair)
-        if kv.share is not None and kv.share not in SCOPES:
-            raise InvalidRequestError(f"kv.share is {kv.share!r}; allowed: {', '.join(SCOPES)}", param="kv.share")
-        self._check_scope(request, kv.share or "tenant")
+        self.scopes.check(request, kv.share or "tenant", "kv.share")
         if selector is not None and (selector.prompts == "sparse" or selector.domain):
             raise InvalidRequestError(
                 "kv.reuse is approx, but this selection computes prompts sparsely, so their KV fits nobody else's; use reuse "
@@ -171,43 +130,60 @@ class KVShare:
                 param="kv.kvshare.refresh_order",
             )
         request.approximate = self.enabled and request.sampling.prompt_logprobs is None  # those need every row
-        self._repairs[request] = replace(options, ratio=max(options.ratio, self._least_ratio))
-        if request.approximate and self._random.random() < self.options.shadow_share:
-            self._seen[request] = []
+        self._repairs[request] = replace(options, ratio=max(options.ratio, self._shadow.least_ratio))
+        if request.approximate:
+            self._shadow.open(request)
+
+    def compile(self, request: Request) -> None:
+        """A text is being queued to be compiled alone. Raises InvalidRequestError if the tenant may not."""
+        self._donors.compile(request)
+
+    def generated(self, request: Request, table: BlockTable) -> None:
+        """A request's prompt is computed."""
+        ours = request in self._repairs or self._donors.compiled(request) or self.errands.of(request)
+        if ours and request.kv.share != "none":
+            self._donors.generated(request, table)
+
+    def observe(self, request: Request, logits: Tensor) -> None:
+        """A token is about to be drawn from these logits: [1, vocab]."""
+        self._shadow.observe(request, logits)
+
+    def between_steps(self) -> None:
+        """Do what must not delay the outputs of the step before."""
+        self._donors.between_steps()
 
     def close(self, request: Request) -> None:
         """It has ended; its blocks are about to go back."""
-        for waiting in [pair for pair in self._capture if pair[0] is request]:
-            self._capture.remove(waiting)
-            self._leave(*waiting)
+        self._donors.close(request)
+        again = self._shadow.close(request)
         if request.repair is not None:
             self.stats.stale_left += len(request.repair.stale)
-            self._follow_up(request, request.repair)
+            if not again:
+                self._heal(request, request.repair)
         self._repairs.pop(request, None)
         self._plans.pop(request, None)
-        self._compiles.pop(request, None)
-        self._seen.pop(request, None)
-        if self.errands.of(request) is not None:
+        errand = self.errands.of(request)
+        if errand is not None:
             self.errands.done()
-            self._conclude()
+            self._shadow.conclude(whole=request.generated >= len(errand.answer))
+            self.stats.healed_tokens += len(request.prompt) if errand.kind != "compile" and request.generated else 0
 
-    def scopes(self, tenant: str, salt: str) -> Scopes:
-        """Whose segments a request of this tenant may use. A salt keeps it to itself."""
-        own = self._domains.domain(tenant, salt, "kvshare tenant")
-        if salt:
-            return Scopes(own, None, None)
-        group = self._tenants.get(tenant).group
-        shared = self._domains.domain("", "", f"kvshare group {group}") if group else None
-        return Scopes(own, shared, self._domains.domain("", "", "kvshare public"))
+    def _heal(self, request: Request, repair: Repair) -> None:
+        """Have a prompt that reused KV computed in full one day, if it brought enough that is new."""
+        scope = request.kv.share or "tenant"
+        if self.options.heal and scope != "none" and repair.kinds["fresh"] >= self.options.min_match:
+            self.errands.add(
+                Errand(kind="heal", tokens=tuple(request.prompt), tenant=request.tenant, salt=request.cache_salt, scope=scope)
+            )
 
     # Admission ----------------------------------------------------------------------------------------------------------
 
     def prepare(self, request: Request, table: BlockTable) -> float:
         """See `scheduling.Reuse`."""
-        placed = self._placed(request, table)
+        placed = Placed.of(request.tokens, table.blocks, self._cache.block_size)
         options, prefix = self._repairs[request], request.computed
         began = time.perf_counter()
-        match = self._search(placed.tokens, prefix, self.scopes(request.tenant, request.cache_salt), options)
+        match = self._search(placed.tokens, prefix, self.scopes.of(request), options)
         self.stats.match_seconds += time.perf_counter() - began
         reason, work = self._reuse(request, match, placed, prefix, options)
         self._plans[request] = Plan(match, reason)
@@ -215,12 +191,12 @@ class KVShare:
             kinds = request.repair.kinds
             request.reused = kinds["stale"]
             request.recomputed = kinds["boundary"] + kinds["ranked"] + kinds["rejected"]
-        count(self.stats, request, reason, self.scopes(request.tenant, request.cache_salt).kinds())
+        count(self.stats, request, reason, self.scopes.of(request).kinds())
         return work
 
     def search(self, request: Request, tokens: npt.NDArray[np.int64], prefix: int) -> Match:
         """What a request would find now behind its prefix. Changes nothing."""
-        return self._search(tokens, prefix, self.scopes(request.tenant, request.cache_salt), self._repairs[request])
+        return self._search(tokens, prefix, self.scopes.of(request), self._repairs[request])
 
     def work(self, request: Request, reused: int, rest: int) -> float:
         """Rows of a full pass that a request takes of whose `rest` tokens behind the prefix so many are reused."""
@@ -247,7 +223,7 @@ class KVShare:
             scopes.readable(),
             min_match=self.options.min_match,
             short_match=self.options.min_match // 2,
-            barriers=np.isin(tokens, self._special),
+            barriers=self._donors.barriers(tokens.astype(np.int32)),
         )
 
     def _reuse(self, request: Request, match: Match, placed: Placed, prefix: int, options: RepairOptions) -> tuple[str, float]:
@@ -371,155 +347,16 @@ class KVShare:
 
     def explain(self, request: Request) -> dict[str, object]:
         """What was reused for a request, and why no more; or what was stored of a text that was compiled. Empty if neither."""
-        compiled = self._compiles.get(request)
+        compiled = self._donors.compiled(request)
         if compiled is not None:
             return {"segments": compiled.segments, "tokens": compiled.tokens, "bytes": compiled.bytes}
         plan = self._plans.get(request)
         if plan is None:
             return {}
-        return explain(request, plan.match, plan.reason, self.scopes(request.tenant, request.cache_salt).kinds())
+        return explain(request, plan.match, plan.reason, self.scopes.of(request).kinds())
 
     def look(self, tokens: Sequence[int], prefix: int, tenant: str, salt: str) -> dict[str, object]:
         """What would be found now of a prompt behind its prefix. Changes nothing."""
-        scopes = self.scopes(tenant, salt)
+        scopes = self.scopes.named(tenant, salt)
         match = self._search(np.array(tokens, np.int64), prefix, scopes, self.options.repair)
         return describe(match, scopes.kinds())
-
-    # What requests leave behind -----------------------------------------------------------------------------------------
-
-    def compile(self, request: Request) -> None:
-        """A text is being queued to be compiled alone. Raises InvalidRequestError if the tenant may not."""
-        scope = request.kv.segment or "tenant"
-        if scope not in SCOPES[1:]:
-            raise InvalidRequestError(f"scope is {scope!r}; allowed: {', '.join(SCOPES[1:])}", param="scope")
-        if not request.internal:
-            self._check_scope(request, scope)
-        domain = self.scopes(request.tenant, request.cache_salt).of(scope)
-        assert domain is not None
-        request.prompt = (*self.sink, *request.prompt)
-        self._compiles[request] = Compiled(domain)
-
-    def generated(self, request: Request, table: BlockTable) -> None:
-        """A request's prompt is computed. Its exact part is copied out before the next step, or before its blocks go."""
-        compiled = self._compiles.get(request)
-        if compiled is not None:
-            placed, before = self._placed(request, table), (len(self.store), self.store.bytes)
-            compiled.tokens = self._add(
-                placed, len(self.sink), len(request.prompt), compiled.domain, request.tenant, isolated=True
-            )
-            compiled.segments, compiled.bytes = len(self.store) - before[0], self.store.bytes - before[1]
-            self.stats.compiled_tokens += compiled.tokens
-        elif (request in self._repairs or self.errands.of(request) is not None) and (request.kv.share or "tenant") != "none":
-            self._capture.append((request, table))
-            if not request.internal:
-                self._count_sighting(request)
-
-    def observe(self, request: Request, logits: Tensor) -> None:
-        """A token is about to be drawn from these logits: [1, vocab]."""
-        seen = self._seen.get(request)
-        if seen is not None and request.repair is not None and len(seen) < SHADOW_TOKENS:
-            seen.append(kept(logits))
-            return
-        errand = self.errands.of(request) if request.internal else None
-        if errand is not None and request.generated < len(errand.seen):
-            self._checking.append(compared(logits[0], errand.seen[request.generated]))
-
-    def between_steps(self) -> None:
-        """Do what must not delay the outputs of the step before."""
-        for request, table in self._capture:
-            self._leave(request, table)
-        self._capture.clear()
-
-    def _leave(self, request: Request, table: BlockTable) -> None:
-        """Make donors of the exact part of a prompt: chunks that are not known yet, in context, for the same tenant alone."""
-        scopes = self.scopes(request.tenant, request.cache_salt)
-        placed = self._placed(request, table)
-        end = min(request.exact, len(request.prompt))
-        self.stats.captured_tokens += self._add(placed, 0, end, scopes.own, request.tenant, isolated=False)
-
-    def _count_sighting(self, request: Request) -> None:
-        """Text that a second prompt brings, of those that share it with others, is compiled alone when there is time."""
-        scope = request.kv.share or "tenant"
-        domain = self.scopes(request.tenant, request.cache_salt).of(scope)
-        if scope == "tenant" or domain is None:
-            return
-        tokens = np.array(request.prompt, np.int32)
-        spans = chunks.cut(tokens, barriers=np.isin(tokens, self._special))
-        for first, last in self._popularity.second_sight(domain, tokens, spans, request.id, time.monotonic()):
-            if not self.store.known(domain, tokens[first:last]):
-                text = tuple(int(token) for token in tokens[first:last])
-                self.errands.add(Errand(kind="compile", tokens=text, tenant=request.tenant, scope=scope))
-
-    def _follow_up(self, request: Request, repair: Repair) -> None:
-        """Queue what is to be done about a request that reused KV."""
-        seen, scope = self._seen.get(request), request.kv.share or "tenant"
-        prompt = tuple(request.prompt)
-        if seen and request.generated:
-            answer = tuple(request.output[: len(seen)])
-            self.errands.add(Errand(kind="shadow", tokens=prompt, tenant=request.tenant, salt=request.cache_salt, scope=scope,
-                                    answer=answer, seen=tuple(seen[: len(answer)])))  # fmt: skip
-        elif self.options.heal and scope != "none" and repair.kinds["fresh"] >= self.options.min_match:
-            self.errands.add(Errand(kind="heal", tokens=prompt, tenant=request.tenant, salt=request.cache_salt, scope=scope))
-
-    def _conclude(self) -> None:
-        """An errand has ended: if it was a shadow check, take its result in, and act if results are bad."""
-        if not self._checking:
-            return
-        stats, found = self.stats, self._checking
-        self._checking = []
-        stats.shadow_checks += 1
-        stats.shadow_tokens += len(found)
-        stats.shadow_kl += sum(kl for kl, _ in found)
-        stats.shadow_agree += sum(same for _, same in found)
-        self._checks.append((sum(kl for kl, _ in found) / len(found), sum(same for _, same in found) / len(found)))
-        if len(self._checks) < SHADOW_LEAST:
-            return
-        kl, top1 = (sum(values) / len(self._checks) for values in zip(*self._checks))
-        if kl <= self.options.shadow_kl and top1 >= self.options.shadow_top1:
-            return
-        self._checks.clear()
-        told = f"{SHADOW_LEAST} or more shadow checks found a mean KL of {kl:.3f} and {top1:.0%} agreement"
-        ratio = max(self.options.repair.ratio, self._least_ratio)
-        if self._least_ratio == 0.0 and ratio < 1:
-            self._least_ratio = next(step for step in RATIOS if step > ratio)
-            log.warning("%s; at least %g of reused tokens are computed from now on", told, self._least_ratio)
-        else:
-            self.enabled = False
-            log.error("%s; approximate reuse is switched off, requests are served exactly", told)
-
-    def _add(self, placed: Placed, begin: int, end: int, domain: Domain, owner: str, *, isolated: bool) -> int:
-        """Store what is not known yet of positions [begin, end) as segments of one donor. Returns tokens stored."""
-        tokens = placed.tokens.astype(np.int32)[begin:end]
-        donor, stored = next(self._donors), 0
-        for first, last in chunks.cut(tokens, barriers=np.isin(tokens, self._special)):
-            part = tokens[first:last]
-            if self.store.known(domain, part):
-                continue
-            k, v = copy_out(placed, begin + first, begin + last, self._cache.storage)
-            segment = Segment(
-                domain=domain, tokens=part.copy(), k=k, v=v, position=begin + first, donor=donor, isolated=isolated, owner=owner
-            )
-            stored += len(part) if self.store.add(segment) else 0
-        return stored
-
-    def _placed(self, request: Request, table: BlockTable) -> Placed:
-        blocks = np.frombuffer(table.blocks, np.int32).copy()
-        return Placed(np.array(request.tokens, np.int64), blocks, self._cache.block_size)
-
-    def _check_scope(self, request: Request, scope: str) -> None:
-        """Whether the tenant may leave segments there."""
-        tenant = self._tenants.get(request.tenant)
-        if scope == "group" and not tenant.group:
-            raise InvalidRequestError(
-                "kv.share is group, but this tenant is in none; the operator can give it one in the tenants file",
-                param="kv.share",
-            )
-        if scope in ("group", "public") and request.cache_salt:
-            raise InvalidRequestError(
-                f"kv.share is {scope}, but cache_salt keeps this request to itself; leave one of them out", param="kv.share"
-            )
-        if scope == "public" and not tenant.publishes:
-            raise InvalidRequestError(
-                "kv.share is public, but this tenant may not publish; the operator can allow it in the tenants file",
-                param="kv.share",
-            )

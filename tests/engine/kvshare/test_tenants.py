@@ -139,10 +139,10 @@ def test_domains_are_keyed(tiny: Path) -> None:
     keys = set()
     for _ in range(2):
         llm = LLM(str(tiny), dtype="fp32", kv_memory="8MiB", kvshare_options=OPTIONS % "")
-        scopes = llm.core.share.scopes("alice", "")
+        scopes = llm.core.share.scopes.named("alice", "")
         keys |= {domain.key for domain in scopes.readable()}
         assert len({domain.key for domain in scopes.readable()}) == len(scopes.readable())
-        assert llm.core.share.scopes("alice", "x").own.key not in keys
+        assert llm.core.share.scopes.named("alice", "x").own.key not in keys
     assert len(keys) == 4
 
 
