@@ -15,15 +15,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from kvloom.engine.build import Built, Progress, build
 from kvloom.engine.client import EngineStats, Health
 from kvloom.engine.config import EngineConfig
+from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import EngineDeadError, InvalidRequestError, KVLoomError, OverloadedError
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
+
+T = TypeVar("T")
 
 log = logging.getLogger("kvloom.engine")
 
@@ -115,6 +118,33 @@ class ThreadEngineClient:
         """See `EngineClient.abort`."""
         self._inbox.put(lambda: self._abort(request_id))
 
+    async def explain(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> Mapping[str, Any]:
+        """See `EngineClient.explain`."""
+        tokens = tuple(prompt)
+        return await self._ask(lambda core: core.explain(tokens, tenant, cache_salt))
+
+    async def purge(self, tenant: str) -> int:
+        """See `EngineClient.purge`."""
+        return await self._ask(lambda core: core.purge(tenant))
+
+    async def _ask(self, question: Callable[[EngineCore], T]) -> T:
+        """Have the engine's thread answer between two steps."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            if self._dead is not None:
+                answer.set_exception(EngineDeadError(self._dead))
+            elif answer.set_running_or_notify_cancel():
+                try:
+                    answer.set_result(question(self._core))
+                except KVLoomError as error:
+                    answer.set_exception(error)
+
+        self._inbox.put(run)
+        if self._dead is not None:
+            raise EngineDeadError(self._dead)
+        return await asyncio.wrap_future(answer)
+
     def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
@@ -171,11 +201,16 @@ class ThreadEngineClient:
         """Handle messages; waits for one while there is nothing to do. False when it is time to end."""
         checked = False
         while True:
+            ready = self._core.busy or self._core.has_errands
             try:
-                message = self._inbox.get(block=not self._core.busy, timeout=None if checked else IDLE_SECONDS)
+                message = self._inbox.get(block=not ready, timeout=None if checked else IDLE_SECONDS)
             except queue.Empty:
+                if not self._core.busy and self._core.has_errands:
+                    self._core.start_errand()
                 if self._core.busy:
                     return True
+                if ready:  # there was an errand that could not be started
+                    continue
                 self._core.check()
                 checked = True
                 continue

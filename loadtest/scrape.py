@@ -26,6 +26,7 @@ COUNTERS = {
     "prefix_query_tokens": ("prefix_cache_queries_total", "gpu_prefix_cache_queries_total"),
     "prefix_hit_tokens": ("prefix_cache_hits_total", "gpu_prefix_cache_hits_total"),
     "external_hit_tokens": ("external_prefix_cache_hits_total",),
+    "segment_tokens": ("kvshare_reused_tokens_total",),
     "preemptions": ("num_preemptions_total",),
     "prompt_tokens": ("prompt_tokens_total",),
     "generation_tokens": ("generation_tokens_total", "tokens_predicted_total"),
@@ -44,7 +45,7 @@ MEANS = {
     "mean_prefill_ms": "request_prefill_time_seconds",
     "mean_decode_ms": "request_decode_time_seconds",
 }
-REUSED = {"prefix": "prefix_hit_tokens", "external": "external_hit_tokens"}
+REUSED = {"prefix": "prefix_hit_tokens", "external": "external_hit_tokens", "segments": "segment_tokens"}
 """Kind of reuse -> counter."""
 FAMILIES = ("kvloom:", "vllm:", "llamacpp:")
 WANTED = frozenset(

@@ -6,15 +6,16 @@ are the model and values that the code fixes: nothing a client sends becomes a l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvloom.engine.client import EngineClient
+from kvloom.engine.client import RUN_LENGTHS, SHARES, EngineClient, ShareStats
 from kvloom.engine.request import FinishReason
 from kvloom.version import __version__
 
@@ -37,6 +38,41 @@ _SELECTION = {
     "mass_samples": "Samples of covered attention mass, against a shadow dense pass.",
 }
 """Counters per selection method: the fields of `MethodStats`."""
+
+
+_Read = Callable[[ShareStats], float]
+_SHARE_COUNTERS: dict[str, tuple[str, _Read]] = {
+    "reused_tokens": ("Prompt tokens whose KV was reused as it was copied.", lambda s: s.tokens["stale"]),
+    "recomputed_tokens": (
+        "Prompt tokens that donors had, and that were computed.",
+        lambda s: s.tokens["boundary"] + s.tokens["ranked"] + s.tokens["rejected"],
+    ),
+    "match_seconds": ("Time spent finding segments.", lambda s: s.match_seconds),
+    "copy_seconds": ("Time spent copying and turning KV.", lambda s: s.copy_seconds),
+    "scan_seconds": ("Time spent ranking copied tokens.", lambda s: s.scan_seconds),
+    "deviation_sum": ("Relative deviation at the check layer, summed over runs.", lambda s: s.deviation_sum),
+    "deviation_runs": ("Runs whose deviation was measured.", lambda s: s.deviation_runs),
+    "rejected_runs": ("Runs computed because they deviated too far.", lambda s: s.rejected_runs),
+    "identity_failures": ("Requests whose copied KV contradicted the model at layer 0.", lambda s: s.identity_failures),
+    "refreshed_tokens": ("Reused tokens computed again in decode steps.", lambda s: s.refreshed_tokens),
+    "stale_left_tokens": ("Reused tokens still as copied when their request ended.", lambda s: s.stale_left),
+    "captured_tokens": ("Prompt tokens left behind as segments.", lambda s: s.captured_tokens),
+    "compiled_tokens": ("Tokens compiled alone.", lambda s: s.compiled_tokens),
+    "healed_tokens": ("Prompt tokens computed again in full by an idle engine.", lambda s: s.healed_tokens),
+    "shadow_checks": ("Requests that reused KV and were computed again in full to compare.", lambda s: s.shadow_checks),
+    "shadow_tokens": ("Tokens compared by shadow checks.", lambda s: s.shadow_tokens),
+    "shadow_kl_sum": ("KL of full against reused, nats, summed over those tokens.", lambda s: s.shadow_kl),
+    "shadow_agreeing_tokens": ("Of those, with the same likeliest token.", lambda s: s.shadow_agree),
+    "segment_evictions": ("Segments given up for others.", lambda s: s.segment_evictions),
+}  # fmt: skip
+"""Counters of approximate reuse, prefix kvshare_."""
+_SHARE_GAUGES: dict[str, tuple[str, _Read]] = {
+    "enabled": ("1 while approximate reuse is on; shadow checks can switch it off.", lambda s: float(s.enabled)),
+    "segments": ("Segments in the store.", lambda s: s.segments),
+    "segment_bytes": ("Bytes of their KV.", lambda s: s.segment_bytes),
+    "segment_capacity_bytes": ("Bytes there are for them.", lambda s: s.segment_capacity),
+    "errands": ("Pieces of work that wait for an idle engine.", lambda s: s.errands),
+}
 
 
 def _token_buckets(longest: int) -> tuple[float, ...]:
@@ -125,8 +161,36 @@ class _EngineCollector(Collector):
         for name, text in _SELECTION.items():
             values = {method: getattr(found, name) for method, found in stats.selection.items()}
             yield self._by(f"selection_{name}", text, "method", values)
+        yield from self._share(stats.share)
         yield self._blocks()
         yield self._info()
+
+    def _share(self, share: ShareStats) -> Iterator[Metric]:
+        """Approximate reuse (KVShare)."""
+        labels = list(self._labels)
+        for name, (text, read) in _SHARE_COUNTERS.items():
+            yield self._one(CounterMetricFamily(f"{PREFIX}kvshare_{name}", text, labels=labels), read(share))
+        for name, (text, read) in _SHARE_GAUGES.items():
+            yield self._one(GaugeMetricFamily(f"{PREFIX}kvshare_{name}", text, labels=labels), read(share))
+        yield self._by("kvshare_tokens", "Prompt tokens by what became of them.", "kind", share.tokens)
+        yield self._by("kvshare_runs", "Runs that were reused, by donor and by scope.", "donor", share.runs)
+        requests = CounterMetricFamily(
+            PREFIX + "kvshare_requests", "Requests by path, and why nothing was reused.", labels=[*labels, "path", "reason"]
+        )
+        for (path, reason), count in share.requests.items():
+            requests.add_metric([*self._labels.values(), path, reason], count)
+        yield requests
+        yield self._buckets("kvshare_run_length_tokens", "Tokens of a run that was reused.", RUN_LENGTHS, share.run_lengths)
+        yield self._buckets(
+            "kvshare_recomputed_ratio", "Share of reused tokens that was computed.", SHARES, share.recomputed_shares
+        )
+
+    def _buckets(self, name: str, text: str, bounds: Sequence[float], counts: Sequence[int]) -> Metric:
+        """A histogram of counts between bounds; what it sums up to is not known."""
+        family = HistogramMetricFamily(PREFIX + name, text, labels=list(self._labels))
+        ends = [*(str(float(bound)) for bound in bounds[:-1]), "+Inf"]
+        family.add_metric(list(self._labels.values()), list(zip(ends, accumulate(counts))), sum_value=None)
+        return family
 
     def _one(self, family: Any, value: float) -> Metric:
         family.add_metric(list(self._labels.values()), value)

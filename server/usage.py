@@ -49,5 +49,12 @@ class UsageTotals:
         if self._with_kv:
             names = ("attended_tokens", "held_tokens", "drafted_tokens", "accepted_tokens", "preemptions")
             totals = {name: sum(getattr(usage, name) for usage in self._latest) for name in names}
-            body["kv"] = {"reused_tokens": cached, **totals}
+            reused = {
+                name: sum(getattr(usage, name) for usage in self._latest[:: self._n])
+                for name in ("cached_tokens", "reused_tokens", "recomputed_tokens")
+            }
+            body["kv"] = {**reused, **totals}
+            told = [dict(usage.explanation) for usage in self._latest[:: self._n] if usage.explanation is not None]
+            if told:
+                body["kv"]["explain"] = told if len(self._latest) > self._n else told[0]
         return body

@@ -44,9 +44,8 @@ def kinds(row: Row) -> Kinds:
     """From `cached_tokens` and the server's `usage.kv`; what the server does not say counts as computed."""
     kv = row.values.get("kv") or {}
     prompt, cached = int(row.number("prompt_tokens") or 0), int(row.number("cached_tokens") or 0)
-    segments = _first(kv, "segment_tokens", "segment_reused_tokens", "segment_reused")
-    recomputed = _first(kv, "recomputed_tokens", "segment_recomputed_tokens", "segment_recomputed")
-    prefix = _first(kv, "prefix_tokens", "exact_prefix_tokens", "exact_prefix") or max(0, cached - segments)
+    segments, recomputed = _first(kv, "reused_tokens"), _first(kv, "recomputed_tokens")
+    prefix = _first(kv, "cached_tokens") or cached
     return Kinds(prefix, segments, recomputed, max(0, prompt - prefix - segments - recomputed))
 
 

@@ -17,8 +17,11 @@ Settings = tuple[tuple[str, str], ...]
 Grid = Mapping[str, Sequence[str]]
 
 _DENSE = {"selection": frozenset({"dense"})}
+_EXACT = {"reuse": frozenset({None, "off", "exact"})}
 IDLE: Mapping[str, Mapping[str, frozenset[str | None]]] = {
     "budget": {**_DENSE, "retention": frozenset({None, "everything"})},
+    "kvshare_options": _EXACT,
+    "segment_memory": _EXACT,
     **dict.fromkeys(("selection_options", "draft", "draft_tokens", "shadow_interval"), _DENSE),
 }
 """Setting -> what each of these others must be (None: not in the grid) for it to do nothing."""

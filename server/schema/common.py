@@ -86,7 +86,13 @@ class KVFields(BaseModel):
     draft_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     """Tokens per draft."""
     reuse: Text | None = Field(None, max_length=64)
-    """Where KV may come from: off, exact."""
+    """Where KV may come from: off, exact (the same prefix), approx (KVShare: also segments of other prompts, repaired)."""
+    share: Text | None = Field(None, max_length=64)
+    """With reuse approx: how far what this request leaves behind may go: none, tenant, group, public."""
+    kvshare: dict[str, Any] | None = None
+    """With reuse approx: its own options (policy, ratio, boundary, refresh, ...)."""
+    explain: bool = False
+    """Tell in `usage.kv.explain` what was reused, from where, and why no more."""
 
     @model_validator(mode="after")
     def _method_options(self) -> KVFields:
@@ -112,6 +118,9 @@ class KVFields(BaseModel):
             draft=self.draft,
             draft_tokens=self.draft_tokens,
             reuse=self.reuse,
+            reuse_options=self.kvshare or {},
+            share=self.share,
+            explain=self.explain,
         )
 
 

@@ -114,7 +114,7 @@ def rich_run(folder: Path, *, count: int = 60, speed: float = 1.0, settings: dic
 def one(source: random.Random, stage: int, i: int, rate: float, slow: float) -> dict[str, Any]:
     tenant = ("steady", "bursty", "noisy <b>")[i % 3]
     hit = 16 * min(i, 14)
-    kv = {"reused_tokens": hit, "segment_tokens": 128 if i % 2 else 0, "recomputed_tokens": 24 if i % 2 else 0}
+    kv = {"cached_tokens": hit, "reused_tokens": 128 if i % 2 else 0, "recomputed_tokens": 24 if i % 2 else 0}
     row = request(source, i, stage, i / rate, slow * (1.5 if i % 3 == 2 else 1), tenant=tenant, label=f"turn {i % 2 + 1}")
     return {**row, "cached_tokens": hit, "kv": kv}
 

@@ -143,7 +143,7 @@ def test_usage_tells_of_kv_only_when_asked(served):
     plain = served.openai().chat.completions.create(model="echo-model", messages=MESSAGES, max_tokens=3)
     asked = served.openai().chat.completions.create(model="echo-model", messages=MESSAGES, max_tokens=3, extra_body={"kv": {}})
     assert "kv" not in plain.usage.model_extra
-    assert asked.usage.kv["reused_tokens"] == asked.usage.prompt_tokens_details.cached_tokens
+    assert asked.usage.kv["cached_tokens"] == asked.usage.prompt_tokens_details.cached_tokens
     assert asked.usage.kv["attended_tokens"] == 3
 
 
