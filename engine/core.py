@@ -30,6 +30,7 @@ from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
 from kvloom.engine.sampler import SampleError, Sampler
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
+from kvloom.engine.scheduling.cache_aware import PrefixEstimator
 from kvloom.engine.selection.base import Correcting, extrapolates
 from kvloom.engine.selection.policies import Selectors
 from kvloom.engine.tenants import Tenants
@@ -147,6 +148,7 @@ class EngineCore:
         self._eos_ids = sorted(eos)
         self._sampler = Sampler(limits.vocab_size)
         self._order = ORDERS[config.scheduler.scheduler]
+        self._estimator = PrefixEstimator(cache) if share is None else ShareEstimator(cache, share)
         self._scheduler = Scheduler(
             cache,
             self._order,
@@ -155,7 +157,7 @@ class EngineCore:
             reuse=share,
             weight=lambda tenant: tenants.get(tenant).weight,
             max_wait=config.scheduler.max_wait_ms / 1000,
-            estimator=None if share is None else ShareEstimator(cache, share),
+            estimator=self._estimator,
         )
         cache.limit(tenants.get)
         self._states: dict[str, OutputState] = {}

@@ -58,6 +58,8 @@ class Estimate(NamedTuple):
     """1 - work / known tokens, 0 to 1."""
     prefix: int = 0
     """Tokens in front that an exact prefix covers."""
+    producer: Request | None = None
+    """A request of the same tenant that is computing what this one could reuse."""
 
 
 class Estimator(Protocol):
@@ -269,7 +271,8 @@ class ScoredLane:
         if note.held_until is not None and now >= note.held_until:
             return False
         producer = self._producer(note)
-        if producer is not None and self._around.tables[producer].published > self._shared_block(note):
+        table = None if producer is None or note.shared is None else self._around.tables[producer]
+        if table is not None and table.published > self._shared_block(note):
             self._estimate(request)  # it can be found by now, and there may be more to wait for
             producer = self._producer(note)
         if producer is None or not self._around.speed.rows_per_second:
@@ -283,7 +286,10 @@ class ScoredLane:
         return note.shared[0]
 
     def _producer(self, note: _Note) -> Request | None:
-        """A running request that will compute what this one begins with."""
+        """A running request that will compute what this one begins with, or could reuse."""
+        producer = note.estimate.producer
+        if producer is not None and producer in self._around.running and not producer.generated:
+            return producer
         if note.shared is None:
             return None
         index, key = note.shared

@@ -21,7 +21,7 @@ from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare import chunks
 from kvloom.engine.reuse.kvshare.copying import copy_out
 from kvloom.engine.reuse.kvshare.errands import Errand, Errands
-from kvloom.engine.reuse.kvshare.matching import Bools, Ints
+from kvloom.engine.reuse.kvshare.matching import Bools, Ints, Match
 from kvloom.engine.reuse.kvshare.options import SCOPES
 from kvloom.engine.reuse.kvshare.popularity import Popularity
 from kvloom.engine.reuse.kvshare.scan import Placed
@@ -62,6 +62,9 @@ class Donors:
         self._popularity = Popularity()
         self._waiting: list[tuple[Request, BlockTable]] = []
         self._compiled: dict[Request, Compiled] = {}
+        self._expected: dict[Request, dict[bytes, int]] = {}
+        self.changes = 0
+        """Counts changes of what is expected."""
 
     def barriers(self, tokens: Ints) -> Bools:
         """Where special tokens are."""
@@ -96,15 +99,42 @@ class Donors:
             if not request.internal:
                 self._count_sighting(request)
             return
-        placed, before = self._cache_of(request, table), (len(self._store), self._store.bytes)
-        found.tokens = self._add(placed, len(self._sink), len(request.prompt), found.domain, request.tenant, isolated=True)
-        found.segments, found.bytes = len(self._store) - before[0], self._store.bytes - before[1]
+        placed = self._cache_of(request, table)
+        stored = self._add(placed, len(self._sink), len(request.prompt), found.domain, request.tenant, isolated=True)
+        found.segments = len(stored)
+        found.tokens, found.bytes = sum(len(s.tokens) for s in stored), sum(s.nbytes for s in stored)
         self._stats.compiled_tokens += found.tokens
+
+    def expect(self, request: Request) -> None:
+        """A prompt is being computed in full: it will leave its chunks behind."""
+        tokens = np.array(request.prompt, np.int32)
+        spans = chunks.cut(tokens, barriers=self.barriers(tokens))
+        self._expected[request] = {tokens[first:last].tobytes(): last - first for first, last in spans}
+        self.changes += 1
+
+    def producer(self, request: Request, match: Match, least: int) -> Request | None:
+        """A request with the same domain that is about to leave `least` tokens or more of those that `match` lacks."""
+        others = [other for other in self._expected if (other.tenant, other.cache_salt) == (request.tenant, request.cache_salt)]
+        if not others:
+            return None
+        tokens = np.array(request.tokens, np.int32)
+        lacking = np.ones(len(tokens), bool)
+        for run in match.runs:
+            lacking[run.start : run.stop] = False
+        names = [
+            tokens[first:last].tobytes()
+            for first, last in chunks.cut(tokens, barriers=self.barriers(tokens))
+            if lacking[first:last].all()
+        ]
+        shared = lambda other: sum(self._expected[other].get(name, 0) for name in names)  # noqa: E731
+        best = max(others, key=shared)
+        return best if shared(best) >= least else None
 
     def between_steps(self) -> None:
         """Do what must not delay the outputs of the step before."""
         for request, table in self._waiting:
             self._leave(request, table)
+            self._arrived(request)
         self._waiting.clear()
 
     def close(self, request: Request) -> None:
@@ -112,27 +142,34 @@ class Donors:
         for pair in [pair for pair in self._waiting if pair[0] is request]:
             self._waiting.remove(pair)
             self._leave(*pair)
+        self._arrived(request)
         self._compiled.pop(request, None)
+
+    def _arrived(self, request: Request) -> None:
+        if self._expected.pop(request, None) is not None:
+            self.changes += 1
 
     def _leave(self, request: Request, table: BlockTable) -> None:
         end = min(request.exact, len(request.prompt))
         own = self._scopes.of(request).own
         placed = self._cache_of(request, table)
-        self._stats.captured_tokens += self._add(placed, 0, end, own, request.tenant, isolated=False)
+        stored = self._add(placed, 0, end, own, request.tenant, isolated=False)
+        self._stats.captured_tokens += sum(len(segment.tokens) for segment in stored)
 
-    def _add(self, placed: Placed, begin: int, end: int, domain: Domain, owner: str, *, isolated: bool) -> int:
-        """Store what is not known yet of positions [begin, end) as segments of one donor. Returns tokens stored."""
+    def _add(self, placed: Placed, begin: int, end: int, domain: Domain, owner: str, *, isolated: bool) -> list[Segment]:
+        """Store what is not known yet of positions [begin, end) as segments of one donor. Returns what was stored."""
         tokens = placed.tokens.astype(np.int32)[begin:end]
-        donor, stored = next(self._numbers), 0
+        donor, stored = next(self._numbers), []
         for first, last in chunks.cut(tokens, barriers=self.barriers(tokens)):
             part = tokens[first:last]
-            if self._store.known(domain, part):
+            if self._store.known(domain, part, isolated=isolated):
                 continue
             k, v = copy_out(placed, begin + first, begin + last, self._cache.storage)
             segment = Segment(
                 domain=domain, tokens=part.copy(), k=k, v=v, position=begin + first, donor=donor, isolated=isolated, owner=owner
             )
-            stored += len(part) if self._store.add(segment) else 0
+            if self._store.add(segment):
+                stored.append(segment)
         return stored
 
     def _count_sighting(self, request: Request) -> None:
@@ -144,8 +181,9 @@ class Donors:
         tokens = np.array(request.prompt, np.int32)
         spans = chunks.cut(tokens, barriers=self.barriers(tokens))
         for first, last in self._popularity.second_sight(domain, tokens, spans, request.id, time.monotonic()):
-            if not self._store.known(domain, tokens[first:last]):
-                text = tuple(int(token) for token in tokens[first:last])
+            part = tokens[first:last]
+            if not all(self._store.known(domain, part[a:b], isolated=True) for a, b in chunks.cut(part)):
+                text = tuple(int(token) for token in part)
                 self._errands.add(Errand(kind="compile", tokens=text, tenant=request.tenant, scope=scope))
 
     def _cache_of(self, request: Request, table: BlockTable) -> Placed:

@@ -29,6 +29,8 @@ class _Found(NamedTuple):
     """Tokens in runs of the tenant's own segments,"""
     others: int
     """and of others'."""
+    producer: Request | None
+    """Who computes now what will be found later."""
 
 
 class ShareEstimator:
@@ -49,10 +51,10 @@ class ShareEstimator:
         work = known - prefix
         if reused >= self._share.options.min_reusable:
             work = min(work, max(1, round(self._share.work(request, round(reused), known - prefix))))
-        return Estimate(work, 1 - work / known, prefix)
+        return Estimate(work, 1 - work / known, prefix, found.producer)
 
     def _search(self, request: Request, tokens: Sequence[int], prefix: int) -> _Found:
-        now, version = self._clock(), self._share.store.version
+        now, version = self._clock(), self._share.epoch
         found = self._found.get(request)
         if found is not None and found.prefix == prefix and (found.version == version or now - found.time < LASTING):
             return found
@@ -63,5 +65,5 @@ class ShareEstimator:
             own = everything
         if len(self._found) > 4 * (self._share.open_requests + 16):
             self._found.clear()  # requests that have gone; the others are looked at again
-        found = self._found[request] = _Found(version, now, prefix, own, everything - own)
+        found = self._found[request] = _Found(version, now, prefix, own, everything - own, self._share.producer(request, match))
         return found

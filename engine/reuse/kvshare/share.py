@@ -187,6 +187,8 @@ class KVShare:
         self.stats.match_seconds += time.perf_counter() - began
         reason, work = self._reuse(request, match, placed, prefix, options)
         self._plans[request] = Plan(match, reason)
+        if request.repair is None and request.kv.share != "none":
+            self._donors.expect(request)
         if request.repair is not None:
             kinds = request.repair.kinds
             request.reused = kinds["stale"]
@@ -201,6 +203,15 @@ class KVShare:
     def work(self, request: Request, reused: int, rest: int) -> float:
         """Rows of a full pass that a request takes of whose `rest` tokens behind the prefix so many are reused."""
         return self._work(reused, rest, self._repairs[request])
+
+    @property
+    def epoch(self) -> int:
+        """Changes when another search may find something else."""
+        return self.store.version + self._donors.changes
+
+    def producer(self, request: Request, match: Match) -> Request | None:
+        """A running request of the same tenant that will leave enough behind of what this one could not find."""
+        return self._donors.producer(request, match, self.options.min_reusable)
 
     @property
     def open_requests(self) -> int:

@@ -199,6 +199,8 @@ def test_text_seen_twice_is_compiled_when_idle(llm: LLM) -> None:
     llm.settle()
     isolated = [segment for segment in llm.core.share.store if segment.isolated]
     assert isolated and not llm.core.has_errands
+    ask(llm, "alice", around(3), share="group")
+    assert not llm.core.has_errands  # it is there already
     known = {tuple(long[i : i + 8]) for i in range(len(long))}
     for segment in isolated:  # nothing that only one of them sent
         assert all(tuple(segment.tokens[i : i + 8].tolist()) in known for i in range(0, len(segment.tokens) - 8, 8))
