@@ -29,9 +29,10 @@ from kvloom.engine.request import KVOptions
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.retention.razor import Razor, RazorOptions
 from kvloom.engine.reuse import REUSE
-from kvloom.engine.reuse.kvshare.options import GATE, SINK_TOKENS, ShareOptions
+from kvloom.engine.reuse.kvshare.options import GATE, ShareOptions
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.reuse.kvshare.sink import PROSE
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.runner import Runner
 from kvloom.engine.scheduling import ORDERS
@@ -104,7 +105,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     limits = Limits(length, trained, loaded.config.vocab_size)
-    share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants)
+    share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
 
@@ -187,6 +188,7 @@ def _share(
     domains: DomainFactory,
     tokenizer: Tokenizer,
     tenants: Tenants,
+    length: int,
 ) -> KVShare:
     """What serves approximate reuse. Raises ConfigError if it is the default but no check of this model has passed."""
     options = ShareOptions.read(config.cache.kvshare_options)
@@ -209,14 +211,13 @@ def _share(
         tenants,
         rows=config.scheduler.max_batched_tokens,
         special=tokenizer.special_ids,
-        sink=_sink(tokenizer),
+        sink=_sink(tokenizer, length),
     )
 
 
-def _sink(tokenizer: Tokenizer) -> list[int]:
-    """Neutral tokens in front of text that is compiled alone: what a prompt begins with, then line breaks."""
-    begin, line = tokenizer.encode(""), tokenizer.encode("\n", add_special_tokens=False)
-    return (begin + line * SINK_TOKENS)[:SINK_TOKENS]
+def _sink(tokenizer: Tokenizer, length: int) -> list[int]:
+    """Neutral tokens in front of text that is compiled alone, at most a quarter of the longest sequence."""
+    return tokenizer.encode(PROSE)[: length // 4]
 
 
 def _beyond_training(asked: int, trained: int) -> ConfigError:

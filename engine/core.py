@@ -196,7 +196,8 @@ class EngineCore:
         if request.kv.segment is not None:
             self._sharing().compile(request)
         prompt = request.prompt
-        selector, request.draft_tokens = self._selectors.policy(request.kv)
+        kv = request.kv if request.kv.segment is None else replace(request.kv, selection="dense")
+        selector, request.draft_tokens = self._selectors.policy(kv)
         if selector is not None and self.retention is not None:
             raise InvalidRequestError(
                 f"kv.selection asks for a method, but this server runs with --retention {self.retention.name}, which drops KV "
@@ -219,7 +220,8 @@ class EngineCore:
         request.selector = selector
         if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
             request.correct_every = selector.correct_every
-        reuse = "off" if request.kv.segment is not None else request.kv.reuse or self._reuse
+        compiles = request.kv.segment is not None
+        reuse = "exact" if compiles else request.kv.reuse or self._reuse
         if reuse == "approx":
             self._sharing().open(request)
         elif request.kv.reuse_options or (request.kv.share is not None and not request.internal):
@@ -228,8 +230,9 @@ class EngineCore:
                 f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
             )
         reusing = reuse != "off"
+        method = "kvshare compile" if compiles else selector.domain if selector is not None else ""
         table = self.cache.open(
-            self._domains.domain(request.tenant, request.cache_salt, selector.domain if selector else ""),
+            self._domains.domain(request.tenant, request.cache_salt, method),
             publishes=reusing,
             looks_up=reusing and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
             align=max(1, selector.grid) if selector else 1,
@@ -291,7 +294,11 @@ class EngineCore:
 
     def purge(self, tenant: str) -> int:
         """Forget a tenant's segments. Returns how many."""
-        return self._sharing().store.purge(tenant)
+        share = self._sharing()
+        if self._errand is not None and self._errand.tenant == tenant:
+            self._give_way(self._errand)
+        share.errands.purge(tenant)
+        return share.store.purge(tenant)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now. Its full blocks stay reusable. Returns its last output, or None if it is not here."""

@@ -34,6 +34,8 @@ STALL_SECONDS = 120.0
 """A step that takes longer counts as a dead engine in `health`."""
 
 
+ERRAND_SECONDS = 0.2
+"""After this long with nothing to do, the engine turns to its own work."""
 IDLE_SECONDS = 1.0
 """After this long with nothing to do, the engine proves once that no block is lost."""
 
@@ -130,18 +132,9 @@ class ThreadEngineClient:
     async def _ask(self, question: Callable[[EngineCore], T]) -> T:
         """Have the engine's thread answer between two steps."""
         answer: Future[T] = Future()
-
-        def run() -> None:
-            if self._dead is not None:
-                answer.set_exception(EngineDeadError(self._dead))
-            elif answer.set_running_or_notify_cancel():
-                try:
-                    answer.set_result(question(self._core))
-                except KVLoomError as error:
-                    answer.set_exception(error)
-
-        self._inbox.put(run)
-        if self._dead is not None:
+        self._require_alive()
+        self._inbox.put(lambda: self._answer(question, answer))
+        if self._dead is not None:  # as in `generate`
             raise EngineDeadError(self._dead)
         return await asyncio.wrap_future(answer)
 
@@ -165,9 +158,12 @@ class ThreadEngineClient:
             self._inbox.put(None)
         self._thread.join(timeout=30.0)
 
-    def _refuse(self, tokens: int) -> None:
+    def _require_alive(self) -> None:
         if self._dead is not None or self._closing:
             raise EngineDeadError(self._dead or "the engine is shutting down")
+
+    def _refuse(self, tokens: int) -> None:
+        self._require_alive()
         waiting = self._core.queued_tokens + self._arriving
         if self._max_queued is not None and waiting > 0 and waiting + tokens > self._max_queued:
             raise OverloadedError(
@@ -201,16 +197,17 @@ class ThreadEngineClient:
         """Handle messages; waits for one while there is nothing to do. False when it is time to end."""
         checked = False
         while True:
-            ready = self._core.busy or self._core.has_errands
+            pause = ERRAND_SECONDS if self._core.has_errands else None if checked else IDLE_SECONDS
             try:
-                message = self._inbox.get(block=not ready, timeout=None if checked else IDLE_SECONDS)
+                message = self._inbox.get(block=not self._core.busy, timeout=pause)
             except queue.Empty:
-                if not self._core.busy and self._core.has_errands:
-                    self._core.start_errand()
                 if self._core.busy:
                     return True
-                if ready:  # there was an errand that could not be started
-                    continue
+                if self._core.has_errands:
+                    self._core.start_errand()
+                    if self._core.busy:
+                        return True
+                    continue  # it could not be started
                 self._core.check()
                 checked = True
                 continue
@@ -232,6 +229,16 @@ class ThreadEngineClient:
             _send([(stream, error)])
         else:
             self._streams[request.id] = stream
+
+    def _answer(self, question: Callable[[EngineCore], T], answer: Future[T]) -> None:
+        if not answer.set_running_or_notify_cancel():
+            return
+        try:
+            if self._dead is not None:
+                raise EngineDeadError(self._dead)
+            answer.set_result(question(self._core))
+        except Exception as error:  # the one who asked is told; nobody else's request depends on it
+            answer.set_exception(error)
 
     def _abort(self, request_id: str) -> None:
         output = None if self._dead else self._core.abort(request_id)

@@ -27,6 +27,8 @@ COUNTERS = {
     "prefix_hit_tokens": ("prefix_cache_hits_total", "gpu_prefix_cache_hits_total"),
     "external_hit_tokens": ("external_prefix_cache_hits_total",),
     "segment_tokens": ("kvshare_reused_tokens_total",),
+    "recomputed_tokens": ("kvshare_recomputed_tokens_total",),
+    "refreshed_tokens": ("kvshare_refreshed_tokens_total",),
     "preemptions": ("num_preemptions_total",),
     "prompt_tokens": ("prompt_tokens_total",),
     "generation_tokens": ("generation_tokens_total", "tokens_predicted_total"),

@@ -51,5 +51,5 @@ def _guard(app: FastAPI, context: ServerContext) -> None:
     if keys:
         app.add_middleware(AuthMiddleware, keys=keys, refused=refused)
     if context.options.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(context.options.cors), allow_methods=["GET", "POST"],
+        app.add_middleware(CORSMiddleware, allow_origins=list(context.options.cors), allow_methods=["GET", "POST", "DELETE"],
                            allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"])  # fmt: skip

@@ -42,12 +42,14 @@ MEASUREMENTS = {
         "retention": ("kvloom.loadtest.quality.retention", "what a retention costs in quality and gains in speed and memory"),
         "ceilings": ("kvloom.loadtest.quality.ceilings", "bytes read by formula and by counters, and what they allow"),
         "drafts": ("kvloom.loadtest.quality.drafts", "sparse drafting: is the output dense, and where does it pay"),
+        "kvshare": ("kvloom.loadtest.quality.reuse", "what approximate reuse costs in quality and gains in time"),
         "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
     },
     "calibrate": {
         "tidal": ("kvloom.loadtest.calibrate_tidal", "choose TidalDecode's layers and heads for a model"),
         "razor": ("kvloom.loadtest.calibrate_razor", "choose RazorAttention's retrieval heads for a model"),
+        "kvshare": ("kvloom.loadtest.calibrate_kvshare", "check whether a model may be served with approximate reuse"),
     },
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, get_args
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -21,6 +21,8 @@ from kvloom.version import __version__
 
 PREFIX = "kvloom:"
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
+Path = Literal["full", "prefix", "segment"]
+"""What was reused of a prompt: nothing, an exact prefix, segments (KVShare)."""
 
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
          640.0, 2560.0)  # fmt: skip
@@ -66,6 +68,8 @@ _SHARE_COUNTERS: dict[str, tuple[str, _Read]] = {
     "segment_evictions": ("Segments given up for others.", lambda s: s.segment_evictions),
 }  # fmt: skip
 """Counters of approximate reuse, prefix kvshare_."""
+_KINDS = ("prefix", "stale", "boundary", "ranked", "rejected", "fresh")
+_RUNS = {"donor": ("context", "isolated"), "scope": ("tenant", "group", "public")}
 _SHARE_GAUGES: dict[str, tuple[str, _Read]] = {
     "enabled": ("1 while approximate reuse is on; shadow checks can switch it off.", lambda s: float(s.enabled)),
     "segments": ("Segments in the store.", lambda s: s.segments),
@@ -90,6 +94,10 @@ class Metrics:
         self._labels = {"model_name": client.model.name, "engine": "0"}
         tokens = _token_buckets(client.model.max_model_len)
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", _TTFT)
+        by_path = Histogram(PREFIX + "time_to_first_token_by_path_seconds", "Time to first token, by what was reused.",
+                            [*self._labels, "path"], buckets=_TTFT, registry=self.registry)  # fmt: skip
+        paths: tuple[Path, ...] = get_args(Path)
+        self.time_to_first_token_by = {path: by_path.labels(**self._labels, path=path) for path in paths}
         self.inter_token_latency = self._histogram("inter_token_latency_seconds", "Time between tokens.", _PER_TOKEN)
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, per request.", _PER_TOKEN
@@ -172,8 +180,11 @@ class _EngineCollector(Collector):
             yield self._one(CounterMetricFamily(f"{PREFIX}kvshare_{name}", text, labels=labels), read(share))
         for name, (text, read) in _SHARE_GAUGES.items():
             yield self._one(GaugeMetricFamily(f"{PREFIX}kvshare_{name}", text, labels=labels), read(share))
-        yield self._by("kvshare_tokens", "Prompt tokens by what became of them.", "kind", share.tokens)
-        yield self._by("kvshare_runs", "Runs that were reused, by donor and by scope.", "donor", share.runs)
+        kinds = {**dict.fromkeys(_KINDS, 0), **share.tokens}
+        yield self._by("kvshare_tokens", "Prompt tokens by what became of them.", "kind", kinds)
+        for label, values in _RUNS.items():
+            runs = {value: share.runs[value] for value in values}
+            yield self._by(f"kvshare_runs_by_{label}", f"Runs that were reused, by {label}.", label, runs)
         requests = CounterMetricFamily(
             PREFIX + "kvshare_requests", "Requests by path, and why nothing was reused.", labels=[*labels, "path", "reason"]
         )
@@ -190,6 +201,7 @@ class _EngineCollector(Collector):
         family = HistogramMetricFamily(PREFIX + name, text, labels=list(self._labels))
         ends = [*(str(float(bound)) for bound in bounds[:-1]), "+Inf"]
         family.add_metric(list(self._labels.values()), list(zip(ends, accumulate(counts))), sum_value=None)
+        family.add_sample(family.name + "_count", self._labels, sum(counts))  # the client leaves it out with the sum
         return family
 
     def _one(self, family: Any, value: float) -> Metric:

@@ -8,7 +8,7 @@ import time
 
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.request import FinishReason, RequestOutput, Usage
-from kvloom.server.metrics import Metrics
+from kvloom.server.metrics import Metrics, Path
 
 log = logging.getLogger("kvloom.access")
 
@@ -34,6 +34,7 @@ class RequestTrace:
             if last is None:
                 self._first[index] = now
                 self._metrics.time_to_first_token.observe(now - self._start)
+                self._metrics.time_to_first_token_by[_path(output.usage)].observe(now - self._start)
                 self._metrics.queue_time.observe(output.usage.queue_seconds)
                 self._metrics.prefill_time.observe(max(0.0, now - self._start - output.usage.queue_seconds))
             else:
@@ -73,13 +74,21 @@ class RequestTrace:
         usages = self._usage.values()
         first = min(self._first.values(), default=None)
         log.info(
-            "%s prompt=%d cached=%d generated=%d ttft=%s total=%.3fs finish=%s%s",
+            "%s prompt=%d cached=%d reused=%d generated=%d ttft=%s total=%.3fs finish=%s%s",
             self._name,
             sum(usage.prompt_tokens for usage in usages),
             sum(usage.cached_tokens for usage in usages),
+            sum(usage.reused_tokens for usage in usages),
             sum(usage.completion_tokens for usage in usages),
             "-" if first is None else f"{first - self._start:.3f}s",
             time.monotonic() - self._start,
             ",".join(sorted(set(self._reasons.values()))),
             "" if error is None else f" error={type(error).__name__ if isinstance(error, KVLoomError) else repr(type(error))}",
         )
+
+
+def _path(usage: Usage) -> Path:
+    """The most that was reused of a prompt."""
+    if usage.reused_tokens or usage.recomputed_tokens:
+        return "segment"
+    return "prefix" if usage.cached_tokens else "full"

@@ -9,6 +9,11 @@ from kvloom.engine.request import Usage
 _NOTHING = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
 
 
+def _explained(usage: Usage) -> dict[str, Any]:
+    """The engine's explanation; it has none of a prompt of which only the exact prefix was looked up."""
+    return dict(usage.explanation or {"cached_tokens": usage.cached_tokens, "reason": "only an exact prefix was looked for"})
+
+
 class UsageTotals:
     """Usage of one HTTP request that may hold several prompts with n completions each.
 
@@ -54,7 +59,7 @@ class UsageTotals:
                 for name in ("cached_tokens", "reused_tokens", "recomputed_tokens")
             }
             body["kv"] = {**reused, **totals}
-            told = [dict(usage.explanation) for usage in self._latest[:: self._n] if usage.explanation is not None]
+            told = [_explained(usage) for usage in self._latest[:: self._n] if usage.explanation is not None]
             if told:
                 body["kv"]["explain"] = told if len(self._latest) > self._n else told[0]
         return body

@@ -24,6 +24,9 @@ from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Order
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
 
+INTERNAL_ROWS = 128
+"""Most rows per step of the engine's own work."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Chunk:
@@ -300,6 +303,8 @@ def _fitting(request: Request, budget: int) -> int:
     Drafts are verified in one piece; a sparse prompt is cut at its method's grid, so that the cut never depends on the budget.
     """
     pending = request.pending
+    if request.internal:  # whoever comes meanwhile waits for the end of the step
+        budget = min(budget, INTERNAL_ROWS)
     if pending <= budget:
         return pending
     if request.verifying:

@@ -45,6 +45,16 @@ def _unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_unicode)]
 """A string that can be encoded: JSON can also hold halves of surrogate pairs."""
 
+
+def _salt(text: str) -> str:
+    if not text:
+        raise ValueError("must not be empty; leave it out for no salt")
+    return text
+
+
+Salt = Annotated[Text, Field(max_length=256), AfterValidator(_salt)]
+"""KV is shared only between requests with the same one."""
+
 Stop = Annotated[
     list[Text],
     BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
@@ -91,7 +101,7 @@ class KVFields(BaseModel):
     """With reuse approx: how far what this request leaves behind may go: none, tenant, group, public."""
     kvshare: dict[str, Any] | None = None
     """With reuse approx: its own options (policy, ratio, boundary, refresh, ...)."""
-    explain: bool = False
+    explain: bool | None = None
     """Tell in `usage.kv.explain` what was reused, from where, and why no more."""
 
     @model_validator(mode="after")
@@ -120,7 +130,7 @@ class KVFields(BaseModel):
             reuse=self.reuse,
             reuse_options=self.kvshare or {},
             share=self.share,
-            explain=self.explain,
+            explain=bool(self.explain),
         )
 
 
@@ -153,16 +163,9 @@ class GenerationBody(StrictBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     kv: KVFields | None = None
-    cache_salt: Text = Field("", max_length=256)
+    cache_salt: Salt = ""
     priority: int = Field(0, ge=-MAX_INT, le=MAX_INT)
     user: str | None = Field(None, max_length=1024)
-
-    @field_validator("cache_salt")
-    @classmethod
-    def _salt_not_empty(cls, value: str) -> str:
-        if not value:
-            raise ValueError("must not be empty; leave it out for no salt")
-        return value
 
     @field_validator("logit_bias")
     @classmethod

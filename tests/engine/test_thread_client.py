@@ -14,7 +14,7 @@ import pytest
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
 from kvloom.engine.build import Built
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, InvalidRequestError, ModelError, OverloadedError
-from kvloom.engine.request import RequestOutput
+from kvloom.engine.request import KVOptions, RequestOutput
 
 MakeLLM = Callable[..., LLM]
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -197,4 +197,113 @@ def test_stats_count_what_happened(make_llm: MakeLLM) -> None:
     assert stats.tenants == {"t": {"in_use_blocks": 0, "cached_blocks": 2}}
     assert all(g.free + g.cached + g.in_use == g.total for g in stats.groups)
     assert stats.kv_bytes_read > 0
+    client.close()
+
+
+def test_questions_are_answered_between_steps(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm())
+
+    async def scenario() -> None:
+        running = asyncio.ensure_future(collect(client.generate([5] * 50, LONG, request_id="a"), limit=20))
+        while client.stats().prefix_query_tokens == 0:
+            await asyncio.sleep(0.005)
+        told = await client.explain([5] * 50)
+        assert told["prompt_tokens"] == 50 and told["runs"] == []
+        assert await client.purge("") == 0
+        await running
+        await idle(client)
+        assert (await client.explain([5] * 50))["cached_tokens"] == 48
+        assert (await client.explain([5] * 50, tenant="other"))["cached_tokens"] == 0
+        assert (await client.explain([5] * 50, cache_salt="s"))["cached_tokens"] == 0
+
+    asyncio.run(scenario())
+    client.close()
+
+
+def test_a_question_that_fails_or_is_dropped_harms_nobody(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    client = client_of(llm)
+    asked, go_on = threading.Event(), threading.Event()
+
+    def slow(tenant: str) -> int:
+        asked.set()
+        assert go_on.wait(10)
+        raise RuntimeError("the index is torn")
+
+    monkeypatch.setattr(llm.core, "purge", slow)
+
+    async def scenario() -> None:
+        first = asyncio.ensure_future(client.purge("a"))
+        await asyncio.to_thread(asked.wait, 10)
+        dropped = asyncio.ensure_future(client.purge("b"))
+        await asyncio.sleep(0.01)
+        dropped.cancel()
+        go_on.set()
+        with pytest.raises(RuntimeError, match="torn"):
+            await first
+        with pytest.raises(asyncio.CancelledError):
+            await dropped
+        assert len(tokens_of(await collect(client.generate([5] * 9, SamplingParams(max_tokens=2), request_id="c")))) == 2
+
+    asyncio.run(scenario())
+    client.close()
+    with pytest.raises(EngineDeadError):
+        asyncio.run(client.explain([5]))
+
+
+def test_questions_that_wait_when_the_engine_dies_are_answered(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = make_llm()
+    client = client_of(llm)
+    stepping, go_on = threading.Event(), threading.Event()
+
+    def step() -> list[RequestOutput]:
+        stepping.set()
+        assert go_on.wait(10)
+        raise RuntimeError("the disk is on fire")
+
+    monkeypatch.setattr(llm.core, "step", step)
+
+    async def scenario() -> None:
+        running = asyncio.ensure_future(collect(client.generate([5] * 9, LONG, request_id="a")))
+        await asyncio.to_thread(stepping.wait, 10)
+        waiting = [asyncio.ensure_future(client.explain([5])) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        waiting[0].cancel()  # must not keep the others from being told
+        go_on.set()
+        results = await asyncio.gather(running, *waiting[1:], return_exceptions=True)
+        assert all(isinstance(result, EngineDeadError) and "on fire" in str(result) for result in results)
+
+    asyncio.run(scenario())
+    client.close()
+    llm.core.abort("a")
+
+
+def test_requests_go_before_the_engines_own_work(make_llm: MakeLLM) -> None:
+    """Prompts that reused KV are healed once nobody asks for anything; a request that comes meanwhile puts that off."""
+    options = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0}'
+    llm = make_llm(kvshare_options=options, segment_memory="64MiB", max_batched_tokens=32, max_num_seqs=4)
+    client = client_of(llm)
+    source = random.Random(0)
+    document = [source.randrange(3, 300) for _ in range(200)]
+
+    def prompt(seed: int) -> list[int]:
+        own = random.Random(seed)
+        return [*(own.randrange(3, 300) for _ in range(60)), *document, *(own.randrange(3, 300) for _ in range(80))]
+
+    kv, one = KVOptions(reuse="approx"), SamplingParams(max_tokens=1)
+
+    async def scenario() -> None:
+        for i in range(4):
+            outputs = await collect(client.generate(prompt(i), one, request_id=str(i), kv=kv))
+            assert outputs[-1].finish_reason and (outputs[-1].usage.reused_tokens > 0) == (i > 0)
+        for _ in range(1000):
+            if client.stats().share.healed_tokens == 3 * 340:
+                break
+            await asyncio.sleep(0.01)
+        assert client.stats().share.healed_tokens == 3 * 340 and client.stats().share.errands == 0
+        again = await collect(client.generate([*prompt(3), 7], one, request_id="again"))
+        assert again[-1].usage.cached_tokens == 336
+
+    asyncio.run(scenario())
+    assert client.health().ok
     client.close()

@@ -312,7 +312,7 @@ def test_several_folders_default_to_a_folder_beside_the_first(tmp_path: Path) ->
         ({"prompt_tokens": 100, "cached_tokens": 64}, Kinds(64, 0, 0, 36)),
         ({"prompt_tokens": 100, "cached_tokens": None, "kv": None}, Kinds(0, 0, 0, 100)),
         (
-            {"prompt_tokens": 100, "cached_tokens": 80, "kv": {"segment_tokens": 48, "recomputed_tokens": 8}},
+            {"prompt_tokens": 100, "cached_tokens": 32, "kv": {"reused_tokens": 48, "recomputed_tokens": 8}},
             Kinds(32, 48, 8, 12),
         ),
     ],

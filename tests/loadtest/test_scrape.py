@@ -43,6 +43,16 @@ def test_differences_between_two_pages(prefix: str) -> None:
     assert figures["mean_queue_ms"] is None and figures["kv_read_bytes"] is None
 
 
+def test_reuse_of_segments() -> None:
+    text = "".join(f"kvloom:kvshare_{name}_tokens_total{LABELS} {{{name}}}\n" for name in ("reused", "recomputed", "refreshed"))
+    text += 'kvloom:kvshare_tokens_total{{kind="stale",model_name="m"}} 9\n'
+    before, after = (parse(text.replace(LABELS, "").format(reused=n, recomputed=n // 2, refreshed=3)) for n in (10, 110))
+    figures = difference(before, after)
+    assert (figures["segment_tokens"], figures["recomputed_tokens"], figures["refreshed_tokens"]) == (100, 50, 0)
+    assert "kvshare_tokens_total" not in before, "it holds the same tokens by kind"
+    assert difference({}, parse(page("vllm:", ttft=1, n=1, queries=1, hits=0)))["segment_tokens"] is None
+
+
 def test_names_of_llama_cpp() -> None:
     text = "llamacpp:tokens_predicted_total {n}\nllamacpp:requests_deferred 2\nllamacpp:kv_cache_usage_ratio 0.5\n"
     figures = difference(parse(text.format(n=10)), parse(text.format(n=74)))

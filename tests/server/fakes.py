@@ -7,12 +7,14 @@ counts what it was asked and what was aborted, and can be told to be slow, to re
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo
+from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo, ShareStats
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, KVLoomError
 from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
 from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
@@ -44,6 +46,13 @@ def echo_tokens(prompt: Sequence[int], count: int) -> list[int]:
     return [prompt[i % len(prompt)] for i in range(count)]
 
 
+def _explanation(prompt: Sequence[int], kv: KVOptions) -> Mapping[str, Any] | None:
+    """What the last output explains, if anything."""
+    if kv.segment is not None:
+        return {"segments": 1, "tokens": len(prompt), "bytes": 100 * len(prompt)}
+    return {"cached_tokens": len(prompt) // 2, "runs": [], "reason": "a fake"} if kv.explain else None
+
+
 class FakeEngine:
     """An `EngineClient` for tests."""
 
@@ -65,6 +74,9 @@ class FakeEngine:
         self.finished: list[str] = []
         self.live: set[str] = set()
         self.generated = 0
+        self.reused = 0
+        """Of every prompt, so many tokens are said to be reused approximately, and one to be recomputed."""
+        self.purged: list[str] = []
 
     async def generate(self, prompt: Sequence[int], sampling: SamplingParams, *, request_id: str, kv: KVOptions = KVOptions(),
                        priority: int = 0, tenant: str = "", cache_salt: str = "") -> AsyncIterator[RequestOutput]:  # fmt: skip
@@ -80,14 +92,16 @@ class FakeEngine:
         self.live.add(request_id)
         done = False
         try:
-            async for output in self._steps(prompt, sampling, request_id):
+            async for output in self._steps(prompt, sampling, request_id, kv):
                 done = output.finish_reason is not None
                 yield output
         finally:
             self.live.discard(request_id)
             (self.finished if done else self.aborted).append(request_id)
 
-    async def _steps(self, prompt: Sequence[int], sampling: SamplingParams, name: str) -> AsyncIterator[RequestOutput]:
+    async def _steps(
+        self, prompt: Sequence[int], sampling: SamplingParams, name: str, kv: KVOptions
+    ) -> AsyncIterator[RequestOutput]:
         while self.held:
             await asyncio.sleep(0.001)
             self._check()
@@ -99,7 +113,13 @@ class FakeEngine:
             await asyncio.sleep(self.step_seconds)
             self._check()
             usage = Usage(
-                prompt_tokens=len(prompt), completion_tokens=count, cached_tokens=len(prompt) // 2, attended_tokens=count
+                prompt_tokens=len(prompt),
+                completion_tokens=count,
+                cached_tokens=len(prompt) // 2,
+                reused_tokens=self.reused,
+                recomputed_tokens=min(1, self.reused),
+                attended_tokens=count,
+                explanation=_explanation(prompt, kv) if count == limit else None,
             )
             if self.fail_after is not None and count > self.fail_after:
                 yield RequestOutput(id=name, finish_reason="error", error="the fake failed", usage=usage)
@@ -133,6 +153,21 @@ class FakeEngine:
         if self.dead or self.closed:
             raise EngineDeadError(self.dead or "the engine has been shut down")
 
+    async def explain(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> Mapping[str, Any]:
+        """One run that covers the whole prompt; the rest says what was asked."""
+        self.calls.append({"prompt": list(prompt), "tenant": tenant, "cache_salt": cache_salt})
+        self._check()
+        if self.refuse is not None:
+            raise self.refuse
+        runs = [{"start": 0, "stop": len(prompt), "donor": "context", "scope": "tenant", "shift": 0, "pieces": 1}]
+        return {"prompt_tokens": len(prompt), "cached_tokens": 0, "runs": runs, "broken": [], "dropped": []}
+
+    async def purge(self, tenant: str) -> int:
+        """Always three."""
+        self._check()
+        self.purged.append(tenant)
+        return 3
+
     def abort(self, request_id: str) -> None:
         """Closing the iterator is all that is needed here."""
 
@@ -145,6 +180,14 @@ class FakeEngine:
             prefix_query_tokens=200, prefix_hit_tokens=50, evicted_blocks=3, preemptions=2, prompt_tokens=400,
             generation_tokens=self.generated, steps=7, step_seconds=1.5, queued_tokens=0, kv_bytes_read=1234,
             tenants={"": {"cached_blocks": 20, "in_use_blocks": 10}},
+            share=ShareStats(
+                tokens=Counter(prefix=10, stale=60, boundary=8, ranked=4, fresh=18),
+                tenant_tokens={"": Counter(prefix=10, stale=60), "alice": Counter(fresh=18)},
+                requests=Counter({("segment", ""): 1, ("full", "too little to reuse"): 2}),
+                runs=Counter(context=2, isolated=1, tenant=2, public=1), run_lengths=[1, 0, 2, 0, 0, 0, 1],
+                recomputed_shares=[0, 0, 0, 1, 0, 0, 0], match_seconds=0.25, deviation_sum=0.5, deviation_runs=2,
+                segments=4, segment_bytes=4096, segment_capacity=8192, segment_bytes_by={"": 1024, "alice": 3072},
+            ),
         )  # fmt: skip
 
     def health(self) -> Health:

@@ -69,6 +69,8 @@ def test_metrics(serving, fake):
     assert got["kvloom:request_success_total,length"] == 2 and got["kvloom:request_success_total,stop"] == 1
     assert got["kvloom:request_success_total,abort"] == 0 and got["kvloom:requests_refused_total,400"] == 1
     assert got["kvloom:time_to_first_token_seconds_count"] == 3
+    assert got["kvloom:time_to_first_token_by_path_seconds_count,prefix"] == 3
+    assert got["kvloom:time_to_first_token_by_path_seconds_count,segment"] == 0
     assert got["kvloom:inter_token_latency_seconds_count"] == tokens - 3
     assert got["kvloom:e2e_request_latency_seconds_count"] == 3
     assert got["kvloom:request_time_per_output_token_seconds_count"] == 3
@@ -84,13 +86,52 @@ def test_metrics(serving, fake):
     assert not any(name.endswith("_created") for name in got)
 
 
+def test_metrics_of_approximate_reuse(serving, fake):
+    engine = fake.FakeEngine()
+    engine.reused = 5
+    with serving(engine).client() as client:
+        client.post("/v1/completions", json={"prompt": "hello world", "max_tokens": 2})
+        got = samples(client)
+        page = client.get("/metrics").text
+    share = {name.removeprefix("kvloom:kvshare_"): value for name, value in got.items() if "kvshare" in name}
+    assert got["kvloom:time_to_first_token_by_path_seconds_count,segment"] == 1
+    assert (share["tokens_total,stale"], share["tokens_total,rejected"]) == (60, 0), "kinds are there before they happen"
+    assert (share["reused_tokens_total"], share["recomputed_tokens_total"]) == (60, 12)
+    assert share["requests_total,segment,"] == 1 and share["requests_total,full,too little to reuse"] == 2
+    assert (share["runs_by_donor_total,context"], share["runs_by_scope_total,public"]) == (2, 1)
+    lengths = [share[f"run_length_tokens_bucket,{bound}"] for bound in ("64.0", "128.0", "256.0", "2048.0", "+Inf")]
+    assert lengths == [1, 1, 3, 3, 4] and share["run_length_tokens_count"] == 4
+    assert share["recomputed_ratio_bucket,0.15"] == 0 and share["recomputed_ratio_bucket,0.2"] == 1
+    assert share["match_seconds_total"] == 0.25 and share["deviation_sum_total"] / share["deviation_runs_total"] == 0.25
+    assert (share["enabled"], share["segments"], share["segment_capacity_bytes"]) == (1, 4, 8192)
+    assert "alice" not in page, "no client chooses a label"
+
+
 def test_kv(served):
     with served.client() as client:
         body = client.get("/v1/kv").json()
     assert body["capacity_tokens"] == 1600 and body["block_size"] == 16 and body["hit_rate"] == 0.25
     assert body["blocks"]["full"] == {"total": 100, "free": 70, "cached": 20, "in_use": 10}
     assert body["blocks"]["local"]["total"] == 40
-    assert body["tenants"] == {"": {"cached_blocks": 20, "in_use_blocks": 10}}
+    assert body["tenants"][""] == {
+        "cached_blocks": 20, "in_use_blocks": 10, "segment_bytes": 1024, "tokens": {"prefix": 10, "stale": 60},
+    }  # fmt: skip
+    assert body["tenants"]["alice"] == {"cached_blocks": 0, "in_use_blocks": 0, "segment_bytes": 3072, "tokens": {"fresh": 18}}
+    share = body["kvshare"]
+    assert share["segments"] == {"count": 4, "bytes": 4096, "capacity_bytes": 8192, "evictions": 0}
+    assert share["recomputed_share"] == 12 / 72 and share["deviation"] == 0.25
+    assert {"path": "full", "reason": "too little to reuse", "count": 2} in share["requests"]
+
+
+def test_tenants_are_told_of_themselves_alone(serving):
+    running = serving(tenant_keys={"k": "alice", "l": "bob"})
+    for key, tenants in (("k", {"alice": 3072}), ("l", {"bob": 0})):
+        with running.client(Authorization=f"Bearer {key}") as client:
+            body = client.get("/v1/kv").json()
+        assert {name: figures["segment_bytes"] for name, figures in body["tenants"].items()} == tenants
+        assert body["kvshare"]["segments"]["bytes"] == 4096
+    with serving(trusted_proxies=("10.0.0.0/8",)).client() as client:
+        assert list(client.get("/v1/kv").json()["tenants"]) == [""], "whom a proxy names nobody for is nobody in particular"
 
 
 def test_tokenize_and_back(served):
@@ -119,7 +160,13 @@ def test_access_line_holds_no_text(serving, fake, caplog):
     with serving(fake.FakeEngine()).client() as client:
         client.post("/v1/completions", json={"prompt": "confidential", "max_tokens": 3}, headers={"X-Request-Id": "abc"})
     line = caplog.messages[-1]
-    assert line.startswith("abc prompt=") and "generated=3" in line and "finish=length" in line and "confidential" not in line
+    assert (
+        line.startswith("abc prompt=")
+        and " reused=0 " in line
+        and "generated=3" in line
+        and "finish=length" in line
+        and "confidential" not in line
+    )
 
 
 def test_access_line_can_be_off(serving, fake, caplog):

@@ -79,6 +79,11 @@ class Donors:
             raise InvalidRequestError(f"scope is {scope!r}; allowed: {', '.join(SCOPES[1:])}", param="scope")
         if not request.internal:
             self._scopes.check(request, scope, "scope")
+        if len(request.prompt) < chunks.LEAST:
+            raise InvalidRequestError(
+                f"the text has {len(request.prompt)} tokens; allowed: {chunks.LEAST} or more, as no shorter one is ever reused",
+                param="prompt",
+            )
         domain = self._scopes.of(request).of(scope)
         assert domain is not None
         request.prompt = (*self._sink, *request.prompt)

@@ -44,7 +44,9 @@ class Errand:
             id=f"errand-{number}",
             prompt=self.tokens,
             sampling=SamplingParams(max_tokens=max(1, len(answer)), temperature=0.0, ignore_eos=True, forced_tokens=answer),
-            kv=KVOptions(segment=self.scope) if self.kind == "compile" else KVOptions(reuse="exact", share=self.scope),
+            kv=KVOptions(selection="dense", segment=self.scope)
+            if self.kind == "compile"
+            else KVOptions(selection="dense", reuse="exact", share=self.scope),
             tenant=self.tenant,
             cache_salt=self.salt,
             internal=True,
@@ -68,6 +70,10 @@ class Errands:
             self._waiting.append(errand)
             if len(self._waiting) > MOST:
                 self._waiting.popleft()
+
+    def purge(self, tenant: str) -> None:
+        """Forget what waits for a tenant."""
+        self._waiting = deque(errand for errand in self._waiting if errand.tenant != tenant)
 
     def start(self) -> Request | None:
         """The next one, as a request; None if there is none."""

@@ -14,14 +14,12 @@ from typing import Any, Literal
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.selection.base import read_fields, refuse
 
-POLICIES = ("dhd", "query", "blend", "boundary", "random")
+POLICIES = ("focus", "dhd", "query", "blend", "boundary", "random")
 ORDERS = ("importance", "position", "runs", "sweep")
 SCOPES = ("none", "tenant", "group", "public")
 """How far what a request leaves behind may go."""
 GATE = "kvshare"
 """The calibration that says a model may be served with approximate reuse."""
-SINK_TOKENS = 16
-"""Neutral tokens in front of what is compiled alone: they take the attention that a sequence's beginning draws."""
 RATIOS = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 """Ratios that the adaptive choice goes through."""
 
@@ -30,14 +28,15 @@ RATIOS = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 class RepairOptions:
     """What is recomputed of reused KV: `kv.kvshare` in a request, `kvshare_options` of a server for its default."""
 
-    policy: Literal["dhd", "query", "blend", "boundary", "random"] = "blend"
-    """How reused tokens are ranked for recomputation: dhd (deviation x attention, the paper), blend (deviation), query
-    (attention), boundary (the first ones of every run), random (a control)."""
+    policy: Literal["focus", "dhd", "query", "blend", "boundary", "random"] = "focus"
+    """How reused tokens are ranked for recomputation: focus (deviation x root of the attention, all layers), dhd (deviation x
+    attention, the paper), blend (deviation), query (attention, all layers), boundary (the first ones of every run), random (a
+    control)."""
     ratio: float = 0.15
     """Share of reused tokens that is recomputed in the prompt pass, boundaries included, 0 to 1; 1 is exact."""
     adaptive: bool = False
     """Take the smallest of a row of ratios (0.1 to 1) that leaves at most 0.3 of the score uncovered, instead of `ratio`."""
-    boundary: int = 16
+    boundary: int = 4
     """Of those, the first so many of every run come before any ranking: they stand next to another context than before."""
     tail: int = 16
     """Tokens at the end of a prompt that are never reused."""
@@ -63,7 +62,7 @@ class RepairOptions:
     @property
     def scans(self) -> bool:
         """Whether all rows must go through the first layers to rank them."""
-        return self.policy in ("dhd", "blend", "query") and (self.ratio < 1 or self.adaptive)
+        return self.policy in ("focus", "dhd", "blend", "query") and (self.ratio < 1 or self.adaptive)
 
 
 PAPER = RepairOptions(policy="dhd", boundary=0, refresh=3, refresh_order="position")
@@ -77,7 +76,7 @@ class ShareOptions:
     repair: RepairOptions = field(default_factory=RepairOptions)
     check_layer: int = 1
     """Layers [0, check_layer] run on all rows before tokens are ranked; layer 0 alone would show no deviation."""
-    probe: int = 64
+    probe: int = 16
     """Rows whose attention counts: the last so many that no donor has."""
     min_match: int = 64
     """Shortest run that is reused; half of it where it touches another run of the same donor."""

@@ -1,6 +1,7 @@
 """Which reused tokens are computed: boundaries first, then the top of a ranking, within one budget.
 
     policy     score of a reused token
+    focus      deviation x sqrt(attention), all layers    ours: the root keeps a few loud tokens from taking the whole budget
     dhd        deviation x attention     the paper: what has changed counts where it is looked at (arXiv 2503.16525, DHD)
     blend      deviation                 CacheBlend (arXiv 2405.16444)
     query      attention, all layers     ProphetKV (arXiv 2602.02579): what the question looks at

@@ -285,8 +285,10 @@ class KVShare:
             return found.absolute, deviation
         fresh = np.setdiff1d(np.arange(prefix, length), positions, assume_unique=True)  # rows that are computed in any case
         probe = fresh[-self.options.probe :]
-        attention = self._scanner.attention(placed, probe, deep=options.policy == "query")[positions]
-        return (attention * found.absolute if options.policy == "dhd" else attention), deviation
+        attention = self._scanner.attention(placed, probe, deep=options.policy != "dhd")[positions]
+        if options.policy == "query":
+            return attention, deviation
+        return found.absolute * (attention if options.policy == "dhd" else np.sqrt(attention)), deviation
 
     def _judge(self, runs: Sequence[Run], deviation: Sequence[float], rejected: Sequence[bool]) -> None:
         """Remember what was seen of segments; those that keep being far off go."""

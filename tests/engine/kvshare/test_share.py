@@ -182,14 +182,14 @@ def test_runs_are_found_where_they_are(make: MakeLLM) -> None:
 
 
 @pytest.mark.parametrize("backend", ["native", "numba", "reference"])
-@pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query"])
+@pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query", "focus"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3])
 def test_repaired_logits_equal_the_oracle(make: MakeLLM, eager: Eager, policy: str, ratio: float, backend: str) -> None:
     case = shuffled()
     _, repair, watch = reuse(make(backend=backend), case, policy=policy, ratio=ratio, boundary=4)
     assert len(repair.initial_stale) > 100
     kv = moved(eager, case)
-    if policy in ("blend", "dhd", "query"):
+    if policy in ("blend", "dhd", "query", "focus"):
         eager.run(case.prompt, kv, range(len(case.prompt)), layers=2)  # the scan leaves layers 0 and 1 as they should be
     wanted, _ = eager.run(case.prompt, kv, repair.rows.tolist())
     assert float((watch.logits[0] - wanted).abs().max()) < 2e-3
@@ -197,7 +197,7 @@ def test_repaired_logits_equal_the_oracle(make: MakeLLM, eager: Eager, policy: s
     assert float((watch.logits[0] - exact).abs().max()) > 1e-2  # it really is something else than a full pass
 
 
-@pytest.mark.parametrize("policy", ["blend", "dhd", "query"])
+@pytest.mark.parametrize("policy", ["blend", "dhd", "query", "focus"])
 def test_ranking_is_the_formula(make: MakeLLM, eager: Eager, policy: str) -> None:
     case = shuffled()
     _, repair, _ = reuse(make(), case, policy=policy, ratio=0.25, boundary=0)
@@ -206,11 +206,14 @@ def test_ranking_is_the_formula(make: MakeLLM, eager: Eager, policy: str) -> Non
     copied = kv.v[1].clone()
     eager.run(case.prompt, kv, range(len(case.prompt)), layers=2)
     deviation = (kv.v[1] - copied).abs().sum(dim=(1, 2))
-    probe = sorted({*range(len(case.prompt))} - {*reused.tolist()})[-64:]
-    layers = 3 if policy == "query" else 2
+    probe = sorted({*range(len(case.prompt))} - {*reused.tolist()})[-16:]
+    deep = policy in ("query", "focus")
+    layers = 3 if deep else 2
     _, weights = eager.run(case.prompt, KV([k.clone() for k in kv.k], [v.clone() for v in kv.v]), probe, layers=layers)
-    attention = torch.stack(weights if policy == "query" else weights[1:]).mean(dim=(0, 1, 2))
-    score = {"blend": deviation, "query": attention, "dhd": deviation * attention}[policy]
+    attention = torch.stack(weights if deep else weights[1:]).mean(dim=(0, 1, 2))
+    score = {"blend": deviation, "query": attention, "dhd": deviation * attention, "focus": deviation * attention.sqrt()}[
+        policy
+    ]
     order = sorted(reused.tolist(), key=lambda p: -float(score[p]))
     wanted = set(order[: round(0.25 * len(reused))])
     chosen = set(reused.tolist()) - set(repair.initial_stale.tolist())
@@ -219,7 +222,7 @@ def test_ranking_is_the_formula(make: MakeLLM, eager: Eager, policy: str) -> Non
     assert worst >= best_left * (1 - 1e-3)
 
 
-@pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query"])
+@pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query", "focus"])
 def test_ratio_one_is_exact(make: MakeLLM, oracle: Any, policy: str) -> None:
     case = shuffled()
     _, repair, watch = reuse(make(), case, policy=policy, ratio=1.0)
@@ -229,7 +232,7 @@ def test_ratio_one_is_exact(make: MakeLLM, oracle: Any, policy: str) -> None:
     assert float((watch.logits[0] - wanted).abs().max()) < 1e-3
 
 
-@pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query"])
+@pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query", "focus"])
 def test_sets_are_nested_and_cost_what_they_say(make: MakeLLM, policy: str) -> None:
     case, chosen = shuffled(), []
     llm = make()

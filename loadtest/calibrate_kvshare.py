@@ -1,0 +1,245 @@
+"""May a model be served with approximate reuse? The check that `kv.reuse` "approx" waits for.
+
+    kvloom calibrate kvshare [MODEL] [--prompts 24] [--kl 0.05] [--kl-isolated 0.1] [--top1 0.9]
+
+    identity    copied layer-0 KV is the model's own after moving by several offsets: tokens, indices and rotation are right
+    everything  with all found tokens computed, answers are those of a full pass but for rounding
+    default     with the policy that requests get unless they say otherwise, KL and top-1 agreement within the bounds, for
+                donors in context and for documents that were compiled alone
+    deviation   of copied values at the check layer in these benign prompts: its 99th percentile is the least `reject_above`
+                that refuses none of them
+
+What passes is stored in the cache folder under the model's fingerprint, with its figures. What fails leaves nothing behind,
+and what an earlier check stored stays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kvloom.engine import LLM
+from kvloom.engine.calibration import store
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.request import KVOptions, SamplingParams
+from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions, ShareOptions
+from kvloom.loadtest.machine import describe
+from kvloom.loadtest.quality import reuse_prompts, setup
+from kvloom.loadtest.quality.results import Row
+from kvloom.loadtest.quality.reuse import engine, flags
+from kvloom.loadtest.quality.reuse_prompts import Maker
+from kvloom.loadtest.quality.reuse_runs import KINDS, Sample, approximate, ask, compare, donate, reference
+from kvloom.loadtest.quality.reuse_scores import figures
+
+console = setup.console
+FAILED = 1
+OFFSETS = (0, 1, 17, -5)
+"""By which a text is moved for the identity check; the longest way that the context allows comes in addition."""
+EVERYTHING_KL, EVERYTHING_TOP1 = 1e-4, 0.995
+"""Bounds when everything found is computed: the noise of computing the same rows in other batches."""
+KEPT = (
+    "kl_mean",
+    "kl_mean_ci",
+    "kl_p99",
+    "top1",
+    "top1_ci",
+    "accuracy",
+    "accuracy_exact",
+    "recompute_share",
+    "matched_share",
+    "n",
+)
+
+
+class Bounds(NamedTuple):
+    """What the default policy must keep to."""
+
+    kl: float
+    top1: float
+
+
+def identity(llm: LLM, maker: Maker) -> list[int]:
+    """Offsets by which a text was moved and found to be the model's own at layer 0.
+
+    Raises ConfigError naming the offset if it was not, or if the text was not found.
+    """
+    share, text = llm.core.share, maker.case(0).documents[0]
+    assert share is not None
+    front, behind = (maker.case(number).donor for number in (1, 2))
+    begin = min(64, len(front))
+    tail = front[: share.options.repair.tail]  # the end of a prompt is never reused
+    longest = llm.core.limits.max_model_len - begin - len(text) - len(tail) - 1
+    checked = [*OFFSETS, *([longest] if longest > max(OFFSETS) else [])]
+    llm.core.purge("")
+    llm.core.cache.evict()
+    llm.generate([[*front[:begin], *text]], SamplingParams(max_tokens=1, temperature=0), kv=KVOptions(reuse="approx"))
+    before = share.stats.identity_failures
+    for offset in checked:
+        filler = (behind * (1 + (begin + offset) // len(behind)))[: begin + offset]
+        ran = ask(llm, (*filler, *text, *tail), approximate({"policy": "boundary", "ratio": 0.0, "boundary": 0}), 1)
+        runs = (ran.usage.explanation or {}).get("runs", [])
+        if share.stats.identity_failures > before:
+            raise ConfigError(f"layer 0 of copied KV is not the model's own after moving it by {offset} positions")
+        if not ran.usage.reused_tokens or offset not in [run["shift"] for run in runs]:
+            raise ConfigError(f"a text that was moved by {offset} positions was not reused; give a larger --document-len")
+    return checked
+
+
+class Measured(NamedTuple):
+    """Samples of all prompts with donors of one kind."""
+
+    default: list[Sample]
+    everything: list[Sample]
+
+
+def measure(llm: LLM, maker: Maker, args: argparse.Namespace, default: RepairOptions) -> dict[str, Measured]:
+    """Every prompt with the default policy, and with everything computed."""
+    found = {kind: Measured([], []) for kind in KINDS}
+    own = {name: getattr(default, name) for name in RepairOptions.__dataclass_fields__}
+    with setup.Steps(args.prompts * len(KINDS)) as steps:
+        for number in range(args.prompts):
+            case = maker.case(number)
+            exact = reference(llm, case.uses[0], args.answer_len)
+            for kind in KINDS:
+                steps.name(f"prompt {number + 1}, {kind} donors")
+                donate(llm, case, kind)
+                found[kind].default.append(compare(llm, case.uses[0], exact, own))
+                found[kind].everything.append(compare(llm, case.uses[0], exact, {**own, "ratio": 1.0, "adaptive": False}))
+                steps.done()
+    return found
+
+
+def problems(found: dict[str, Measured], bounds: Bounds, isolated_kl: float) -> Iterator[str]:
+    """Figures outside their bounds, a sentence each. isolated_kl: what isolated donors may reach: they know no context."""
+    for kind, samples in found.items():
+        for what, part, (kl, top1) in (
+            ("the default policy", samples.default, bounds._replace(kl=isolated_kl) if kind == "isolated" else bounds),
+            ("everything computed", samples.everything, Bounds(EVERYTHING_KL, EVERYTHING_TOP1)),
+        ):
+            row = figures(part)
+            if not row["kl_mean"] <= kl:
+                yield f"{kind} donors, {what}: mean KL is {row['kl_mean']:.2g}; allowed: up to {kl:g}"
+            if not row["top1"] >= top1:
+                yield f"{kind} donors, {what}: top-1 agreement is {row['top1']:.1%}; allowed: {top1:.1%} or more"
+
+
+def suggested(deviations: Sequence[float]) -> float | None:
+    """The 99th percentile of benign runs, rounded up to two digits; None if the policy looks at no deviation."""
+    return math.ceil(float(np.quantile(deviations, 0.99)) * 100) / 100 if len(deviations) else None
+
+
+def content(
+    llm: LLM, args: argparse.Namespace, default: RepairOptions, offsets: list[int], found: dict[str, Measured]
+) -> dict[str, Any]:
+    """What is stored."""
+    deviations = [mean for samples in found.values() for sample in samples.default for mean in sample.deviation]
+    kinds: dict[str, Row] = {}
+    for kind, samples in found.items():
+        row, full = figures(samples.default), figures(samples.everything)
+        kinds[kind] = {key: row[key] for key in KEPT} | {"everything_kl": full["kl_mean"], "everything_top1": full["top1"]}
+    return {
+        "model": llm.model.name,
+        "date": datetime.date.today().isoformat(),
+        "machine": describe(),
+        "dtype": llm.model.dtype,
+        "weights": llm.model.weights,
+        "policy": default.policy,
+        "ratio": default.ratio,
+        "boundary": default.boundary,
+        "bounds": {"kl": args.kl, "kl_isolated": args.kl_isolated, "top1": args.top1},
+        "prompts": args.prompts,
+        "documents": args.documents,
+        "document_len": args.document_len,
+        "answer_len": args.answer_len,
+        "seed": args.seed,
+        "identity_offsets": offsets,
+        "reject_above": suggested(deviations),
+        **kinds,
+    }
+
+
+def show(content: dict[str, Any]) -> None:
+    """Print the figures."""
+    for kind in KINDS:
+        row = content[kind]
+        console.print(
+            f"{kind} donors: {row['matched_share']:.0%} of prompts found, {row['recompute_share']:.0%} of it computed; KL "
+            f"{row['kl_mean']:.4f}, top-1 {row['top1']:.1%}, right answers {row['accuracy']:.0%} ({row['accuracy_exact']:.0%} "
+            f"by full passes); with everything computed KL {row['everything_kl']:.2g}, top-1 {row['everything_top1']:.1%}",
+            soft_wrap=True,
+        )
+    if content["reject_above"] is not None:
+        console.print(
+            f"99% of these runs deviate by up to {content['reject_above']:g} at the check layer: the least that "
+            "--kvshare-options reject_above should be",
+            soft_wrap=True,
+        )
+
+
+def calibrate(llm: LLM, args: argparse.Namespace) -> Path | None:
+    """Measure, print, and store if all is within bounds. Returns the file, or None if something was not."""
+    if args.documents is None:
+        args.documents = reuse_prompts.fitting(llm, args.document_len, args.answer_len)
+    maker = Maker(llm, args.documents, args.document_len, text=args.text, seed=args.seed)
+    reuse_prompts.check_length(llm, maker.case(0), args.answer_len)
+    default = ShareOptions.read(args.kvshare_options).repair
+    try:
+        offsets = identity(llm, maker)
+    except ConfigError as error:
+        console.print(f"[red]failed:[/] {error}", soft_wrap=True)
+        return None
+    console.print(f"layer 0 agrees after moving text by {', '.join(map(str, offsets))} positions")
+    found = measure(llm, maker, args, default)
+    result = content(llm, args, default, offsets, found)
+    show(result)
+    wrong = list(problems(found, Bounds(args.kl, args.top1), args.kl_isolated))
+    for problem in wrong:
+        console.print(f"[red]failed:[/] {problem}", soft_wrap=True)
+    return None if wrong else store.write(GATE, llm.core.runner.geometry.model_key, result, args.folder)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(
+        prog="kvloom calibrate kvshare", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+    )
+    flags(made)
+    made.add_argument(
+        "--documents", type=setup.count, help="documents of a donor (default: 11, or as many as the context holds)"
+    )
+    made.add_argument("--prompts", type=setup.count, default=24, help="prompts per kind of donors (default: %(default)s)")
+    made.add_argument(
+        "--kl", type=float, default=0.05, help="most mean KL that the default policy may have (default: %(default)s)"
+    )
+    made.add_argument(
+        "--kl-isolated", type=float, default=0.1, help="the same with donors compiled alone (default: %(default)s)"
+    )
+    made.add_argument("--top1", type=float, default=0.9, help="least top-1 agreement of it (default: %(default)s)")
+    made.add_argument("--folder", type=Path, help="store the result here instead of the cache folder")
+    args = made.parse_args(argv)
+    if not args.kl >= 0:
+        raise ConfigError(f"--kl is {args.kl}; allowed: 0 or more")
+    if not 0 <= args.top1 <= 1:
+        raise ConfigError(f"--top1 is {args.top1}; allowed: 0 to 1")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check one model; returns the exit code: 1 if it did not pass."""
+    args = parse(argv)
+    path = calibrate(engine(args), args)
+    if path is None:
+        console.print("nothing was stored: this model is served exactly")
+        return FAILED
+    console.print(f"stored in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

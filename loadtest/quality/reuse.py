@@ -1,0 +1,265 @@
+"""Approximate reuse of KV: what it costs in quality and what it gains in time to the first token, in one run.
+
+    kvloom eval kvshare --policies naive,boundary,blend --ratios 0.1,0.15,0.3 --donors both --json rows.json --markdown table.md
+
+Prompts are documents in another order than their donor had them, with a new one and a question (`reuse_prompts`). Answers of
+full passes are followed token by token with reused KV (KL, top-1), then prompts are answered freely (accuracy), then both ways
+of computing the same prompt are timed in turns. What is measured leaves nothing behind, and the exact prefix cache is empty.
+
+    recomputed   share of the tokens found in donors that were computed all the same
+    KL less      than the policies random and boundary at the same ratio, paired by prompt: below 0 is better
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvloom.engine import LLM
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
+from kvloom.loadtest.quality import reuse_charge, setup
+from kvloom.loadtest.quality.results import Column, Results, Row
+from kvloom.loadtest.quality.reuse_prompts import Maker, check_length
+from kvloom.loadtest.quality.reuse_runs import KINDS, Reference, Sample, Times, compare, donate, race, reference
+from kvloom.loadtest.quality.reuse_scores import EVERYTHING, NAIVE, Setting, Trend, figures, relate, settings, trends
+
+COLUMNS = (
+    Column("donors", "donors"),
+    Column("policy", "policy"),
+    Column("ratio", "ratio"),
+    Column("recomputed", "recompute_share", ".1%"),
+    Column("found", "matched_share", ".1%"),
+    Column("answer tokens", "n"),
+    Column("KL", "kl_mean", ".4f"),
+    Column("KL p99", "kl_p99", ".3f"),
+    Column("top-1", "top1", ".1%"),
+    Column("right", "accuracy", ".0%"),
+    Column("right, full pass", "accuracy_exact", ".0%"),
+    Column("TTFT ms", "ttft_ms", ".0f"),
+    Column("full pass ms", "ttft_exact_ms", ".0f"),
+    Column("speed-up", "speed_up", ".2f"),
+    Column("KL less random", "kl_less_random", "+.4f"),
+    Column("KL less boundary", "kl_less_boundary", "+.4f"),
+    Column("lowest KL", "best"),
+)
+SIZES = ("documents", "document_len", "prompts", "answer_len", "seed")
+IDENTITY = ("model", "dtype", "weights", "donors", "policy", "ratio", "boundary", *SIZES, "kvshare_options", "corpus")
+CHARGE_USES = 8
+SERVED = RepairOptions()
+"""What requests get unless they say otherwise."""
+
+
+def engine(args: argparse.Namespace) -> LLM:
+    """A model that may reuse approximately, verified or not, even where it costs time; nothing else goes on beside.
+
+    What deviates is not refused, so that every row is about the same tokens. Raises ModelError or ConfigError.
+    """
+    given = options(args.kvshare_options)
+    fixed = {"verified": True, "heal": False, "shadow_share": 0.0}
+    return LLM(
+        args.model,
+        dtype=args.dtype,
+        weights=args.weights,
+        backend=args.backend,
+        kv_memory=args.kv_memory,
+        threads=args.threads,
+        shadow_interval=0,
+        kvshare_options=json.dumps({"min_gain": -1.0, "reject_above": 1e9, **given, **fixed}),
+    )
+
+
+def options(text: str) -> dict[str, Any]:
+    """`--kvshare-options`. Raises ConfigError."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f'--kvshare-options is {text!r}; allowed: a JSON object such as {{"min_match": 32}}')
+    return found
+
+
+class Study:
+    """Measures settings on one model, prompt by prompt."""
+
+    def __init__(self, llm: LLM, args: argparse.Namespace) -> None:
+        self.llm, self.args = llm, args
+        self.maker = Maker(llm, args.documents, args.document_len, text=args.text, seed=args.seed)
+        check_length(llm, self.maker.case(0), args.answer_len)
+        self._exact: dict[int, Reference] = {}
+
+    @cached_property
+    def about(self) -> Row:
+        """What all rows share."""
+        sizes = {key: getattr(self.args, key) for key in SIZES}
+        return sizes | {"corpus": self.maker.fingerprint, "kvshare_options": self.args.kvshare_options} | setup.about(self.llm)
+
+    def identity(self, donors: str, setting: Setting) -> Row:
+        return {"donors": donors, **setting._asdict(), **self.about}
+
+    def own(self, results: Results) -> list[Row]:
+        """Rows of these prompts on this model: those that can be compared with each other."""
+        shared = {key: self.about[key] for key in IDENTITY if key in self.about}
+        return [row for row in results.rows if all(row.get(key) == value for key, value in shared.items())]
+
+    def measure(self, donors: str, chosen: Sequence[Setting], steps: setup.Steps) -> list[Row]:
+        """Settings that share their donors, over all prompts."""
+        samples: defaultdict[Setting, list[Sample]] = defaultdict(list)
+        times = {setting: Times([], []) for setting in chosen}
+        for number in range(self.args.prompts):
+            case = self.maker.case(number)
+            use = case.uses[0]
+            donate(self.llm, case, donors)
+            if number not in self._exact:
+                self._exact[number] = reference(self.llm, use, self.args.answer_len)
+            for setting in chosen:
+                steps.name(f"{donors} donors, {setting.policy} {setting.ratio:g}, prompt {number + 1}")
+                samples[setting].append(compare(self.llm, use, self._exact[number], setting.options))
+                race(self.llm, use, setting.options, self._turns(number), times[setting])
+                steps.done()
+        return [self.identity(donors, setting) | figures(samples[setting], times[setting]) for setting in chosen]
+
+    def _turns(self, number: int) -> int:
+        """Of a prompt, so that all prompts together have `--rounds`."""
+        rounds, prompts = self.args.rounds, self.args.prompts
+        return rounds // prompts + (number < rounds % prompts)
+
+
+def run(study: Study, chosen: Sequence[Setting], kinds: Sequence[str], results: Results) -> None:
+    """Measure what the results lack, one policy at a time."""
+    jobs = [
+        (kind, missing)
+        for kind in kinds
+        for policy in dict.fromkeys(setting.policy for setting in chosen)
+        if (missing := [s for s in chosen if s.policy == policy and results.find(study.identity(kind, s)) is None])
+    ]
+    with setup.Steps(sum(len(missing) for _, missing in jobs) * study.args.prompts) as steps:
+        for kind, missing in jobs:
+            for row in study.measure(kind, missing, steps):
+                results.rows.append(row)
+            relate(study.own(results))
+            results.write()
+    if said := "; ".join(_trend(trend) for trend in trends(study.own(results))):
+        results.note += f"\n\nRank correlation (Spearman) of KL with the ratio: {said}."
+
+
+def _trend(trend: Trend) -> str:
+    return f"{trend.donors} donors, {trend.policy}: {trend.of_means:+.2f} of means, {trend.of_prompts:+.2f} mean over prompts"
+
+
+def run_charge(study: Study, kinds: Sequence[str], results: Results) -> None:
+    """Measure what donors cost, beside what they save."""
+    args = study.args
+    setting = Setting(SERVED.policy, SERVED.ratio, args.boundary)
+    about = study.about | {"sets": args.charge, **setting._asdict()}
+    with setup.Steps(len(kinds) * args.charge) as steps:
+        for kind in kinds:
+            if results.find({**about, "donors": kind, "uses": CHARGE_USES}) is not None:
+                steps.skip(args.charge)
+                continue
+            found = []
+            for number in range(args.charge):
+                steps.name(f"{kind} donors, set of documents {number + 1}")
+                found.append(reuse_charge.charge(study.llm, study.maker.case(number, CHARGE_USES), kind, setting.options))
+                steps.done()
+            for row in reuse_charge.cumulative(found):
+                results.add({**about, "donors": kind, **row})
+
+
+def chosen_settings(args: argparse.Namespace) -> list[Setting]:
+    """What the flags name. Raises ConfigError."""
+    policies = [name for name in args.policies.split(",") if name]
+    unknown = [name for name in policies if name not in (NAIVE, *POLICIES)]
+    if unknown or not policies:
+        raise ConfigError(f"--policies is {args.policies!r}; allowed: {', '.join((NAIVE, *POLICIES))}")
+    try:
+        ratios = [float(part) for part in args.ratios.split(",")]
+    except ValueError:
+        ratios = []
+    if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
+        raise ConfigError(f"--ratios is {args.ratios!r}; allowed: numbers from 0 to 1, separated by commas")
+    return settings(policies, ratios, args.boundary)
+
+
+def flags(made: argparse.ArgumentParser) -> None:
+    """Flags of everything that measures approximate reuse on prompts."""
+    made.add_argument("model", nargs="?", default="smollm2")
+    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("backend", "auto"), ("kv-memory", "2GiB")):
+        made.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
+    made.add_argument("--threads", type=setup.count, help="compute threads (default: one per core)")
+    made.add_argument("--kvshare-options", default="{}", help="as in kvloom serve: such as min_match or check_layer")
+    made.add_argument("--document-len", type=setup.count, default=300, help="tokens of each document (default: %(default)s)")
+    made.add_argument("--answer-len", type=setup.count, default=24, help="tokens of each answer (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--text", type=Path, help="a text file to take documents from (default: the Python reference)")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    made = argparse.ArgumentParser(prog="kvloom eval kvshare", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
+    flags(made)
+    made.add_argument("--documents", type=setup.count, default=11, help="documents of a donor (default: %(default)s)")
+    made.add_argument("--prompts", type=setup.count, default=40, help="prompts per setting (default: %(default)s)")
+    made.add_argument("--policies", default=",".join((NAIVE, *POLICIES)), help="default: %(default)s")
+    made.add_argument("--ratios", default="0.05,0.1,0.15,0.2,0.3,0.5,1", help="default: %(default)s")
+    made.add_argument(
+        "--boundary", type=int, default=SERVED.boundary, help="first tokens of every run that any policy computes (%(default)s)"
+    )
+    made.add_argument("--donors", choices=(*KINDS, "both"), default="both", help="default: %(default)s")
+    made.add_argument("--rounds", type=int, default=8, help="turns for times per setting, 0 for none (default: %(default)s)")
+    made.add_argument(
+        "--charge", type=int, default=0, metavar="SETS",
+        help=f"measure also, on so many sets of documents, after how many of {CHARGE_USES} uses reuse has paid for its donors",
+    )  # fmt: skip
+    made.add_argument("--json", type=Path, help="write rows into this file")
+    made.add_argument("--markdown", type=Path, help="write the table into this file")
+    made.add_argument("--resume", action="store_true", help="keep the rows that --json holds already for the same settings")
+    args = made.parse_args(argv)
+    for name, least in (("boundary", 0), ("rounds", 0), ("charge", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; allowed: {least} or more")
+    return args
+
+
+def beside(path: Path | None) -> Path | None:
+    """Where the second table goes."""
+    return None if path is None else path.with_stem(path.stem + "-charge")
+
+
+def note(study: Study) -> str:
+    args = study.args
+    return (
+        f"{args.prompts} prompts of {args.documents} documents of {args.document_len} tokens that donors have, and one that "
+        f"they have not; answers of {args.answer_len} tokens. {NAIVE}: nothing found is computed; {EVERYTHING}: all of it, the "
+        f"same for every policy; otherwise up to {args.boundary} tokens at the head of every run come first. Times: medians of "
+        f"{args.rounds} turns. In brackets: 95% intervals. {setup.described(study.llm)}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print and write; returns the exit code."""
+    args = parse(argv)
+    chosen, kinds = chosen_settings(args), KINDS if args.donors == "both" else (args.donors,)
+    study = Study(engine(args), args)
+    results = Results(COLUMNS, IDENTITY, "Approximate reuse: quality and time", args.json, args.markdown, note(study))
+    charged = Results(
+        reuse_charge.COLUMNS, reuse_charge.IDENTITY, "What donors cost", beside(args.json), beside(args.markdown),
+        f"Medians over {args.charge} sets of documents, used in another order every time. {setup.described(study.llm)}",
+    )  # fmt: skip
+    if args.resume:
+        results.resume()
+        charged.resume()
+    code = setup.finish(results, lambda: run(study, chosen, kinds, results))
+    if code or not args.charge:
+        return code
+    return setup.finish(charged, lambda: run_charge(study, kinds, charged))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""Requests one at a time, with KV of donors and without: how far the answers are apart, and how long both take.
+
+The exact prefix cache is emptied before every request, so that nothing but donors' segments can help. Requests that are
+measured leave nothing behind (`share` none): whatever the order of settings, all of them meet the same donors.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvloom.engine import LLM
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.request import KVOptions, Request, SamplingParams, Usage
+from kvloom.loadtest.quality.divergence import divergence
+from kvloom.loadtest.quality.reuse_prompts import Case, Use
+
+KINDS = ("context", "isolated")
+"""Donors: documents as an earlier prompt had them, or each compiled alone."""
+EXACT = KVOptions(reuse="off")
+Observe = Callable[[int, Tensor], None]
+"""(index of the answer's token, logits [vocab] fp32, valid during the call)"""
+
+
+def approximate(options: Mapping[str, Any]) -> KVOptions:
+    """Reuse with these options of `RepairOptions`; whatever is left stale by them may stay so."""
+    return KVOptions(reuse="approx", reuse_options={"max_stale": 1.0, **options}, share="none", explain=True)
+
+
+class Ran(NamedTuple):
+    """What came of one request."""
+
+    tokens: list[int]
+    usage: Usage
+    first: float
+    """Seconds from its submission to its first token."""
+
+
+def ask(
+    llm: LLM, prompt: Sequence[int], kv: KVOptions, tokens: int, *, forced: Sequence[int] = (), observe: Observe | None = None
+) -> Ran:
+    """Answer a prompt greedily, alone, over an empty prefix cache. Raises InvalidRequestError."""
+    core = llm.core
+    core.cache.evict()
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, forced_tokens=tuple(forced))
+    request = Request(id="ask", prompt=tuple(prompt), sampling=sampling, kv=kv, arrival=time.monotonic())
+    core.observer = None if observe is None else lambda seen, logits: observe(seen.generated, logits[0])
+    answer: list[int] = []
+    first = usage = None
+    began = time.perf_counter()
+    try:
+        core.add(request)
+        while core.busy:
+            for output in core.step():
+                first = time.perf_counter() - began if first is None else first
+                answer += output.tokens
+                usage = output.usage
+    finally:  # also on Ctrl-C
+        core.observer = None
+        core.abort(request.id)
+    assert first is not None and usage is not None
+    return Ran(answer, usage, first)
+
+
+def donate(llm: LLM, case: Case, kind: str) -> None:
+    """Have the segment store hold the documents of one case, as donors of one kind, and nothing else."""
+    llm.core.purge("")
+    llm.core.cache.evict()
+    if kind == "context":
+        llm.generate([case.donor], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), kv=KVOptions(reuse="approx"))
+    else:
+        for document in case.documents:
+            llm.add_segment(document)
+
+
+class Reference(NamedTuple):
+    """What the model says with KV of its own."""
+
+    answer: list[int]
+    log_p: Tensor
+    """fp16 [answer, vocab], before every token of the answer"""
+    text: str
+    right: bool
+
+
+def reference(llm: LLM, use: Use, tokens: int) -> Reference:
+    """Answer a prompt exactly, and keep every distribution on the way."""
+    rows: list[Tensor] = []
+    ran = ask(llm, use.prompt, EXACT, tokens, observe=lambda _, logits: rows.append(torch.log_softmax(logits, -1).half()))
+    text = llm.tokenizer.decode(ran.tokens)
+    return Reference(ran.tokens, torch.stack(rows), text, use.answer in text)
+
+
+class Sample(NamedTuple):
+    """One prompt under one setting."""
+
+    kl: list[float]
+    """KL(exact || approximate) before every token of the exact answer, in nats."""
+    same: list[bool]
+    """Whether both find the same token likeliest there."""
+    right: bool
+    exact_right: bool
+    tokens: int
+    """Of the prompt,"""
+    reused: int
+    """of which these stayed as they were copied,"""
+    recomputed: int
+    """and these could have, but were computed."""
+    deviation: list[float]
+    """Of every run, mean ||V' - V|| / ||V'|| at the check layer, if the policy looks at it."""
+
+
+def compare(llm: LLM, use: Use, exact: Reference, options: Mapping[str, Any]) -> Sample:
+    """Follow the exact answer with reused KV; then answer freely. Raises ConfigError if nothing was reused."""
+    kl: list[float] = []
+    likeliest: list[int] = []
+
+    def observe(index: int, logits: Tensor) -> None:
+        kl.append(float(divergence(exact.log_p[index], torch.log_softmax(logits, -1).half())))
+        likeliest.append(int(logits.argmax()))
+
+    kv, count = approximate(options), len(exact.answer)
+    usage = ask(llm, use.prompt, kv, count, forced=exact.answer, observe=observe).usage
+    told = usage.explanation or {}
+    if usage.reused_tokens + usage.recomputed_tokens == 0:
+        raise ConfigError(
+            f"nothing of a prompt of {usage.prompt_tokens} tokens was reused: {told.get('reason') or 'no donor was found'}; "
+            "give more or longer --documents"
+        )
+    same = [a == b for a, b in zip(likeliest, exact.answer)]
+    # As long as the likeliest tokens are those of the exact answer, a free answer is the same: the same rows, the same steps.
+    agreed = same.index(False) if not all(same) else count
+    text = llm.tokenizer.decode(exact.answer[:agreed])
+    if use.answer not in text and agreed < count:
+        text = llm.tokenizer.decode(ask(llm, use.prompt, kv, count).tokens)
+    return Sample(kl, same, use.answer in text, exact.right, usage.prompt_tokens, usage.reused_tokens, usage.recomputed_tokens,
+                  [run["deviation"] for run in told["runs"] if "deviation" in run])  # fmt: skip
+
+
+class Times(NamedTuple):
+    """Seconds to the first token, measured in turns."""
+
+    exact: list[float]
+    approximate: list[float]
+
+
+def race(llm: LLM, use: Use, options: Mapping[str, Any], rounds: int, times: Times) -> None:
+    """Add so many turns of both; who begins alternates."""
+    for turn in range(rounds):
+        order = ((EXACT, times.exact), (approximate(options), times.approximate))
+        for kv, seconds in order if (len(times.exact) + turn) % 2 == 0 else order[::-1]:
+            seconds.append(ask(llm, use.prompt, kv, 1).first)

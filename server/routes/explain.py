@@ -1,0 +1,52 @@
+"""/v1/kv/explain: what a prompt of the caller's would reuse now, and why no more. Runs nothing, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Query, Request
+
+from kvloom.engine.errors import ContextLengthError
+from kvloom.server.context import ServerContext, context_of, tenant_of
+from kvloom.server.schema.segments import ExplainBody
+
+router = APIRouter()
+SHOWN_TOKENS = 6
+"""Tokens at either end of a run that are shown as text."""
+
+
+@router.post("/v1/kv/explain")
+async def explain(body: ExplainBody, request: Request) -> dict[str, Any]:
+    """What a prompt of the caller's would reuse now, from which kind of donor, and why no more. Runs nothing."""
+    context = context_of(request)
+    context.check_model(body.model)
+    special = body.add_special_tokens
+    if body.messages is not None:
+        tokens = await context.prompts.chat(
+            body.messages, add_generation_prompt=body.add_generation_prompt, add_special_tokens=bool(special)
+        )
+    elif isinstance(body.prompt, str):
+        tokens = await context.prompts.text(body.prompt, add_special_tokens=special is not False)
+    else:
+        tokens = list(body.prompt or [])
+    return await _explain(context, tokens, tenant_of(request), body.cache_salt)
+
+
+@router.get("/v1/kv/explain")
+async def explain_text(request: Request, prompt: Annotated[str, Query(min_length=1)]) -> dict[str, Any]:
+    """The same for a short text in the address."""
+    context = context_of(request)
+    return await _explain(context, await context.prompts.text(prompt), tenant_of(request), "")
+
+
+async def _explain(context: ServerContext, tokens: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
+    context.prompts.check(tokens)
+    longest = context.client.model.max_model_len
+    if len(tokens) >= longest:  # nobody could run it, and looking for its segments takes time from everybody
+        raise ContextLengthError(f"the prompt has {len(tokens)} tokens; allowed: fewer than {longest}", param="prompt")
+    told = dict(await context.client.explain(tokens, tenant=tenant, cache_salt=salt))
+    for run in told["runs"]:
+        ends = tokens[run["start"] :][:SHOWN_TOKENS], tokens[: run["stop"]][-SHOWN_TOKENS:]
+        run["text"] = " ... ".join([await context.prompts.decode(list(end)) for end in ends])
+    return told
