@@ -84,7 +84,7 @@ class ShareOptions:
     """A prompt with less to reuse is computed plainly."""
     min_gain: float = 0.1
     """Share of the prompt's work that reuse must save; -1 to reuse where it costs time, too."""
-    reject_above: float = 1.0
+    reject_above: float = 0.35
     """Mean deviation ||V' - V|| / ||V|| at the check layer above which a run is computed instead; 0 rejects everything."""
     refresh_budget: int = 16
     """Rows per step, of all requests together, for `RepairOptions.refresh`."""
