@@ -14,7 +14,8 @@ turning a few pages than by starting at the beginning, and whoever has found it 
 It is a quiet afternoon. Outside there are trees along a street, a few cars, and people who walk home with their shopping.
 Inside there is a table with a lamp, a chair, and a window that is open a little. The weather has been good this week, neither
 warm nor cold, and there is no reason to hurry. Work that was begun in the morning is nearly done, and what is left can wait
-until tomorrow. There is time to sit down, to take one page after another, and to see what is written there. What comes next is one of
-these pages. It is given here in full, as it was written, and it stands for itself.
+until tomorrow. There is time to sit down, to take one page after another, and to see what is written there. What comes next is
+one of these pages.
+It is given here in full, as it was written, and it stands for itself.
 
 """
