@@ -183,6 +183,16 @@ class EngineCore:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises InvalidRequestError if it can never be served, or its id is in use."""
+        if self.share is None:
+            self._add(request)
+            return
+        try:
+            self._add(request)
+        except InvalidRequestError:
+            self.share.discard(request)
+            raise
+
+    def _add(self, request: Request) -> None:
         if request.id in self._states:
             raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
         if request.priority and not self._order.uses_priority:
@@ -275,7 +285,7 @@ class EngineCore:
 
     def _give_way(self, errand: Request) -> None:
         """End the engine's own work, to begin it anew later."""
-        self._sharing().errands.put_back()
+        self._sharing().give_way()
         self._errand = None
         self.abort(errand.id)
 

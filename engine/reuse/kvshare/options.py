@@ -77,7 +77,7 @@ class ShareOptions:
     check_layer: int = 1
     """Layers [0, check_layer] run on all rows before tokens are ranked; layer 0 alone would show no deviation."""
     probe: int = 16
-    """Rows whose attention counts: the last so many that no donor has."""
+    """Rows whose attention counts: the last so many of the prompt, as far as no donor has them."""
     min_match: int = 64
     """Shortest run that is reused; half of it where it touches another run of the same donor."""
     min_reusable: int = 256

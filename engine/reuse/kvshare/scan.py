@@ -22,7 +22,7 @@ from torch import Tensor
 from kvloom.engine.cache import Storage
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.reuse.kvshare.repair import Floats, Ints
-from kvloom.kernels.interface import Kernels, PagedKV, Plan, Rows
+from kvloom.kernels.interface import Kernels, Lists, PagedKV, Plan, Rows
 
 IDENTITY_ROWS = 32
 
@@ -104,19 +104,20 @@ class Scanner:
         return Deviation(change.abs().sum(dim=1).numpy(), (change.norm(dim=1) / norm).numpy())
 
     @torch.inference_mode()
-    def attention(self, sequence: Placed, positions: Ints, *, deep: bool) -> Floats:
-        """Mean attention that rows at `positions` pay to every position, over rows, heads and layers: [length].
+    def attention(self, sequence: Placed, probe: Ints, known: Ints | None = None) -> Floats:
+        """Mean attention that rows at `probe` pay to every position, over rows, heads and layers: [length].
 
-        deep: over all layers, else at the check layer alone. The rows run through those layers over what is stored, and store
-        their KV; they are computed again with the prompt's other rows.
+        known: None to look at the check layer alone, where `deviation` has computed all rows. Otherwise the positions before
+        the first of `probe` (which follow each other) whose KV is there in every layer: all layers count, and the rows see
+        those positions and each other. Their KV is stored, and computed again with the prompt's other rows.
         """
-        part = _Part(self, sequence, positions)
+        part = _Part(self, sequence, probe, known)
         x, delta = self._decoder.embed(part.tokens), None
-        layers = range(self._config.layers if deep else self._layer + 1)
-        part.watch = layers if deep else layers[-1:]
+        layers = range(self._layer + 1 if known is None else self._config.layers)
+        part.watch = layers[-1:] if known is None else layers
         for index in layers:
             delta = self._decoder.layer(index, x, delta, part)
-        return (part.mass / (len(part.watch) * len(positions) * self._config.q_heads)).numpy()
+        return (part.mass / (len(part.watch) * len(probe) * self._config.q_heads)).numpy()
 
     def _store(self, layer: int, qkv: Tensor, positions: Ints, kv: PagedKV, slots: Tensor) -> Tensor:
         """Rotate and store a projection; returns q: [rows, q_heads, head_dim]."""
@@ -128,21 +129,26 @@ class Scanner:
 
 
 class _Part:
-    """`LayerAttention` of rows at some positions of one sequence, each seeing everything up to itself."""
+    """`LayerAttention` of rows at some positions of one sequence, each seeing everything up to itself; or, with `known`, those
+    positions and the rows' own, which follow each other."""
 
-    def __init__(self, scanner: Scanner, sequence: Placed, positions: Ints) -> None:
+    def __init__(self, scanner: Scanner, sequence: Placed, positions: Ints, known: Ints | None = None) -> None:
         self._scanner, self._config = scanner, scanner._config
         self._positions = positions
         self.tokens = torch.from_numpy(sequence.tokens[positions])
         self.slots = sequence.slots(positions)
-        count = len(positions)
+        count, config = len(positions), scanner._config
         stop = torch.from_numpy((positions + 1).astype(np.int32))
         zeros = torch.zeros(count, dtype=torch.int32)
-        rows = Rows(torch.from_numpy(sequence.blocks)[None], zeros, zeros, stop)
-        config = self._config
+        start, lists, columns = zeros, None, np.arange(int(positions[-1]) + 1)
+        if known is not None:
+            start = torch.full_like(zeros, int(positions[0]))
+            lengths = torch.full((count, 1), len(known), dtype=torch.int32)
+            lists = Lists(torch.from_numpy(known.astype(np.int32)), torch.zeros_like(lengths), lengths)
+            columns = np.concatenate([known, positions])
+        rows = Rows(torch.from_numpy(sequence.blocks)[None], zeros, start, stop, lists)
         self._plan: Plan = scanner._kernels.plan(rows, config.q_heads, config.kv_heads, config.head_dim)
-        self._longest = int(positions[-1]) + 1
-        self._stop = stop
+        self._columns = torch.from_numpy(columns)
         self.watch: Sequence[int] = ()
         """Layers whose attention is added up in `mass`."""
         self.mass = torch.zeros(len(sequence.tokens))
@@ -153,10 +159,10 @@ class _Part:
         out = torch.empty_like(q)
         logits = None
         if layer in self.watch:
-            logits = torch.full((len(q), self._config.q_heads, self._longest), float("-inf"))
+            logits = torch.full((len(q), self._config.q_heads, len(self._columns)), float("-inf"))
         scanner._kernels.attend(q, kv, self._plan, scale=scanner._scale, out=out, logits=logits)
         if logits is not None:
-            self.mass[: self._longest] += logits.softmax(dim=2).sum(dim=(0, 1))
+            self.mass[self._columns] += logits.softmax(dim=2).sum(dim=(0, 1))
         return out.view(len(q), -1)
 
 

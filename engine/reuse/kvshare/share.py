@@ -138,6 +138,17 @@ class KVShare:
         """A text is being queued to be compiled alone. Raises InvalidRequestError if the tenant may not."""
         self._donors.compile(request)
 
+    def discard(self, request: Request) -> None:
+        """It could not be queued after all."""
+        self._donors.close(request)
+        if self.errands.of(request) is not None:
+            self.errands.done()
+
+    def give_way(self) -> None:
+        """The errand that runs begins anew later; what it has seen so far does not count."""
+        self.errands.put_back()
+        self._shadow.conclude(whole=False)
+
     def generated(self, request: Request, table: BlockTable) -> None:
         """A request's prompt is computed."""
         ours = request in self._repairs or self._donors.compiled(request) or self.errands.of(request)
@@ -284,8 +295,10 @@ class KVShare:
         if options.policy == "blend":
             return found.absolute, deviation
         fresh = np.setdiff1d(np.arange(prefix, length), positions, assume_unique=True)  # rows that are computed in any case
-        probe = fresh[-self.options.probe :]
-        attention = self._scanner.attention(placed, probe, deep=options.policy != "dhd")[positions]
+        breaks = np.flatnonzero(np.diff(fresh) != 1)
+        probe = fresh[breaks[-1] + 1 if len(breaks) else 0 :][-self.options.probe :]
+        known = None if options.policy == "dhd" else np.concatenate([np.arange(prefix), positions])
+        attention = self._scanner.attention(placed, probe, known)[positions]
         if options.policy == "query":
             return attention, deviation
         return found.absolute * (attention if options.policy == "dhd" else np.sqrt(attention)), deviation

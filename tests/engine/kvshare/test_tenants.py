@@ -170,6 +170,13 @@ def test_uploads_that_are_refused(llm: LLM, tenant: str, scope: str) -> None:
     with pytest.raises(InvalidRequestError):
         upload(llm, tenant, DOCUMENT, scope)
     assert len(llm.core.share.store) == 0 and not llm.core.busy
+    assert not llm.core.share._donors._compiled
+
+
+def test_an_upload_that_is_too_long_leaves_nothing(llm: LLM) -> None:
+    with pytest.raises(InvalidRequestError):
+        upload(llm, "alice", text(1, 600), "tenant")
+    assert not llm.core.share._donors._compiled
 
 
 def test_isolated_text_has_seen_nothing_but_the_sink(llm: LLM) -> None:
@@ -261,6 +268,21 @@ def test_errands_give_way(healing: LLM) -> None:
     assert core.has_errands  # put back
     healing.settle()
     assert not core.has_errands and not core.busy
+
+
+def test_an_interrupted_shadow_check_counts_once(make_llm: MakeLLM) -> None:
+    options = OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1') % ', "heal": false, "shadow_kl": 1000, "shadow_top1": 0'
+    llm = make_llm(kvshare_options=options, segment_memory="64MiB")
+    ask(llm, "", prompt(1))
+    ask(llm, "", prompt(2), sampling=SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+    llm.core.start_errand()
+    for _ in range(6):  # its prompt in pieces, and some of its answer
+        llm.core.step()
+    assert llm.core.share._shadow._checking
+    ask(llm, "", text(11, 40), reuse="exact")
+    llm.settle()
+    stats = llm.stats().share
+    assert stats.shadow_checks == 1 and stats.shadow_tokens == 10
 
 
 def shadowing(make_llm: MakeLLM, extra: str) -> LLM:
