@@ -1,29 +1,34 @@
-# make serve        set everything up and serve the built-in model on 127.0.0.1:8000
-# make demo         set everything up, start a server, talk to it through openai-python, print answers and figures
-# make test         set everything up, lint, type-check and run every test
+# make serve        install what serving needs, and serve the built-in model on 127.0.0.1:8000
+# make demo         the same with openai-python: start a server, talk to it, print answers and figures
+# make test         install the development tools, lint, type-check and run every test
+# make setup        install the development tools
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
 #                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
+#
+# PYTHON=python3.13   which Python makes the environment (3.11 or newer)
+# TORCH_INDEX=URL     where torch comes from: PyTorch's index of CPU builds by default; empty for pip's own configuration
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
-STAMP  := $(VENV)/.kvloom-installed
 
 .PHONY: setup serve demo test lint types bench-peers clean
 
-setup: $(STAMP)
+setup: $(VENV)/.dev
 
-$(STAMP): pyproject.toml
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per set of extras: serving needs none, so it does not install what tests need.
+$(VENV)/.serve $(VENV)/.demo $(VENV)/.bench $(VENV)/.dev: pyproject.toml scripts/install.py | $(VENV)/bin/python
+	$(BIN)/python scripts/install.py $(filter-out serve,$(subst .,,$(@F)))
 	$(BIN)/python -m kvloom.kernels
 	touch $@
 
-serve: setup
+serve: $(VENV)/.serve
 	$(BIN)/kvloom serve smollm2
 
-demo: setup
+demo: $(VENV)/.demo
 	$(BIN)/python -m kvloom.loadtest.demo
 
 test: setup lint types
@@ -36,7 +41,7 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-bench-peers: setup
+bench-peers: $(VENV)/.bench
 	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
 	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import socket
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass
 
-import httpx
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
@@ -151,10 +152,16 @@ def converse(console: Console, base_url: str, model: str) -> None:
     answers, wall = asyncio.run(crowd(base_url, model))
     report(console, answers, wall)
     require(all(answer.cached_tokens > 0 for answer in answers), "the shared system prompt was not reused")
-    kv = httpx.get(base_url.removesuffix("/v1") + "/v1/kv", timeout=10).json()
+    kv = json.loads(get(base_url.removesuffix("/v1") + "/v1/kv"))
     used = [group["in_use"] for group in kv["blocks"].values()]
     require(not any(used), f"blocks are still in use afterwards: {used}")
     console.print(f"KV cache          {kv['capacity_tokens']} tokens, hit rate {kv['hit_rate']:.0%}, no block in use")
+
+
+def get(url: str) -> bytes:
+    """The body of a GET. Raises OSError if nobody answers, or with an error status."""
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        return bytes(answer.read())
 
 
 def free_port() -> int:
@@ -169,10 +176,11 @@ def wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> float:
     while time.perf_counter() - began < START_SECONDS:
         require(server.poll() is None, f"the server ended with exit code {server.returncode}")
         try:
-            if httpx.get(url, timeout=2).status_code == 200:
-                return time.perf_counter() - began
-        except httpx.TransportError:
+            get(url)
+        except OSError:  # nobody listens yet, or it answers 503
             time.sleep(0.05)
+        else:
+            return time.perf_counter() - began
     raise Malformed(f"the server was not healthy after {START_SECONDS:.0f} s")
 
 
