@@ -14,13 +14,26 @@ import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from kvloom.engine.errors import ConfigError
 
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
 Backend = Literal["auto", "native", "numba", "reference"]
+
+Tokens = Annotated[int, "TOKENS"]
+Count = Annotated[int, "N"]
+Size = Annotated[int, "SIZE"]
+"""Bytes; written as 4GiB, 512MiB, or a plain number."""
+Milliseconds = Annotated[int, "MS"]
+JSONText = Annotated[str, "JSON"]
+FilePath = Annotated[str, "FILE"]
+Name = Annotated[str, "NAME"]
+"""What a setting's value is, as the command line's help shows it."""
+
+_DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "auto": "bf16"}
+"""Other servers' names of dtypes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,18 +42,18 @@ class ModelOptions:
 
     model: str = "smollm2"
     """Built-in name, local folder (safetensors + tokenizer.json), .gguf file, or Hugging Face repo id."""
-    served_model_name: str | None = None
+    served_model_name: Name | None = None
     """Name in the API; the default is MODEL as given."""
     dtype: DType = "bf16"
-    """Compute and KV type: bf16, fp16 or fp32."""
+    """Compute and KV type: bf16, fp16 or fp32; also bfloat16, float16, half, float32, and auto (bf16)."""
     weights: WeightMode = "auto"
     """How linear layers are stored: bf16 (that is, dtype), int8, int4, or auto (the fastest within 1% perplexity)."""
-    max_model_len: int | None = None
+    max_model_len: Tokens | None = None
     """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
     only with a selection that goes beyond it: token_select with re-indexed positions."""
     backend: Backend = "auto"
     """Attention kernels: native (C++, built on this machine), numba, reference, or auto (the first that works)."""
-    threads: int | None = None
+    threads: Count | None = None
     """Compute threads; the default is one per core this process may use."""
 
 
@@ -48,16 +61,16 @@ class ModelOptions:
 class CacheOptions:
     """The KV cache."""
 
-    kv_memory: int | None = None
+    kv_memory: Size | None = None
     """Bytes for the KV cache (4GiB, 512MiB, ...); the default is a quarter of the memory that is free, at most 4 GiB."""
-    block_size: int = 16
+    block_size: Tokens = 16
     """Tokens per block: a power of two from 1 to 256."""
-    reuse: str = "exact"
+    reuse: Name = "exact"
     """Where KV may come from unless a request says otherwise: off, exact (the same prefix), approx (KVShare: also segments of
     other prompts at any position, repaired)."""
-    kvshare_options: str | None = None
+    kvshare_options: JSONText | None = None
     """KVShare's own options as a JSON object, such as {"policy": "dhd", "ratio": 0.2}."""
-    segment_memory: int | None = None
+    segment_memory: Size | None = None
     """Bytes for segments that KVShare reuses (1GiB, ...); the default is half of kv_memory. Taken only as they come."""
 
     def __post_init__(self) -> None:
@@ -73,20 +86,20 @@ class CacheOptions:
 class SchedulerOptions:
     """Who runs next, and how much in a step."""
 
-    scheduler: str = "fcfs"
+    scheduler: Name = "fcfs"
     """Order of waiting requests: fcfs (first come), priority (the request's priority, then first come), cache_aware (least
     work after cache hits first, ageing with the work that passes by). Under all three, tenants share by weight."""
-    max_wait_ms: int = 2000
+    max_wait_ms: Milliseconds = 2000
     """With cache_aware: a request that has waited this long goes first, whatever work it is."""
-    max_num_seqs: int = 64
+    max_num_seqs: Count = 64
     """Most requests running at once."""
-    max_batched_tokens: int = 1024
+    max_batched_tokens: Tokens = 1024
     """Token budget of one step: decodes first, prompts in chunks with the rest."""
-    max_queued_tokens: int | None = None
+    max_queued_tokens: Tokens | None = None
     """Refuse new requests (429) while this many prompt tokens wait; the default is no bound."""
-    retention: str = "everything"
+    retention: Name = "everything"
     """What stays in memory: everything, razor (local heads keep sinks and a window alone)."""
-    retention_options: str | None = None
+    retention_options: JSONText | None = None
     """The retention's own options as a JSON object, such as {"induction_share": 0.3}."""
 
     def __post_init__(self) -> None:
@@ -103,7 +116,7 @@ class SchedulerOptions:
 class TenantOptions:
     """Tenants: who shares the engine."""
 
-    tenants: str | None = None
+    tenants: FilePath | None = None
     """YAML file with the weight, quotas, group and API keys of each tenant; the default is equal weights, no quotas."""
 
 
@@ -111,17 +124,17 @@ class TenantOptions:
 class SelectionOptions:
     """What a decode step reads, unless a request says otherwise."""
 
-    selection: str = "dense"
+    selection: Name = "dense"
     """Method: dense, sink_window, token_select, tidal_decode, recycled, razor_view."""
-    budget: int | None = None
+    budget: Tokens | None = None
     """Positions that a sparse decode row reads, sinks and recent tokens included; the default is the method's own."""
-    selection_options: str | None = None
+    selection_options: JSONText | None = None
     """The method's own options as a JSON object, such as {"sinks": 8}."""
     draft: bool = False
     """Use the method only to draft tokens that a dense step verifies: output as if dense."""
-    draft_tokens: int = 4
+    draft_tokens: Tokens = 4
     """Tokens per draft, 1 to 16."""
-    shadow_interval: int = 256
+    shadow_interval: Annotated[int, "STEPS"] = 256
     """Measure covered attention mass against a dense pass once in so many sparse steps; 0 for never."""
 
     def __post_init__(self) -> None:
@@ -186,6 +199,8 @@ class Option(NamedTuple):
     type: Any
     default: Any
     help: str
+    unit: str
+    """What a value is, in capitals: TOKENS, SIZE, FILE; VALUE where nothing better is known."""
 
 
 @functools.cache
@@ -197,8 +212,14 @@ def option_fields(cls: Any) -> tuple[Option, ...]:
     for node, after in zip(tree.body, tree.body[1:]):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
             docs[node.target.id] = inspect.cleandoc(str(ast.literal_eval(after.value)))
-    hints = get_type_hints(cls)
-    return tuple(Option(f.name, hints[f.name], f.default, docs[f.name]) for f in dataclasses.fields(cls))
+    hints, marked = get_type_hints(cls), get_type_hints(cls, include_extras=True)
+    return tuple(Option(f.name, hints[f.name], f.default, docs[f.name], _unit(marked[f.name])) for f in dataclasses.fields(cls))
+
+
+def _unit(hint: Any) -> str:
+    """The unit in an annotation such as Annotated[int, "TOKENS"] | None."""
+    parts = (hint, *get_args(hint))
+    return next((part.__metadata__[0] for part in parts if get_origin(part) is Annotated), "VALUE")
 
 
 def all_options() -> Iterator[tuple[str, Option]]:
@@ -231,6 +252,7 @@ def parse_value(option: Option, value: Any) -> Any:
     if value is None and optional:
         return None
     if all(isinstance(kind, str) for kind in kinds):  # Literal["a", "b"]
+        value = _DTYPE_NAMES.get(value, value) if option.name == "dtype" else value
         if value not in kinds:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")
         return value

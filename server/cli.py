@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from kvloom.engine.config import EngineConfig, Option, all_options
 from kvloom.engine.errors import ConfigError, KVLoomError
+from kvloom.server import aliases
 from kvloom.server.options import ServerOptions, allowed_values, default_text, server_options
 from kvloom.version import __version__
 
@@ -58,7 +59,7 @@ API_KEY_VARIABLE = "KVLOOM_API_KEY"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Bad flags end in SystemExit(2), as argparse does."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
         if len(words) > 1 and words[1] in MEASUREMENTS.get(words[0], ()):
             return _measure(MEASUREMENTS[words[0]][words[1]][0], words[2:])
@@ -82,9 +83,11 @@ class _Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Arguments of a command line. Ends the process with one line if they are wrong."""
     parser = _parser()
-    arguments, unknown = parser.parse_known_args(argv)
+    words = list(argv or ())
+    arguments, unknown = parser.parse_known_args(aliases.flags(words) if words[:1] == ["serve"] else words)
     if unknown:
-        flags = ["--" + option.name.replace("_", "-") for option in (*(o for _, o in all_options()), *server_options())]
+        known = [option.name for option in (*(o for _, o in all_options()), *server_options())]
+        flags = ["--" + name.replace("_", "-") for name in (*known, *aliases.RENAMED, *aliases.SWITCHES, *aliases.ONLY)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         arguments.parser.error(f"unknown argument {unknown[0]}{hint}")
@@ -127,7 +130,8 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="serve a model over an OpenAI-compatible API",
         description="Serve a model over an OpenAI-compatible API. A YAML file given by --config holds the same names, with or "
-        f"without dashes; flags win over it. API keys can also come from ${API_KEY_VARIABLE}.",
+        f"without dashes; flags win over it. API keys can also come from ${API_KEY_VARIABLE}. Flags of vLLM that mean something here "
+        "are taken under its names, too.",
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
@@ -151,11 +155,11 @@ def _add_flag(group: Any, option: Option) -> None:
     if option.type is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     elif option.type == tuple[str, ...]:
-        group.add_argument(flag, action="append", metavar="VALUE", **common)
+        group.add_argument(flag, action="append", metavar=option.unit, **common)
     else:
         # Values stay text here: `EngineConfig` and `ServerOptions` read those of the command line and of YAML alike.
         values = allowed_values(option)
-        group.add_argument(flag, metavar="{" + ",".join(values) + "}" if values else "VALUE", **common)
+        group.add_argument(flag, metavar="{" + ",".join(values) + "}" if values else option.unit, **common)
 
 
 def _help(option: Option) -> str:
@@ -228,7 +232,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {file} is not YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"--config {file} holds no mapping; write lines such as port: 8000")
-    return {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+    return aliases.settings({str(key).replace("-", "_"): value for key, value in (content or {}).items()})
 
 
 def _models_list(arguments: argparse.Namespace) -> int:

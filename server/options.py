@@ -6,44 +6,48 @@ import dataclasses
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from kvloom.engine.config import Option, option_fields, parse_bytes, parse_value
+from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_bytes, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.tenants import Tenants
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]
+Keys = Annotated[tuple[str, ...], "KEY"]
+Networks = Annotated[tuple[str, ...], "CIDR"]
+Origins = Annotated[tuple[str, ...], "ORIGIN"]
+Seconds = Annotated[float, "SECONDS"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptions:
     """The HTTP server."""
 
-    host: str = "127.0.0.1"
+    host: Annotated[str, "ADDRESS"] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 or :: for every interface (then set --api-key)."""
-    port: int = 8000
+    port: Annotated[int, "PORT"] = 8000
     """Port to listen on; 0 picks a free one."""
-    api_key: tuple[str, ...] = ()
+    api_key: Keys = ()
     """Key that clients must send as a bearer token; repeat it, or separate by commas, for several. Guards all but /health."""
-    trusted_proxies: tuple[str, ...] = ()
+    trusted_proxies: Networks = ()
     """Network (CIDR, such as 10.0.0.0/8) of proxies that may name a request's tenant in X-KVLoom-Tenant; repeat it, or separate
     by commas, for several. From anywhere else that header is refused."""
     tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     """API key -> tenant, beside `api_key`: from the tenants file, see `with_tenants`."""
-    cors: tuple[str, ...] = ()
+    cors: Origins = ()
     """Origin whose pages may call the API from a browser (* for any); repeat it, or separate by commas, for several."""
-    max_body: int = 4 * 1024**2
+    max_body: Size = 4 * 1024**2
     """Largest request body (4MiB, 512KiB, ...); anything longer is refused with 413."""
-    drain_seconds: float = 10.0
+    drain_seconds: Seconds = 10.0
     """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
     log_level: LogLevel = "info"
     """Least important messages to log: debug, info, warning or error."""
     access_log: bool = True
     """Log one line per generation request: id, tokens, times, finish reason; never any text."""
-    ssl_certfile: str | None = None
+    ssl_certfile: FilePath | None = None
     """Certificate chain (PEM) to serve HTTPS with."""
-    ssl_keyfile: str | None = None
+    ssl_keyfile: FilePath | None = None
     """Private key (PEM) of the certificate."""
 
     def __post_init__(self) -> None:

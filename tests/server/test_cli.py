@@ -172,3 +172,60 @@ def test_measurements_are_listed_and_an_unknown_one_is_refused(capsys: pytest.Ca
         cli.main(["bench", "nothing"])
     assert ended.value.code == 2
     assert "engine" in capsys.readouterr().err
+
+
+def test_bare_kvloom_prints_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([])
+    assert ended.value.code == 0 and "serve a model" in capsys.readouterr().out
+
+
+def test_other_servers_names_are_taken():
+    config, options = parse("m", "--max-num-batched-tokens", "256", "--max-num-batched-tokens=512", "--dtype", "bfloat16",
+                            "--tensor-parallel-size", "1", "--pipeline-parallel-size=1", "--no-enable-prefix-caching",
+                            "--enable-chunked-prefill", "--enforce-eager", "--kv-cache-memory-bytes", "1GiB",
+                            "--scheduling-policy", "priority", "--disable-log-requests", "--kv-cache-dtype", "auto")  # fmt: skip
+    assert (config.scheduler.max_batched_tokens, config.model.dtype, config.cache.reuse) == (512, "bf16", "off")
+    assert (config.cache.kv_memory, config.scheduler.scheduler, options.access_log) == (1 << 30, "priority", False)
+
+
+def test_other_servers_names_in_yaml(tmp_path):
+    file = tmp_path / "kvloom.yaml"
+    file.write_text(
+        "max-num-batched-tokens: 64\ntensor_parallel_size: 1\nenable_prefix_caching: false\nenforce-eager: true\n"
+        "disable-log-requests: true\ndtype: half\n"
+    )
+    config, options = parse("--config", str(file))
+    assert (config.scheduler.max_batched_tokens, config.cache.reuse, config.model.dtype) == (64, "off", "fp16")
+    assert options.access_log is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tensor-parallel-size", "2"], "--tensor-parallel-size is '2'; allowed: 1, as kvloom runs on one machine"),
+        (["--tensor-parallel-size=2"], "is '2'; allowed: 1"),
+        (["--tensor-parallel-size"], "is ''; allowed: 1"),
+        (["--kv-cache-dtype", "fp8"], "allowed: auto or bfloat16, as KV is stored in --dtype"),
+        (["--enforce-eager=yes"], "allowed: no value"),
+    ],
+)
+def test_what_cannot_be_had_here_is_refused_with_the_reason(capsys, flags, message):
+    assert cli.main(["serve", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_misspelt_flag_of_another_server_gets_a_hint(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--tensor-paralel-size", "1"])
+    assert "did you mean --tensor-parallel-size?" in capsys.readouterr().err
+
+
+def test_help_shows_units_choices_and_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["serve", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "VALUE" not in text
+    for shown in ("--kv-memory SIZE", "--max-model-len TOKENS", "--weights {auto,bf16,int8,int4}", "--host ADDRESS",
+                  "--tenants FILE", "--selection-options JSON", "(default: 1024)", "--drain-seconds SECONDS"):  # fmt: skip
+        assert shown in text
