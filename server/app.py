@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from kvloom.engine.client import EngineClient
@@ -16,7 +17,7 @@ from kvloom.server.limits import BodyLimitMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
-from kvloom.server.routes import chat, completions, health, kv, metrics, models, tokens
+from kvloom.server.routes import chat, completions, health, home, kv, metrics, models, tokens
 from kvloom.version import __version__
 
 
@@ -29,13 +30,13 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
         yield
         context.prompts.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # /docs loads its scripts from here, not from elsewhere
         title="kvloom", version=__version__, description="An LLM server whose subject is the KV cache", lifespan=lifespan
     )
     app.state.context = context
     errors.install(app)
     description.install(app)
-    for route in (chat, completions, models, kv, tokens, health, metrics):
+    for route in (home, chat, completions, models, kv, tokens, health, metrics):
         app.include_router(route.router)
     _guard(app, context)
     return app

@@ -130,8 +130,8 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="serve a model over an OpenAI-compatible API",
         description="Serve a model over an OpenAI-compatible API. A YAML file given by --config holds the same names, with or "
-        f"without dashes; flags win over it. API keys can also come from ${API_KEY_VARIABLE}. Flags of vLLM that mean something here "
-        "are taken under its names, too.",
+        f"without dashes; flags win over it. API keys can also come from ${API_KEY_VARIABLE}. vLLM's names "
+        "of these settings are taken, too.",
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}

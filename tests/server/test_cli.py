@@ -184,7 +184,7 @@ def test_other_servers_names_are_taken():
     config, options = parse("m", "--max-num-batched-tokens", "256", "--max-num-batched-tokens=512", "--dtype", "bfloat16",
                             "--tensor-parallel-size", "1", "--pipeline-parallel-size=1", "--no-enable-prefix-caching",
                             "--enable-chunked-prefill", "--enforce-eager", "--kv-cache-memory-bytes", "1GiB",
-                            "--scheduling-policy", "priority", "--disable-log-requests", "--kv-cache-dtype", "auto")  # fmt: skip
+                            "--scheduling-policy", "priority", "--disable-log-requests")  # fmt: skip
     assert (config.scheduler.max_batched_tokens, config.model.dtype, config.cache.reuse) == (512, "bf16", "off")
     assert (config.cache.kv_memory, config.scheduler.scheduler, options.access_log) == (1 << 30, "priority", False)
 
