@@ -64,7 +64,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     progress = progress or (lambda stage, done, total: None)
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model.model, progress)
-    backend = kernels.load(config.model.backend, threads=torch.get_num_threads())
+    backend = _backend(config.model.backend, torch.get_num_threads())
     kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
     retention = _Retention(config)
     loaded = load_model(
@@ -108,6 +108,14 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
+
+
+def _backend(name: str, threads: int) -> Kernels:
+    """The kernels of that name. Raises ConfigError if they cannot be had on this machine."""
+    try:
+        return kernels.load(name, threads=threads)
+    except Exception as error:  # no compiler, a compiler that fails, an absent package
+        raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
 
 class _Retention:

@@ -20,12 +20,10 @@ from typing import Any, NoReturn
 from kvloom.engine.config import EngineConfig, Option, all_options
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.server import aliases
+from kvloom.server.exit_codes import FAILED, INTERRUPTED, USAGE_ERROR
 from kvloom.server.options import ServerOptions, allowed_values, default_text, server_options
 from kvloom.version import __version__
 
-USAGE_ERROR = 2
-FAILED = 1
-INTERRUPTED = 130
 MEASUREMENTS = {
     "bench": {
         "serve": ("kvloom.loadtest.serve_bench", "load on any OpenAI-compatible server: latency, throughput, goodput"),

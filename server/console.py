@@ -37,6 +37,11 @@ class LoadingBars:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
 
+    def interrupted(self) -> None:
+        """Take the bars away and say that loading was broken off."""
+        self._progress.stop()
+        print("kvloom: interrupted while loading", file=sys.stderr, flush=True)
+
     def __call__(self, stage: str, done: int, total: int) -> None:
         """`stage` is `done` of `total` along, in any unit; a total of 0 is not known yet."""
         if stage not in self._tasks:

@@ -1,8 +1,8 @@
 """The life of a server process: bind, load, listen, drain, exit.
 
 The port is bound before the model is loaded, so that a port in use is known at once, but nobody is let in until the engine
-is there. Exit codes: 0 after SIGTERM or Ctrl-C, ENGINE_DIED when the engine ends by itself (so that a supervisor restarts the
-process), START_FAILED when it never ran. A second signal ends the process at once.
+is there. Exit codes (`exit_codes`): 0 after SIGTERM or Ctrl-C, ENGINE_DIED when the engine ends by itself, FAILED when it never
+ran, INTERRUPTED for Ctrl-C while it loads. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ from kvloom.engine.errors import KVLoomError
 from kvloom.engine.tenants import Tenants
 from kvloom.server.app import create_app
 from kvloom.server.console import LoadingBars, banner
+from kvloom.server.exit_codes import ENGINE_DIED, INTERRUPTED
 from kvloom.server.limits import BoundedHttpProtocol
 from kvloom.server.options import ServerOptions
 
 log = logging.getLogger("kvloom.server")
-
-START_FAILED = 1
-ENGINE_DIED = 70
-"""EX_SOFTWARE of sysexits.h."""
 
 DEATH_GRACE_SECONDS = 2.0
 """How long a server with a dead engine still answers, so that streams get their error and a probe sees 503."""
@@ -59,7 +56,11 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.closing(bind(options)) as listener:
         with LoadingBars() as progress:
-            client = _start_engine(config, progress)
+            try:
+                client = _start_engine(config, progress)
+            except KeyboardInterrupt:
+                progress.interrupted()
+                os._exit(INTERRUPTED)  # the engine's thread is inside native code that nothing can be torn down under
         try:
             return _run(client, options, listener)
         finally:

@@ -11,6 +11,7 @@ from kvloom.engine.calibration import HeadClasses, RazorCalibration, find_razor,
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest import calibrate_razor, razor_heatmap
 from kvloom.server import cli
+from kvloom.server.exit_codes import USAGE_ERROR
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -63,7 +64,7 @@ def test_a_folder_of_ones_own(tiny: Path, tmp_path: Path, own: Path) -> None:
 def test_what_is_wrong_is_told_before_the_model_is_loaded(
     flags: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["calibrate", "razor", "no-such-model", *flags]) == cli.USAGE_ERROR
+    assert cli.main(["calibrate", "razor", "no-such-model", *flags]) == USAGE_ERROR
     error = capsys.readouterr().err
     assert named in error and "allowed" in error
 

@@ -5,6 +5,8 @@ The engine dies when it is asked for the prompt "die".
 
 import importlib.util
 import sys
+import threading
+import time
 from pathlib import Path
 
 from kvloom.engine.errors import ModelNotFoundError
@@ -19,6 +21,9 @@ def start(config, progress):
     if config.model.model == "absent":
         raise ModelNotFoundError("there is no model\n'absent'")
     progress("loading weights", 1, 2)
+    if config.model.model == "endless":  # an engine's thread that nothing ends
+        threading.Thread(target=time.sleep, args=(60,)).start()
+        time.sleep(60)
     engine = fakes.FakeEngine(step_seconds=float(sys.argv[1]))
     die, generate = engine.tokenizer.encode("die"), engine.generate
 

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import httpx
@@ -64,6 +65,15 @@ def start():
 
 
 BODY = {"prompt": "hello", "stream": True}
+
+
+def test_ctrl_c_while_loading_ends_the_process_whatever_its_threads_do(start):
+    process = start("endless")
+    while "loading weights" not in process.stderr:
+        time.sleep(0.02)
+    process.popen.send_signal(signal.SIGINT)
+    assert process.end() == 130
+    assert process.lines[-1] == "kvloom: interrupted while loading\n"
 
 
 def test_banner_curl_and_clean_end(start):
