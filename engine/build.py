@@ -16,7 +16,7 @@ from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_toke
 from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.catalog import ModelFiles, resolve
 from kvloom.engine.client import ModelInfo
-from kvloom.engine.config import EngineConfig, ModelOptions
+from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
@@ -107,7 +107,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
-    return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
+    return Built(core, _info(config, files, loaded, length, backend.name), tokenizer)
 
 
 def _backend(name: str, threads: int) -> Kernels:
@@ -260,7 +260,8 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
     return asked
 
 
-def _info(options: ModelOptions, files: ModelFiles, loaded: LoadedModel, length: int, backend: str) -> ModelInfo:
+def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: str) -> ModelInfo:
+    options = config.model
     return ModelInfo(
         name=options.served_model_name or options.model,
         root=files.name,
@@ -270,4 +271,5 @@ def _info(options: ModelOptions, files: ModelFiles, loaded: LoadedModel, length:
         weights=options.weights,
         backend=backend,
         created=int(time.time()),
+        settings=config.changed(),
     )

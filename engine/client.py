@@ -24,6 +24,8 @@ class ModelInfo:
     backend: str
     created: int
     """Unix seconds at which the server loaded it."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Engine settings that are not at their default, by their flat name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,6 +185,19 @@ class EngineConfig:
             parts.setdefault(section, {})[key] = parse_value(option, value)
         return cls(**{name: _section(name)(**part) for name, part in parts.items()})
 
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not at their default, by flat name: what a server says of itself, without the model's name."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {
+            option.name: getattr(section, option.name)
+            for section in values.values()
+            for option in option_fields(type(section))
+            if option.name not in _NAMES and getattr(section, option.name) != option.default
+        }
+
+
+_NAMES = ("model", "served_model_name")
+
 
 @functools.cache
 def _section(name: str) -> type:

@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kvloom.engine.client import EngineClient, EngineStats
+from kvloom.engine.client import EngineClient, EngineStats, ModelInfo
 from kvloom.server.options import ServerOptions
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
@@ -61,11 +61,19 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
         f"\nkvloom serves {model.name} at {url}\n"
         f"  model     {model.root} ({model.dtype}, weights {model.weights}, {model.backend} kernels)\n"
         f"  context   {model.max_model_len} tokens\n"
-        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n{warning}\n"
+        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n{_settings(model)}{warning}\n"
         f"Try:\n  {curl_line(options, url, model.name)}\n",
         file=sys.stderr,
         flush=True,
     )
+
+
+def _settings(model: ModelInfo) -> str:
+    """A line with the settings that are not at their default, if there are any."""
+    if not model.settings:
+        return ""
+    flags = (f"--{name.replace('_', '-')} {value}" for name, value in model.settings.items())
+    return f"  settings  {' '.join(flags)}\n"
 
 
 def _groups(stats: EngineStats) -> str:

@@ -23,7 +23,9 @@ async def kv(request: Request) -> dict[str, Any]:
     context = context_of(request)
     stats, tenant = context.client.stats(), tenant_of(request)
     everybody = sorted({*stats.tenants, *stats.share.tenant_tokens, *stats.share.segment_bytes_by})
-    return _body(stats, [tenant] if _told_apart(context) else everybody)
+    told = _body(stats, [tenant] if _told_apart(context) else everybody)
+    settings = {name: value for name, value in context.client.model.settings.items() if name != "tenants"}  # no paths of ours
+    return {**told, "settings": settings}
 
 
 def _told_apart(context: ServerContext) -> bool:

@@ -64,6 +64,12 @@ def test_sampling_parameters_know_their_bounds(field: dict[str, Any]) -> None:
     assert caught.value.param == next(iter(field))
 
 
+def test_what_was_changed_is_told_by_flat_names() -> None:
+    assert EngineConfig.from_flat({"model": "m", "served_model_name": "n", "block_size": 16}).changed() == {}
+    config = EngineConfig.from_flat({"model": "m", "selection": "recycled", "budget": 64, "kv_memory": "1GiB", "draft": True})
+    assert config.changed() == {"selection": "recycled", "budget": 64, "kv_memory": 1 << 30, "draft": True}
+
+
 def test_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")

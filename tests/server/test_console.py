@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 
 import pytest
 
@@ -33,3 +34,12 @@ def test_stages_are_lines_where_there_is_no_terminal(capsys):
             progress("downloading", done, 0)
             progress("loading", done, 2)
     assert capsys.readouterr().err == "downloading ...\nloading ...\n"
+
+
+def test_banner_names_what_is_not_the_default(fake, capsys):
+    engine = fake.FakeEngine()
+    banner(engine, ServerOptions(), 80)
+    assert "settings" not in capsys.readouterr().err
+    engine.model = replace(engine.model, settings={"selection": "tidal_decode", "max_num_seqs": 4})
+    banner(engine, ServerOptions(), 80)
+    assert "  settings  --selection tidal_decode --max-num-seqs 4\n" in capsys.readouterr().err
