@@ -82,6 +82,7 @@ def identity(llm: LLM, maker: Maker) -> list[int]:
     llm.generate([[*front[:begin], *text]], SamplingParams(max_tokens=1, temperature=0), kv=KVOptions(reuse="approx"))
     before = share.stats.identity_failures
     for offset in checked:
+        console.print(f"layer 0 after moving text by {offset} positions ...")
         filler = (behind * (1 + (begin + offset) // len(behind)))[: begin + offset]
         ran = ask(llm, (*filler, *text, *tail), approximate({"policy": "boundary", "ratio": 0.0, "boundary": 0}), 1)
         runs = (ran.usage.explanation or {}).get("runs", [])
@@ -233,6 +234,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check one model; returns the exit code: 1 if it did not pass."""
     args = parse(argv)
+    console.print(f"loading {args.model} ...")
     path = calibrate(engine(args), args)
     if path is None:
         console.print("nothing was stored: this model is served exactly")

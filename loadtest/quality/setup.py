@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -128,13 +129,18 @@ def warn_of_room(llm: LLM, tokens: int) -> None:
         )
 
 
-class Steps:
-    """A progress bar over a known number of steps, each with a name."""
+LINE_SECONDS = 10.0
+"""Where there is no terminal, a line of progress at most so often."""
 
-    def __init__(self, total: int) -> None:
+
+class Steps:
+    """Progress over a known number of steps, each with a name: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         columns = (TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=console, transient=True)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task("", total=total)
+        self._done, self._total, self._clock, self._said = 0, total, clock, -LINE_SECONDS
 
     def __enter__(self) -> Steps:
         self._bar.start()
@@ -146,13 +152,17 @@ class Steps:
     def name(self, what: str) -> None:
         """What is being done now."""
         self._bar.update(self._task, description=what)
+        if self._bar.disable and self._clock() - self._said >= LINE_SECONDS:
+            self._said = self._clock()
+            console.print(f"{self._done}/{self._total} {what}", markup=False)
 
     def done(self) -> None:
         """One step more."""
-        self._bar.advance(self._task)
+        self.skip(1)
 
     def skip(self, steps: int) -> None:
         """Steps that need not be done."""
+        self._done += steps
         self._bar.advance(self._task, steps)
 
 
