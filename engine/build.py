@@ -80,8 +80,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     cache = _cache(config, loaded, razor)
     length = _max_model_len(config, loaded, cache)
     trained = loaded.config.max_position
-    if length > trained:  # keys are stored at true positions
-        loaded.decoder.rotary = rotary_table(loaded.config.rope, length)
+    loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
     geometry = _geometry(loaded, length)
     runner = Runner(
         loaded.decoder,
