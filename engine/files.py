@@ -18,8 +18,8 @@ _INTEGERS = 1 << 63  # what 64 bits hold; arithmetic with more could leave the r
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """What goes wrong inside becomes, or stays, a ModelError that names the path."""
+def naming(path: object) -> Iterator[None]:
+    """What goes wrong inside with files becomes, or stays, a ModelError that names the path."""
     try:
         yield
     except ModelError as error:
@@ -53,7 +53,7 @@ class Fields:
     `where` stands in front of a field's name in errors, such as "config.json: ".
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], where: str = "", prefix: str = "") -> None:
         """prefix: what every name begins with in `values`."""
         self._values, self._where, self._prefix = values, where, prefix
 
