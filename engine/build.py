@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.memory import default_kv_memory
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.model.gguf_file import read_metadata
+from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.rope import rotary_table
@@ -40,7 +41,7 @@ from kvloom.engine.selection import SELECTIONS, Geometry
 from kvloom.engine.selection.base import extrapolates
 from kvloom.engine.selection.policies import Defaults, Selectors
 from kvloom.engine.tenants import Tenants
-from kvloom.engine.text import Tokenizer
+from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
 from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
@@ -75,13 +76,14 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         progress=lambda done, total: progress("loading layers", done, total),
         head_groups=retention.head_groups,
     )
-    tokenizer = Tokenizer.from_folder(files.path) if files.path.is_dir() else Tokenizer.from_gguf(read_metadata(files.path))
+    tokenizer = load_tokenizer(files.path)
+    check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
+    eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
     razor = retention.razor
     cache = _cache(config, loaded, razor)
     length = _max_model_len(config, loaded, cache)
     trained = loaded.config.max_position
-    if length > trained:  # keys are stored at true positions
-        loaded.decoder.rotary = rotary_table(loaded.config.rope, length)
+    loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
     geometry = _geometry(loaded, length)
     runner = Runner(
         loaded.decoder,
@@ -103,7 +105,6 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
             """'{"positions": "reindexed", "prefill_budget": 1024}'"""
         )
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
-    eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
@@ -116,6 +117,13 @@ def _backend(name: str, threads: int) -> Kernels:
         return kernels.load(name, threads=threads)
     except Exception as error:  # no compiler, a compiler that fails, an absent package
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a model folder or .gguf file. Raises ModelError."""
+    if path.is_dir():
+        return Tokenizer.from_folder(path)
+    return Tokenizer.from_gguf(GGUFFile(path).metadata, path)
 
 
 class _Retention:

@@ -205,7 +205,8 @@ class CacheManager:
             group.pool.release(blocks)
 
     def adopt(self, table: BlockTable, match: Match, looked_up: int) -> None:
-        """Make a match the beginning of an empty table. `looked_up` tokens count as queried."""
+        """Make a match the beginning of an empty table. `looked_up` tokens count as queried, and the match among them as found;
+        0 counts neither, for tokens that are computed again."""
         assert not table.blocks, "only an empty table can adopt a prefix"
         self._matches.remove(match)
         for part, blocks in zip(table.parts, match.parts):
@@ -213,7 +214,7 @@ class CacheManager:
         table.published = len(match.blocks)
         if table.looks_up:
             self.query_tokens += looked_up
-            self.hit_tokens += match.tokens
+            self.hit_tokens += min(match.tokens, looked_up)
 
     def missing(self, table: BlockTable, tokens: int) -> int:
         """Blocks the table lacks for `tokens` positions."""

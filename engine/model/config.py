@@ -63,6 +63,8 @@ class ModelConfig:
             value, most = getattr(self, name), _MOST.get(name, 1 << 31)
             if not 1 <= value <= most:
                 raise ModelError(f"the model's {name} is {value}; allowed: 1 to {most}")
+        if not 0 < self.rms_eps < 1:
+            raise ModelError(f"the model's rms_norm_eps is {self.rms_eps}; allowed: above 0 and below 1")
         if self.q_heads % self.kv_heads:
             raise ModelError(f"{self.q_heads} query heads cannot share {self.kv_heads} KV heads; allowed: a multiple")
 
@@ -87,6 +89,8 @@ def cap_to_window(max_position: int, window: int | None) -> int:
 
     Layers with a window are served as full attention, which is exact up to the window and wrong beyond it.
     """
+    if window is not None and window < 1:
+        raise ModelError(f"the model's sliding window is {window}; allowed: 1 or more")
     if window is None or window >= max_position:
         return max_position
     log.warning("the model has sliding-window layers: context is limited to the window, %d of %d tokens", window, max_position)

@@ -13,6 +13,7 @@ each sub-layer's result is added by the norm that follows it, which is why `laye
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.linear import Linear
-from kvloom.engine.model.rope import RotaryTable
+from kvloom.engine.model.rope import RotaryTable, rotary_table
 from kvloom.kernels.interface import Kernels
 
 
@@ -79,13 +80,16 @@ class Decoder:
         layers: list[Layer],
         final_norm: Tensor,
         head: Linear,
-        rotary: RotaryTable,
     ) -> None:
-        """embedding: [vocab, hidden] in `dtype`; final_norm: [hidden] fp32; head: hidden -> vocab; rotary: for the runner."""
+        """embedding: [vocab, hidden] in `dtype`; final_norm: [hidden] fp32; head: hidden -> vocab."""
         self.config, self.dtype, self.kernels = config, dtype, kernels
         self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
-        self.rotary = rotary
         self._whole = self._part = self._allocate(1)
+
+    @functools.cached_property
+    def rotary(self) -> RotaryTable:
+        """Cosines and sines for the runner: of all positions, unless a table of another length is set before anybody asks."""
+        return rotary_table(self.config.rope, self.config.max_position)
 
     def forward(self, tokens: Tensor, attention: LayerAttention) -> Tensor:
         """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]

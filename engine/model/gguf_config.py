@@ -6,12 +6,12 @@ tokenizer's metadata, Llama 3.1's frequency scaling off the tensor rope_freqs.we
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from kvloom.engine.errors import ModelError
+from kvloom.engine.files import Fields, shown
 from kvloom.engine.model.config import ModelConfig, cap_to_window
 from kvloom.engine.model.gguf_file import GGUFFile, GGUFTensor
 from kvloom.engine.model.rope import RopeConfig, yarn_attention_factor
@@ -38,7 +38,8 @@ def config_from_gguf(file: GGUFFile, divisors: tuple[float, ...] | None = None) 
 
     Raises ModelError naming what is missing or unsupported.
     """
-    given, tensors = _Keys(file), file.tensors
+    architecture, tensors = _architecture(file.metadata), file.tensors
+    given = Fields(file.metadata, "", f"{architecture}.")
     _refuse_unsupported(given)
     hidden, q_heads = given.integer("embedding_length"), given.integer("attention.head_count")
     head_dim = given.integer("attention.key_length", hidden // max(q_heads, 1))
@@ -46,7 +47,7 @@ def config_from_gguf(file: GGUFFile, divisors: tuple[float, ...] | None = None) 
         raise ModelError(f"{file.path}: heads of different size for keys and values are not supported")
     window = given.integer("attention.sliding_window", 0) or None
     return ModelConfig(
-        architecture=ARCHITECTURES[given.architecture],
+        architecture=ARCHITECTURES[architecture],
         dtype=_common_kind(tensors),
         vocab_size=_vocabulary(file),
         hidden_size=hidden,
@@ -64,47 +65,29 @@ def config_from_gguf(file: GGUFFile, divisors: tuple[float, ...] | None = None) 
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
         max_position=cap_to_window(given.integer("context_length"), window),
         sliding_window=window,
-        eos_token_ids=_eos(file.metadata),
-        bos_token_id=file.metadata.get("tokenizer.ggml.bos_token_id"),
+        eos_token_ids=_eos(Fields(file.metadata, "", "tokenizer.ggml.")),
+        bos_token_id=Fields(file.metadata, "").integer_or_none("tokenizer.ggml.bos_token_id"),
     )
 
 
-class _Keys:
-    """Metadata of the file's own architecture, with types checked."""
-
-    def __init__(self, file: GGUFFile) -> None:
-        self.file = file
-        self.architecture = str(file.metadata.get("general.architecture"))
-        if self.architecture not in ARCHITECTURES:
-            raise ModelError(f"{file.path} holds architecture {self.architecture!r}; supported: {', '.join(ARCHITECTURES)}")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.file.metadata.get(f"{self.architecture}.{key}", default)
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise ModelError(f"{self.file.path}: {self.architecture}.{key} is {value!r}; a whole number is needed")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ModelError(f"{self.file.path}: {self.architecture}.{key} is {value!r}; a finite number is needed")
-        return float(value)
+def _architecture(metadata: Mapping[str, Any]) -> str:
+    found = metadata.get("general.architecture")
+    if not isinstance(found, str) or found not in ARCHITECTURES:
+        raise ModelError(f"the architecture is {shown(found)}; supported: {', '.join(ARCHITECTURES)}")
+    return found
 
 
-def _refuse_unsupported(given: _Keys) -> None:
+def _refuse_unsupported(given: Fields) -> None:
     for key, neutral in _NEUTRAL.items():
         value = given.get(key)
         if value is not None and value not in neutral:
-            raise ModelError(f"{given.file.path} sets {given.architecture}.{key} to {value!r}, which is not supported")
+            raise ModelError(f"{key} is {shown(value)}, which is not supported; supported: {neutral[0]}")
 
 
-def _rope(given: _Keys, head_dim: int, divisors: tuple[float, ...] | None) -> RopeConfig:
+def _rope(given: Fields, head_dim: int, divisors: tuple[float, ...] | None) -> RopeConfig:
     rotary = given.integer("rope.dimension_count", head_dim)
     if rotary != head_dim:
-        raise ModelError(f"{given.file.path}: partial rotary embedding ({rotary} of {head_dim} dimensions) is not supported")
+        raise ModelError(f"partial rotary embedding ({rotary} of {head_dim} dimensions) is not supported")
     theta = given.number("rope.freq_base", 10_000.0)
     kind = given.get("rope.scaling.type", "none")
     if kind == "none":
@@ -118,10 +101,10 @@ def _rope(given: _Keys, head_dim: int, divisors: tuple[float, ...] | None) -> Ro
         return RopeConfig(dim=head_dim, theta=theta, kind="linear", factor=factor, divisors=divisors)
     if kind == "yarn":
         return _yarn(given, head_dim, theta, factor, divisors)
-    raise ModelError(f"{given.file.path}: rope scaling type {kind!r} is not supported; supported: none, linear, yarn")
+    raise ModelError(f"rope scaling type {shown(kind)} is not supported; supported: none, linear, yarn")
 
 
-def _yarn(given: _Keys, head_dim: int, theta: float, factor: float, divisors: tuple[float, ...] | None) -> RopeConfig:
+def _yarn(given: Fields, head_dim: int, theta: float, factor: float, divisors: tuple[float, ...] | None) -> RopeConfig:
     """llama.cpp's reading: the stated temperature multiplies the one inferred from the factor."""
     stated = given.number("rope.scaling.attn_factor", given.number("rope.scaling.yarn_attn_factor", 1.0))
     return RopeConfig(
@@ -150,7 +133,7 @@ def _common_kind(tensors: Mapping[str, GGUFTensor]) -> str:
     return kinds.most_common(1)[0][0] if kinds else "unknown"
 
 
-def _eos(metadata: Mapping[str, Any]) -> tuple[int, ...]:
+def _eos(given: Fields) -> tuple[int, ...]:
     """End of sequence, of turn and of message, in that order and without repeats."""
-    ids = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+    ids = (given.integer_or_none(f"{name}_token_id") for name in ("eos", "eot", "eom"))
     return tuple(dict.fromkeys(i for i in ids if i is not None))

@@ -19,6 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from kvloom.engine.errors import ModelError
+from kvloom.engine.files import Fields, shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -59,7 +60,7 @@ class GGUFFile:
         reader = _Reader(path, self._data)
         tensor_count, pairs = _read_header(reader)
         self.metadata: Mapping[str, Any] = _Metadata(reader, pairs)
-        if (shards := self.metadata.get("split.count", 0)) > 1:
+        if (shards := Fields(self.metadata).integer("split.count", 0)) > 1:
             raise ModelError(f"{path} is one of {shards} GGUF shards; join them first (llama-gguf-split --merge)")
         self.tensors = _read_directory(reader, tensor_count, self.metadata)
 
@@ -148,6 +149,8 @@ class _Metadata(Mapping[str, Any]):
         self._values: dict[str, tuple[int, int]] = {}
         for _ in range(pairs):
             key, kind = reader.string(), reader.scalar(_U32)
+            if key in self._values:
+                raise ModelError(f"{reader.path}: metadata key {shown(key)} is given twice; convert the model again")
             self._values[key] = kind, reader.position
             reader.value(kind, keep=False)
 
@@ -177,18 +180,25 @@ def _read_directory(reader: _Reader, count: int, metadata: Mapping[str, Any]) ->
     entries = [_read_entry(reader) for _ in range(count)]
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment <= 0 or alignment & (alignment - 1):
-        raise ModelError(f"{reader.path}: general.alignment is {alignment!r}; allowed: a power of two")
+        raise ModelError(f"{reader.path}: general.alignment is {shown(alignment)}; allowed: a power of two")
     base = -(-reader.position // alignment) * alignment
     tensors: dict[str, GGUFTensor] = {}
-    for entry in entries:
+    free = base
+    for entry in sorted(entries, key=lambda entry: entry.offset):
         tensor = entry._replace(offset=base + entry.offset)
         if tensor.name in tensors:
-            raise ModelError(f"{reader.path}: tensor {tensor.name!r} is listed twice")
+            raise ModelError(f"{reader.path}: tensor {shown(tensor.name)} is listed twice")
         if tensor.offset + tensor.size > len(reader.data):
             raise ModelError(
-                f"{reader.path} is truncated: tensor {tensor.name!r} ends at byte {tensor.offset + tensor.size:,}, "
+                f"{reader.path} is truncated: tensor {shown(tensor.name)} ends at byte {tensor.offset + tensor.size:,}, "
                 f"the file has {len(reader.data):,}; fetch it again"
             )
+        if tensor.offset < free or entry.offset % alignment:
+            raise ModelError(
+                f"{reader.path}: tensor {shown(tensor.name)} begins at byte {tensor.offset:,}; allowed: multiples of "
+                f"{alignment} behind the tensor before it, which ends at {free:,}"
+            )
+        free = tensor.offset + tensor.size
         tensors[tensor.name] = tensor
     return tensors
 
@@ -197,14 +207,14 @@ def _read_entry(reader: _Reader) -> GGUFTensor:
     """One directory entry, its offset still relative to the data section."""
     name, dims = reader.string(), reader.scalar(_U32)
     if not 1 <= dims <= 4:
-        raise ModelError(f"{reader.path}: tensor {name!r} has {dims} dimensions; allowed: 1 to 4")
+        raise ModelError(f"{reader.path}: tensor {shown(name)} has {dims} dimensions; allowed: 1 to 4")
     shape = tuple(reversed([reader.scalar(_U64) for _ in range(dims)]))
     code, offset = reader.scalar(_U32), reader.scalar(_U64)
     try:
         kind = GGMLQuantizationType(code)
         row_bytes = _row_bytes(kind, shape[-1])
     except (ValueError, KeyError):
-        raise ModelError(f"{reader.path}: tensor {name!r} of shape {shape} has unknown or unfitting type {code}") from None
+        raise ModelError(f"{reader.path}: tensor {shown(name)} of shape {shape} has unknown or unfitting type {code}") from None
     return GGUFTensor(name, kind, shape, offset, math.prod(shape[:-1]) * row_bytes)
 
 

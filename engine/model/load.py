@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kvloom.engine.config import DType, WeightMode
 from kvloom.engine.errors import ConfigError, ModelError
+from kvloom.engine.files import naming
 from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
 from kvloom.engine.model.heads import Heads, output_columns, projection_rows
@@ -26,8 +27,7 @@ from kvloom.engine.model.hf_config import read_hf_config
 from kvloom.engine.model.linear import Linear, LinearWeight, make_linear
 from kvloom.engine.model.load_gguf import GGUFWeights
 from kvloom.engine.model.load_safetensors import SafetensorsWeights
-from kvloom.engine.model.rope import rotary_table
-from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, WeightSource, check_weights, layer_prefix
+from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, WeightSource, check_weights, layer_prefix, settle_head
 from kvloom.kernels.interface import Kernels
 
 TORCH_DTYPES: dict[DType, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -62,9 +62,11 @@ def load_model(
     Raises ModelError if files are absent, damaged or unsupported, ConfigError if a setting does not fit the model.
     """
     started = time.perf_counter()
+    path = Path(path)
     config, source, files = open_checkpoint(path)
-    check_weights(source, config)
-    fingerprint = _fingerprint(config, files)
+    with naming(path):
+        check_weights(source, config)
+        fingerprint = _fingerprint(config, files)
     config = _limit_context(config, max_model_len)
     groups = head_groups(config, fingerprint)
     decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups).decoder(progress)
@@ -75,18 +77,20 @@ def load_model(
 def fingerprint_of(path: Path) -> str:
     """The identity of a model's config and weights, as in `LoadedModel`, without loading it. Raises ModelError."""
     config, _, files = open_checkpoint(path)
-    return _fingerprint(config, files)
+    with naming(path):
+        return _fingerprint(config, files)
 
 
 def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightSource, tuple[Path, ...]]:
-    """Config, weights (mapped, not read) and weight files of a model. Raises ModelError."""
+    """Config, weights (mapped, not read) and weight files of a model. Raises ModelError that names the path."""
     path = Path(path)
-    if path.is_dir():
-        config, shards = read_hf_config(path), SafetensorsWeights(path)
-        return config, shards, shards.files
-    if path.is_file():
-        gguf = GGUFWeights(path)
-        return gguf.config, gguf, gguf.files
+    with naming(path):
+        if path.is_dir():
+            config, shards = read_hf_config(path), SafetensorsWeights(path)
+            return settle_head(shards, config, path), shards, shards.files
+        if path.is_file():
+            gguf = GGUFWeights(path)
+            return gguf.config, gguf, gguf.files
     raise ModelError(f"{path} does not exist; give a model folder or a .gguf file")
 
 
@@ -129,7 +133,6 @@ class _Assembly:
             layers=layers,
             final_norm=self.read(FINAL_NORM, torch.float32),
             head=self.head(embedding),
-            rotary=rotary_table(config.rope, config.max_position),
         )
 
     def layer(self, prefix: str, heads: Heads | None = None) -> Layer:

@@ -96,6 +96,8 @@ class GGUFWeights:
         tensor = self._file.tensors.get(_ROPE_FREQS)
         if tensor is None:
             return None
+        if len(tensor.shape) != 1:
+            raise ModelError(f"tensor {_ROPE_FREQS} has shape {tensor.shape}; allowed: one dimension")
         out = torch.empty(1, tensor.shape[-1])
         return tuple(dequantize(self._bytes(tensor), tensor.kind, out)[0].tolist())
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvloom.engine.errors import ModelError
 
+_MOST_THETA, _MOST_FACTOR, _MOST_POSITION = 1e15, 1e6, 1 << 30  # beyond any model, and far from what arithmetic cannot hold
 _SPAN = 4096  # positions computed at a time, so that the fp64 intermediates stay small
 
 RopeKind = Literal["default", "linear", "llama3", "yarn"]
@@ -46,15 +47,26 @@ class RopeConfig:
     def __post_init__(self) -> None:
         if self.dim < 2 or self.dim % 2:
             raise ModelError(f"rotary dimensions (head_dim) are {self.dim}; allowed: an even number")
-        if self.theta <= 1:
-            raise ModelError(f"rotary base rope_theta is {self.theta}; allowed: above 1")
-        if self.factor < 1:
-            raise ModelError(f"rotary factor is {self.factor}; allowed: 1 or more")
-        if self.kind in ("llama3", "yarn") and self.original_max_position < 1:
-            raise ModelError(f"{self.kind} rotary embedding needs original_max_position_embeddings of 1 or more")
-        if self.high_freq_factor <= self.low_freq_factor:
-            raise ModelError(f"high_freq_factor {self.high_freq_factor} must be above low_freq_factor {self.low_freq_factor}")
-        if self.divisors is not None and (len(self.divisors) != self.dim // 2 or not all(d > 0 for d in self.divisors)):
+        if not 1 < self.theta <= _MOST_THETA:
+            raise ModelError(f"rotary base rope_theta is {self.theta}; allowed: above 1, at most {_MOST_THETA:g}")
+        if not 1 <= self.factor <= _MOST_FACTOR:
+            raise ModelError(f"rotary factor is {self.factor}; allowed: 1 to {_MOST_FACTOR:g}")
+        if self.kind in ("llama3", "yarn") and not 1 <= self.original_max_position <= _MOST_POSITION:
+            raise ModelError(
+                f"{self.kind} rotary embedding has original_max_position_embeddings of {self.original_max_position}; "
+                f"allowed: 1 to {_MOST_POSITION}"
+            )
+        if not 0 <= self.low_freq_factor < self.high_freq_factor <= _MOST_FACTOR:
+            raise ModelError(
+                f"low_freq_factor {self.low_freq_factor} and high_freq_factor {self.high_freq_factor}; allowed: 0 or more, and "
+                f"the second above the first, at most {_MOST_FACTOR:g}"
+            )
+        for name in ("beta_fast", "beta_slow", "attention_factor"):
+            if not 0 < getattr(self, name) <= _MOST_FACTOR:
+                raise ModelError(f"rotary {name} is {getattr(self, name)}; allowed: above 0, at most {_MOST_FACTOR:g}")
+        if self.divisors is not None and (
+            len(self.divisors) != self.dim // 2 or not all(0 < d < math.inf for d in self.divisors)
+        ):
             raise ModelError(f"rope_freqs needs {self.dim // 2} positive entries (head_dim / 2); it has {len(self.divisors)}")
 
 
@@ -121,4 +133,8 @@ def yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all
     def scale(coefficient: float) -> float:
         return 0.1 * coefficient * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+    if not mscale or not mscale_all_dim:
+        return scale(1.0)
+    if not scale(mscale_all_dim) > 0:
+        raise ModelError(f"rotary mscale_all_dim is {mscale_all_dim} at a factor of {factor}; allowed: 0 or more")
+    return scale(mscale) / scale(mscale_all_dim)

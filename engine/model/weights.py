@@ -7,15 +7,18 @@ files; bytes are read when a tensor is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.model.config import ModelConfig
+from kvloom.engine.model.config import ModelConfig, log
 
 QuantKind = Literal["Q4_0", "Q4_1", "Q8_0"]
+
+_ROWS = 1024  # compared at a time
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
@@ -96,6 +99,29 @@ def _layer_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield f"{name}.bias", (rows,)
 
 
+def settle_head(source: WeightSource, config: ModelConfig, where: object) -> ModelConfig:
+    """The config with `tied_embeddings` as the checkpoint has it: an output projection of its own that differs from the
+    embedding table is used, whatever the config says, as in transformers. where: named in the warning."""
+    if not config.tied_embeddings or not source.names() >= {EMBEDDING, HEAD} or _equal(source, EMBEDDING, HEAD):
+        return config
+    log.warning(
+        "%s: config.json ties the output projection to the embedding (tie_word_embeddings), but the checkpoint's %s differs "
+        "from %s; both are used as they are. Set tie_word_embeddings to false to silence this warning",
+        where, HEAD, EMBEDDING,
+    )  # fmt: skip
+    return replace(config, tied_embeddings=False)
+
+
+def _equal(source: WeightSource, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers; looks at some rows at a time, until they differ."""
+    if source.shape(one) != source.shape(other):
+        return False
+    left, right = source.tensor(one), source.tensor(other)
+    if left.dtype == right.dtype and left.data_ptr() == right.data_ptr():
+        return True
+    return all(torch.equal(a.float(), b.float()) for a, b in zip(left.split(_ROWS), right.split(_ROWS)))
+
+
 def check_weights(source: WeightSource, config: ModelConfig) -> None:
     """Raise ModelError if tensors are missing, left over or of another shape than the config says.
 
@@ -103,7 +129,11 @@ def check_weights(source: WeightSource, config: ModelConfig) -> None:
     """
     expected, found = expected_shapes(config), source.names()
     if missing := sorted(expected.keys() - found):
-        raise ModelError(f"the checkpoint lacks {_some(missing)}; is it complete, and does config.json belong to it?")
+        hint = "; if its output projection is the embedding, config.json must say tie_word_embeddings: true"
+        raise ModelError(
+            f"the checkpoint lacks {_some(missing)}; is it complete, and does its config belong to it"
+            f"{hint if missing == [HEAD] else ''}?"
+        )
     if extra := sorted(name for name in found - expected.keys() if not _harmless(name)):
         raise ModelError(f"the checkpoint holds tensors that {config.architecture} has no use for: {_some(extra)}")
     for name, shape in expected.items():

@@ -271,7 +271,7 @@ class Scheduler:
             if not self._displace(request, plan):
                 self.cache.drop(match)
                 return None
-        self.cache.adopt(table, match, len(request.tokens))
+        self.cache.adopt(table, match, 0 if request.preemptions else len(request.tokens))
         if not self.cache.reserve(table, len(request.tokens)):
             raise AssertionError("admission counted blocks that are not there")
         self._waiting.take(request)

@@ -2,6 +2,7 @@
 
 from kvloom.engine.text.chat_template import ChatTemplate, template_of
 from kvloom.engine.text.detokenizer import Delta, IncrementalDetokenizer
+from kvloom.engine.text.ends import check_vocabulary, end_tokens
 from kvloom.engine.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Delta", "IncrementalDetokenizer", "Tokenizer", "template_of"]
+__all__ = ["ChatTemplate", "Delta", "IncrementalDetokenizer", "Tokenizer", "check_vocabulary", "end_tokens", "template_of"]

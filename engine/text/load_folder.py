@@ -7,14 +7,17 @@ chat_template.json, else the one in tokenizer_config.json.
 
 from __future__ import annotations
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from kvloom.engine.errors import ModelError
+from kvloom.engine.files import Fields, read_json_if_there
 from kvloom.engine.text.settings import TokenizerSettings, unique
+
+log = logging.getLogger("kvloom.model")
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 
@@ -22,16 +25,20 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     """The backend with its special tokens marked, and the settings. Raises ModelError."""
     backend = _read_backend(folder / "tokenizer.json")
-    config = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    config = read_json_if_there(folder / "special_tokens_map.json") | read_json_if_there(folder / "tokenizer_config.json")
+    given = Fields(config, "tokenizer_config.json: ")
     names = {key: _content(config.get(key)) for key in _NAMED}
     _mark_special(backend, [name for name in names.values() if name])
+    for key in ("bos_token", "eos_token"):
+        if names[key] and _token_id(backend, names[key]) is None:
+            log.warning("%s: tokenizer_config.json names %r as %s, which tokenizer.json does not have", folder, names[key], key)
     bos_id, eos_id = (_token_id(backend, names[key]) for key in ("bos_token", "eos_token"))
     explicit = "add_bos_token" in config or "add_eos_token" in config
     return backend, TokenizerSettings(
         bos_id=bos_id,
         eos_ids=unique([eos_id, *_end_tokens(folder)]),
-        add_bos=bool(config.get("add_bos_token")) if explicit else None,
-        add_eos=bool(config.get("add_eos_token")),
+        add_bos=given.flag("add_bos_token") if explicit else None,
+        add_eos=given.flag("add_eos_token"),
         chat_template=_chat_template(folder, config),
         vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
     )
@@ -41,9 +48,13 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if not path.is_file():
         raise ModelError(f"{path.parent} has no tokenizer.json; save the fast tokenizer there (tokenizer.save_pretrained)")
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
+        backend = tokenizers.Tokenizer.from_file(str(path))
+        backend.encode("a")  # what is wrong with the rules shows here, not when a request comes
+    except BaseException as error:  # the library raises bare Exception, and panics that are not even that
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
         raise ModelError(f"{path} cannot be read ({error}); download the model again") from error
+    return backend
 
 
 def _content(token: Any) -> str | None:
@@ -67,30 +78,21 @@ def _mark_special(backend: tokenizers.Tokenizer, names: list[str]) -> None:
 def _end_tokens(folder: Path) -> list[int]:
     """eos_token_id of generation_config.json, else of config.json: an id or a list of ids."""
     for name in ("generation_config.json", "config.json"):
-        value = _read_json(folder / name).get("eos_token_id")
-        if value is not None:
-            return [int(i) for i in (value if isinstance(value, list) else [value])]
+        found = Fields(read_json_if_there(folder / name), f"{name}: ").integers("eos_token_id")
+        if found:
+            return found
     return []
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file} is not UTF-8 text ({error}); download the model again") from error
+    template = read_json_if_there(folder / "chat_template.json").get("chat_template", config.get("chat_template"))
     if isinstance(template, list):  # several named templates
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
     return template if isinstance(template, str) else None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} if there is no such file. Raises ModelError if it is broken."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path} cannot be read ({error}); download the model again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} does not hold a JSON object; download the model again")
-    return value

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.files import naming
 from kvloom.engine.text.load_folder import load_folder
 from kvloom.engine.text.load_gguf import load_gguf
 from kvloom.engine.text.settings import TokenizerSettings
@@ -45,12 +46,15 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """A Hugging Face model folder: tokenizer.json and, where present, its companions. Raises ModelError."""
-        return cls(*load_folder(Path(path)))
+        with naming(Path(path)):
+            return cls(*load_folder(Path(path)))
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
-        """The `tokenizer.*` keys of a GGUF file. Raises ModelError naming what is not supported."""
-        return cls(*load_gguf(metadata))
+    def from_gguf(cls, metadata: Mapping[str, Any], where: object = "this GGUF") -> Tokenizer:
+        """The `tokenizer.*` keys of a GGUF file. where: named in errors and warnings, the file's path. Raises ModelError
+        naming what is not supported."""
+        with naming(where):
+            return cls(*load_gguf(metadata, where))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` adds what the model expects around a plain text (mostly bos); a text

@@ -126,6 +126,15 @@ def test_preempted_requests_come_back_and_all_finish() -> None:
     assert engine.cache.pool.in_use == 0
 
 
+def test_what_is_computed_again_counts_neither_as_a_query_nor_as_a_hit() -> None:
+    """Eight prompts of 40 tokens that share nothing: nobody was ever served from the cache."""
+    engine = Engine(blocks=48, max_seqs=8)
+    requests = [engine.add(40, output=24, first=1000 * i) for i in range(8)]
+    engine.run()
+    assert sum(request.preemptions for request in requests) > 0
+    assert (engine.cache.query_tokens, engine.cache.hit_tokens) == (320, 0)
+
+
 def test_priority_orders_the_queue_and_displaces_the_least_urgent() -> None:
     engine = Engine(order="priority", max_seqs=2)
     low, lower = engine.add(4, output=9, priority=5), engine.add(4, output=9, first=20, priority=6)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kvloom.engine.errors import ModelError
 from kvloom.engine.model.hf_config import config_from_hf
-from kvloom.engine.model.load import load_model
+from kvloom.engine.model.load import fingerprint_of, load_model
 from kvloom.engine.model.load_safetensors import SafetensorsWeights
 from kvloom.engine.model.weights import expected_shapes
 
@@ -138,4 +141,57 @@ def test_a_tensor_in_two_shards(folder, kernels) -> None:
     shard(folder)
     save_file(weights(), folder / "a.safetensors")
     with pytest.raises(ModelError, match="another shard"):
+        load_model(folder, "fp32", kernels)
+
+
+# The output projection and the embedding ---------------------------------------------------------------------------------
+
+
+def tied(folder: Path, **changes: torch.Tensor | None) -> None:
+    """A checkpoint whose config ties, with random tables; changes replace, add or (None) drop tensors."""
+    torch.manual_seed(3)
+    embedding = torch.randn(30, 16)
+    (folder / "config.json").write_text(json.dumps(CONFIG | {"tie_word_embeddings": True}))
+    tables = {"model.embed_tokens.weight": embedding, "lm_head.weight": None}
+    save_file(weights(**(tables | changes)), folder / "model.safetensors", {"format": "pt"})
+
+
+def equals_transformers(folder: Path, kernels, run_logits) -> bool:
+    oracle = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = oracle(torch.tensor([[3, 1, 4, 1, 5]])).logits[0]
+    found = run_logits(load_model(folder, "fp32", kernels).decoder, [3, 1, 4, 1, 5])
+    return torch.allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_a_tied_config_with_a_head_of_its_own_is_untied(folder, kernels, run_logits, caplog) -> None:
+    tied(folder, **{"lm_head.weight": torch.randn(30, 16)})
+    with caplog.at_level(logging.WARNING, "kvloom.model"):
+        loaded = load_model(folder, "fp32", kernels)
+    assert not loaded.config.tied_embeddings
+    assert str(folder) in caplog.text and "lm_head.weight differs" in caplog.text
+    assert equals_transformers(folder, kernels, run_logits)
+    assert fingerprint_of(folder) == loaded.fingerprint
+
+
+@pytest.mark.parametrize("kind", [None, torch.float32, torch.bfloat16])
+def test_a_tied_config_with_a_copy_or_without_a_head_stays_tied(folder, kernels, run_logits, caplog, kind) -> None:
+    tied(folder)
+    if kind is not None:
+        copy = safe_open(folder / "model.safetensors", "pt").get_tensor("model.embed_tokens.weight").bfloat16()
+        tied(folder, **{"model.embed_tokens.weight": copy, "lm_head.weight": copy.to(kind, copy=True)})
+    with caplog.at_level(logging.WARNING, "kvloom.model"):
+        loaded = load_model(folder, "fp32", kernels)
+    assert loaded.config.tied_embeddings and not caplog.text
+    assert loaded.decoder.head.weight.data_ptr() == loaded.decoder.embedding.data_ptr()
+    assert equals_transformers(folder, kernels, run_logits)
+
+
+def test_heads_that_cannot_be(folder, kernels) -> None:
+    tied(folder, **{"lm_head.weight": torch.randn(31, 16)})
+    with pytest.raises(ModelError, match=r"lm_head.weight has shape \(31, 16\); the config says \(30, 16\)"):
+        load_model(folder, "fp32", kernels)
+    save_file(weights(**{"lm_head.weight": None}), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ModelError, match=rf"{folder}: .*lacks lm_head.weight.*tie_word_embeddings: true"):
         load_model(folder, "fp32", kernels)
