@@ -23,7 +23,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
         )
     else:
         tokens = await context.prompts.text(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-    texts = [context.client.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    texts = [context.client.tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": context.client.model.max_model_len, "tokens": tokens, "token_strs": texts}
 
 
