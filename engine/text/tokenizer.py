@@ -102,7 +102,7 @@ class Tokenizer:
         return self.token_bytes(token).decode("utf-8", errors="replace")
 
     def token_name(self, token: int) -> str:
-        """What lists of tokens show: its text, or for bytes that are no text alone `bytes:\\xf0\\x9f`, as OpenAI spells them."""
+        """What lists of tokens show: its text; bytes that are no text alone are spelled `bytes:\\xf0\\x9f`, as OpenAI does."""
         raw = self.token_bytes(token)
         try:
             return raw.decode("utf-8")
