@@ -33,6 +33,8 @@ log = logging.getLogger("kvloom.server")
 MAX_MESSAGE = 600
 """Characters of a message; the rest is cut, since it may quote what the client sent."""
 
+MAX_PARAM = 200
+
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 _PHRASES = {404: "no such path", 405: "this path has no such method"}
 
@@ -45,6 +47,11 @@ class ServerClosingError(KVLoomError):
     """The request was ended because the server is shutting down, or by an operator."""
 
 
+def _encodable(text: str) -> str:
+    """Text with halves of surrogate pairs, which JSON can write and UTF-8 cannot, spelled out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class WireError(NamedTuple):
     """An error as clients see it."""
 
@@ -55,10 +62,11 @@ class WireError(NamedTuple):
     retry_after: float | None = None
 
     def body(self) -> dict[str, Any]:
-        """The JSON object, without its status."""
+        """The JSON object, without its status. It can be encoded whatever the client sent."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         message = self.message if len(self.message) <= MAX_MESSAGE else self.message[: MAX_MESSAGE - 3] + "..."
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _encodable(self.param[:MAX_PARAM])
+        return {"error": {"message": _encodable(message), "type": kind, "param": param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
         """Retry-After in whole seconds, rounded up, where a retry makes sense."""

@@ -59,9 +59,11 @@ class PromptEncoder:
         characters = sum(64 + message.length() for message in messages)
         return await self._run(characters > INLINE_CHARACTERS, encode)
 
-    async def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Text of token ids."""
-        return await self._run(len(tokens) > INLINE_TOKENS, lambda: self.tokenizer.decode(tokens, skip_special_tokens))
+    async def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True, open_end: bool = False) -> str:
+        """Text of token ids; `open_end` leaves out a character that is not complete at the end."""
+        return await self._run(
+            len(tokens) > INLINE_TOKENS, lambda: self.tokenizer.decode(tokens, skip_special_tokens, open_end=open_end)
+        )
 
     def check(self, tokens: Sequence[int], param: str = "prompt") -> None:
         """Raises InvalidRequestError if an id is outside the vocabulary."""

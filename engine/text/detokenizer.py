@@ -10,14 +10,12 @@ whose first bytes end the prompt comes out with the first output.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from kvloom.engine.text.reader import TokenReader
 from kvloom.engine.text.stops import StopMatcher, Stopped
 from kvloom.engine.text.tokenizer import Tokenizer
-
-_LONGEST_CHARACTER = 4  # bytes, in UTF-8
 
 
 class Delta(NamedTuple):
@@ -41,53 +39,26 @@ class IncrementalDetokenizer:
         min_tokens: int = 0,
     ) -> None:
         """`prompt`: its token ids, or enough of their tail to hold some text. Stop strings count from token min_tokens + 1."""
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._reader = TokenReader(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
         self._stops = StopMatcher(stop, include_stop)
         self._unarmed = min_tokens
         self._stopped: str | None = None
-        self._strip_space = tokenizer.strips_first_space
-        self._read_prompt(prompt)
 
     def push(self, token: int) -> Delta:
         """Add a generated token. After a stop, tokens add nothing."""
         if self._stopped is not None:
             return Delta("", self._stopped)
         self._unarmed -= 1
-        text = self._without_first_space(self._decoder.decode(self._bytes(token)))
-        return self._through_stops(text)
+        return self._through_stops(self._reader.push(token))
 
     def finish(self) -> str:
         """The rest, when generation ended for another reason: text held back, and U+FFFD for half a character."""
         if self._stopped is not None:
             return ""
-        rest = self._through_stops(self._without_first_space(self._decoder.decode(b"", final=True)))
+        rest = self._through_stops(self._reader.finish())
         return rest.text if rest.stopped else rest.text + self._stops.finish()
 
     def _through_stops(self, text: str) -> Delta:
         passed: Stopped = self._stops.push(text, armed=self._unarmed < 0)
         self._stopped = passed.stop
         return Delta(passed.text, passed.stop)
-
-    def _bytes(self, token: int) -> bytes:
-        if self._skip_special and self._tokenizer.is_special(token):
-            return b""
-        return self._tokenizer.token_bytes(token)
-
-    def _without_first_space(self, text: str) -> str:
-        if self._strip_space and text:
-            self._strip_space = False
-            return text[1:] if text.startswith(" ") else text
-        return text
-
-    def _read_prompt(self, prompt: Sequence[int]) -> None:
-        """Prime the decoder with the prompt's last bytes: as many as can be part of a character that is not complete."""
-        tail = b""
-        for token in reversed(prompt):
-            tail = self._bytes(token) + tail
-            if len(tail) >= _LONGEST_CHARACTER:
-                break
-        if tail:
-            self._decoder.decode(tail)
-            self._strip_space = False

@@ -12,6 +12,7 @@ text before it is rendered: `Tokenizer.special_in(text)` finds it.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,12 @@ class Tokenizer:
             raise InvalidRequestError("the text holds lone surrogates (half of a UTF-16 pair); send valid Unicode") from None
         return ids
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of token ids. Ids outside the vocabulary (padding of the embedding matrix) are no text."""
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, *, open_end: bool = False) -> str:
+        """Text of token ids. Ids outside the vocabulary (padding of the embedding matrix) are no text. `open_end` leaves out a
+        character that is not complete at the end, since more tokens follow."""
         skip = self._special if skip_special_tokens else {}
-        text = b"".join(self.token_bytes(i) for i in ids if i not in skip).decode("utf-8", errors="replace")
+        raw = b"".join(self.token_bytes(i) for i in ids if i not in skip)
+        text = codecs.getincrementaldecoder("utf-8")("replace").decode(raw, final=not open_end)
         return text[1:] if self.strips_first_space and text.startswith(" ") else text
 
     @property
@@ -101,6 +104,14 @@ class Tokenizer:
     def token_text(self, token: int) -> str:
         """A token's bytes as text, U+FFFD where they are part of a character. Special tokens show their name."""
         return self.token_bytes(token).decode("utf-8", errors="replace")
+
+    def token_name(self, token: int) -> str:
+        """What lists of tokens show: its text; bytes that are no text alone are spelled `bytes:\\xf0\\x9f`, as OpenAI does."""
+        raw = self.token_bytes(token)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     @property
     def special_ids(self) -> frozenset[int]:

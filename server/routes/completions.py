@@ -11,7 +11,7 @@ from starlette.responses import Response
 from kvloom.engine.request import TokenLogprob
 from kvloom.server.context import ServerContext, context_of
 from kvloom.server.echo import Echo
-from kvloom.server.logprobs import LegacyLogprobs, prompt_logprobs
+from kvloom.server.logprobs import Echoed, LegacyLogprobs, prompt_logprobs
 from kvloom.server.replies import COMPLETION, Choice, whole_body
 from kvloom.server.respond import Job, arrive, make_job, respond
 from kvloom.server.schema.completions import CompletionBody
@@ -26,9 +26,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     context.check_model(body.model)
     arrival, sampling = arrive(request, COMPLETION), body.params()
     prompts = [await _encoded(context, body, prompt) for prompt in body.prompts()]
-    echo = Echo(await _texts(context, body), prompts, body.n, only=body.echo_only) if body.echo else None
+    echo = Echo(await _echoed(context, body, prompts), body.n, only=body.echo_only) if body.echo else None
     job = make_job(request, arrival, body, sampling, prompts, adjust=echo)
-    writers = [LegacyLogprobs(context.client.tokenizer, body.logprobs or 0) for _ in range(job.work.completions)]
+    writers = [_writer(job, body, echo, index) for index in range(job.work.completions)]
 
     def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         return writers[index].take(tokens, logprobs)
@@ -60,6 +60,24 @@ async def _encoded(context: ServerContext, body: CompletionBody, prompt: str | l
     return await context.prompts.text(prompt, add_special_tokens=body.add_special_tokens)
 
 
-async def _texts(context: ServerContext, body: CompletionBody) -> list[str]:
-    """The prompts as text, to be echoed."""
-    return [prompt if isinstance(prompt, str) else await context.prompts.decode(prompt) for prompt in body.prompts()]
+def _writer(job: Job, body: CompletionBody, echo: Echo | None, index: int) -> LegacyLogprobs:
+    return LegacyLogprobs(
+        job.context.client.tokenizer,
+        body.logprobs or 0,
+        prompt=job.work.prompt_of(index),
+        echoed=None if echo is None else echo.prompt_of(index),
+        skip_special_tokens=body.skip_special_tokens,
+    )
+
+
+async def _echoed(context: ServerContext, body: CompletionBody, prompts: list[list[int]]) -> list[Echoed]:
+    """What is put in front: a text as it was given, token ids decoded as the completion will be."""
+    given: list[Any] = list(body.prompts())
+    return [await _echoed_one(context, body, prompt, tokens) for prompt, tokens in zip(given, prompts)]
+
+
+async def _echoed_one(context: ServerContext, body: CompletionBody, prompt: str | list[int], tokens: list[int]) -> Echoed:
+    if isinstance(prompt, str):
+        return Echoed(prompt, tokens, given=True)
+    text = await context.prompts.decode(tokens, skip_special_tokens=body.skip_special_tokens, open_end=not body.echo_only)
+    return Echoed(text, tokens, given=False)

@@ -19,11 +19,15 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
     context.check_model(body.model)
     if body.messages is not None:
         tokens = await context.prompts.chat(
-            body.messages, add_generation_prompt=body.add_generation_prompt, add_special_tokens=bool(body.add_special_tokens)
+            body.messages,
+            add_generation_prompt=body.opens_turn,
+            continue_final_message=body.continue_final_message,
+            add_special_tokens=bool(body.add_special_tokens),
+            variables=body.chat_template_kwargs,
         )
     else:
         tokens = await context.prompts.text(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-    texts = [context.client.tokenizer.token_text(token) for token in tokens] if body.return_token_strs else None
+    texts = [context.client.tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None
     return {"count": len(tokens), "max_model_len": context.client.model.max_model_len, "tokens": tokens, "token_strs": texts}
 
 

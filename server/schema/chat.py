@@ -9,6 +9,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from kvloom.engine.request import MAX_LOGPROBS, SamplingParams
 from kvloom.server.schema.common import GenerationBody, StrictBody, Text
 from kvloom.server.schema.problem import problem
+from kvloom.server.schema.unsupported import OF_MESSAGES, refuse
 
 MAX_MESSAGES = 4096
 Role = Literal["system", "developer", "user", "assistant"]
@@ -38,23 +39,31 @@ class Message(StrictBody):
     role: Role
     content: Content
     name: Text | None = Field(None, max_length=256)
+    reasoning_content: Text | None = None
+    """What an assistant thought before this answer, for templates that repeat it; `reasoning` is another name of it."""
+    reasoning: Text | None = None
 
     @model_validator(mode="after")
-    def _no_tools(self) -> Message:
-        for name in ("tool_calls", "tool_call_id", "function_call"):
-            if (self.model_extra or {}).get(name):
-                raise problem(name, f"{name} is not supported; tool calls are not served yet")
+    def _served(self) -> Message:
+        refuse(self.model_extra, OF_MESSAGES)
         return self
 
     def for_template(self) -> dict[str, Any]:
         """What a chat template sees. `developer` is OpenAI's newer name for `system`, which templates know."""
         content = self.content if isinstance(self.content, str) else [{"type": "text", "text": p.text} for p in self.content]
-        shown: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": content}
-        return shown if self.name is None else {**shown, "name": self.name}
+        thought = self.reasoning if self.reasoning_content is None else self.reasoning_content
+        more = {"name": self.name, "reasoning_content": thought, "reasoning": thought}
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": content, **{key: value for key, value in more.items() if value is not None}}
 
     def length(self) -> int:
-        """Characters of content."""
-        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+        """Characters of content and thought."""
+        content = len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
+        return content + len(self.reasoning_content or self.reasoning or "")
+
+
+TemplateVariables = dict[Text, bool | int | float | Text]
+"""Variables of the model's chat template, such as enable_thinking."""
 
 
 class ChatBody(GenerationBody):
@@ -63,11 +72,10 @@ class ChatBody(GenerationBody):
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    chat_template_kwargs: dict[str, bool | int | float | str] = Field(default_factory=dict, max_length=16)
-    """Variables of the model's chat template, such as enable_thinking."""
+    chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=16)
 
     @model_validator(mode="after")
     def _chat_rules(self) -> ChatBody:
@@ -82,9 +90,7 @@ class ChatBody(GenerationBody):
     @property
     def opens_turn(self) -> bool:
         """Whether the prompt ends with the opening of the assistant's turn: by default, unless a message is to be continued."""
-        return self.add_generation_prompt and not (
-            self.continue_final_message and "add_generation_prompt" not in self.model_fields_set
-        )
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
     def params(self) -> SamplingParams:
         """Sampling parameters. Raises InvalidRequestError."""

@@ -8,8 +8,7 @@ through, since clients send extras of their own; fields that name something know
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +23,7 @@ from pydantic import (
 
 from kvloom.engine.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingParams
 from kvloom.server.schema.problem import problem
-from kvloom.server.schema.unsupported import UNSUPPORTED, Refusal
+from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, refuse
 
 log = logging.getLogger("kvloom.server")
 
@@ -80,6 +79,12 @@ class StreamOptions(StrictBody):
     """End with a chunk that has no choices but the usage of the whole request."""
     continuous_usage_stats: bool = False
     """Give the usage so far in every chunk."""
+
+    @model_validator(mode="after")
+    def _known(self) -> StreamOptions:
+        for name, value in (self.model_extra or {}).items():
+            OF_STREAMS.check(name, value)
+        return self
 
 
 class KVFields(BaseModel):
@@ -137,8 +142,6 @@ class KVFields(BaseModel):
 class GenerationBody(StrictBody):
     """Fields of both endpoints. Bounds that `SamplingParams` checks are left to it."""
 
-    unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
-
     model: str | None = Field(None, max_length=1024)
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
@@ -181,12 +184,8 @@ class GenerationBody(StrictBody):
             raise problem("stream_options", "stream_options is given without stream; set stream to true")
         if self.prompt_logprobs is not None and self.stream:
             raise problem("prompt_logprobs", "prompt_logprobs is not given in streams; set stream to false")
-        for name, value in (self.model_extra or {}).items():
-            refusal = self.unsupported.get(name)
-            if refusal is not None:
-                refusal.check(name, value)
-            else:
-                log.debug("a request holds the unknown field %r, which is ignored", name[:64])
+        for name in refuse(self.model_extra, UNSUPPORTED):
+            log.debug("a request holds the unknown field %r, which is ignored", name[:64])
         return self
 
     @property

@@ -1,8 +1,9 @@
-"""Fields that clients know from OpenAI or vLLM and that kvloom does not serve.
+"""Fields that clients know from other servers (OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, Dynamo) and kvloom does not serve.
 
 Ignoring one would give an answer that is not what was asked for, so each is refused by name, unless its value asks for
-nothing. Hints that do not change the form of an answer (`metadata`, `store`, `service_tier`, ...) are not listed: they are
-ignored like unknown fields.
+nothing. What asks for nothing differs: an empty list of tools is no tools, but an empty JSON schema means "any JSON". Hints
+that do not change an answer (`metadata`, `store`, `service_tier`, `parallel_tool_calls`, `cache_prompt`, ...) are not listed:
+they are ignored like unknown fields.
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ class Refusal(NamedTuple):
             raise problem(name, f"{name} is not supported; {self.advice}")
 
 
+def _never(value: Any) -> bool:
+    return value is None
+
+
 def _empty(value: Any) -> bool:
     return value in (None, False, 0, "", [], {})
+
+
+def _hollow(value: Any) -> bool:
+    """Nothing, or an object that sets nothing."""
+    return _empty(value) or (isinstance(value, dict) and all(item is None for item in value.values()))
 
 
 def _one_of(*values: Any) -> Callable[[Any], bool]:
@@ -37,41 +47,111 @@ def _plain_text(value: Any) -> bool:
     return isinstance(value, dict) and value.get("type") == "text"
 
 
-_EMPTY = Refusal(_empty)
-_CONSTRAINED = Refusal(_empty, "output cannot be constrained to a grammar yet; leave it out")
-_TOOLS = Refusal(_empty, "tool calls are not served yet; leave it out")
+def _same(refusal: Refusal, names: str) -> dict[str, Refusal]:
+    return dict.fromkeys(names.split(), refusal)
 
-UNSUPPORTED: Mapping[str, Refusal] = {
+
+def _instead(harmless: Callable[[Any], bool] = _never, **names: str) -> dict[str, Refusal]:
+    """Other servers' names of what is served here under another one."""
+    return {name: Refusal(harmless, f"use {known}") for name, known in names.items()}
+
+
+_GRAMMAR = "output cannot be constrained to a grammar yet; leave it out"
+_TOOLS = Refusal(_empty, "tool calls are not served yet; leave it out")
+_CHOICE = Refusal(_one_of("none", "auto"), "tool calls are not served yet; leave it out")
+_NESTED = Refusal(_hollow, "put its fields beside the others, in the body itself")
+_TEMPLATE = "a variable of the model's chat template goes into chat_template_kwargs"
+
+CONSTRAINTS: Mapping[str, Refusal] = {
+    **_same(
+        Refusal(_never, _GRAMMAR),
+        "guided_json guided_regex guided_choice guided_grammar guided_decoding regex json_schema ebnf choice json_object "
+        "structural_tag stop_regex format allowed_token_ids",
+    ),
+    "grammar": Refusal(_one_of(""), _GRAMMAR),  # llama.cpp's own default
+    "structured_outputs": Refusal(_hollow, _GRAMMAR),
+    "response_format": Refusal(_plain_text, 'only {"type": "text"} is'),
+}
+"""What the output must look like."""
+
+SAMPLING: Mapping[str, Refusal] = {
+    **_same(
+        Refusal(_empty),
+        "bad_words stop_words logits_processors logits_processor custom_logit_processor custom_params samplers "
+        "use_beam_search watermark mirostat dry_multiplier xtc_probability dynatemp_range top_a "
+        "smoothing_factor no_repeat_ngram_size repetition_ngram_size penalty_alpha epsilon_cutoff eta_cutoff min_keep "
+        "t_max_predict_ms max_repetition_pattern_size min_repetition_pattern_size repetition_min_count repetition_detection "
+        "ban_eos_token custom_token_bans negative_prompt input_prefix input_suffix input_extra n_indent no_stop_trim "
+        "adaptive_target",
+    ),
+    **_same(Refusal(_one_of(1)), "length_penalty typical_p typ_p tfs tfs_z num_beams guidance_scale cfg_scale best_of "
+            "encoder_repetition_penalty"),
+    "top_n_sigma": Refusal(_one_of(-1, 0)),
+    "do_sample": Refusal(_one_of(True), "use temperature 0 for greedy decoding"),
+    **_instead(max_new_tokens="max_tokens", n_predict="max_tokens", num_predict="max_tokens", max_output_tokens="max_tokens",
+               max_length="max_tokens", max_tokens_to_sample="max_tokens", min_new_tokens="min_tokens", min_length="min_tokens",
+               random_seed="seed", sampling_seed="seed"),
+    **_instead(_empty, stop_sequences="stop", n_probs="logprobs", top_n_tokens="logprobs"),
+    **_instead(_one_of(1), repeat_penalty="repetition_penalty", num_return_sequences="n"),
+}  # fmt: skip
+"""How tokens are chosen, and when to end."""
+
+PROMPT: Mapping[str, Refusal] = {
+    "suffix": Refusal(_empty, "models here only continue a prompt; leave it out"),
+    "chat_template": Refusal(_empty, "the model's own template is used; leave it out"),
+    "system": Refusal(_empty, "send a message with the role system"),
+    **_same(Refusal(_empty), "documents mm_processor_kwargs media_io_kwargs image_data video_data audio_data multi_modal_data "
+            "images videos audios prompt_embeds input_embeds multimodal_data lora lora_path lora_request adapter_id "
+            "adapter_name adapters session_params kv_transfer_params"),
+    **_same(Refusal(_never), "truncate_prompt_tokens truncate truncation truncation_side input_ids prompt_token_ids"),
+    **_instead(_empty, inputs="prompt"),
+    **_same(Refusal(_never, _TEMPLATE), "reasoning_effort enable_thinking thinking_budget thinking_token_budget "
+            "thinking_budget_tokens reasoning_budget"),
+    **_same(Refusal(_hollow, _TEMPLATE), "reasoning thinking"),
+}  # fmt: skip
+"""What the model is given to read."""
+
+ANSWER: Mapping[str, Refusal] = {
     "tools": _TOOLS,
     "functions": _TOOLS,
-    "tool_choice": Refusal(_one_of("none", "auto"), "tool calls are not served yet; leave it out"),
-    "function_call": Refusal(_one_of("none", "auto"), "tool calls are not served yet; leave it out"),
-    "response_format": Refusal(_plain_text, 'only {"type": "text"} is'),
-    "structured_outputs": _CONSTRAINED,
-    "guided_json": _CONSTRAINED,
-    "guided_regex": _CONSTRAINED,
-    "guided_choice": _CONSTRAINED,
-    "guided_grammar": _CONSTRAINED,
-    "structural_tag": _CONSTRAINED,
-    "logits_processors": _EMPTY,
-    "logits_processor": _EMPTY,
-    "custom_logit_processor": _EMPTY,
-    "allowed_token_ids": _EMPTY,
-    "bad_words": _EMPTY,
-    "use_beam_search": _EMPTY,
-    "length_penalty": Refusal(_one_of(1, 1.0)),
-    "suffix": Refusal(_empty, "models here only continue a prompt; leave it out"),
-    "audio": _EMPTY,
+    "tool_choice": _CHOICE,
+    "function_call": _CHOICE,
     "modalities": Refusal(_one_of(["text"], []), 'only ["text"] is'),
-    "mm_processor_kwargs": _EMPTY,
-    "prediction": _EMPTY,
-    "web_search_options": _EMPTY,
-    "prompt_embeds": _EMPTY,
-    "truncate_prompt_tokens": _EMPTY,
-    "chat_template": Refusal(_empty, "the model's own template is used; leave it out"),
-    "documents": _EMPTY,
-    "return_token_ids": _EMPTY,
-    "return_tokens_as_token_ids": _EMPTY,
-    "lora_path": _EMPTY,
-    "kv_transfer_params": _EMPTY,
+    "web_search_options": Refusal(_never),  # an empty object switches it on
+    "verbosity": Refusal(_one_of("medium")),
+    "include_reasoning": Refusal(_one_of(True)),
+    "reasoning_format": Refusal(_one_of("none")),
+    **_same(Refusal(_empty), "audio prediction moderation enable_search plugins separate_reasoning return_token_ids "
+            "return_tokens return_tokens_as_token_ids return_hidden_states return_routed_experts logprob_token_ids "
+            "return_full_text decoder_input_details details post_sampling_probs response_fields return_prompt_token_ids"),
+}  # fmt: skip
+"""What the answer holds."""
+
+NESTED: Mapping[str, Refusal] = {
+    "vllm_xargs": Refusal(_hollow),
+    **_same(_NESTED, "extra_body extra_args nvext sampling_params parameters options generation_config generationConfig"),
 }
+"""Objects with fields of their own."""
+
+UNSUPPORTED: Mapping[str, Refusal] = {**CONSTRAINTS, **SAMPLING, **PROMPT, **ANSWER, **NESTED}
+
+OF_STREAMS: Refusal = Refusal(_empty, "allowed: include_usage, continuous_usage_stats")
+"""Any other key of `stream_options`."""
+
+OF_MESSAGES: Mapping[str, Refusal] = {
+    **_same(_TOOLS, "tool_calls tool_call_id function_call"),
+    "prefix": Refusal(_empty, "set continue_final_message to true"),
+    **_same(Refusal(_empty, "this model reads text only; leave it out"), "audio images image videos audios files"),
+}
+"""Fields of a message."""
+
+
+def refuse(given: Mapping[str, Any] | None, table: Mapping[str, Refusal]) -> list[str]:
+    """Raises a validation error for a field that asks for what is not served. Returns the names that nobody knows."""
+    unknown = []
+    for name, value in (given or {}).items():
+        if name in table:
+            table[name].check(name, value)
+        else:
+            unknown.append(name)
+    return unknown

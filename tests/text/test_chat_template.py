@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from kvloom.engine.errors import InvalidRequestError, ModelError
-from kvloom.engine.text import ChatTemplate, Tokenizer, chat_template, template_of
+from kvloom.engine.text import ChatTemplate, Tokenizer, chat_template, sandbox, template_of
 
 USER = [{"role": "user", "content": "Hi"}]
 CHATML = (
@@ -28,6 +28,69 @@ def test_equals_transformers(smollm: Tokenizer, reference: Any, messages: list[d
 
 def render(source: str, messages: Any = USER, **options: Any) -> str:
     return ChatTemplate(source, bos_token="<s>", eos_token="</s>").render(messages, **options)
+
+
+def test_failures_of_a_template_are_told_in_our_words() -> None:
+    """A client reads what the template says, or that it failed: never how Python tells it."""
+    with pytest.raises(InvalidRequestError) as error:
+        render("{{ messages[0].content.nothing.more }}")
+    assert "cannot render" in str(error.value) and "object" not in str(error.value) and error.value.param == "messages"
+    with pytest.raises(InvalidRequestError, match=r"messages: 5$"):
+        render("{{ raise_exception(5) }}")
+
+
+LOOP = (
+    "{% for m in messages %}<{{ m.role }}>{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %}{% endfor %}"
+)
+MIXED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
+    "[{{ part['text'] }}]{% endfor %}{% endif %}{% endfor %}"
+)
+PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+DUMPED = "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content is string else m.content | tojson }}{% endfor %}"
+TRIMMED = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+FIRST = (
+    "{% for m in messages %}<{{ m.role }}>{% for p in m['content'] | selectattr('type', 'equalto', 'text') %}{{ p.text }}"
+    "{% endfor %}{% endfor %}"
+)
+SYSTEM_IS_A_STRING = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'system' %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"
+)
+STRICT = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}" + LOOP
+
+
+@pytest.mark.parametrize(
+    ("source", "string", "parts"),
+    [
+        (PLAIN, "<user>hi", "<user>a\nb"),
+        (TRIMMED, "<user>hi", "<user>a\nb"),
+        (DUMPED, "<user>hi", "<user>a\nb"),
+        (LOOP, "<user>hi", "<user>ab"),
+        (FIRST, "<user>hi", "<user>ab"),
+        (MIXED, "<user>hi", "<user>[a][b]"),
+        (SYSTEM_IS_A_STRING, "<user>hi", "<user>ab"),
+        (STRICT, "<user>hi", "<user>ab"),
+    ],
+)
+def test_content_comes_in_the_form_that_the_template_reads(source: str, string: str, parts: str) -> None:
+    """No text is dropped, and no list is shown as Python would write it, whichever form the client sends."""
+    two = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}]
+    assert render(source, [{"role": "user", "content": "hi"}]) == string
+    assert render(source, [{"role": "user", "content": two}]) == parts
+
+
+def test_forms_are_found_for_each_role() -> None:
+    two = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    talk = [{"role": "system", "content": two}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": two}]
+    assert render(SYSTEM_IS_A_STRING, talk) == "<system>a\nb<user>hi<assistant>ab"
+
+
+def test_a_final_message_of_parts_is_continued() -> None:
+    talk = [*USER, {"role": "assistant", "content": "Sure, "}]
+    text = render(LOOP + "<end>", talk, add_generation_prompt=False, continue_final_message=True)
+    assert text == "<user>Hi<assistant>Sure, "
 
 
 def test_text_parts_are_joined() -> None:
@@ -82,7 +145,11 @@ def test_continue_final_message() -> None:
         render("x", chat, add_generation_prompt=False, continue_final_message=True)
 
 
-@pytest.mark.parametrize("name", ["messages", "tokenize", "chat_template", "tools", "kvloom_tick", "a b", "raise_exception"])
+@pytest.mark.parametrize(
+    "name",
+    ["messages", "tokenize", "chat_template", "tools", "kvloom_tick", "a b", "raise_exception", "self", "strftime_now", "range",
+     "bos_token", "add_generation_prompt", "continue_final_message", "namespace", "dict", "loop", "\ud800"],
+)  # fmt: skip
 def test_reserved_variables_are_refused(name: str) -> None:
     with pytest.raises(InvalidRequestError, match="chat_template_kwargs may not set"):
         render(CHATML, variables={name: 1})
@@ -113,17 +180,52 @@ def test_hostile_templates_end_in_an_error(source: str) -> None:
         render(source)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x=['ab']) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=7) %}{% for i in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x | replace('b', n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = [n.x, n.x] | join(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x.join([n.x, n.x]) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = '{0}{0}'.format(n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = '%s%s' % (n.x, n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = '%s%s' | format(n.x, n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+        "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
+        "{{ 'a'.ljust(1000000000) }}", "{{ 'a'.zfill(1000000000) }}", "{{ 'a'.center(1000000000) }}",
+        "{{ ('\t' * 100000).expandtabs(9000) }}", "{{ ('a\n' * 100000) | indent(9000) }}", "{{ 'a' | indent(1000000000) }}",
+        "{{ '%1000000000d' % 1 }}", "{{ '%*d' % (1000000000, 1) }}", "{{ '{:1000000000}'.format(1) }}",
+        "{{ '{:{}}'.format(1, 1000000000) }}", "{{ '%1000000000d' | format(1) }}", "{{ 1 | round(-1000000000) }}",
+        "{{ [1] | tojson(indent=1000000000) }}", "{{ ([1] * 10000) | tojson(separators=('a' * 100000, 'b')) }}",
+        "{{ [1] | batch(1000000000, 1) | list }}", "{{ messages | map('center', 1000000000) | list }}",
+        "{% set tick = dict %}{% set joined = dict %}{% set s = 'a' * 9000000 %}{{ s ~ s }}",
+    ],
+)  # fmt: skip
+def test_what_would_grow_without_bound_is_refused(source: str) -> None:
+    """Before the memory is taken: each of these asks for a gigabyte or much more."""
+    with pytest.raises((InvalidRequestError, ModelError)):
+        render(source)
+
+
 def test_endless_loops_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.05)
+    monkeypatch.setattr(chat_template, "PROBE_SECONDS", 0.05)
     loop = "{% for i in range(10000) %}" * 3 + "{% endfor %}" * 3
-    with pytest.raises(InvalidRequestError, match="longer than"):
+    with pytest.raises(InvalidRequestError, match="ran too long"):
         render(loop)
-    with pytest.raises(InvalidRequestError, match="longer than"):
+    with pytest.raises(InvalidRequestError, match="ran too long"):
         render("{% macro f() %}" + loop + "{% endmacro %}{{ f() }}")
+    with pytest.raises(InvalidRequestError, match="ran too long"):  # no loop at all
+        render("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}")
 
 
 def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(sandbox, "MAX_CHARACTERS", 1000)
     with pytest.raises(InvalidRequestError, match="more than 1000 characters"):
         render("{% for i in range(200) %}0123456789{% endfor %}")
 

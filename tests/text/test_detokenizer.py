@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
+from kvloom.engine.text.reader import TokenReader
 from kvloom.engine.text.stops import StopMatcher
 
 WORDS = st.text(alphabet="ab", min_size=1, max_size=4)
@@ -136,6 +137,18 @@ def test_min_tokens_lets_early_stops_pass(byte_level: Tokenizer) -> None:
     assert "".join(run(byte_level, ids, stop=["x"], min_tokens=2)[0]) == "xa"
     assert "".join(run(byte_level, ids, stop=["x"], min_tokens=3)[0]) == "xaxb"
     assert "".join(run(byte_level, ids, stop=["x"], min_tokens=6)[0]) == "xaxbxc"
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(alphabet="a é日 h", min_size=1, max_size=12))
+def test_tokens_are_located_in_sentencepiece_text(spm: Tokenizer, text: str) -> None:
+    """The space in front of the first word is no character of the text; a byte token stands at its character."""
+    ids = spm.encode(text)
+    reader = TokenReader(spm)
+    places = [reader.locate(reader.bytes_of(token)) for token in ids]
+    assert spm.decode(ids) == text
+    for i, place in enumerate(places):
+        assert place == len(spm.decode(ids[:i], open_end=True))
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [("", "hello"), ("the", " hello")])
