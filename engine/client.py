@@ -152,6 +152,12 @@ class EngineStats:
     """Dense verifications of drafts, tokens drafted for them, and how many of those were kept."""
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    replayed_tokens: int = 0
+    """Generated tokens that were computed again as decode rows after a preemption."""
+    selection_bytes: int = 0
+    """Memory of what selection methods (and retention) remember of running requests."""
+    selection_capacity: int = 0
+    """The most that may be."""
     share: ShareStats = field(default_factory=ShareStats)
     """What approximate reuse did."""
     tenants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)

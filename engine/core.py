@@ -21,6 +21,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.engine.logprobs import logprobs
 from kvloom.engine.output import OutputState
+from kvloom.engine.replay import advance
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse import REUSE
@@ -33,9 +34,9 @@ from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 from kvloom.engine.scheduling.cache_aware import PrefixEstimator
 from kvloom.engine.selection.base import Correcting, extrapolates
 from kvloom.engine.selection.policies import Selectors
+from kvloom.engine.state import StateMemory
 from kvloom.engine.tenants import Tenants
 from kvloom.engine.text import Tokenizer
-from kvloom.engine.view import decodes
 from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
@@ -129,8 +130,10 @@ class EngineCore:
         retention: Razor | None = None,
         share: KVShare | None = None,
         tenants: Tenants | None = None,
+        states: StateMemory | None = None,
     ) -> None:
-        """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas."""
+        """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas. states: memory of what
+        selection and retention remember."""
         tenants = tenants or Tenants()
         self.share = share
         self.limits = limits
@@ -142,6 +145,7 @@ class EngineCore:
         """Called with (request, logits [1, vocab] fp32, valid only during the call) for every row a token is taken from."""
         self._kernels = kernels
         self._selectors = selectors
+        self._state_memory = states or StateMemory(1 << 62, retention)
         self._tokenizer = tokenizer
         self._domains = domains
         self._eos = eos
@@ -155,6 +159,7 @@ class EngineCore:
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
             reuse=share,
+            states=self._state_memory,
             weight=lambda tenant: tenants.get(tenant).weight,
             max_wait=config.scheduler.max_wait_ms / 1000,
             estimator=self._estimator,
@@ -164,7 +169,7 @@ class EngineCore:
         self._sequence = 0
         self._steps = self._prompt_tokens = self._generation_tokens = 0
         self._step_seconds = 0.0
-        self._drafts = self._drafted = self._accepted = 0
+        self._drafts = self._drafted = self._accepted = self._replayed = 0
         self._errand: Request | None = None
 
     @property
@@ -228,6 +233,7 @@ class EngineCore:
         request.sequence = self._sequence
         self._sequence += 1
         request.selector = selector
+        self._state_memory.check_fits(request)
         if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
             request.correct_every = selector.correct_every
         compiles = request.kv.segment is not None
@@ -246,11 +252,10 @@ class EngineCore:
             publishes=reusing,
             looks_up=reusing and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
             align=max(1, selector.grid) if selector else 1,
+            leaves=max(1, selector.tail) if selector else 1,
         )
         if selector is not None:
-            self._selectors.open(selector, request)
-        if self.retention is not None:
-            self.retention.open(request)
+            self._selectors.open(selector)
         self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
         self._scheduler.add(request, table)
 
@@ -327,10 +332,10 @@ class EngineCore:
             result = self.runner.run(plan)
             if self.share is not None:
                 self.share.timed(plan.rows, time.perf_counter() - computing)
-            for chunk, exact in zip(plan.chunks, result.exact):
-                self._scheduler.completed(chunk, exact=exact)
+            for chunk, saw_everything in zip(plan.chunks, result.saw_everything):
+                self._scheduler.completed(chunk, saw_everything=saw_everything)
             for chunk, attended in zip(plan.chunks, result.attended):
-                if chunk.samples and chunk.start >= len(chunk.request.prompt):
+                if chunk.samples and chunk.start >= len(chunk.request.prompt) and not chunk.request.replay:
                     self._states[chunk.request.id].attended(attended, chunk.stop)
             self._score_prompts(plan, result)
             outputs = [output for output in self._sample(plan, result) if not self._own(output)]
@@ -353,12 +358,18 @@ class EngineCore:
             return
         for chunk in plan.chunks:
             request = chunk.request
-            if request.id in self._states and request.generated and request.computed == len(request.tokens) - 1:
+            decodes_next = len(request.prompt) < len(request.tokens) == request.computed + 1
+            if request.id in self._states and decodes_next:
                 self.retention.advance(request, chunk.table)
 
     def check(self) -> None:
-        """Prove that no block is lost. Raises AssertionError."""
+        """Prove that no block and no state is lost. Raises AssertionError."""
         self.cache.check()
+        self._state_memory.check(self._scheduler.running)
+
+    def state_bytes(self, request: Request) -> int:
+        """Memory of what its selection method remembers of a request while it runs."""
+        return self._state_memory.wanted(request)
 
     def stats(self) -> EngineStats:
         cache, scheduler = self.cache, self._scheduler
@@ -384,6 +395,9 @@ class EngineCore:
             prefix_hit_tokens=cache.hit_tokens,
             evicted_blocks=sum(pool.evictions for pool in pools),
             preemptions=scheduler.preemptions,
+            replayed_tokens=self._replayed,
+            selection_bytes=self._state_memory.allocated,
+            selection_capacity=self._state_memory.bound,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             steps=self._steps,
@@ -405,6 +419,10 @@ class EngineCore:
 
     def _sample(self, plan: StepPlan, result: StepResult) -> Iterator[RequestOutput]:
         ends = [Ending(chunk, *span) for chunk, span in zip(plan.chunks, _sampled_rows(plan, result)) if chunk.samples]
+        again = [end.chunk.request for end in ends if end.chunk.request.replay]
+        ends = [end for end in ends if not end.chunk.request.replay]
+        for request in again:
+            self._replay(request)
         if not ends:
             return
         logits = self.runner.logits(result, [row for end in ends for row in range(end.first, end.last)])
@@ -415,7 +433,7 @@ class EngineCore:
             request = end.chunk.request
             if request.verifying:
                 yield from self._verify(request, own)
-            elif request.draft_tokens and decodes(end.chunk) and request.sparse:
+            elif request.draft_tokens and end.chunk.decodes and request.sparse:
                 self._draft(request, own)
             else:
                 yield self._next(request, own)
@@ -435,6 +453,8 @@ class EngineCore:
             self._prompt_tokens += len(request.prompt)
             if self.share is not None:
                 self.share.generated(request, self._scheduler.table(request))
+        if request.correcting:
+            request.corrected = len(request.tokens)
         request.tokens.append(token)
         self._generation_tokens += 1
         top = request.sampling.logprobs
@@ -443,6 +463,14 @@ class EngineCore:
             return self._finish(state, output)
         self._correct(request)
         return output
+
+    def _replay(self, request: Request) -> None:
+        """A request that was preempted has the row in front of its next token back."""
+        self._replayed += 1
+        if request.correcting:
+            request.corrected = len(request.tokens)
+        advance(request)
+        self._correct(request)
 
     def _correct(self, request: Request) -> None:
         """Cache correction: once enough tokens have approximate KV, the next rows compute them again, densely, in place."""
@@ -494,9 +522,7 @@ class EngineCore:
         self._scheduler.finish(state.request)
         self._sampler.drop(state.request)
         if state.request.selector is not None:
-            self._selectors.close(state.request.selector, state.request)
-        if self.retention is not None:
-            self.retention.close(state.request)
+            self._selectors.close(state.request.selector)
         del self._states[state.request.id]
         return output
 

@@ -188,6 +188,8 @@ class Request:
 
     tokens: list[int] = field(default_factory=list)
     """Known tokens: prompt, then output."""
+    replay: list[int] = field(default_factory=list)
+    """Output that was known before a preemption and is not in `tokens` yet (`engine.replay`)."""
     computed: int = 0
     """Tokens whose KV is stored: always a prefix of `tokens`."""
     cached: int = 0
@@ -220,6 +222,8 @@ class Request:
     """Once so many tokens have approximate KV, they are computed again, densely; 0 for never."""
     correcting: bool = False
     """Whether the next rows are that pass."""
+    corrected: int = 0
+    """Tokens in front that the last such pass left computed densely."""
     internal: bool = False
     """The engine's own: gives way to others, and nobody gets its output."""
     approximate: bool = False
@@ -267,12 +271,17 @@ class Request:
     @property
     def output(self) -> list[int]:
         """Generated tokens so far (a copy)."""
-        return self.tokens[len(self.prompt) :]
+        return [*self.tokens[len(self.prompt) :], *self.replay]
+
+    @property
+    def known(self) -> int:
+        """Number of tokens of prompt and output so far, those to be replayed among them."""
+        return len(self.tokens) + len(self.replay)
 
     @property
     def generated(self) -> int:
         """Number of generated tokens so far."""
-        return len(self.tokens) - len(self.prompt)
+        return self.known - len(self.prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,8 +33,8 @@ class StepResult(NamedTuple):
     """First row of every chunk of the plan."""
     attended: list[float]
     """Positions that every chunk's last row read, mean over layers and KV heads."""
-    exact: list[bool]
-    """Whether every chunk's KV is what its prompt's rule gives: not computed by a sparse decode row."""
+    saw_everything: list[bool]
+    """Of every chunk, whether it is anything but a decode row that read less than all there was."""
 
 
 class Runner:
@@ -97,9 +97,9 @@ class Runner:
             self._sparse_steps += 1
             shadow = self._sparse_steps % self._shadow_interval == 0
         hidden = self._forward(view, rows, shadow=shadow)
-        attended, exact = view.result(chunks)
+        attended, whole = view.result(chunks)
         by_chunk = {place.chunk: start for place, start in zip(places, starts)}
-        return StepResult(hidden, [by_chunk[i] for i in range(len(chunks))], attended, exact)
+        return StepResult(hidden, [by_chunk[i] for i in range(len(chunks))], attended, whole)
 
     def _run_grouped(self, chunks: list[Chunk], retention: Razor) -> StepResult:
         """The same over two head groups, one of which may have forgotten the middle of sequences."""

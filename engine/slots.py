@@ -1,12 +1,12 @@
-"""Places of open requests in arrays: state that outlives a step, of selection methods and of retention.
+"""Places of requests in arrays: state that outlives a step, of selection methods and of retention.
 
-slot    an index that belongs to one request from `open` to `close`, then to another
+slot    an index that belongs to one request from `open` to `close`, or until slots are handed out anew by `resize`
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,29 +14,39 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
 
-FIRST = 4
-"""Slots that there are at the first request; then twice as many each time."""
+Indices = npt.NDArray[np.int64]
+
+NO_SLOT = -1
+"""Of a request that needs no state."""
 
 
 class Slots:
-    """Hands out slots, and asks for larger arrays when there are none."""
+    """Hands out slots, and has arrays made anew for another number of them."""
 
-    def __init__(self, grow: Callable[[int, int], None]) -> None:
-        """grow(before, after): called when arrays must have room for `after` slots and keep the first `before`."""
-        self._grow = grow
+    def __init__(self, move: Callable[[Indices, int], None]) -> None:
+        """move(kept, capacity): called when arrays must have room for `capacity` slots, of which the first are to hold what
+        the slots `kept` held."""
+        self._move = move
         self._held: dict[Request, int] = {}
         self._free: list[int] = []
-        self._capacity = 0
 
     def __len__(self) -> int:
         return len(self._held)
 
+    @property
+    def capacity(self) -> int:
+        """Slots that there are."""
+        return len(self._held) + len(self._free)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody has."""
+        return len(self._free)
+
     def open(self, request: Request) -> int:
         """A slot for a request. Its contents are whatever was there."""
         if not self._free:
-            before, self._capacity = self._capacity, max(FIRST, 2 * self._capacity)
-            self._grow(before, self._capacity)
-            self._free.extend(range(self._capacity - 1, before - 1, -1))
+            self.resize(grown(len(self._held)))
         slot = self._held[request] = self._free.pop()
         return slot
 
@@ -44,6 +54,43 @@ class Slots:
         """Take the slot back."""
         self._free.append(self._held.pop(request))
 
-    def of(self, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
-        """[len(requests)]"""
-        return np.array([self._held[request] for request in requests], np.int64)
+    def resize(self, capacity: int) -> None:
+        """Have as many slots, at least those that are held. Everybody's slot may be another one afterwards."""
+        assert capacity >= len(self._held), "slots that are held cannot be given up"
+        self._move(np.fromiter(self._held.values(), np.int64, len(self._held)), capacity)
+        self._held = {request: slot for slot, request in enumerate(self._held)}
+        self._free = list(range(capacity - 1, len(self._held) - 1, -1))
+
+    def of(self, requests: Sequence[Request]) -> Indices:
+        """[len(requests)], `NO_SLOT` for those that have none."""
+        return np.array([self._held.get(request, NO_SLOT) for request in requests], np.int64)
+
+
+def grown(slots: int) -> int:
+    """The next capacity of arrays whose slots are all taken: half as many more."""
+    return slots + max(1, slots // 2)
+
+
+class Slab(Protocol):
+    """Arrays with a slot per request (`ListStore`, `Compensation`)."""
+
+    slots_held: Slots
+    """Who has which slot."""
+
+    @property
+    def bytes_per_request(self) -> int:
+        """Memory of one slot."""
+        ...
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all arrays, counted from them."""
+        ...
+
+    def open(self, request: Request) -> None:
+        """Give a request a slot with empty state."""
+        ...
+
+    def close(self, request: Request) -> None:
+        """Take the slot back."""
+        ...

@@ -38,17 +38,12 @@ class Place(NamedTuple):
         return self.rank in (0, 1, 3)
 
 
-def decodes(chunk: Chunk) -> bool:
-    """Whether a chunk is a decode row: one token beyond the prompt, at the end of what is known."""
-    return chunk.count == 1 and chunk.samples and chunk.start >= len(chunk.request.prompt)
-
-
 def arrange(chunks: Sequence[Chunk]) -> list[Place]:
     """The order of rows."""
     places = []
     for i, chunk in enumerate(chunks):
         selector = chunk.request.selector
-        if decodes(chunk):
+        if chunk.decodes:
             if selector is None or not chunk.request.sparse:
                 places.append(Place(2, 0, i))
             else:
@@ -142,9 +137,9 @@ class SparseView:
         return Rows(self._tables, self._request, self._by_row(start), self._stop, lists)
 
     def result(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[bool]]:
-        """After the step, for every chunk of the plan: positions its last row read (mean over layers and KV heads), and
-        whether its KV is what the prompt's rule gives. Adds to the methods' statistics."""
-        attended, exact = [float(chunk.stop) for chunk in chunks], [True] * len(chunks)
+        """After the step, for every chunk of the plan: positions its last row read (mean over layers and KV heads), and if it
+        is a decode row, whether it saw everything in all layers. Adds to the methods' statistics."""
+        attended, whole = [float(chunk.stop) for chunk in chunks], [True] * len(chunks)
         for batch, (lo, hi) in zip(self.batches, self.spans):
             if not batch.decodes:
                 continue
@@ -153,8 +148,8 @@ class SparseView:
             batch.stats.attended += float(batch.attended.sum())
             batch.stats.held += int(batch.stops.sum()) * layers
             for place, seen, partial in zip(self._places[lo:hi], batch.attended, batch.partial):
-                attended[place.chunk], exact[place.chunk] = float(seen) / layers, not partial
-        return attended, exact
+                attended[place.chunk], whole[place.chunk] = float(seen) / layers, not partial
+        return attended, whole
 
     def _by_row(self, array: Ints) -> Tensor:
         """A copy: a plan reads it until the next one is made, while hooks write the original."""

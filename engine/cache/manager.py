@@ -63,6 +63,8 @@ class BlockTable:
     """Whether it may begin with blocks of others."""
     align: int = 1
     """What it begins with, and what it publishes, ends at a multiple of this many tokens."""
+    leaves: int = 1
+    """Tokens at the end, at least, that are not looked up."""
     parts: list[array[int]] = field(init=False)
     """Block ids per head group, equally many."""
     published: int = 0
@@ -159,9 +161,11 @@ class CacheManager:
         """Blocks that `tokens` positions take."""
         return -(-tokens // self.block_size)
 
-    def open(self, domain: Domain, *, publishes: bool = True, looks_up: bool = True, align: int = 1) -> BlockTable:
+    def open(
+        self, domain: Domain, *, publishes: bool = True, looks_up: bool = True, align: int = 1, leaves: int = 1
+    ) -> BlockTable:
         """An empty table."""
-        table = BlockTable(Chain(domain, self.block_size), len(self.groups), publishes, looks_up, align)
+        table = BlockTable(Chain(domain, self.block_size), len(self.groups), publishes, looks_up, align, leaves)
         self._tables.add(table)
         return table
 
@@ -183,7 +187,7 @@ class CacheManager:
         return len(self._find(table, tokens)[0]) * self.block_size
 
     def match(self, table: BlockTable, tokens: Sequence[int]) -> Match:
-        """The longest findable prefix of `tokens`, pinned, leaving at least one token to compute."""
+        """The longest findable prefix of `tokens`, pinned, leaving at least `BlockTable.leaves` tokens to compute."""
         found = self._find(table, tokens)
         match = Match(tuple(map(tuple, found)), len(found[0]) * self.block_size)
         for group, blocks in zip(self.groups, match.parts):
@@ -192,7 +196,7 @@ class CacheManager:
         return match
 
     def _find(self, table: BlockTable, tokens: Sequence[int]) -> list[list[int]]:
-        limit = len(tokens) - 1 if table.looks_up else 0
+        limit = max(0, len(tokens) - table.leaves) if table.looks_up else 0
         found = [group.index.match(table.chain, tokens, limit) for group in self.groups]
         step = math.lcm(table.align, self.block_size) // self.block_size
         count = min(map(len, found)) // step * step

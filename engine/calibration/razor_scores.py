@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,12 +31,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import LLM
 from kvloom.engine.request import Request, SamplingParams
 from kvloom.engine.scheduling import Chunk, StepPlan
-from kvloom.engine.selection.base import Layer, MethodStats
+from kvloom.engine.selection.base import Geometry, Layer, MethodStats
 from kvloom.engine.selection.batch import EVERY, Batch
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import PagedKV, Rows
-
-if TYPE_CHECKING:
-    from kvloom.engine.selection.base import Geometry
 
 _CHUNK = 256
 
@@ -159,7 +157,8 @@ def _step(llm: LLM, request: Request, table: BlockTable, start: int) -> None:
 class ScoreProbe:
     """A selector for one prompt: dense attention, and what its weights at the pattern's positions add up to."""
 
-    budget, heads, width, grid, state_bytes = 0, 1, 1, 0, 0
+    budget, heads, width, grid, tail, dense_until = 0, 1, 1, 0, 0, 0
+    slabs: tuple[Slab, ...] = ()
     prompts: Literal["dense", "seed", "sparse"] = "sparse"
     domain = ""
     emits = False
@@ -170,10 +169,6 @@ class ScoreProbe:
         shape = (geometry.layers, geometry.q_heads)
         self.induction, self.echo = (torch.zeros(shape, dtype=torch.float64) for _ in range(2))
         """[layers, q_heads]: sums over rows."""
-
-    def open(self, request: Request) -> None: ...
-
-    def close(self, request: Request) -> None: ...
 
     def decode(self, batch: Batch) -> _ScoreStep:
         raise AssertionError("there is only a prompt")

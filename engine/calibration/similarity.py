@@ -12,22 +12,21 @@ cover, which here would hide layers that no list serves. The best h' for every (
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from kvloom.engine.selection.base import Layer, MethodStats
 from kvloom.engine.selection.batch import Batch
-
-if TYPE_CHECKING:
-    from kvloom.engine.request import Request
+from kvloom.engine.slots import Slab
 
 
 class WeightProbe:
     """A selector that reads everything and keeps the attention weights of every row and layer."""
 
-    budget, heads, width, grid, state_bytes = 0, 1, 1, 0, 0
+    budget, heads, width, grid, tail, dense_until = 0, 1, 1, 0, 0, 0
+    slabs: tuple[Slab, ...] = ()
     prompts: Literal["dense", "seed", "sparse"] = "dense"
     domain = ""
     emits = True
@@ -38,10 +37,6 @@ class WeightProbe:
         """[layers] of [rows, kv_heads, longest] fp32; zero past a row's end."""
         self.stops = torch.empty(0, dtype=torch.int32)
         """[rows]: positions that each row sees."""
-
-    def open(self, request: Request) -> None: ...
-
-    def close(self, request: Request) -> None: ...
 
     def decode(self, batch: Batch) -> _ProbeStep:
         self.weights, self.stops = [], torch.from_numpy(batch.stops.copy())

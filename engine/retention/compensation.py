@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvloom.engine.slots import Slots
+from kvloom.engine.slots import NO_SLOT, Indices, Slots
 from kvloom.kernels.interface import Kernels, PagedKV
 
 if TYPE_CHECKING:
@@ -31,31 +31,38 @@ _PIECE = 64
 
 
 class Compensation:
-    """Sums of dropped K and V of all open requests, indexed by slot. Grows by doubling."""
+    """Sums of dropped K and V of the running requests, indexed by slot."""
 
     def __init__(self, layers: int, kv_heads: int | Sequence[int], group: int, head_dim: int, dtype: torch.dtype) -> None:
         """kv_heads: in every layer, or of each; group: query heads per KV head; dtype: of mean values."""
         self._heads = [kv_heads] * layers if isinstance(kv_heads, int) else list(kv_heads)
         self._group, self._dim, self._dtype = group, head_dim, dtype
-        self._slots = Slots(self._grow)
+        self.slots_held = Slots(self._move)
         self._allocate(0)
 
     @property
     def bytes_per_request(self) -> int:
+        """Memory of one slot."""
         heads = sum(self._heads)
         return 16 + heads * self._dim * (2 * 4 + self._group * (4 + self._dtype.itemsize))
 
+    @property
+    def bytes(self) -> int:
+        """Memory of all arrays, counted from them."""
+        arrays, tensors = self._state()
+        return sum(array.nbytes for array in arrays) + sum(tensor.nbytes for tensor in tensors)
+
     def open(self, request: Request) -> None:
         """Give a request a slot in which nothing is folded."""
-        self.forget(np.array([self._slots.open(request)]))
+        self.forget(np.array([self.slots_held.open(request)]))
 
     def close(self, request: Request) -> None:
         """Take the slot back."""
-        self._slots.close(request)
+        self.slots_held.close(request)
 
     def slots(self, requests: Sequence[Request]) -> npt.NDArray[np.int64]:
-        """[len(requests)]"""
-        return self._slots.of(requests)
+        """[len(requests)], `NO_SLOT` for requests that never drop anything."""
+        return self.slots_held.of(requests)
 
     def forget(self, slots: npt.NDArray[np.int64]) -> None:
         """Nothing is folded there any more."""
@@ -68,7 +75,9 @@ class Compensation:
 
     def dropped_to(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """[len(slots)]: the position behind the last one that is folded, 0 where none is."""
-        found: npt.NDArray[np.int32] = self._to[slots]
+        if not self.slots_held.capacity:
+            return np.zeros(len(slots), np.int32)
+        found: npt.NDArray[np.int32] = np.where(slots == NO_SLOT, np.int32(0), self._to[slots])
         return found
 
     def fold(self, slot: int, layers: Sequence[PagedKV], table: npt.NDArray[np.int32], first: int, last: int) -> None:
@@ -117,7 +126,7 @@ class Compensation:
         q, out: [rows, q_heads, head_dim], of any row stride; lse: [rows, q_heads] fp32, contiguous;
         heads_mask: [kv_heads] bool, the heads that have a token (by default all).
         """
-        which = torch.from_numpy(slots)
+        which = torch.from_numpy(np.maximum(slots, 0))
         products = torch.mul(q, self._keys[layer].index_select(0, which)).sum(dim=-1)  # fp32, whatever q is
         logit = torch.add(self._bias(slots, q.shape[1], heads_mask), products, alpha=scale)
         values = self._values[layer].index_select(0, which)
@@ -135,6 +144,7 @@ class Compensation:
         found = self._biases.get(key)
         if found is None:
             found = self._log_count[torch.from_numpy(slots)][:, None].expand(-1, heads).clone()
+            found[torch.from_numpy(slots == NO_SLOT)] = -torch.inf
             if mask is not None:
                 found.unflatten(1, (-1, self._group)).masked_fill_(~mask[:, None], -torch.inf)
             self._biases[key] = found
@@ -155,15 +165,15 @@ class Compensation:
         self._values = [torch.zeros(capacity, heads * group, dim, dtype=self._dtype) for heads in self._heads]
         """Mean values per query head."""
 
-    def _grow(self, before: int, after: int) -> None:
+    def _move(self, kept: Indices, capacity: int) -> None:
         arrays, tensors = self._state()
         with torch.inference_mode(False):
-            self._allocate(after)
+            self._allocate(capacity)
         new_arrays, new_tensors = self._state()
         for array, old_array in zip(new_arrays, arrays):
-            array[:before] = old_array
+            array[: len(kept)] = old_array[kept]
         for tensor, old_tensor in zip(new_tensors, tensors):
-            tensor[:before] = old_tensor
+            tensor[: len(kept)] = old_tensor[torch.from_numpy(kept)]
 
     def _state(self) -> tuple[list[npt.NDArray[np.generic]], list[Tensor]]:
         """Everything that is indexed by slot."""

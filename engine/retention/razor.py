@@ -33,6 +33,7 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.retention.compensation import Compensation
 from kvloom.engine.retention.window import Window, out_of_bounds
+from kvloom.engine.slots import Slab
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
@@ -170,13 +171,15 @@ class Razor:
         """What stands for dropped tokens; None if nothing does."""
         return self._state if self.options.compensation else None
 
-    def open(self, request: Request) -> None:
-        """A request has been queued."""
-        self._state.open(request)
+    @property
+    def budget(self) -> int:
+        """Tokens up to which a sequence drops nothing."""
+        return self.window.least
 
-    def close(self, request: Request) -> None:
-        """It has ended."""
-        self._state.close(request)
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        """State of requests that may drop something."""
+        return (self._state,) if self.options.compensation else ()
 
     def begins(self, requests: Sequence[Request], tables: Sequence[BlockTable], block_size: int) -> np.ndarray:
         """[requests] int32: where the tails of local heads begin, 0 for those that read everything.

@@ -18,11 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.replay import rewind
 from kvloom.engine.request import Request, Status
 from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Speed, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Order
+from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
+from kvloom.engine.state import StateMemory
 
 INTERNAL_ROWS = 128
 """Most rows per step of the engine's own work."""
@@ -50,6 +53,11 @@ class Chunk:
     def samples(self) -> bool:
         """Whether computed meets known at the end of this chunk, so that a token is sampled."""
         return self.stop == len(self.request.tokens) and not self.refresh
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this is a decode row: one token beyond the prompt, at the end of what is known."""
+        return self.count == 1 and self.samples and self.start >= len(self.request.prompt)
 
 
 class Reuse(Protocol):
@@ -91,6 +99,7 @@ class Scheduler:
         max_seqs: int,
         max_tokens: int,
         reuse: Reuse | None = None,
+        states: StateMemory | None = None,
         weight: Callable[[str], float] = lambda tenant: 1.0,
         max_wait: float = 2.0,
         estimator: Estimator | None = None,
@@ -104,6 +113,7 @@ class Scheduler:
         self.queued_tokens = 0
         self._order = order
         self._reuse = reuse
+        self._states = states or StateMemory(0)
         self._max_seqs = max_seqs
         self._max_tokens = max_tokens
         self._tables: dict[Request, BlockTable] = {}
@@ -140,9 +150,10 @@ class Scheduler:
         """Take a request out, wherever it is; its blocks go back at once, the full ones stay findable."""
         if request.status is Status.RUNNING:
             self.running.remove(request)
+            self._states.close(request)
         else:
             self._waiting.remove(request)
-            self.queued_tokens -= len(request.tokens)
+            self.queued_tokens -= request.known
         self._fairness.stopped(request)
         self._fairness.left(request, contended=len(self._waiting) > 0)
         request.status = Status.FINISHED
@@ -179,14 +190,15 @@ class Scheduler:
             # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
             # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
             # any more: whoever is admitted after it comes after it in order, and cannot displace it.
-            self.cache.commit(chunk.table, admitted.tokens, min(chunk.stop, admitted.taint))
+            until = exact_until(chunk, saw_everything=not (chunk.decodes and admitted.sparse))
+            self.cache.commit(chunk.table, admitted.tokens, min(until, admitted.taint))
         if self._reuse is not None and budget > 0:
             plan.chunks.extend(self._reuse.refresh(plan, budget))
         self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)
         return plan
 
-    def completed(self, chunk: Chunk, *, exact: bool = True) -> None:
-        """The chunk's KV is stored. exact: it is what the prompt's rule gives, if all before it is; only then published."""
+    def completed(self, chunk: Chunk, *, saw_everything: bool = True) -> None:
+        """The chunk's KV is stored, and published as far as it is exact. saw_everything: its rows, if they are decode rows."""
         request = chunk.request
         self._speed.end()
         self._fairness.computed(request, chunk.start, chunk.count)
@@ -197,11 +209,10 @@ class Scheduler:
             if request.repair is not None and request.repair.left:
                 request.repair.advance(chunk.count)
             request.computed = chunk.stop
-        if not exact:
-            request.exact = min(request.exact, chunk.start)
-        elif chunk.start <= request.exact:
+        if chunk.start <= request.exact:
             healed = chunk.refresh and request.taint > request.computed
-            request.exact = request.computed if healed else min(chunk.stop, request.taint)
+            until = exact_until(chunk, saw_everything=saw_everything)
+            request.exact = request.computed if healed else min(until, request.taint)
         self.cache.commit(chunk.table, request.tokens, min(request.exact, len(request.tokens) - request.drafts))
 
     def _prepare(self, request: Request) -> int:
@@ -238,12 +249,12 @@ class Scheduler:
     def _preempt(self, victim: Request, plan: StepPlan) -> None:
         """Back to the queue, to be recomputed later (from what is still cached of it)."""
         self.running.remove(victim)
+        self._states.close(victim)
         plan.chunks[:] = [chunk for chunk in plan.chunks if chunk.request is not victim]
         plan.preempted.append(victim)
-        self.cache.release(self._tables[victim])
-        victim.drop_drafts()
-        victim.computed = victim.exact = 0
-        victim.repair = None
+        table = self._tables[victim]
+        rewind(victim, evicted=table.forgotten > 0)
+        self.cache.release(table)
         victim.preemptions += 1
         self._fairness.stopped(victim)
         self.preemptions += 1
@@ -251,11 +262,12 @@ class Scheduler:
 
     def _wait(self, request: Request) -> None:
         request.status = Status.WAITING
-        self.queued_tokens += len(request.tokens)
+        self.queued_tokens += request.known
         self._waiting.push(request)
 
     def _admit(self, plan: StepPlan) -> Request | None:
-        """Start the head of the queue if it fits: the blocks of all its known tokens, and one spare for each running one.
+        """Start the head of the queue if it fits: the blocks of all its known tokens, and one spare for each running one; and
+        the state of its selection method.
 
         The spare keeps a newcomer from pushing out, one token later, those that run already.
         """
@@ -266,18 +278,19 @@ class Scheduler:
             return None
         table = self._tables[request]
         match = self.cache.match(table, request.tokens)
-        lacking = self.cache.blocks_for(len(request.tokens)) - len(match.blocks)
-        while self.cache.available - lacking < len(self.running):
+        lacking = self.cache.blocks_for(request.known) - len(match.blocks)
+        while self.cache.available - lacking < len(self.running) or not self._states.fits(request):
             if not self._displace(request, plan):
                 self.cache.drop(match)
                 return None
         self.cache.adopt(table, match, 0 if request.preemptions else len(request.tokens))
-        if not self.cache.reserve(table, len(request.tokens)):
+        if not self.cache.reserve(table, request.known):
             raise AssertionError("admission counted blocks that are not there")
         self._waiting.take(request)
         self._fairness.admitted(request, len(request.tokens) - match.tokens)
-        self.queued_tokens -= len(request.tokens)
+        self.queued_tokens -= request.known
         request.status = Status.RUNNING
+        self._states.open(request)
         request.computed = request.exact = match.tokens
         request.unprepared = request.approximate
         if not request.first_scheduled:
@@ -300,7 +313,8 @@ class Scheduler:
 def _fitting(request: Request, budget: int) -> int:
     """Rows of a request that a step with `budget` rows left takes: 0 if it must wait for a step with more room.
 
-    Drafts are verified in one piece; a sparse prompt is cut at its method's grid, so that the cut never depends on the budget.
+    Drafts are verified in one piece; a sparse prompt is cut at its method's grid, and the last rows that a method looks at stay
+    together, so that what it sees never depends on the budget.
     """
     pending = request.pending
     if request.internal:  # whoever comes meanwhile waits for the end of the step
@@ -309,5 +323,6 @@ def _fitting(request: Request, budget: int) -> int:
         return pending
     if request.verifying:
         return 0
-    grid = request.selector.grid if request.selector is not None else 0
+    grid, tail = (0, 0) if request.selector is None else (request.selector.grid, request.selector.tail)
+    budget = min(budget, max(0, pending - tail))
     return budget if grid == 0 else max(0, (request.computed + budget) // grid * grid - request.computed)

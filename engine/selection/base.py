@@ -11,6 +11,7 @@ Budgets count positions: a sparse decode row reads about `budget` of them, force
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -19,11 +20,15 @@ from torch import Tensor
 
 from kvloom.engine.client import MethodStats as MethodStats
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels, PagedKV
 
 if TYPE_CHECKING:
-    from kvloom.engine.request import Request
     from kvloom.engine.selection.batch import Batch
+
+
+EVERYWHERE = sys.maxsize
+"""`Selector.dense_until` of methods that compute prompts densely."""
 
 
 class Geometry(NamedTuple):
@@ -90,16 +95,13 @@ class Selector(Protocol):
     """What must agree beside the model for prompt KV to be shared: "" when it is the dense one."""
     emits: bool
     """Whether decode rows may ask for logits."""
-    state_bytes: int
-    """Bytes of state per open request."""
-
-    def open(self, request: Request) -> None:
-        """A request that uses this selector has been queued. Its state starts empty."""
-        ...
-
-    def close(self, request: Request) -> None:
-        """It has ended; its state is gone."""
-        ...
+    slabs: tuple[Slab, ...]
+    """State of running requests that may know more tokens than `budget`, with which a row sees everything and leaves nothing.
+    It is empty when a request is admitted, also after a preemption (`engine.state`)."""
+    tail: int
+    """Last rows of a prompt that are computed in one step, whatever is found of it: those that `prefill` looks at; else 0."""
+    dense_until: int
+    """Rows of a prompt below this position see everything."""
 
     def decode(self, batch: Batch) -> LayerHook:
         """A step's decode rows, one run of one row per request."""

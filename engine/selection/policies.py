@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
+from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
 from kvloom.engine.selection.base import Method, read_options
 from kvloom.kernels.interface import Kernels
@@ -92,15 +92,13 @@ class Selectors:
             raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
         return Policy(selector, tokens)
 
-    def open(self, selector: Selector, request: Request) -> None:
+    def open(self, selector: Selector) -> None:
         """A request starts to use a selector that `policy` gave."""
         self._entry(selector).open += 1
-        selector.open(request)
 
-    def close(self, selector: Selector, request: Request) -> None:
+    def close(self, selector: Selector) -> None:
         """It has ended."""
         self._entry(selector).open -= 1
-        selector.close(request)
 
     def _entry(self, selector: Selector) -> _Entry:
         return next(entry for entry in self._entries.values() if entry.selector is selector)
@@ -144,9 +142,9 @@ class Selectors:
         entry = self._entries.get(key)
         if entry is None:
             selector = METHODS[name].make(options, budget, self._geometry, self._kernels)
-            if selector.grid and selector.grid > self._prompt_rows:
+            if (piece := max(selector.grid, selector.tail)) > self._prompt_rows and piece > 0:
                 raise InvalidRequestError(
-                    f"kv.{name} computes prompts in pieces of {selector.grid} tokens, but a step of this server has room for "
+                    f"kv.{name} computes prompts in pieces of {piece} tokens, but a step of this server has room for "
                     f"{self._prompt_rows}; make them smaller, or raise max_batched_tokens",
                     param=f"kv.{name}",
                 )

@@ -23,7 +23,7 @@ Departures, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -34,13 +34,11 @@ from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.retention.compensation import Compensation
 from kvloom.engine.retention.window import Window, out_of_bounds
-from kvloom.engine.selection.base import Geometry, MethodStats, Selector, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, Selector, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.razor_view_step import RazorViewStep
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels
-
-if TYPE_CHECKING:
-    from kvloom.engine.request import Request
 
 NAME = "razor_view"
 _WINDOW = Window()
@@ -85,7 +83,8 @@ class RazorView:
 
     emits = False
     prompts: Literal["dense", "seed", "sparse"] = "dense"
-    grid = 0
+    grid = tail = 0
+    dense_until = EVERYWHERE
     domain = ""
 
     def __init__(self, options: RazorViewOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
@@ -109,31 +108,14 @@ class RazorView:
             if options.compensation
             else None
         )
-        self._preemptions: dict[Request, int] = {}
-        self.state_bytes = (self.state.bytes_per_request if self.state else 0) + (self.inner.state_bytes if self.inner else 0)
-
-    def open(self, request: Request) -> None:
-        self._preemptions[request] = request.preemptions
-        for part in (self.inner, self.state):
-            if part is not None:
-                part.open(request)
-
-    def close(self, request: Request) -> None:
-        del self._preemptions[request]
-        for part in (self.inner, self.state):
-            if part is not None:
-                part.close(request)
+        own: tuple[Slab, ...] = () if self.state is None else (self.state,)
+        self.slabs: tuple[Slab, ...] = (*own, *(() if self.inner is None else self.inner.slabs))
 
     def decode(self, batch: Batch) -> RazorViewStep:
         return RazorViewStep(self, batch)
 
     def prefill(self, batch: Batch) -> RazorViewStep:
         raise AssertionError("prompts are dense")
-
-    def preempted(self, request: Request) -> bool:
-        """Whether a request was preempted since this was last asked: its KV has then been computed again."""
-        before, self._preemptions[request] = self._preemptions[request], request.preemptions
-        return before != request.preemptions
 
 
 def head_classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:

@@ -88,9 +88,9 @@ class RazorViewStep:
             self._folds = self._plan_folds(method.state, begins)
 
     def _plan_folds(self, state: Compensation, begins: Ints) -> list[Fold]:
-        """What is not in the sums yet. Sums that are of other KV than what is stored now begin anew."""
+        """What is not in the sums yet. Sums of more than what leaves the window begin anew."""
         batch, slots = self.batch, self._slots
-        again = np.array([self.method.preempted(request) for request in batch.requests]) | (state.dropped_to(slots) > begins)
+        again = state.dropped_to(slots) > begins
         if again.any():
             state.forget(slots[again])
         folded = np.maximum(state.dropped_to(slots), np.int32(self.method.window.sinks))

@@ -32,19 +32,17 @@ so tokens since the last refresh are always visible, on top of K. Where we depar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.selection.base import Geometry, MethodStats, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.recycled_step import RecycledStep, Schedule, Seeding
 from kvloom.engine.selection.store import ListStore
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels
-
-if TYPE_CHECKING:
-    from kvloom.engine.request import Request
 
 MOST_SEED_ROWS = 64
 
@@ -95,6 +93,7 @@ class Recycled:
 
     prompts: Literal["dense", "seed", "sparse"]
     grid = 0
+    dense_until = EVERYWHERE
     domain = ""
 
     def __init__(self, options: RecycledOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
@@ -112,18 +111,13 @@ class Recycled:
         self.heads = geometry.kv_heads
         self.width = self.sinks + self.chosen
         self.prompts = "seed" if options.seed_rows else "dense"
+        self.tail = options.seed_rows
         self.emits = options.refresh == "dense"
         self.stats = MethodStats()
         self.schedule = Schedule.of(options.stride, self._check_every(), geometry.layers, stagger=options.stagger)
         self.store = ListStore(geometry.layers, self.heads, self.width, self._query_size())
-        self.state_bytes = self.store.bytes_per_request
+        self.slabs: tuple[Slab, ...] = (self.store,)
         self.sink_positions = np.arange(self.sinks, dtype=np.int32)
-
-    def open(self, request: Request) -> None:
-        self.store.open(request)
-
-    def close(self, request: Request) -> None:
-        self.store.close(request)
 
     def decode(self, batch: Batch) -> RecycledStep:
         return RecycledStep(self, batch)

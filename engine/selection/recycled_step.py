@@ -64,6 +64,9 @@ class RecycledStep:
         self.method, self.batch = method, batch
         self.slots = method.store.slots(batch.requests)
         long: Bools = batch.stops > method.budget
+        self._active = bool(long.any())
+        if not self._active:  # nobody need have a slot
+            return
         tails = method.store.tail[self.slots].T
         have: Bools = tails < batch.stops
         self._refreshes: Bools = long & (method.schedule.due(batch.stops) | ~have)
@@ -83,6 +86,8 @@ class RecycledStep:
         batch.stats.reused += int(recycles.sum())
 
     def before(self, layer: Layer) -> None:
+        if not self._active:
+            return
         at, method = layer.layer, self.method
         queries = None
         if self._any_compares[at] or (self._any_refreshes[at] and method.schedule.check_every):

@@ -7,17 +7,15 @@ Departure: true positions instead of positions inside the cache, since all KV is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from kvloom.engine.selection.base import Geometry, Layer, MethodStats, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, refuse
 from kvloom.engine.selection.batch import Batch
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels
-
-if TYPE_CHECKING:
-    from kvloom.engine.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +35,11 @@ class SinkWindow:
 
     heads = 1
     prompts: Literal["dense", "seed", "sparse"] = "dense"
-    grid = 0
+    grid = tail = 0
+    dense_until = EVERYWHERE
     domain = ""
     emits = False
-    state_bytes = 0
+    slabs: tuple[Slab, ...] = ()
 
     def __init__(self, options: SinkWindowOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
         if options.sinks >= budget:
@@ -48,10 +47,6 @@ class SinkWindow:
         self.budget, self.sinks = budget, options.sinks
         self.width = max(1, options.sinks)
         self.stats = MethodStats()
-
-    def open(self, request: Request) -> None: ...
-
-    def close(self, request: Request) -> None: ...
 
     def decode(self, batch: Batch) -> SinkWindowStep:
         return SinkWindowStep(self, batch)

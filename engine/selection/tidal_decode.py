@@ -29,7 +29,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,12 +37,10 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.calibration import TidalCalibration, find_tidal
-from kvloom.engine.selection.base import Geometry, Layer, MethodStats, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, refuse
 from kvloom.engine.selection.batch import Batch, Ints
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels, PoolHow
-
-if TYPE_CHECKING:
-    from kvloom.engine.request import Request
 
 NAME = "tidal_decode"
 
@@ -89,9 +87,10 @@ class TidalDecode:
     """Chooses in a few layers for all others. No state."""
 
     prompts: Literal["dense", "seed", "sparse"] = "dense"
-    grid = 0
+    grid = tail = 0
+    dense_until = EVERYWHERE
     domain = ""
-    state_bytes = 0
+    slabs: tuple[Slab, ...] = ()
 
     def __init__(
         self,
@@ -120,10 +119,6 @@ class TidalDecode:
         self.roles = _roles(self.layers, geometry.layers, self.dense_output)
         self.maps = _maps(options, self.layers, geometry, calibration)
         self.stats = MethodStats()
-
-    def open(self, request: Request) -> None: ...
-
-    def close(self, request: Request) -> None: ...
 
     def decode(self, batch: Batch) -> TidalDecodeStep:
         return TidalDecodeStep(self, batch)

@@ -32,21 +32,19 @@ Where we depart from the paper or its release, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from kvloom.engine.client import MethodStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.selection.base import Geometry, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.store import ListStore
 from kvloom.engine.selection.token_select_positions import TurnBack
 from kvloom.engine.selection.token_select_step import DecodeStep, PromptStep
+from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels
-
-if TYPE_CHECKING:
-    from kvloom.engine.request import Request
 
 MOST_LOCAL = 512
 """n_local of the paper: what large budgets get by default."""
@@ -134,6 +132,7 @@ class TokenSelect:
 
     heads = 1
     emits = False
+    tail = 0
     prompts: Literal["dense", "seed", "sparse"]
 
     def __init__(self, options: TokenSelectOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
@@ -145,6 +144,7 @@ class TokenSelect:
         self.reindexed = options.positions == "reindexed"
         self.prompts = "sparse" if self.prompt else "dense"
         self.grid = options.chunk if self.prompt else 0
+        self.dense_until = -(-self.prompt.budget // self.grid) * self.grid if self.prompt else EVERYWHERE
         self.domain = self._domain()
         self.extrapolates = self.reindexed and self.prompt is not None
         self.max_gap = self._max_gap()
@@ -154,15 +154,9 @@ class TokenSelect:
         """Whether queries are kept and compared; else lists are never, or always, used again."""
         query_size = geometry.q_heads * geometry.head_dim if self.compares else 0
         self.store = ListStore(geometry.layers, self.heads, self.split.width, query_size)
-        self.state_bytes = self.store.bytes_per_request
+        self.slabs: tuple[Slab, ...] = (self.store,)
         self.stats = MethodStats()
         self._turn_back: TurnBack | None = None
-
-    def open(self, request: Request) -> None:
-        self.store.open(request)
-
-    def close(self, request: Request) -> None:
-        self.store.close(request)
 
     def decode(self, batch: Batch) -> DecodeStep:
         return DecodeStep(self, batch)

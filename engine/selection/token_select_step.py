@@ -36,7 +36,7 @@ class DecodeStep:
             return
         store = method.store
         self.slots = store.slots(batch.requests)
-        self._first_list = torch.from_numpy(self.slots * batch.geometry.layers)
+        self._first_list = torch.from_numpy(np.maximum(self.slots, 0) * batch.geometry.layers)
         tails, made = store.tail[self.slots].T, store.made[self.slots].T
         self._usable: Bools = self.long & (tails < batch.stops) & (batch.stops - made <= method.max_gap)
         """[layers, runs]: rows with a list that is young enough."""

@@ -42,7 +42,6 @@ from kvloom.engine.reuse.kvshare.shadow import Shadow
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.scheduling.scheduler import Chunk, StepPlan
 from kvloom.engine.tenants import Tenants
-from kvloom.engine.view import decodes
 from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
@@ -343,7 +342,7 @@ class KVShare:
 
     def _worth(self, chunk: Chunk, repair: Repair) -> bool:
         request, options = chunk.request, repair.options
-        if not options.refresh or repair.left or not decodes(chunk):
+        if not options.refresh or repair.left or not chunk.decodes:
             return False
         if options.refresh_order == "sweep":
             return True
