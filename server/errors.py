@@ -33,7 +33,13 @@ log = logging.getLogger("kvloom.server")
 MAX_MESSAGE = 600
 """Characters of a message; the rest is cut, since it may quote what the client sent."""
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 _PHRASES = {404: "no such path", 405: "this path has no such method"}
 
 
