@@ -13,6 +13,7 @@ from kvloom.engine.client import EngineClient
 from kvloom.server import description, errors
 from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
+from kvloom.server.hosts import HostMiddleware, guards_hosts
 from kvloom.server.limits import BodyLimitMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
@@ -45,12 +46,14 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
 def _guard(app: FastAPI, context: ServerContext) -> None:
     """Middleware, the innermost first: a body is measured and a tenant named only for those with a key, and a preflight needs
     none of it."""
-    refused = context.metrics.refused
-    app.add_middleware(BodyLimitMiddleware, limit=context.options.max_body, refused=refused)
-    app.add_middleware(TenantMiddleware, proxies=context.options.proxies(), refused=refused)
-    keys = KeyRing(context.options.api_key, context.options.tenant_keys)
-    if keys:
-        app.add_middleware(AuthMiddleware, keys=keys, refused=refused)
-    if context.options.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=list(context.options.cors), allow_methods=["GET", "POST", "DELETE"],
+    refused, options = context.metrics.refused, context.options
+    app.add_middleware(BodyLimitMiddleware, limit=options.max_body, refused=refused)
+    app.add_middleware(TenantMiddleware, proxies=options.proxies(), refused=refused)
+    keys, admins = KeyRing(options.api_key, options.tenant_keys), KeyRing(options.admin_key)
+    if keys or admins:
+        app.add_middleware(AuthMiddleware, keys=keys, admins=admins, refused=refused)
+    if options.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=list(options.cors), allow_methods=["GET", "POST", "DELETE"],
                            allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"])  # fmt: skip
+    if guards_hosts(options):
+        app.add_middleware(HostMiddleware, hosts=options.allowed_hosts, origins=options.cors, refused=refused)

@@ -1,5 +1,5 @@
-"""API keys, and whose request it is. Guards every path but /health: a list of exceptions, not of guarded prefixes, so that a
-new route is safe.
+"""API keys, whose request it is, and who is the operator. Guards every path but /health: a list of
+exceptions, not of guarded prefixes, so that a new route is safe.
 
 The tenant of a request is, in this order:
 
@@ -10,6 +10,8 @@ The tenant of a request is, in this order:
 4. without keys, ''
 
 Prefixes in the KV cache are shared within a tenant only.
+
+A request with an admin key is the operator's: of the tenant '', and shown everybody's figures.
 """
 
 from __future__ import annotations
@@ -60,21 +62,24 @@ def _digest(key: str) -> bytes:
 class AuthMiddleware:
     """Lets requests with a known bearer key through and notes their tenant in the request's state."""
 
-    def __init__(self, app: ASGIApp, keys: KeyRing, refused: Callable[[int], None]) -> None:
+    def __init__(self, app: ASGIApp, keys: KeyRing, admins: KeyRing, refused: Callable[[int], None]) -> None:
+        """Without `keys` nobody needs one: only `admins` are told apart."""
         self.app = app
         self._keys = keys
+        self._admins = admins
         self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             key = _bearer(scope)
-            tenant = None if key is None else self._keys.tenant(key)
+            admin = key is not None and self._admins.tenant(key) is not None
+            tenant = "" if admin or not self._keys else None if key is None else self._keys.tenant(key)
             if tenant is None:
                 refusal = _MISSING if key is None else _WRONG
                 self._refused(refusal.status)
                 await refusal.response({"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
-            scope.setdefault("state", {})["tenant"] = tenant
+            scope.setdefault("state", {}).update(tenant=tenant, admin=admin)
         await self.app(scope, receive, send)
 
 

@@ -44,6 +44,12 @@ def tenant_of(request: Request) -> str:
     return str(getattr(request.state, "tenant", ""))
 
 
+def sees_all(request: Request) -> bool:
+    """Whether the caller may see everybody's figures: the operator, and anybody where there are no tenants and no admin key."""
+    options = context_of(request).options
+    return bool(getattr(request.state, "admin", False)) or not (options.has_tenants or options.admin_key)
+
+
 def new_id() -> str:
     """An id for the engine. Never the client's: two clients may choose the same one."""
     return uuid.uuid4().hex

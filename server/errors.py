@@ -35,7 +35,13 @@ MAX_MESSAGE = 600
 
 MAX_PARAM = 200
 
-_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 _PHRASES = {404: "no such path", 405: "this path has no such method"}
 
 

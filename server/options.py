@@ -15,6 +15,7 @@ from kvloom.engine.tenants import Tenants
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]
 Keys = Annotated[tuple[str, ...], "KEY"]
+Hosts = Annotated[tuple[str, ...], "HOST"]
 Networks = Annotated[tuple[str, ...], "CIDR"]
 Origins = Annotated[tuple[str, ...], "ORIGIN"]
 Seconds = Annotated[float, "SECONDS"]
@@ -30,6 +31,12 @@ class ServerOptions:
     """Port to listen on; 0 picks a free one."""
     api_key: Keys = ()
     """Key that clients must send as a bearer token; repeat it, or separate by commas, for several. Guards all but /health."""
+    admin_key: Keys = ()
+    """Key of the operator, who sees everybody's figures: /metrics and all of /v1/kv, which tenants do not. Repeat it, or
+    separate by commas, for several."""
+    allowed_hosts: Hosts = ()
+    """Name that requests may give in Host beside localhost, loopback addresses and --host; asked only while the server listens
+    on loopback and needs no key, where a web page could reach it under a name of its own. Repeat it, or separate by commas."""
     trusted_proxies: Networks = ()
     """Network (CIDR, such as 10.0.0.0/8) of proxies that may name a request's tenant in X-KVLoom-Tenant; repeat it, or separate
     by commas, for several. From anywhere else that header is refused."""
@@ -39,6 +46,16 @@ class ServerOptions:
     """Origin whose pages may call the API from a browser (* for any); repeat it, or separate by commas, for several."""
     max_body: Size = 4 * 1024**2
     """Largest request body (4MiB, 512KiB, ...); anything longer is refused with 413."""
+    max_connections: Annotated[int, "N"] = 1024
+    """Most connections at once; beyond, those that ask for nothing are closed, the oldest first; others get 503."""
+    header_timeout: Seconds = 20.0
+    """Seconds for a request's headers to come, from the connection or from their first byte."""
+    body_timeout: Seconds = 30.0
+    """Seconds for a request's body to come, and one more for every 16 KiB that have."""
+    send_timeout: Seconds = 30.0
+    """Seconds for a client to read what waits for it, and one more for every 16 KiB it reads; then its request is ended."""
+    keep_alive: Seconds = 75.0
+    """Seconds that a connection may stay open between two requests."""
     drain_seconds: Seconds = 10.0
     """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
     log_level: LogLevel = "info"
@@ -57,8 +74,16 @@ class ServerOptions:
             raise ConfigError(f"max_body is {self.max_body} bytes; allowed: 1 KiB or more")
         if not 0 <= self.drain_seconds <= 3600:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; allowed: 0 to 3600")
-        if not all(key and key.isascii() and key.isprintable() for key in self.api_key):
-            raise ConfigError("api_key holds an empty key or one that no header can carry; allowed: printable ASCII")
+        if not 16 <= self.max_connections <= 65536:
+            raise ConfigError(f"max_connections is {self.max_connections}; allowed: 16 to 65536")
+        for name in ("header_timeout", "body_timeout", "send_timeout", "keep_alive"):
+            if not 0.1 <= getattr(self, name) <= 3600:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0.1 to 3600 seconds")
+        for name in ("api_key", "admin_key"):
+            if not all(key and key.isascii() and key.isprintable() for key in getattr(self, name)):
+                raise ConfigError(f"{name} holds an empty key or one that no header can carry; allowed: printable ASCII")
+        if any(key in self.api_key or key in self.tenant_keys for key in self.admin_key):
+            raise ConfigError("an admin_key is also a key of a tenant; give it in one place")
         self.proxies()
         if twice := sorted({self.tenant_keys[key] for key in self.api_key if key in self.tenant_keys}):
             raise ConfigError(f"a key of tenant {twice[0]} is also given as api_key; give it in one place")
@@ -71,6 +96,16 @@ class ServerOptions:
             return tuple(ipaddress.ip_network(text) for text in self.trusted_proxies)
         except ValueError as error:
             raise ConfigError(f"trusted_proxies: {error}; write networks such as 10.0.0.0/8 or 127.0.0.1") from None
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether requests need a key."""
+        return bool(self.api_key or self.tenant_keys)
+
+    @property
+    def has_tenants(self) -> bool:
+        """Whether there can be several tenants, of which none may see another's figures."""
+        return len({*self.api_key, *self.tenant_keys.values()}) > 1 or bool(self.trusted_proxies)
 
     def with_tenants(self, tenants: Tenants) -> ServerOptions:
         """These options, and the API keys of the tenants. Raises ConfigError if a key is given twice."""

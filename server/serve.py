@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -26,9 +28,9 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.tenants import Tenants
 from kvloom.server.app import create_app
+from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
 from kvloom.server.console import LoadingBars, banner
 from kvloom.server.exit_codes import ENGINE_DIED, INTERRUPTED
-from kvloom.server.limits import BoundedHttpProtocol
 from kvloom.server.options import ServerOptions
 
 log = logging.getLogger("kvloom.server")
@@ -38,8 +40,8 @@ DEATH_GRACE_SECONDS = 2.0
 CANCEL_SECONDS = 3.0
 """How long ended requests may take to tell their clients, after the drain."""
 BACKLOG = 2048
-KEEP_ALIVE_SECONDS = 75
-"""Longer than the pools of common HTTP clients keep idle connections, so that they, not we, close them."""
+SPARE_FILES = 64
+"""File descriptors for everything but connections."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -54,6 +56,7 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
     logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    allow_files(options.max_connections + SURPLUS + SPARE_FILES)
     with contextlib.closing(bind(options)) as listener:
         with LoadingBars() as progress:
             try:
@@ -71,6 +74,18 @@ def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
     from kvloom.engine.thread_client import ThreadEngineClient  # imports torch
 
     return ThreadEngineClient.start(config, progress)
+
+
+def allow_files(needed: int) -> None:
+    """Raise the process's limit of open files to what its connections need. Raises StartError if it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        most = max(0, hard - SURPLUS - SPARE_FILES)
+        raise StartError(f"max_connections needs {needed} open files, and this process may have {hard}; raise ulimit -n, or "
+                         f"give --max-connections {most}")  # fmt: skip
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def bind(options: ServerOptions) -> socket.socket:
@@ -103,14 +118,14 @@ def _run(client: EngineClient, options: ServerOptions, listener: socket.socket) 
         raise StartError(_bind_problem(options, error)) from None
     config = uvicorn.Config(
         create_app(client, options),
-        http=BoundedHttpProtocol,
+        http=ConnectionGuard(ConnectionLimits.of(options)).protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=math.ceil(options.keep_alive),
         timeout_graceful_shutdown=int(options.drain_seconds + CANCEL_SECONDS + 1),
         ssl_certfile=options.ssl_certfile,
         ssl_keyfile=options.ssl_keyfile,

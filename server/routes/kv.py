@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from kvloom.engine.client import EngineStats, MethodStats, ShareStats
-from kvloom.server.context import ServerContext, context_of, tenant_of
+from kvloom.server.context import context_of, sees_all, tenant_of
 from kvloom.server.routes import explain, segments
 
 router = APIRouter()
@@ -19,19 +19,27 @@ router.include_router(explain.router)
 
 @router.get("/v1/kv")
 async def kv(request: Request) -> dict[str, Any]:
-    """Capacity, blocks per head group, prefix hits, what approximate reuse did, and what tenants hold."""
-    context = context_of(request)
-    stats, tenant = context.client.stats(), tenant_of(request)
-    everybody = sorted({*stats.tenants, *stats.share.tenant_tokens, *stats.share.segment_bytes_by})
-    told = _body(stats, [tenant] if _told_apart(context) else everybody)
-    settings = {name: value for name, value in context.client.model.settings.items() if name != "tenants"}  # no paths of ours
-    return {**told, "settings": settings}
+    """Capacity, blocks per head group, prefix hits, what approximate reuse did, and what tenants hold. A tenant among others is
+    told of itself alone."""
+    client = context_of(request).client
+    stats = client.stats()
+    if not sees_all(request):
+        return _own_body(stats, tenant_of(request))
+    told = _body(stats, sorted({*stats.tenants, *stats.share.tenant_tokens, *stats.share.segment_bytes_by}))
+    return {**told, "settings": {name: value for name, value in client.model.settings.items() if name != "tenants"}}
 
 
-def _told_apart(context: ServerContext) -> bool:
-    """Whether callers have tenants of their own: then each is told of its own alone, beside the totals."""
-    options = context.options
-    return bool(options.api_key or options.tenant_keys or options.trusted_proxies)
+def _own_body(stats: EngineStats, tenant: str) -> dict[str, Any]:
+    """What does not depend on what others do."""
+    tokens: Mapping[str, int] = stats.share.tenant_tokens.get(tenant, {})
+    seen = sum(tokens.values())
+    return {
+        "capacity_tokens": stats.capacity_tokens,
+        "block_size": stats.block_size,
+        "blocks": {group.name: {"total": group.total} for group in stats.groups},
+        "hit_rate": tokens.get("prefix", 0) / seen if seen else None,
+        "tenants": {tenant: _tenant(tenant, stats)},
+    }
 
 
 def _body(stats: EngineStats, tenants: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import pytest
 import uvicorn
 
 from kvloom.server.app import create_app
-from kvloom.server.limits import BoundedHttpProtocol
+from kvloom.server.connections import ConnectionGuard, ConnectionLimits
 from kvloom.server.options import ServerOptions
 
 
@@ -34,6 +34,8 @@ def _load_fakes() -> ModuleType:
 
 
 fakes = _load_fakes()
+HOSTS = {"allowed_hosts": ("x",)}
+"""Raw requests in these tests say Host: x."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Served:
 
     engine: object
     port: int
+    connections: ConnectionGuard
 
     @property
     def url(self) -> str:
@@ -63,14 +66,15 @@ class Served:
 @contextlib.contextmanager
 def serve_in_thread(engine: object, options: ServerOptions) -> Iterator[Served]:
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(engine, options), http=BoundedHttpProtocol, ws="none", log_config=None, access_log=False,
+    guard = ConnectionGuard(ConnectionLimits.of(options))
+    config = uvicorn.Config(create_app(engine, options), http=guard.protocol, ws="none", log_config=None, access_log=False,
                             lifespan="on", timeout_graceful_shutdown=2)  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     wait_until(lambda: server.started)
     try:
-        yield Served(engine, listener.getsockname()[1])
+        yield Served(engine, listener.getsockname()[1], guard)
     finally:
         server.should_exit = True
         thread.join(10)
@@ -88,7 +92,7 @@ def wait_until(condition: Callable[[], object], seconds: float = 30.0) -> None:
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     """One server for the tests of a module that change nothing about it."""
-    with serve_in_thread(fakes.FakeEngine(), ServerOptions()) as running:
+    with serve_in_thread(fakes.FakeEngine(), ServerOptions(**HOSTS)) as running:
         yield running
 
 
@@ -98,7 +102,7 @@ def serving() -> Iterator[Callable[..., Served]]:
     with contextlib.ExitStack() as stack:
 
         def start(engine: object = None, **options: object) -> Served:
-            return stack.enter_context(serve_in_thread(engine or fakes.FakeEngine(), ServerOptions(**options)))
+            return stack.enter_context(serve_in_thread(engine or fakes.FakeEngine(), ServerOptions(**{**HOSTS, **options})))
 
         yield start
 

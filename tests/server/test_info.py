@@ -124,14 +124,34 @@ def test_kv(served):
 
 
 def test_tenants_are_told_of_themselves_alone(serving):
-    running = serving(tenant_keys={"k": "alice", "l": "bob"})
+    running = serving(tenant_keys={"k": "alice", "l": "bob"}, admin_key=("root",))
     for key, tenants in (("k", {"alice": 3072}), ("l", {"bob": 0})):
         with running.client(Authorization=f"Bearer {key}") as client:
-            body = client.get("/v1/kv").json()
+            body, page = client.get("/v1/kv").json(), client.get("/metrics")
         assert {name: figures["segment_bytes"] for name, figures in body["tenants"].items()} == tenants
-        assert body["kvshare"]["segments"]["bytes"] == 4096
+        assert set(body) == {"capacity_tokens", "block_size", "blocks", "hit_rate", "tenants"}, "nothing that others change"
+        assert body["capacity_tokens"] == 1600 and body["blocks"]["full"] == {"total": 100}
+        assert page.status_code == 403 and page.json()["error"]["code"] == "admin_only"
+    with running.client(Authorization="Bearer root") as client:
+        body = client.get("/v1/kv").json()
+        assert list(body["tenants"]) == ["", "alice"] and body["kvshare"]["segments"]["bytes"] == 4096
+        assert samples(client)["kvloom:kvshare_segments"] == 4
     with serving(trusted_proxies=("10.0.0.0/8",)).client() as client:
         assert list(client.get("/v1/kv").json()["tenants"]) == [""], "whom a proxy names nobody for is nobody in particular"
+        assert client.get("/metrics").status_code == 403
+
+
+def test_a_single_key_is_shown_everything(serving):
+    with serving(api_key=("k",)).client(Authorization="Bearer k") as client:
+        assert client.get("/metrics").status_code == 200 and "kvshare" in client.get("/v1/kv").json()
+
+
+def test_an_admin_key_alone_guards_figures_only(serving):
+    running = serving(admin_key=("root",))
+    with running.client() as client:
+        assert client.get("/v1/models").status_code == 200 and client.get("/metrics").status_code == 403
+        assert client.get("/metrics", headers={"Authorization": "Bearer root"}).status_code == 200
+        assert client.get("/metrics", headers={"Authorization": "Bearer toor"}).status_code == 403
 
 
 def test_tokenize_and_back(served):
