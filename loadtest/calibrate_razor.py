@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import statistics
 import sys
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, Scores,
 from kvloom.engine.calibration.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest import razor_heatmap
+from kvloom.loadtest.flags import need
 
 console = Console(highlight=False)
 
@@ -152,7 +152,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.heatmap is not None:
         if args.heatmap.suffix.lower() != ".png":
             raise ConfigError(f"--heatmap is {args.heatmap}; allowed: a file that ends in .png")
-        importlib.import_module("matplotlib")  # now, not after minutes of measuring
+        need("matplotlib")  # now, not after minutes of measuring
 
 
 def _parser() -> argparse.ArgumentParser:

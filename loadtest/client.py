@@ -8,17 +8,15 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import aiohttp
 
-from kvloom.loadtest.record import Job, Record
+from kvloom.loadtest.record import PATHS, Endpoint, Job, Record
 from kvloom.loadtest.stream import message_of, read
 
 __all__ = ["Client", "Endpoint", "Job", "Record", "Turn", "words"]
 
-Endpoint = Literal["completions", "chat"]
-PATHS: dict[Endpoint, str] = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 RETRIED = (429, 503)
 LONGEST_WAIT = 120.0
 """Seconds beyond which a Retry-After is cut short, as openai-python does."""

@@ -29,6 +29,7 @@ from rich.table import Table
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.request import Request
 from kvloom.kernels import Kernels
+from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 
 console = Console(highlight=False)
@@ -339,6 +340,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     args = parse(argv)
+    need("matplotlib")
     llm = LLM(args.model, dtype=args.dtype, weights=args.weights, backend=args.backend, kv_memory=args.kv_memory)
     ceilings = measure_ceilings(llm.core.runner.decoder.kernels)
     head = (

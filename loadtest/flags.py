@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from typing import Any, NoReturn
 
@@ -23,6 +24,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def need(*packages: str) -> None:
+    """Find out before measuring whether what will be needed is installed. Raises ModuleNotFoundError for the first that is not.
+
+    The command line says in one line how to install it.
+    """
+    for name in packages:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"{name} is not installed", name=name)
 
 
 def add_options(group: Any, options: type) -> None:

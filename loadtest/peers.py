@@ -23,10 +23,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from kvloom.loadtest.client import Client, Job
-from kvloom.loadtest.drive import closed_loop
+from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.measures import Summary, summarise
+from kvloom.loadtest.record import Job
 from kvloom.loadtest.servers import Server, StartError, model_name, running
 
 console = Console(highlight=False)
@@ -72,6 +72,9 @@ def jobs(case: Case, seed: int) -> list[Job]:
 
 
 async def measure(url: str, case: Case, seed: int) -> Summary:
+    from kvloom.loadtest.client import Client  # aiohttp: the command's help is read without it
+    from kvloom.loadtest.drive import closed_loop
+
     async with Client(url, model_name(url)) as client:
         return summarise(await closed_loop(client, jobs(case, seed), case.concurrency))
 
@@ -231,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in args.cases.split(",") if name not in known]:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     cases = [known[name] for name in args.cases.split(",")]
+    need(*([] if args.recorded else ["aiohttp"]), *(["matplotlib"] if args.plot else []))
     args.out.mkdir(parents=True, exist_ok=True)
     try:
         runs = [run for file in args.recorded for run in recorded(file)] if args.recorded else measure_all(args, cases)

@@ -14,9 +14,9 @@ from typing import Any, get_args
 from kvloom.engine.config import option_fields
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.arrivals import Curve, Load, Ramp
-from kvloom.loadtest.client import PATHS, Endpoint
 from kvloom.loadtest.flags import Parser, add_options, options_of
 from kvloom.loadtest.measures import Slo
+from kvloom.loadtest.record import PATHS, Endpoint
 from kvloom.loadtest.workloads import WORKLOADS
 
 API_KEY_VARIABLE = "KVLOOM_API_KEY"

@@ -120,7 +120,7 @@ def _measure(module: str, words: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("kvloom"):
             raise  # a file of ours: not for the caller to install
-        raise ConfigError(f"{error.name} is not installed; measurements need: pip install 'kvloom[bench]'") from None
+        raise ConfigError(f"{error.name} is not installed; run in kvloom's checkout: pip install -e '.[bench]'") from None
 
 
 def _add_serve(commands: Any) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
-
 from kvloom.engine.errors import KVLoomError
 
 T = TypeVar("T")
@@ -50,11 +48,15 @@ class Completions:
         self.base_url, self.model = base_url.rstrip("/"), model
         self._extra = dict(extra or {})
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=10)
+        self._timeout = timeout
         self._limit = asyncio.Semaphore(concurrency)
 
     async def __aenter__(self) -> Completions:
-        self._session = aiohttp.ClientSession(timeout=self._timeout, headers=self._headers)
+        import aiohttp  # not before it is needed: of the `bench` extra, and a command's help is read without it
+
+        timeout = aiohttp.ClientTimeout(total=self._timeout, sock_connect=10)
+        self._failures = (TimeoutError, aiohttp.ClientError, OSError, ValueError)
+        self._session = aiohttp.ClientSession(timeout=timeout, headers=self._headers)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -96,7 +98,7 @@ class Completions:
                     hint = f" (retry after {wait} s)" if wait else ""
                     raise ServerError(f"{url} answered {reply.status}{hint}: {' '.join((await reply.text())[:300].split())}")
                 found = await reply.json(content_type=None)
-        except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+        except self._failures as error:
             raise ServerError(f"{url} cannot be used: {type(error).__name__}: {error}") from None
         if not isinstance(found, dict):
             raise ServerError(f"{url} answered with no JSON object: {str(found)[:200]}")

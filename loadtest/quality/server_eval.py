@@ -27,6 +27,7 @@ import numpy as np
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.corpus import TextSource
+from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.completions import Completions, Scored, all_of
@@ -202,6 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit code. Raises ServerError after writing what there is."""
     args = parse(argv)
+    need("aiohttp")
     source = TextSource.load(args.tokenizer)
     note = f"Text: Python's reference, fingerprint {source.fingerprint}. In brackets: 95% intervals over texts. {describe()}."
     results = Results(

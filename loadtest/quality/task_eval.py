@@ -16,6 +16,7 @@ from pathlib import Path
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
+from kvloom.loadtest.flags import need
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.decoding import prefill
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     if unknown := [task for task in args.tasks if task not in TASKS]:
         raise ConfigError(f"--tasks names {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
+    need("matplotlib")
     specs = plan(args.methods, args.budgets)
     llm = setup.engine(args, specs)
     note = (

@@ -14,43 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvloom.loadtest.report import html, markdown
-from kvloom.loadtest.report.compare import comparison
-from kvloom.loadtest.report.document import Document
-from kvloom.loadtest.report.plot import render
-from kvloom.loadtest.report.run import ReportError, Run, load_run
-from kvloom.loadtest.report.single import document
-from kvloom.loadtest.report.theme import DARK, LIGHT
-
-__all__ = ["ReportError", "compare_runs", "main", "write_document", "write_report"]
-
-
-def write_report(folder: Path) -> list[Path]:
-    """Report on the run in `folder`, into it. Returns the files written. Raises ReportError if there is no run."""
-    return write_document(document(load_run(folder)), folder)
-
-
-def compare_runs(runs: Sequence[Run], out: Path) -> list[Path]:
-    """Report on several runs side by side, into `out`. Returns the files written."""
-    return write_document(comparison(runs), out)
-
-
-def write_document(what: Document, out: Path) -> list[Path]:
-    """Write a report in all its forms. Plots of an earlier report that this one leaves out are removed."""
-    out.mkdir(parents=True, exist_ok=True)
-    images, written = {}, []
-    for plot in what.plots:
-        path = out / f"{plot.name}.png"
-        if plot.draw is None:
-            path.unlink(missing_ok=True)
-            continue
-        images[plot.name] = html.Images(render(plot, LIGHT), render(plot, DARK))
-        path.write_bytes(images[plot.name].light)
-        written.append(path)
-    for name, text in (("report.md", markdown.write(what, images)), ("report.html", html.write(what, images))):
-        (out / name).write_text(text, encoding="utf-8")
-        written.append(out / name)
-    return written
+from kvloom.loadtest.flags import need
+from kvloom.loadtest.report.run import ReportError, load_run
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the report and say where it is. Returns the exit code."""
     args = parse(argv)
     names = [*args.name, *[""] * len(args.folders)]
+    need("matplotlib")
     try:
         written = _write(args.folders, names, args.out)
     except (ReportError, OSError) as error:
@@ -80,11 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(folders: Sequence[Path], names: Sequence[str], out: Path | None) -> list[Path]:
+    from kvloom.loadtest.report.files import compare_runs, write_run  # draws: the command's help is read without matplotlib
+
     if len(folders) == 1 and (folders[0] / "sweep.json").exists():
         from kvloom.loadtest.sweep.report import write_sweep  # stands above this package
 
         return write_sweep(folders[0], out)
     if len(folders) == 1:
-        return write_document(document(load_run(folders[0], names[0])), out or folders[0])
+        return write_run(load_run(folders[0], names[0]), out or folders[0])
     runs = [load_run(folder, name) for folder, name in zip(folders, names)]
     return compare_runs(runs, out or folders[0].resolve().parent / "comparison")

@@ -14,10 +14,8 @@ from kvloom.loadtest.corpus import TextSource
 from kvloom.loadtest.plan import Plan, parse
 from kvloom.loadtest.quality.http_probe import ProbeError, Scores, Window, compare, score, windows
 from kvloom.loadtest.quality.intervals import wilson
-from kvloom.loadtest.serve_bench import bench
+from kvloom.loadtest.serve_run import bench
 from kvloom.loadtest.sweep.results import Result
-
-PROBES = ("agreement", "needle")
 
 
 class Prober:

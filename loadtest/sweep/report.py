@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvloom.loadtest.report import write_document
 from kvloom.loadtest.report.bars import runs_beside
 from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent
 from kvloom.loadtest.report.figures import curves
+from kvloom.loadtest.report.files import write_document
 from kvloom.loadtest.report.run import load_run
 from kvloom.loadtest.report.single import definitions
 from kvloom.loadtest.report.tables import settings as settings_table

@@ -11,6 +11,8 @@ from typing import Any, Literal
 from kvloom.loadtest.report.run import ReportError
 
 RESULTS = "sweep.json"
+PROBES = ("agreement", "needle")
+"""How quality can be measured over HTTP."""
 Outcome = Literal["measured", "refused", "failed", "interrupted"]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvloom.loadtest.report import main, write_report
+from kvloom.loadtest.report import main
 from kvloom.loadtest.report.bars import heaviest
 from kvloom.loadtest.report.compare import differences
 from kvloom.loadtest.report.figures import plots
+from kvloom.loadtest.report.files import write_report
 from kvloom.loadtest.report.run import ReportError, Row, load_run
 from kvloom.loadtest.report.tables import failures, latency
 from kvloom.loadtest.report.timeline import Kinds, kinds

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvloom.loadtest import report
 from kvloom.loadtest.plan import parse
+from kvloom.loadtest.report import files
 from kvloom.loadtest.serve_bench import main
 
 KEYS = {
@@ -30,7 +30,7 @@ KEYS = {
 @pytest.fixture
 def bench(server: Any, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command on small prompts; gives the exit code. Figures are not drawn."""
-    monkeypatch.setattr(report, "write_report", lambda folder: [folder / "report.html"])
+    monkeypatch.setattr(files, "write_report", lambda folder: [folder / "report.html"])
     monkeypatch.delenv("KVLOOM_API_KEY", raising=False)
 
     def run(*words: str) -> int:

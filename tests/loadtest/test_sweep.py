@@ -14,8 +14,8 @@ import pytest
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality.http_probe import Position, ProbeError, Window, _positions, compare, kl
 from kvloom.loadtest.report import main as report_main
-from kvloom.loadtest.serve_bench import Outcome
-from kvloom.loadtest.sweep import command
+from kvloom.loadtest.serve_run import Outcome
+from kvloom.loadtest.sweep import command, measure
 from kvloom.loadtest.sweep.grid import Point, expand, flags, parse_grid
 from kvloom.loadtest.sweep.pareto import pareto_front
 
@@ -185,7 +185,7 @@ def test_servers_that_fail_are_listed_and_told(sweep: list[str], tmp_path: Path,
 
 def test_ctrl_c_keeps_what_was_measured(sweep: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    run = command.bench
+    run = measure.bench
 
     def twice(*words: Any) -> Outcome:
         calls.append(words)
@@ -193,7 +193,7 @@ def test_ctrl_c_keeps_what_was_measured(sweep: list[str], tmp_path: Path, monkey
             raise KeyboardInterrupt
         return run(*words)
 
-    monkeypatch.setattr(command, "bench", twice)
+    monkeypatch.setattr(measure, "bench", twice)
     assert command.main([*sweep, "--grid", "selection=dense,a,b", "--grid", "budget=16"]) == 130
     assert [row["outcome"] for row in results(tmp_path / "out").values()] == ["measured", "interrupted"]
     assert "was interrupted" in (tmp_path / "out" / "report.md").read_text()
