@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.files import Fields, read_json_if_there
+from kvloom.engine.files import Fields, read_json_if_there, shown
 from kvloom.engine.text.settings import TokenizerSettings, unique
 
 log = logging.getLogger("kvloom.model")
@@ -27,7 +27,7 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
     backend = _read_backend(folder / "tokenizer.json")
     config = read_json_if_there(folder / "special_tokens_map.json") | read_json_if_there(folder / "tokenizer_config.json")
     given = Fields(config, "tokenizer_config.json: ")
-    names = {key: _content(config.get(key)) for key in _NAMED}
+    names = {key: _content(config.get(key), key) for key in _NAMED}
     _mark_special(backend, [name for name in names.values() if name])
     for key in ("bos_token", "eos_token"):
         if names[key] and _token_id(backend, names[key]) is None:
@@ -57,10 +57,12 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _content(token: Any) -> str | None:
-    """A special token is a string or an object {"content": ...}."""
+def _content(token: Any, key: str) -> str | None:
+    """A special token is a string or an object {"content": ...}, or there is none."""
     value = token.get("content") if isinstance(token, dict) else token
-    return value if isinstance(value, str) else None
+    if value is not None and not isinstance(value, str):
+        raise ModelError(f"tokenizer_config.json: {key} is {shown(token)}; a string or an object with content is needed")
+    return value
 
 
 def _token_id(backend: tokenizers.Tokenizer, name: str | None) -> int | None:
@@ -95,4 +97,6 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     if isinstance(template, list):  # several named templates
         named = [entry for entry in template if isinstance(entry, dict)]
         template = next((entry.get("template") for entry in named if entry.get("name") == "default"), None)
-    return template if isinstance(template, str) else None
+    if template is not None and not isinstance(template, str):
+        raise ModelError(f"chat_template is {shown(template)}; a string is needed, or a list of named ones")
+    return template

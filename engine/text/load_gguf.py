@@ -38,7 +38,7 @@ def load_gguf(metadata: Mapping[str, Any], where: object) -> tuple[tokenizers.To
     else:
         backend, adds_bos = _sentencepiece(given, vocab, where), True
     _add_special(backend, vocab, given, where)
-    return backend, _settings(given, metadata.get("tokenizer.chat_template"), len(vocab), adds_bos, where)
+    return backend, _settings(given, Fields(metadata).text("tokenizer.chat_template"), len(vocab), adds_bos, where)
 
 
 def _vocabulary(given: Fields) -> dict[str, int]:
@@ -55,7 +55,7 @@ def _vocabulary(given: Fields) -> dict[str, int]:
     return vocab
 
 
-def _settings(given: Fields, template: object, vocab_size: int, adds_bos: bool, where: object) -> TokenizerSettings:
+def _settings(given: Fields, template: str | None, vocab_size: int, adds_bos: bool, where: object) -> TokenizerSettings:
     def token(name: str) -> int | None:
         """A special token's id, None if it is not given or no token."""
         found = given.integer_or_none(f"{name}_token_id")
@@ -69,7 +69,7 @@ def _settings(given: Fields, template: object, vocab_size: int, adds_bos: bool, 
         eos_ids=unique([token(name) for name in ("eos", "eot", "eom")]),
         add_bos=given.flag("add_bos_token", adds_bos),
         add_eos=given.flag("add_eos_token"),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template,
         vocab_size=vocab_size,
     )
 

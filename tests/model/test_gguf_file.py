@@ -97,6 +97,58 @@ def test_wrong_header(small, patch, named) -> None:
         GGUFFile(small)
 
 
+def directory(path) -> int:
+    """Where the directory entry of tensor y begins."""
+    return path.read_bytes().index(struct.pack("<Q", 1) + b"y")
+
+
+@pytest.mark.parametrize(("offset", "named"), [
+    (0, "tensor '[xy]' begins at byte .*behind the tensor before it"),
+    (32, "begins at byte"),
+    (57, "allowed: multiples of 32"),
+    (2**40, "ends at byte"),
+    (2**64 - 1, "ends at byte"),
+])  # fmt: skip
+def test_tensors_that_overlap_or_lie_outside(small, offset, named) -> None:
+    data = bytearray(small.read_bytes())
+    at = directory(small) + 9 + 4 + 8 + 4  # name, dimensions, one of them, type
+    data[at : at + 8] = struct.pack("<Q", offset)
+    small.write_bytes(data)
+    with pytest.raises(ModelError, match=named):
+        GGUFFile(small)
+
+
+def test_a_key_that_is_given_twice(small) -> None:
+    small.write_bytes(small.read_bytes().replace(b"a.ratio", b"a.count"))
+    with pytest.raises(ModelError, match=r"'a\.count' is given twice"):
+        GGUFFile(small)
+
+
+@pytest.mark.parametrize(("value", "named"), [("2", "split.count is '2'"), (-1, None)])
+def test_a_count_of_shards_that_is_no_number(tmp_path, value, named) -> None:
+    writer = GGUFWriter(tmp_path / "x.gguf", "llama")
+    (writer.add_string if isinstance(value, str) else writer.add_int32)("split.count", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if named is None:
+        assert not GGUFFile(tmp_path / "x.gguf").tensors
+    else:
+        with pytest.raises(ModelError, match=named):
+            GGUFFile(tmp_path / "x.gguf")
+
+
+@pytest.mark.parametrize(("key", "size"), [(b"a.words", 2**40), (b"a.numbers", 2**61), (b"a.floats", 2**63)])
+def test_arrays_that_are_longer_than_the_file(small, key, size) -> None:
+    data = bytearray(small.read_bytes())
+    at = data.index(key) + len(key) + 4 + 4  # type, type of the entries
+    data[at : at + 8] = struct.pack("<Q", size)
+    small.write_bytes(data)
+    with pytest.raises(ModelError, match="truncated"):
+        GGUFFile(small)
+
+
 def test_shards_are_refused(tmp_path) -> None:
     path = tmp_path / "model-00001-of-00002.gguf"
     writer = GGUFWriter(path, "llama")

@@ -96,12 +96,71 @@ def test_user_defined_tokens_are_whole_but_ordinary(byte_level: Tokenizer) -> No
         ({"tokenizer.ggml.merges": None}, "without merges"),
         ({"tokenizer.ggml.tokens": None}, "no tokenizer"),
         ({"tokenizer.ggml.merges": ["x nosuchtoken"]}, "merges do not fit"),
+        ({"tokenizer.ggml.merges": ["h e", "hello"]}, "merges do not fit .*number 1 is 'hello'; allowed: two tokens"),
+        ({"tokenizer.ggml.merges": [""]}, "number 0 is ''"),
+        ({"tokenizer.ggml.merges": ["h l"]}, "number 0 is 'h l'.*together are a token"),
+        ({"tokenizer.ggml.merges": [1, 2]}, "merges is .*a list of str"),
+        ({"tokenizer.ggml.merges": "h e"}, "merges is 'h e'; a list of str"),
+        ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, "tokens 0 and 2 are both 'a'"),
+        ({"tokenizer.ggml.tokens": []}, "no tokenizer"),
+        ({"tokenizer.ggml.tokens": ["a" * 5000]}, "token 0 has 5000 characters; allowed: 4096"),
+        ({"tokenizer.ggml.token_type": [1, 2]}, "token_type has 2 entries for 263 tokens"),
+        ({"tokenizer.ggml.token_type": [0.5] * 263}, "token_type is .*a list of int"),
+        ({"tokenizer.ggml.eos_token_id": "two"}, "eos_token_id is 'two'; a whole number"),
+        ({"tokenizer.ggml.bos_token_id": [1]}, r"bos_token_id is \[1\]; a whole number"),
+        ({"tokenizer.ggml.add_bos_token": 3}, "add_bos_token is 3; true or false"),
+        ({"tokenizer.ggml.pre": 3}, "pre is 3; a string"),
+        ({"tokenizer.chat_template": 3}, "chat_template is 3; a string"),
     ],
 )
 def test_unsupported_gguf_is_named(bytes_metadata: dict[str, Any], change: dict[str, Any], message: str) -> None:
     metadata = {key: value for key, value in (bytes_metadata | change).items() if value is not None}
+    with pytest.raises(ModelError, match=f"model.gguf: .*{message}"):
+        Tokenizer.from_gguf(metadata, "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokenizer.ggml.scores": None}, "without scores"),
+        ({"tokenizer.ggml.scores": [0.0]}, "scores has 1 entries for"),
+        ({"tokenizer.ggml.scores": ["x"]}, "a list of float"),
+        ({"tokenizer.ggml.unknown_token_id": "x"}, "unknown_token_id is 'x'"),
+    ],
+)
+def test_unsupported_sentencepiece_is_named(spm_metadata: dict[str, Any], change: dict[str, Any], message: str) -> None:
+    metadata = {key: value for key, value in (spm_metadata | change).items() if value is not None}
     with pytest.raises(ModelError, match=message):
         Tokenizer.from_gguf(metadata)
+    nan = [float("nan"), *spm_metadata["tokenizer.ggml.scores"][1:]]
+    with pytest.raises(ModelError, match="not finite"):
+        Tokenizer.from_gguf(spm_metadata | {"tokenizer.ggml.scores": nan})
+
+
+def test_what_a_gguf_leaves_out_is_assumed_aloud(bytes_metadata: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    def without(key: str) -> Tokenizer:
+        caplog.clear()
+        return Tokenizer.from_gguf({k: v for k, v in bytes_metadata.items() if k != f"tokenizer.ggml.{key}"}, "model.gguf")
+
+    without("bos_token_id")
+    assert not caplog.text
+    default = Tokenizer.from_gguf(bytes_metadata | {"tokenizer.ggml.pre": "default"})
+    assert without("pre").encode("1234 hello") == default.encode("1234 hello")
+    assert "model.gguf does not say how text is cut" in caplog.text and "'default' is assumed" in caplog.text
+    assert without("token_type").special_ids == frozenset()
+    assert "model.gguf does not say which tokens are special" in caplog.text
+
+
+def test_special_ids_outside_the_vocabulary_are_told_and_ignored(
+    bytes_metadata: dict[str, Any], spm_metadata: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = {"tokenizer.ggml.bos_token_id": 10**6, "tokenizer.ggml.eot_token_id": 263, "tokenizer.ggml.add_bos_token": True}
+    tokenizer = Tokenizer.from_gguf(bytes_metadata | ids, "model.gguf")
+    assert tokenizer.bos_id is None and tokenizer.eos_ids == (261,)
+    assert tokenizer.encode("hello") == Tokenizer.from_gguf(bytes_metadata).encode("hello")
+    assert "model.gguf: tokenizer.ggml.bos_token_id is 1000000; allowed: 0 to 262; ignored" in caplog.text
+    assert Tokenizer.from_gguf(spm_metadata | {"tokenizer.ggml.unknown_token_id": 10**9}).vocab_size > 0
+    assert "unknown_token_id is 1000000000" in caplog.text
 
 
 # SentencePiece -------------------------------------------------------------------------------------------------------
@@ -211,6 +270,36 @@ def test_broken_folders_are_named(tmp_path: Path, folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize(("file", "content", "message"), [
+    ("tokenizer_config.json", {"eos_token": 5}, "eos_token is 5; a string or an object"),
+    ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token is 'yes'; true or false"),
+    ("tokenizer_config.json", {"chat_template": 5}, "chat_template is 5; a string"),
+    ("generation_config.json", {"eos_token_id": "x"}, "generation_config.json: eos_token_id is 'x'; a whole number"),
+    ("generation_config.json", {"eos_token_id": [2, None]}, "eos_token_id is None; a whole number"),
+    ("config.json", {"eos_token_id": 1.5}, "config.json: eos_token_id is 1.5"),
+    ("special_tokens_map.json", "[" * 100_000, "special_tokens_map.json cannot be read as JSON"),
+    ("chat_template.json", "\udcff", "chat_template.json cannot be read as JSON"),
+    ("chat_template.jinja", "\udcff", "chat_template.jinja is not UTF-8"),
+])  # fmt: skip
+def test_broken_fields_of_folders_are_named(folder: Path, file: str, content: Any, message: str) -> None:
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / file).write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ModelError, match=message) as error:
+        Tokenizer.from_folder(folder)
+    assert str(folder) in str(error.value)
+
+
+def test_a_named_token_that_is_none_is_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    change(folder, eos_token="<|nowhere|>")
+    assert Tokenizer.from_folder(folder).eos_ids == ()
+    assert "names '<|nowhere|>' as eos_token, which tokenizer.json does not have" in caplog.text
+
+
+def test_entries_of_named_templates_may_be_nonsense(folder: Path) -> None:
+    change(folder, chat_template=[3, {"name": ["default"]}, {"name": "default", "template": "d"}])
+    assert Tokenizer.from_folder(folder).chat_template == "d"
 
 
 def test_other_decoders_are_refused(folder: Path) -> None:
