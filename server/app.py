@@ -13,6 +13,7 @@ from kvloom.server import description, errors
 from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.limits import BodyLimitMiddleware
+from kvloom.server.methods import HeadMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
@@ -22,7 +23,7 @@ from kvloom.version import __version__
 
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
-    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer))
+    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer, client.model.vocab_size))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -45,6 +46,7 @@ def _guard(app: FastAPI, context: ServerContext) -> None:
     """Middleware, the innermost first: a body is measured and a tenant named only for those with a key, and a preflight needs
     none of it."""
     refused = context.metrics.refused
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=context.options.max_body, refused=refused)
     app.add_middleware(TenantMiddleware, proxies=context.options.proxies(), refused=refused)
     keys = KeyRing(context.options.api_key, context.options.tenant_keys)
