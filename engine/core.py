@@ -81,12 +81,15 @@ class Limits(NamedTuple):
                 f"prompt{hint}",
                 param="prompt",
             )
-        if sampling.max_tokens is not None and sampling.max_tokens > room:
-            raise ContextLengthError(
-                f"max_tokens is {sampling.max_tokens} and the prompt has {prompt_length} tokens; together they exceed {limit}, "
-                f"{longest}; ask for at most {room}{hint}",
-                param="max_tokens",
-            )
+        asked = {"max_tokens": sampling.max_tokens or 0, "min_tokens": sampling.min_tokens,
+                 "forced_tokens": len(sampling.forced_tokens)}  # fmt: skip
+        for name, count in asked.items():
+            if count > room:
+                raise ContextLengthError(
+                    f"{name} is {count} and the prompt has {prompt_length} tokens; together they exceed {limit}, {longest}; "
+                    f"ask for at most {room}{hint}",
+                    param=name,
+                )
         for name in ("logit_bias", "stop_token_ids", "forced_tokens"):
             largest = max(getattr(sampling, name), default=0)
             if largest >= self.vocab_size:
@@ -95,7 +98,7 @@ class Limits(NamedTuple):
                 )
         if kv.reuse is not None and kv.reuse not in REUSE:
             raise InvalidRequestError(f"kv.reuse is {kv.reuse!r}; allowed: {', '.join(REUSE)}", param="kv.reuse")
-        return prompt_length + (room if sampling.max_tokens is None else sampling.max_tokens)
+        return prompt_length + sampling.most_tokens(room)
 
 
 class Ending(NamedTuple):

@@ -33,7 +33,10 @@ class SamplingParams:
     n: int = 1
     """Completions per prompt, 1 to 64. Each is a request of its own to the engine: see `choices`."""
     max_tokens: int | None = None
-    """Most tokens to generate; None means up to the model's context."""
+    """Most tokens to generate; None means `default_tokens`."""
+    default_tokens: int | None = None
+    """How many where nobody says how many: this, or `min_tokens` if that is more, or what the context has room for if that is
+    less; None means up to the model's context."""
     min_tokens: int = 0
     """No end-of-sequence, stop token or stop string before this many tokens."""
     temperature: float = 1.0
@@ -53,7 +56,8 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of the given token ids; each in [-100, 100]."""
     seed: int | None = None
-    """Same seed, same prompt, same parameters: same text, whatever else is in the batch."""
+    """Same seed, same prompt, same parameters: same text, whatever else is in the batch. None, or -1 as in other servers,
+    draws one for each completion."""
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; they are not part of the text."""
     stop_token_ids: tuple[int, ...] = ()
@@ -77,8 +81,11 @@ class SamplingParams:
             if not ok:
                 raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}", param=name)
 
+        if self.seed == -1:
+            object.__setattr__(self, "seed", None)  # frozen
         check(1 <= self.n <= MAX_CHOICES, "n", f"1 to {MAX_CHOICES}")
         check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more, or null")
+        check(self.default_tokens is None or self.default_tokens >= 1, "default_tokens", "1 or more, or null")
         check(self.min_tokens >= 0, "min_tokens", "0 or more")
         check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
         check(0.0 <= self.temperature <= 100.0, "temperature", "0 to 100")  # also refuses NaN
@@ -114,6 +121,12 @@ class SamplingParams:
     def least_tokens(self) -> int:
         """Tokens before which nothing may end generation."""
         return max(self.min_tokens, len(self.forced_tokens))
+
+    def most_tokens(self, room: int) -> int:
+        """Most tokens to generate where the context has room for so many more."""
+        if self.max_tokens is not None:
+            return self.max_tokens
+        return room if self.default_tokens is None else min(room, max(self.default_tokens, self.least_tokens))
 
     def choices(self) -> list[SamplingParams]:
         """One SamplingParams with n = 1 per completion; a given seed becomes seed, seed + 1, ..."""

@@ -15,6 +15,7 @@ from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.hosts import HostMiddleware, guards_hosts
 from kvloom.server.limits import BodyLimitMiddleware
+from kvloom.server.methods import HeadMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
@@ -24,7 +25,7 @@ from kvloom.version import __version__
 
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
-    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer))
+    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer, client.model.vocab_size))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -47,6 +48,7 @@ def _guard(app: FastAPI, context: ServerContext) -> None:
     """Middleware, the innermost first: a body is measured and a tenant named only for those with a key, and a preflight needs
     none of it."""
     refused, options = context.metrics.refused, context.options
+    app.add_middleware(HeadMiddleware)
     app.add_middleware(BodyLimitMiddleware, limit=options.max_body, refused=refused)
     app.add_middleware(TenantMiddleware, proxies=options.proxies(), refused=refused)
     keys, admins = KeyRing(options.api_key, options.tenant_keys), KeyRing(options.admin_key)

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from kvloom.engine.errors import (
     ContextLengthError,
@@ -26,6 +27,7 @@ from kvloom.engine.errors import (
     ModelNotFoundError,
     OverloadedError,
 )
+from kvloom.server.methods import methods_of
 from kvloom.server.schema.problem import KIND
 
 log = logging.getLogger("kvloom.server")
@@ -125,12 +127,16 @@ async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     return _answer(request, validation_error(error.errors(), request.headers.get("content-type", "")))
 
 
-async def _on_http(request: Request, error: Exception) -> JSONResponse:
+async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    allowed = methods_of(request.app.routes, request.scope) if error.status_code == 405 else []
+    if request.method == "OPTIONS" and allowed:
+        return Response(status_code=204, headers={"Allow": ", ".join(allowed)})
+    headers = {**(error.headers or {}), "Allow": ", ".join(allowed)} if allowed else error.headers
     message = (
         f"{_PHRASES[error.status_code]}: {request.method} {request.url.path}" if error.status_code in _PHRASES else error.detail
     )
-    return _answer(request, WireError(error.status_code, str(message)), error.headers)
+    return _answer(request, WireError(error.status_code, str(message)), headers)
 
 
 async def _on_known(request: Request, error: Exception) -> JSONResponse:

@@ -25,8 +25,10 @@ T = TypeVar("T")
 class PromptEncoder:
     """A tokenizer and its chat template, for use from the event loop."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+        """vocab_size: the model's, which may be more than its tokenizer's: padding of the embedding has ids without text."""
         self.tokenizer = tokenizer
+        self._vocab_size = vocab_size
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="kvloom-text")
         self._template: ChatTemplate | None = None
 
@@ -66,10 +68,9 @@ class PromptEncoder:
         )
 
     def check(self, tokens: Sequence[int], param: str = "prompt") -> None:
-        """Raises InvalidRequestError if an id is outside the vocabulary."""
-        size = self.tokenizer.vocab_size
-        if tokens and max(tokens) >= size:
-            raise InvalidRequestError(f"{param} holds the token id {max(tokens)}; allowed: 0 to {size - 1}", param)
+        """Raises InvalidRequestError if an id is outside the model's vocabulary: the engine's own rule, told earlier."""
+        if tokens and max(tokens) >= self._vocab_size:
+            raise InvalidRequestError(f"{param} holds the token id {max(tokens)}; allowed: 0 to {self._vocab_size - 1}", param)
 
     def close(self) -> None:
         """End the threads."""

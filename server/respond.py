@@ -75,6 +75,7 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
         context.prompts.check(prompt)
     context.prompts.check(tuple(sampling.logit_bias), "logit_bias")
     context.prompts.check(sampling.stop_token_ids, "stop_token_ids")
+    context.prompts.check(sampling.forced_tokens, "forced_tokens")
     work = Work(id=work_id, prompts=prompts, sampling=sampling, kv=body.kv_options(), priority=body.priority,
                 tenant=tenant_of(request), cache_salt=body.cache_salt)  # fmt: skip
     return Job(

@@ -204,11 +204,14 @@ class GenerationBody(StrictBody):
     def kv_options(self) -> KVOptions:
         return KVOptions() if self.kv is None else self.kv.options()
 
-    def sampling(self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: int | None) -> SamplingParams:
+    def sampling(
+        self, *, max_tokens: int | None, default_tokens: int | None = None, logprobs: int | None, prompt_logprobs: int | None
+    ) -> SamplingParams:
         """The engine's form. Raises InvalidRequestError for a value out of bounds."""
         return SamplingParams(
             n=self.n,
             max_tokens=max_tokens,
+            default_tokens=default_tokens,
             min_tokens=self.min_tokens,
             temperature=self.temperature,
             top_p=self.top_p,

@@ -67,10 +67,11 @@ class CompletionBody(GenerationBody):
 
     def params(self) -> SamplingParams:
         """Sampling parameters. Raises InvalidRequestError."""
-        limit = DEFAULT_MAX_TOKENS if self.token_limit is None else max(1, self.token_limit)
+        limit = None if self.token_limit is None else max(1, self.token_limit)
         echoed = self.logprobs if self.echo else None
         return self.sampling(
             max_tokens=limit,
+            default_tokens=DEFAULT_MAX_TOKENS,
             logprobs=self.logprobs,
             prompt_logprobs=echoed if self.prompt_logprobs is None else max(self.prompt_logprobs, echoed or 0),
         )

@@ -108,7 +108,7 @@ class FakeEngine:
         text = IncrementalDetokenizer(
             self.tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens, stop=sampling.stop
         )
-        limit = min(sampling.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(prompt))
+        limit = min(sampling.most_tokens(MAX_MODEL_LEN - len(prompt)), MAX_MODEL_LEN - len(prompt))
         for count, token in enumerate(echo_tokens(prompt, limit), 1):
             await asyncio.sleep(self.step_seconds)
             self._check()

@@ -159,7 +159,7 @@ def test_paths_and_methods(served):
         missing, method, model = client.get("/v1/nothing"), client.get(CHAT), client.get("/v1/models/other/one")
     assert (missing.status_code, method.status_code, model.status_code) == (404, 405, 404)
     assert "/v1/nothing" in missing.json()["error"]["message"] and "GET" in method.json()["error"]["message"]
-    assert model.json()["error"]["code"] == "model_not_found" and method.headers["allow"] == "POST"
+    assert model.json()["error"]["code"] == "model_not_found" and method.headers["allow"] == "OPTIONS, POST"
 
 
 def test_body_too_large(served):

@@ -122,7 +122,7 @@ def test_parts_developer_and_continue(served):
 
 def test_fields_reach_the_engine(served):
     served.openai().chat.completions.create(
-        model="echo-model", messages=MESSAGES, max_completion_tokens=3, max_tokens=99, temperature=0.5, top_p=0.9, seed=-1,
+        model="echo-model", messages=MESSAGES, max_completion_tokens=3, max_tokens=99, temperature=0.5, top_p=0.9, seed=-2,
         presence_penalty=1.5, frequency_penalty=-1.0, logit_bias={"5": -100}, stop=["x", "y"],
         extra_body={"top_k": 4, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True, "priority": -3,
                     "stop_token_ids": [7], "include_stop_str_in_output": True, "skip_special_tokens": False, "cache_salt": "s",
@@ -131,7 +131,7 @@ def test_fields_reach_the_engine(served):
     call = served.engine.calls[-1]
     sampling = call["sampling"]
     assert (sampling.max_tokens, sampling.min_tokens, sampling.temperature, sampling.top_p) == (3, 2, 0.5, 0.9)
-    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty, sampling.seed) == (4, 0.1, 1.1, -1)
+    assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty, sampling.seed) == (4, 0.1, 1.1, -2)
     assert (sampling.presence_penalty, sampling.frequency_penalty, dict(sampling.logit_bias)) == (1.5, -1.0, {5: -100.0})
     assert (sampling.stop, sampling.stop_token_ids, sampling.ignore_eos) == (("x", "y"), (7,), True)
     assert (sampling.include_stop_str_in_output, sampling.skip_special_tokens) == (True, False)
