@@ -23,7 +23,7 @@ from kvloom.version import __version__
 
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
-    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer))
+    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer, client.model.max_model_len))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
