@@ -31,6 +31,7 @@ MEASUREMENTS = {
         "sweep": ("kvloom.loadtest.sweep", "a grid of server settings under the same load, speed beside quality"),
         "report": ("kvloom.loadtest.report", "the report of one run, or several beside each other"),
         "engine": ("kvloom.loadtest.engine_bench", "the engine without HTTP, against what this machine can do"),
+        "floods": ("kvloom.loadtest.floods", "what a neighbour feels while somebody floods the server"),
         "peers": ("kvloom.loadtest.peers", "kvloom beside other servers, with the same client and requests"),
     },
     "eval": {

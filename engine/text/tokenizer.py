@@ -82,7 +82,7 @@ class Tokenizer:
 
     @cached_property
     def longest_token(self) -> int | None:
-        """Most bytes of text that one token can stand for, so that a text has at least bytes / longest_token of them; None where
+        """Most bytes of text that one token stands for, so that a text has at least bytes / longest_token of them; None where
         text can vanish: rules that rewrite it before, added tokens that swallow the spaces around them, unknown
         characters that become one token."""
         state = json.loads(self.backend.to_str())
