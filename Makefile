@@ -5,6 +5,7 @@
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
 #                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
+# make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
 #
 # PYTHON=python3.13   which Python makes the environment (3.11 or newer)
 # TORCH_INDEX=URL     where torch comes from: PyTorch's index of CPU builds by default; empty for pip's own configuration
@@ -12,7 +13,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types bench-peers clean
+.PHONY: setup serve demo test lint types bench-peers floods clean
 
 setup: $(VENV)/.dev
 
@@ -44,6 +45,9 @@ types: setup
 bench-peers: $(VENV)/.bench
 	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
 	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
+
+floods: setup
+	$(BIN)/kvloom bench floods --out build/floods
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

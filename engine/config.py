@@ -96,7 +96,8 @@ class SchedulerOptions:
     max_batched_tokens: Tokens = 1024
     """Token budget of one step: decodes first, prompts in chunks with the rest."""
     max_queued_tokens: Tokens | None = None
-    """Refuse new requests (429) while this many prompt tokens wait; the default is no bound."""
+    """Refuse new requests (429) while this many prompt tokens wait to be computed; the default is four times what the KV cache
+    holds. A named tenant may fill its weight times what is left for others."""
     retention: Name = "everything"
     """What stays in memory: everything, razor (local heads keep sinks and a window alone)."""
     retention_options: JSONText | None = None

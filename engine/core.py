@@ -137,7 +137,7 @@ class EngineCore:
     ) -> None:
         """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas. states: memory of what
         selection and retention remember."""
-        tenants = tenants or Tenants()
+        self._tenants = tenants = tenants or Tenants()
         self.share = share
         self.limits = limits
         self.cache = cache
@@ -317,6 +317,14 @@ class EngineCore:
             self._give_way(self._errand)
         share.errands.purge(tenant)
         return share.store.purge(tenant)
+
+    def weight(self, tenant: str) -> float:
+        """A tenant's share beside others."""
+        return self._tenants.get(tenant).weight
+
+    def charge(self, tenant: str, seconds: float) -> None:
+        """Work that was done for a tenant between steps."""
+        self._scheduler.charge(tenant, seconds)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now. Its full blocks stay reusable. Returns its last output, or None if it is not here."""

@@ -80,8 +80,11 @@ class Tenants:
             here = f"{where}: tenant {name}"
             values = dict(_mapping(settings, here))
             for key in _keys(values.pop("api_keys", None), here):
-                if keys.setdefault(key, name) != name:
-                    raise ConfigError(f"{here}: one of its api_keys is also a key of tenant {keys[key]}; give each to one")
+                if key in keys:
+                    raise ConfigError(
+                        f"{here}: one of its api_keys is given twice, first to tenant {keys[key]}; give each once"
+                    )
+                keys[key] = name
             known[name] = _tenant(name, values, here)
         default = _tenant("", _mapping(top.get("default"), f"{where}: default"), f"{where}: default")
         return cls(known, default, keys)
@@ -90,8 +93,10 @@ class Tenants:
 def _load(file: str) -> object:
     import yaml
 
+    from kvloom.engine import strict_yaml
+
     try:
-        return yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        return strict_yaml.load(Path(file).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tenants file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:

@@ -15,15 +15,18 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
+from kvloom.engine.admission import QUEUED_CAPACITIES, Admission
+from kvloom.engine.backlog import Backlog
 from kvloom.engine.build import Built, Progress, build
 from kvloom.engine.client import EngineStats, Health
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
-from kvloom.engine.errors import EngineDeadError, InvalidRequestError, KVLoomError, OverloadedError
+from kvloom.engine.errors import EngineDeadError, InvalidRequestError, KVLoomError
+from kvloom.engine.questions import Question, Questions
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 
 T = TypeVar("T")
@@ -44,7 +47,7 @@ class _Stream(NamedTuple):
     """Where one request's outputs go."""
 
     loop: asyncio.AbstractEventLoop
-    outputs: asyncio.Queue[RequestOutput | KVLoomError]
+    outputs: Backlog
 
 
 class ThreadEngineClient:
@@ -57,17 +60,18 @@ class ThreadEngineClient:
         once there are more of them than cores it puts them to sleep at every barrier. A decode step then takes four times
         as long.
         """
-        self._max_queued = max_queued_tokens
+        self._questions = Questions()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # engine thread adds and removes; everyone reads
         self._closing = False
         self._dead: str | None = None
-        self._arriving = 0
         self._beat = time.monotonic()
         made: Future[Built] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, made), name="kvloom-engine", daemon=True)
         self._thread.start()
         self._core, self.model, self.tokenizer = made.result()
+        queued = max_queued_tokens or QUEUED_CAPACITIES * self._stats.capacity_tokens
+        self._admission = Admission(queued, self._core.weight)
 
     @classmethod
     def start(cls, config: EngineConfig, progress: Progress | None = None) -> ThreadEngineClient:
@@ -88,7 +92,25 @@ class ThreadEngineClient:
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
         """See `EngineClient.generate`."""
-        self._refuse(len(prompt))
+        self._require_alive()
+        place = self._admission.enter(tenant, len(prompt))
+        try:
+            async for output in self._outputs(prompt, sampling, request_id, kv, priority, tenant, cache_salt):
+                place.leave()
+                yield output
+        finally:
+            place.leave()
+
+    async def _outputs(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        request_id: str,
+        kv: KVOptions,
+        priority: int,
+        tenant: str,
+        cache_salt: str,
+    ) -> AsyncGenerator[RequestOutput, None]:
         request = Request(
             id=request_id,
             prompt=tuple(prompt),
@@ -99,8 +121,7 @@ class ThreadEngineClient:
             cache_salt=cache_salt,
             arrival=time.monotonic(),
         )
-        stream = _Stream(asyncio.get_running_loop(), asyncio.Queue())
-        self._arriving += len(prompt)
+        stream = _Stream(asyncio.get_running_loop(), Backlog(lambda: self.abort(request_id)))
         self._inbox.put(lambda: self._add(request, stream))
         if self._dead is not None:  # it may have died before the message got in; if not, the stream is told
             raise EngineDeadError(self._dead)
@@ -123,17 +144,18 @@ class ThreadEngineClient:
     async def explain(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> Mapping[str, Any]:
         """See `EngineClient.explain`."""
         tokens = tuple(prompt)
-        return await self._ask(lambda core: core.explain(tokens, tenant, cache_salt))
+        return await self._ask(tenant, lambda core: core.explain(tokens, tenant, cache_salt))
 
     async def purge(self, tenant: str) -> int:
         """See `EngineClient.purge`."""
-        return await self._ask(lambda core: core.purge(tenant))
+        return await self._ask(tenant, lambda core: core.purge(tenant))
 
-    async def _ask(self, question: Callable[[EngineCore], T]) -> T:
-        """Have the engine's thread answer between two steps."""
+    async def _ask(self, tenant: str, question: Callable[[EngineCore], T]) -> T:
+        """Have the engine's thread answer between two steps. Raises OverloadedError if too many wait."""
         answer: Future[T] = Future()
         self._require_alive()
-        self._inbox.put(lambda: self._answer(question, answer))
+        self._questions.put(Question(tenant, lambda: self._answer(question, answer)))
+        self._inbox.put(_wake)  # a busy engine answers when it is time
         if self._dead is not None:  # as in `generate`
             raise EngineDeadError(self._dead)
         return await asyncio.wrap_future(answer)
@@ -162,15 +184,6 @@ class ThreadEngineClient:
         if self._dead is not None or self._closing:
             raise EngineDeadError(self._dead or "the engine is shutting down")
 
-    def _refuse(self, tokens: int) -> None:
-        self._require_alive()
-        waiting = self._core.queued_tokens + self._arriving
-        if self._max_queued is not None and waiting > 0 and waiting + tokens > self._max_queued:
-            raise OverloadedError(
-                f"{waiting} prompt tokens are waiting, and this request would add {tokens}; the limit is "
-                f"{self._max_queued}; try again later"
-            )
-
     # Engine thread side ---------------------------------------------------------------------------------------------
 
     def _run(self, make: Callable[[], Built], made: Future[Built]) -> None:
@@ -196,7 +209,10 @@ class ThreadEngineClient:
     def _receive(self) -> bool:
         """Handle messages; waits for one while there is nothing to do. False when it is time to end."""
         checked = False
+        self._answer_next()
         while True:
+            if not self._core.busy:
+                self._answer_next()
             pause = ERRAND_SECONDS if self._core.has_errands else None if checked else IDLE_SECONDS
             try:
                 message = self._inbox.get(block=not self._core.busy, timeout=pause)
@@ -219,7 +235,6 @@ class ThreadEngineClient:
                 self._stats = self._core.stats()
 
     def _add(self, request: Request, stream: _Stream) -> None:
-        self._arriving -= len(request.prompt)
         if self._dead is not None:
             _send([(stream, EngineDeadError(self._dead))])
             return
@@ -229,6 +244,13 @@ class ThreadEngineClient:
             _send([(stream, error)])
         else:
             self._streams[request.id] = stream
+
+    def _answer_next(self) -> None:
+        """Answer a question, if it is time for one, and charge it to whoever asked; all that wait if no step does."""
+        while (answered := self._questions.answer_one(busy=self._dead is None and self._core.busy)) is not None:
+            self._core.charge(*answered)
+            if self._core.busy and self._dead is None:
+                return
 
     def _answer(self, question: Callable[[EngineCore], T], answer: Future[T]) -> None:
         if not answer.set_running_or_notify_cancel():
@@ -264,6 +286,11 @@ class ThreadEngineClient:
             message = self._inbox.get()
             if message is not None:
                 message()
+        self._answer_next()
+
+
+def _wake() -> None:
+    """A message that only ends the engine's waiting."""
 
 
 def _send(pairs: Sequence[tuple[_Stream, RequestOutput | KVLoomError]]) -> None:

@@ -25,7 +25,8 @@ from kvloom.version import __version__
 
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
-    context = ServerContext(client, options, Metrics(client), PromptEncoder(client.tokenizer, client.model.vocab_size))
+    encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len)
+    context = ServerContext(client, options, Metrics(client), encoder)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

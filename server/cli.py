@@ -30,6 +30,7 @@ MEASUREMENTS = {
         "sweep": ("kvloom.loadtest.sweep", "a grid of server settings under the same load, speed beside quality"),
         "report": ("kvloom.loadtest.report", "the report of one run, or several beside each other"),
         "engine": ("kvloom.loadtest.engine_bench", "the engine without HTTP, against what this machine can do"),
+        "floods": ("kvloom.loadtest.floods", "what a neighbour feels while somebody floods the server"),
         "peers": ("kvloom.loadtest.peers", "kvloom beside other servers, with the same client and requests"),
     },
     "eval": {
@@ -222,15 +223,20 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """A flat mapping of settings. Raises ConfigError if the file is none."""
     import yaml
 
+    from kvloom.engine import strict_yaml
+
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = strict_yaml.load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {file} is not YAML: {error}") from None
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"--config {file} holds no mapping; write lines such as port: 8000")
-    return aliases.settings({str(key).replace("-", "_"): value for key, value in (content or {}).items()})
+    values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}
+    if len(values) < len(content or {}):
+        raise ConfigError(f"--config {file} gives a setting twice, with dashes and with underscores; give it once")
+    return aliases.settings(values)
 
 
 def _models_list(arguments: argparse.Namespace) -> int:

@@ -6,13 +6,14 @@ However the stream ends (finished, failed, closed because the client left), no e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
+from kvloom.engine.backlog import MAX_OUTPUTS
 from kvloom.engine.client import EngineClient
-from kvloom.engine.errors import EngineDeadError
+from kvloom.engine.errors import EngineDeadError, OverloadedError
 from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams
 from kvloom.server.errors import GenerationError, ServerClosingError
 from kvloom.server.trace import RequestTrace
@@ -23,7 +24,8 @@ class Work:
     """What one HTTP request asks of the engine. Completion i belongs to prompt i // n."""
 
     id: str
-    prompts: list[list[int]]
+    prompts: Sequence[tuple[int, ...]]
+    """Shared by their completions: never copied."""
     sampling: SamplingParams
     kv: KVOptions = KVOptions()
     priority: int = 0
@@ -40,7 +42,7 @@ class Work:
         """Completions over all prompts."""
         return len(self.prompts) * self.n
 
-    def prompt_of(self, index: int) -> list[int]:
+    def prompt_of(self, index: int) -> tuple[int, ...]:
         """The prompt of a completion."""
         return self.prompts[index // self.n]
 
@@ -111,7 +113,7 @@ class _End(NamedTuple):
 
 
 async def _merged(sources: list[AsyncGenerator[Indexed, None]]) -> AsyncGenerator[Indexed, None]:
-    queue: asyncio.Queue[Indexed | _End] = asyncio.Queue()
+    queue: asyncio.Queue[Indexed | _End] = asyncio.Queue()  # bounded by `_pump`
     tasks = [asyncio.create_task(_pump(source, queue)) for source in sources]
     open_sources = len(sources)
     try:
@@ -133,6 +135,10 @@ async def _pump(source: AsyncGenerator[Indexed, None], queue: asyncio.Queue[Inde
     try:
         async with aclosing(source):
             async for item in source:
+                if queue.qsize() >= MAX_OUTPUTS:  # the client does not read: end it rather than keep everything for it
+                    raise OverloadedError(
+                        f"{MAX_OUTPUTS} outputs were not read in time; the request has been ended; read faster"
+                    )
                 queue.put_nowait(item)
     except Exception as error:
         queue.put_nowait(_End(error))

@@ -72,11 +72,13 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
     """Put a request together. Raises InvalidRequestError for a token that does not exist."""
     context, form, work_id = context_of(request), arrival.format, arrival.id
     for prompt in prompts:
+        context.prompts.check_length(len(prompt))
         context.prompts.check(prompt)
     context.prompts.check(tuple(sampling.logit_bias), "logit_bias")
     context.prompts.check(sampling.stop_token_ids, "stop_token_ids")
     context.prompts.check(sampling.forced_tokens, "forced_tokens")
-    work = Work(id=work_id, prompts=prompts, sampling=sampling, kv=body.kv_options(), priority=body.priority,
+    work = Work(id=work_id, prompts=[tuple(prompt) for prompt in prompts],
+                sampling=sampling, kv=body.kv_options(), priority=body.priority,
                 tenant=tenant_of(request), cache_salt=body.cache_salt)  # fmt: skip
     return Job(
         context=context,

@@ -73,6 +73,11 @@ class Fairness:
             bill.left -= paid
             self._credit[request.tenant] -= rows - paid
 
+    def charge(self, tenant: str, rows: float) -> None:
+        """Work done for the tenant beside its requests; it counts while somebody is here who could have had it."""
+        if self._here:
+            self._credit[tenant] = self.credit(tenant) - rows
+
     def stopped(self, request: Request) -> None:
         """The request does not run any more (or never did)."""
         bill = self._bills.pop(request, None)

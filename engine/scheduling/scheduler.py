@@ -142,6 +142,10 @@ class Scheduler:
         self._fairness.arrived(request)
         self._wait(request)
 
+    def charge(self, tenant: str, seconds: float) -> None:
+        """Time spent on a tenant beside its requests, as if it had computed rows of prompts."""
+        self._fairness.charge(tenant, seconds * self._speed.rows_per_second)
+
     def table(self, request: Request) -> BlockTable:
         """Where a request's KV is."""
         return self._tables[request]

@@ -13,7 +13,9 @@ text before it is rendered: `Tokenizer.special_in(text)` finds it.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,10 @@ from kvloom.engine.files import naming
 from kvloom.engine.text.load_folder import load_folder
 from kvloom.engine.text.load_gguf import load_gguf
 from kvloom.engine.text.settings import TokenizerSettings
-from kvloom.engine.text.spelling import Spelling, spelling_of
+from kvloom.engine.text.spelling import Spelling, byte_alphabet, byte_level, spelling_of
+
+_NFC_SHRINKS = 4
+"""Characters that NFC may join to one."""
 
 
 class Tokenizer:
@@ -61,22 +66,49 @@ class Tokenizer:
         """Token ids of a text. `add_special_tokens` adds what the model expects around a plain text (mostly bos); a text
         rendered from a chat template already holds it. Raises InvalidRequestError for lone surrogates (JSON can write them;
         they are no text)."""
+        return self.encode_batch([text], add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Token ids of several texts, as `encode` gives them. Other threads run meanwhile: the library holds the interpreter
+        for a single text, but not for a batch, be it of one."""
         settings = self._settings
         if settings.add_bos is None or not add_special_tokens:
-            return self._encode(text, add_special_tokens)
-        ids = self._encode(text, False)
-        if settings.add_bos and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
-        if settings.add_eos and self.eos_ids:
-            ids = [*ids, self.eos_ids[0]]
-        return ids
+            return self._encode(texts, add_special_tokens)
+        begin = [self.bos_id] if settings.add_bos and self.bos_id is not None else []
+        end = [self.eos_ids[0]] if settings.add_eos and self.eos_ids else []
+        return [[*begin, *ids, *end] for ids in self._encode(texts, False)]
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            found = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
         except TypeError:
             raise InvalidRequestError("the text holds lone surrogates (half of a UTF-16 pair); send valid Unicode") from None
-        return ids
+        return [encoding.ids for encoding in found]
+
+    @cached_property
+    def longest_token(self) -> int | None:
+        """Most bytes of text that one token stands for, so that a text has at least bytes / longest_token of them; None where
+        text can vanish: rules that rewrite it before, added tokens that swallow the spaces around them, unknown
+        characters that become one token."""
+        state = json.loads(self.backend.to_str())
+        added = self.backend.get_added_tokens_decoder().values()
+        vanishes = any(token.lstrip or token.rstrip for token in added) or '"Removed"' in json.dumps(state["pre_tokenizer"])
+        whole = all(self.backend.token_to_id(character) is not None for character in byte_alphabet())
+        if self._spelling.to_bytes is not byte_level or vanishes or not whole:
+            return None
+        longest = max(
+            max(len(token.content.encode()) for token in added) if added else 0,
+            max(len(self.token_bytes(token)) for token in range(self.vocab_size)),
+        )
+        normalizer = state["normalizer"]
+        if normalizer is None:
+            return longest
+        return _NFC_SHRINKS * longest if normalizer["type"] == "NFC" else None
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that the text cannot have less of: quick, and for most texts far too low."""
+        longest = self.longest_token
+        return 0 if longest is None else len(text) // longest  # a character is at least one byte
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True, *, open_end: bool = False) -> str:
         """Text of token ids. Ids outside the vocabulary (padding of the embedding matrix) are no text. `open_end` leaves out a

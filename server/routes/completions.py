@@ -25,7 +25,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     context = context_of(request)
     context.check_model(body.model)
     arrival, sampling = arrive(request, COMPLETION), body.params()
-    prompts = [await _encoded(context, body, prompt) for prompt in body.prompts()]
+    prompts = await _encoded(context, body)
     echo = Echo(await _echoed(context, body, prompts), body.n, only=body.echo_only) if body.echo else None
     job = make_job(request, arrival, body, sampling, prompts, adjust=echo)
     writers = [_writer(job, body, echo, index) for index in range(job.work.completions)]
@@ -54,10 +54,16 @@ def _choice(job: Job, body: CompletionBody, index: int, choice: Choice, writer: 
     return written
 
 
-async def _encoded(context: ServerContext, body: CompletionBody, prompt: str | list[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return prompt
-    return await context.prompts.text(prompt, add_special_tokens=body.add_special_tokens)
+async def _encoded(context: ServerContext, body: CompletionBody) -> list[list[int]]:
+    """Token ids of all prompts. Lengths are checked before anything is made of them."""
+    prompts = body.prompts()
+    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    if texts:
+        return await context.prompts.texts(texts, add_special_tokens=body.add_special_tokens)
+    ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+    for prompt in ids:
+        context.prompts.check_length(len(prompt))
+    return ids
 
 
 def _writer(job: Job, body: CompletionBody, echo: Echo | None, index: int) -> LegacyLogprobs:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from kvloom.engine.errors import ContextLengthError
 from kvloom.server.context import ServerContext, context_of, tenant_of
 from kvloom.server.schema.segments import ExplainBody
 
@@ -41,10 +40,8 @@ async def explain_text(request: Request, prompt: Annotated[str, Query(min_length
 
 
 async def _explain(context: ServerContext, tokens: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
+    context.prompts.check_length(len(tokens))  # nobody could run it, and looking for its segments takes time from everybody
     context.prompts.check(tokens)
-    longest = context.client.model.max_model_len
-    if len(tokens) >= longest:  # nobody could run it, and looking for its segments takes time from everybody
-        raise ContextLengthError(f"the prompt has {len(tokens)} tokens; allowed: fewer than {longest}", param="prompt")
     told = dict(await context.client.explain(tokens, tenant=tenant, cache_salt=salt))
     for run in told["runs"]:
         ends = tokens[run["start"] :][:SHOWN_TOKENS], tokens[: run["stop"]][-SHOWN_TOKENS:]

@@ -45,10 +45,11 @@ async def purge_segments(request: Request) -> dict[str, Any]:
 async def _texts(context: ServerContext, body: SegmentsBody) -> dict[str, list[int]]:
     """Token ids of every text, under the name of its field. Raises InvalidRequestError."""
     if body.tokens is not None:
+        context.prompts.check_length(len(body.tokens), "tokens")
         context.prompts.check(body.tokens, "tokens")
         return {"tokens": body.tokens}
     texts = {"text": body.text} if body.text is not None else {f"texts[{i}]": text for i, text in enumerate(body.texts or ())}
-    return {name: await context.prompts.text(text, add_special_tokens=False) for name, text in texts.items()}
+    return dict(zip(texts, await context.prompts.texts(list(texts.values()), add_special_tokens=False)))
 
 
 async def _compile_all(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
 
 from kvloom.server.context import context_of
 from kvloom.server.schema.tokens import DetokenizeBody, TokenizeBody
@@ -13,7 +12,7 @@ router = APIRouter()
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
+async def tokenize(body: TokenizeBody, request: Request) -> Response:
     """Tokens of a prompt, or of a conversation through the chat template."""
     context = context_of(request)
     context.check_model(body.model)
@@ -27,8 +26,10 @@ async def tokenize(body: TokenizeBody, request: Request) -> dict[str, Any]:
         )
     else:
         tokens = await context.prompts.text(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
-    texts = [context.client.tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None
-    return {"count": len(tokens), "max_model_len": context.client.model.max_model_len, "tokens": tokens, "token_strs": texts}
+    texts = await context.prompts.spelled(tokens) if body.return_token_strs else None
+    longest = context.client.model.max_model_len
+    # A response of its own: FastAPI would look at every token in Python.
+    return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens, "token_strs": texts})
 
 
 @router.post("/detokenize")

@@ -74,6 +74,36 @@ def test_a_key_belongs_to_one_tenant_and_is_not_told() -> None:
     assert "tenant a" in str(error.value) and "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tenants:\n  a: {weight: 2}\n  b:\n  a: {weight: 1}\n",
+        "tenants:\n  a:\n    weight: 2\n    weight: 1\n",
+        "tenants:\n  a: {api_keys: [secret, secret]}\n",
+        "tenants:\n  a: {api_keys: [secret]}\n  b: {api_keys: [other, secret]}\n",
+        'tenants:\n  a: {}\n  "a": {}\n',
+        '{"tenants": {"a": {}, "a": {"weight": 2}}}',
+        "tenants: {a: }\ndefault: {}\ntenants: {b: }\n",
+    ],
+)
+def test_what_is_given_twice_is_an_error(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "tenants.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="twice") as error:
+        Tenants.read(str(file))
+    assert "secret" not in str(error.value)
+
+
+def test_a_setting_given_twice_is_an_error(tmp_path: Path) -> None:
+    from kvloom.server.cli import read_yaml
+
+    file = tmp_path / "config.yaml"
+    for text in ("port: 1\nport: 2\n", "max-body: 1\nmax_body: 2\n"):
+        file.write_text(text)
+        with pytest.raises(ConfigError, match="twice"):
+            read_yaml(file)
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         Tenants.read(str(tmp_path / "none.yaml"))
