@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError, InvalidRequestError
@@ -42,7 +42,8 @@ class Policy(NamedTuple):
 @dataclass(slots=True)
 class _Entry:
     selector: Selector
-    open: int = 0
+    open: set[Request] = field(default_factory=set)
+    """Requests that use it."""
 
 
 class Selectors:
@@ -94,13 +95,15 @@ class Selectors:
 
     def open(self, selector: Selector, request: Request) -> None:
         """A request starts to use a selector that `policy` gave."""
-        self._entry(selector).open += 1
+        self._entry(selector).open.add(request)
         selector.open(request)
 
     def close(self, selector: Selector, request: Request) -> None:
-        """It has ended."""
-        self._entry(selector).open -= 1
-        selector.close(request)
+        """It has ended. Harmless if it was never opened."""
+        users = self._entry(selector).open
+        if request in users:
+            users.remove(request)
+            selector.close(request)
 
     def _entry(self, selector: Selector) -> _Entry:
         return next(entry for entry in self._entries.values() if entry.selector is selector)
@@ -160,5 +163,5 @@ class Selectors:
         for key, entry in list(self._entries.items())[:-1]:
             if len(self._entries) <= MOST_SELECTORS:
                 return
-            if entry.open == 0:
+            if not entry.open:
                 del self._entries[key]

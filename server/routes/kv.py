@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from kvloom.engine.client import EngineStats, MethodStats, ShareStats
+from kvloom.engine.client import EngineStats, MethodStats, ShareStats, TenantStats
 from kvloom.server.context import ServerContext, context_of, tenant_of
 from kvloom.server.routes import explain, segments
 
@@ -21,9 +21,8 @@ router.include_router(explain.router)
 async def kv(request: Request) -> dict[str, Any]:
     """Capacity, blocks per head group, prefix hits, what approximate reuse did, and what tenants hold."""
     context = context_of(request)
-    stats, tenant = context.client.stats(), tenant_of(request)
-    everybody = sorted({*stats.tenants, *stats.share.tenant_tokens, *stats.share.segment_bytes_by})
-    return _body(stats, [tenant] if _told_apart(context) else everybody)
+    tenants = await context.client.tenants([tenant_of(request)] if _told_apart(context) else None)
+    return _body(context.client.stats(), tenants)
 
 
 def _told_apart(context: ServerContext) -> bool:
@@ -32,8 +31,8 @@ def _told_apart(context: ServerContext) -> bool:
     return bool(options.api_key or options.tenant_keys or options.trusted_proxies)
 
 
-def _body(stats: EngineStats, tenants: Sequence[str]) -> dict[str, Any]:
-    """tenants: of which to tell."""
+def _body(stats: EngineStats, tenants: Mapping[str, TenantStats]) -> dict[str, Any]:
+    """tenants: those of which to tell."""
     blocks = {group.name: {key: value for key, value in asdict(group).items() if key != "name"} for group in stats.groups}
     return {
         "capacity_tokens": stats.capacity_tokens,
@@ -48,17 +47,7 @@ def _body(stats: EngineStats, tenants: Sequence[str]) -> dict[str, Any]:
         "selection": {name: _method(method) for name, method in stats.selection.items() if method.decode_rows},
         "drafts": {"made": stats.drafts, "drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens},
         "kvshare": _share(stats.share),
-        "tenants": {name: _tenant(name, stats) for name in tenants},
-    }
-
-
-def _tenant(name: str, stats: EngineStats) -> dict[str, Any]:
-    nothing = {"in_use_blocks": 0, "cached_blocks": 0}
-    return {
-        **nothing,
-        **stats.tenants.get(name, {}),
-        "segment_bytes": stats.share.segment_bytes_by.get(name, 0),
-        "tokens": dict(stats.share.tenant_tokens.get(name, {})),
+        "tenants": {name: asdict(tenant) for name, tenant in tenants.items()},
     }
 
 

@@ -1,0 +1,129 @@
+"""The way of a request into the queue: what it is checked against, and what it is given of every part.
+
+Whatever is taken is held (`isolation.Holdings`): it goes back when the request ends, or at once if it cannot be queued.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from kvloom.engine.bounds import shown
+from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.limits import Limits
+from kvloom.engine.request import PRIORITIES, KVOptions, Request
+from kvloom.engine.retention.razor import Razor
+from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.reuse.prefix import DomainFactory
+from kvloom.engine.selection.base import Correcting, Selector, extrapolates
+from kvloom.engine.selection.policies import Selectors
+
+Hold = Callable[..., None]
+"""See `Holdings.opening`."""
+
+
+def sharing(share: KVShare | None) -> KVShare:
+    """What serves approximate reuse. Raises InvalidRequestError if nothing does."""
+    if share is None:
+        raise InvalidRequestError(
+            "approximate reuse is asked for, but this server runs with --retention razor, which drops KV that would be "
+            "reused; use kv.reuse exact",
+            param="kv.reuse",
+        )
+    return share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """The parts that have a say in whether and how a request can be served."""
+
+    limits: Limits
+    cache: CacheManager
+    domains: DomainFactory
+    selectors: Selectors
+    retention: Razor | None
+    share: KVShare | None
+    reuse: str
+    """Where KV comes from unless a request says otherwise."""
+    uses_priority: bool
+    """Whether the server's order looks at priorities."""
+
+    def open(self, request: Request, sequence: int, hold: Hold) -> BlockTable:
+        """Check a request and fill in what its options resolve to. Returns its table, which is the caller's to give back.
+
+        Raises InvalidRequestError naming what cannot be served.
+        """
+        if self.share is not None:
+            hold(self.share.forget, request)
+        self._check_priority(request.priority)
+        kv = request.kv
+        if kv.segment is not None:
+            sharing(self.share).compile(request)
+            kv = replace(kv, selection="dense")
+        selector = self._resolve(request, kv, sequence)
+        reuse = self._open_reuse(request)
+        if selector is not None:
+            hold(self.selectors.close, selector, request)
+            self.selectors.open(selector, request)
+        if self.retention is not None:
+            hold(self.retention.close, request)
+            self.retention.open(request)
+        method = "kvshare compile" if kv.segment is not None else selector.domain if selector is not None else ""
+        return self.cache.open(
+            self.domains.domain(request.tenant, request.cache_salt, method),
+            publishes=reuse != "off",
+            looks_up=reuse != "off" and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
+            align=max(1, selector.grid) if selector else 1,
+        )
+
+    def _check_priority(self, priority: int) -> None:
+        if not PRIORITIES.holds(priority):
+            raise InvalidRequestError(f"priority is {shown(priority)}; allowed: {PRIORITIES}", param="priority")
+        if priority and not self.uses_priority:
+            raise InvalidRequestError(
+                f"priority is {priority}, but this server runs requests as they come; start it with --scheduler priority, or "
+                "leave priority out",
+                param="priority",
+            )
+
+    def _resolve(self, request: Request, kv: KVOptions, sequence: int) -> Selector | None:
+        """Its selector, limit, seed and tokens."""
+        selector, request.draft_tokens = self.selectors.policy(kv)
+        if selector is not None and self.retention is not None:
+            raise InvalidRequestError(
+                f"kv.selection asks for a method, but this server runs with --retention {self.retention.name}, which drops KV "
+                "that methods choose from; leave it out, or use a server with --retention everything (razor_view reads there "
+                "what razor keeps)",
+                param="kv.selection",
+            )
+        prompt, sampling = request.prompt, request.sampling
+        request.token_limit = self.limits.check(
+            len(prompt),
+            max(prompt, default=0),
+            min(prompt, default=0),
+            sampling,
+            request.kv,
+            extrapolates=extrapolates(selector),
+        )
+        request.tokens = list(prompt)
+        request.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        request.sequence = sequence
+        request.selector = selector
+        if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
+            request.correct_every = selector.correct_every
+        return selector
+
+    def _open_reuse(self, request: Request) -> str:
+        """Where a request's KV may come from. Raises InvalidRequestError if what it asks for does not go together."""
+        kv = request.kv
+        reuse = "exact" if kv.segment is not None else kv.reuse or self.reuse
+        if reuse == "approx":
+            sharing(self.share).open(request)
+        elif kv.reuse_options or (kv.share is not None and not request.internal):
+            name = "kvshare" if kv.reuse_options else "share"
+            raise InvalidRequestError(
+                f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
+            )
+        return reuse
