@@ -1,89 +1,130 @@
-"""How much may wait to be computed: prompt tokens and requests, of all tenants together and of each.
+"""The way of a request into the queue: what it is checked against, and what it is given of every part.
 
-A request waits from its submission to its first output, or to its end. A named tenant may have waiting at most its weight times
-what is left (dynamic thresholds: Choudhury and Hahne, 1998), so that whoever comes next finds room; requests without a
-tenant may take everything. A tenant of which nothing waits may always bring one request that fits what is left, and an
-engine for which nothing waits takes any.
+Whatever is taken is held (`isolation.Holdings`): it goes back when the request ends, or at once if it cannot be queued.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
+import secrets
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from kvloom.engine.errors import OverloadedError
+from kvloom.engine.bounds import shown
+from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.limits import Limits
+from kvloom.engine.request import PRIORITIES, KVOptions, Request
+from kvloom.engine.retention.razor import Razor
+from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.reuse.prefix import DomainFactory
+from kvloom.engine.selection.base import Correcting, Selector, extrapolates
+from kvloom.engine.selection.policies import Selectors
+from kvloom.engine.state import StateMemory
 
-QUEUED_CAPACITIES = 4
-"""Prompt tokens that wait by default: so many times what the KV cache holds."""
-QUEUED_REQUESTS = 8192
-"""Requests that wait, whatever their length."""
+Hold = Callable[..., None]
+"""See `Holdings.opening`."""
 
 
+def sharing(share: KVShare | None) -> KVShare:
+    """What serves approximate reuse. Raises InvalidRequestError if nothing does."""
+    if share is None:
+        raise InvalidRequestError(
+            "approximate reuse is asked for, but this server runs with --retention razor, which drops KV that would be "
+            "reused; use kv.reuse exact",
+            param="kv.reuse",
+        )
+    return share
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
-    """What waits, counted. Safe to use from several threads."""
+    """The parts that have a say in whether and how a request can be served."""
 
-    def __init__(self, most_tokens: int, weight: Callable[[str], float] = lambda tenant: 1.0) -> None:
-        """weight: of a tenant, > 0."""
-        self.most_tokens = most_tokens
-        self._weight = weight
-        self._tokens: Counter[str] = Counter()
-        self._requests: Counter[str] = Counter()
-        self._lock = threading.Lock()
+    limits: Limits
+    cache: CacheManager
+    domains: DomainFactory
+    selectors: Selectors
+    retention: Razor | None
+    share: KVShare | None
+    states: StateMemory
+    reuse: str
+    """Where KV comes from unless a request says otherwise."""
+    uses_priority: bool
+    """Whether the server's order looks at priorities."""
 
-    @property
-    def tokens(self) -> int:
-        """Prompt tokens that wait."""
-        return self._tokens.total()
+    def open(self, request: Request, sequence: int, hold: Hold) -> BlockTable:
+        """Check a request and fill in what its options resolve to. Returns its table, which is the caller's to give back.
 
-    @property
-    def requests(self) -> int:
-        """Requests that wait."""
-        return self._requests.total()
+        Raises InvalidRequestError naming what cannot be served.
+        """
+        if self.share is not None:
+            hold(self.share.forget, request)
+        self._check_priority(request.priority)
+        kv = request.kv
+        if kv.segment is not None:
+            sharing(self.share).compile(request)
+            kv = replace(kv, selection="dense")
+        selector = self._resolve(request, kv, sequence)
+        reuse = self._open_reuse(request)
+        if selector is not None:
+            hold(self.selectors.close, selector, request)
+            self.selectors.open(selector, request)
+        method = "kvshare compile" if kv.segment is not None else selector.domain if selector is not None else ""
+        return self.cache.open(
+            self.domains.domain(request.tenant, request.cache_salt, method),
+            publishes=reuse != "off",
+            looks_up=reuse != "off" and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
+            align=max(1, selector.grid) if selector else 1,
+            leaves=max(1, selector.tail) if selector else 1,
+        )
 
-    def enter(self, tenant: str, tokens: int) -> Place:
-        """One more waits until its place is left. Raises OverloadedError if there is no room for it."""
-        with self._lock:
-            self._check(tenant, self._tokens, tokens, self.most_tokens, "prompt tokens")
-            self._check(tenant, self._requests, 1, QUEUED_REQUESTS, "requests")
-            self._tokens[tenant] += tokens
-            self._requests[tenant] += 1
-        return Place(self, tenant, tokens)
-
-    def leave(self, tenant: str, tokens: int) -> None:
-        """One waits no more."""
-        with self._lock:
-            self._tokens[tenant] -= tokens
-            self._requests[tenant] -= 1
-            if not self._requests[tenant]:  # a tenant leaves no trace
-                del self._requests[tenant], self._tokens[tenant]
-
-    def _check(self, tenant: str, waiting: Counter[str], more: int, most: int, what: str) -> None:
-        total, own = waiting.total(), waiting[tenant]
-        if not total:
-            return
-        left = most - total
-        if more > left:
-            raise OverloadedError(
-                f"{total} {what} are waiting, and this request would add {more}; the limit is {most}; try again later"
-            )
-        if tenant and own and own + more > self._weight(tenant) * left:
-            raise OverloadedError(
-                f"{own} {what} of this tenant are waiting, and this request would add {more}; one tenant may have at most its "
-                "weight times what is left for others; try again later"
+    def _check_priority(self, priority: int) -> None:
+        if not PRIORITIES.holds(priority):
+            raise InvalidRequestError(f"priority is {shown(priority)}; allowed: {PRIORITIES}", param="priority")
+        if priority and not self.uses_priority:
+            raise InvalidRequestError(
+                f"priority is {priority}, but this server runs requests as they come; start it with --scheduler priority, or "
+                "leave priority out",
+                param="priority",
             )
 
+    def _resolve(self, request: Request, kv: KVOptions, sequence: int) -> Selector | None:
+        """Its selector, limit, seed and tokens."""
+        selector, request.draft_tokens = self.selectors.policy(kv)
+        if selector is not None and self.retention is not None:
+            raise InvalidRequestError(
+                f"kv.selection asks for a method, but this server runs with --retention {self.retention.name}, which drops KV "
+                "that methods choose from; leave it out, or use a server with --retention everything (razor_view reads there "
+                "what razor keeps)",
+                param="kv.selection",
+            )
+        prompt, sampling = request.prompt, request.sampling
+        request.token_limit = self.limits.check(
+            len(prompt),
+            max(prompt, default=0),
+            min(prompt, default=0),
+            sampling,
+            request.kv,
+            extrapolates=extrapolates(selector),
+        )
+        request.tokens = list(prompt)
+        request.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        request.sequence = sequence
+        request.selector = selector
+        self.states.check_fits(request)
+        if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
+            request.correct_every = selector.correct_every
+        return selector
 
-class Place:
-    """One request's place among those that wait."""
-
-    def __init__(self, admission: Admission, tenant: str, tokens: int) -> None:
-        self._admission: Admission | None = admission
-        self._tenant = tenant
-        self._tokens = tokens
-
-    def leave(self) -> None:
-        """It waits no more. Further calls change nothing."""
-        if self._admission is not None:
-            self._admission.leave(self._tenant, self._tokens)
-            self._admission = None
+    def _open_reuse(self, request: Request) -> str:
+        """Where a request's KV may come from. Raises InvalidRequestError if what it asks for does not go together."""
+        kv = request.kv
+        reuse = "exact" if kv.segment is not None else kv.reuse or self.reuse
+        if reuse == "approx":
+            sharing(self.share).open(request)
+        elif kv.reuse_options or (kv.share is not None and not request.internal):
+            name = "kvshare" if kv.reuse_options else "share"
+            raise InvalidRequestError(
+                f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
+            )
+        return reuse

@@ -18,8 +18,9 @@ from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.catalog import ModelFiles, resolve
 from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.core import EngineCore, Limits
+from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.limits import Limits
 from kvloom.engine.memory import default_kv_memory
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.gguf_file import GGUFFile

@@ -72,8 +72,6 @@ class ShareStats:
 
     tokens: Counter[str] = field(default_factory=Counter)
     """By kind: prefix (exact), stale (reused as copied), boundary and ranked (reused, then computed), rejected, fresh."""
-    tenant_tokens: dict[str, Counter[str]] = field(default_factory=dict)
-    """The same per tenant."""
     requests: Counter[tuple[str, str]] = field(default_factory=Counter)
     """By (path, reason): path is full, prefix or segment; the reason says why nothing was reused."""
     runs: Counter[str] = field(default_factory=Counter)
@@ -114,15 +112,28 @@ class ShareStats:
     segment_bytes: int = 0
     segment_capacity: int = 0
     segment_evictions: int = 0
-    segment_bytes_by: Mapping[str, int] = field(default_factory=dict)
-    """By tenant."""
     errands: int = 0
     """Work that waits for an idle engine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TenantStats:
+    """What one tenant holds now, and what approximate reuse did for it."""
+
+    in_use_blocks: int = 0
+    cached_blocks: int = 0
+    segment_bytes: int = 0
+    tokens: Mapping[str, int] = field(default_factory=dict)
+    """Prompt tokens by kind, as in `ShareStats.tokens`."""
+
+
+OTHERS = "(other)"
+"""In place of tenants that have not been here for long: their counts together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """A snapshot of the engine, cheap to take. Counters run since start-up; times are in seconds."""
+    """A snapshot of the engine, cheap to take however many tenants there are. Counters run since start-up; times in seconds."""
 
     running: int
     waiting: int
@@ -160,8 +171,8 @@ class EngineStats:
     """The most that may be."""
     share: ShareStats = field(default_factory=ShareStats)
     """What approximate reuse did."""
-    tenants: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """tenant -> {cached_blocks, in_use_blocks}; the tenant of requests without one is ''."""
+    internal_errors: int = 0
+    """Requests that ended because something of the engine's own failed, and steps that failed with nobody to blame."""
 
     @property
     def kv_usage(self) -> float:
@@ -219,7 +230,13 @@ class EngineClient(Protocol):
         """Forget a tenant's segments of approximate reuse. Returns how many. Raises as `generate` does."""
         ...
 
-    def stats(self) -> EngineStats: ...
+    async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
+        """What these tenants hold, or all that are known; the tenant of requests without one is ''. Raises EngineDeadError."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """Counters as of the last step."""
+        ...
 
     def health(self) -> Health: ...
 

@@ -188,11 +188,11 @@ class EngineConfig:
 
     def changed(self) -> dict[str, Any]:
         """Settings that are not at their default, by flat name: what a server says of itself, without the model's name."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        sections = [getattr(self, f.name) for f in dataclasses.fields(self)]
         return {
             option.name: getattr(section, option.name)
-            for section in values.values()
-            for option in option_fields(type(section))
+            for section in sections
+            for option in option_fields(section.__class__)
             if option.name not in _NAMES and getattr(section, option.name) != option.default
         }
 

@@ -6,25 +6,26 @@ Single-threaded and synchronous; `thread_client` drives it from a thread of its 
 from __future__ import annotations
 
 import logging
-import secrets
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from kvloom.engine.admission import Admission, Hold, sharing
 from kvloom.engine.cache import CacheManager
-from kvloom.engine.client import EngineStats, GroupStats, ShareStats
+from kvloom.engine.client import EngineStats, TenantStats
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.errors import ContextLengthError, InvalidRequestError
+from kvloom.engine.errors import EngineDeadError, InternalError, InvalidRequestError, KVLoomError
+from kvloom.engine.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, failed
+from kvloom.engine.limits import Limits
 from kvloom.engine.logprobs import logprobs
 from kvloom.engine.output import OutputState
 from kvloom.engine.replay import advance
-from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
+from kvloom.engine.request import Request, RequestOutput
 from kvloom.engine.retention.razor import Razor
-from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.kvshare.estimate import ShareEstimator
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.prefix import Domain, DomainFactory
@@ -32,9 +33,9 @@ from kvloom.engine.runner import Runner, StepResult
 from kvloom.engine.sampler import SampleError, Sampler
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 from kvloom.engine.scheduling.cache_aware import PrefixEstimator
-from kvloom.engine.selection.base import Correcting, extrapolates
 from kvloom.engine.selection.policies import Selectors
 from kvloom.engine.state import StateMemory
+from kvloom.engine.statistics import Statistics
 from kvloom.engine.tenants import Tenants
 from kvloom.engine.text import Tokenizer
 from kvloom.kernels.interface import Kernels
@@ -45,68 +46,21 @@ LOGITS_ROWS = 128
 """Prompt log-probabilities are computed this many rows at a time: a row of logits is as wide as the vocabulary."""
 
 
-class Limits(NamedTuple):
-    """What a request may ask for, whatever else runs."""
-
-    max_model_len: int
-    trained_len: int
-    """Positions that the model was trained for: without a selection that goes beyond, a request has no more."""
-    vocab_size: int
-
-    def check(
-        self,
-        prompt_length: int,
-        largest_token: int,
-        smallest_token: int,
-        sampling: SamplingParams,
-        kv: KVOptions,
-        *,
-        extrapolates: bool = False,
-    ) -> int:
-        """The request's token limit, prompt + output. Raises InvalidRequestError if it could never be served."""
-        if prompt_length == 0:
-            raise InvalidRequestError("the prompt is empty; give at least one token", param="prompt")
-        if smallest_token < 0 or largest_token >= self.vocab_size:
-            bad = smallest_token if smallest_token < 0 else largest_token
-            raise InvalidRequestError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}", param="prompt")
-        longest = self.max_model_len if extrapolates else min(self.max_model_len, self.trained_len)
-        limit, hint = "this server's context", ""
-        if longest < self.max_model_len:
-            limit = "what the model was trained for"
-            hint = ", or use kv.selection token_select with re-indexed positions and a prefill_budget"
-        room = longest - prompt_length
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {prompt_length} tokens; {limit} is {longest} tokens, prompt and output together; shorten the "
-                f"prompt{hint}",
-                param="prompt",
-            )
-        asked = {"max_tokens": sampling.max_tokens or 0, "min_tokens": sampling.min_tokens,
-                 "forced_tokens": len(sampling.forced_tokens)}  # fmt: skip
-        for name, count in asked.items():
-            if count > room:
-                raise ContextLengthError(
-                    f"{name} is {count} and the prompt has {prompt_length} tokens; together they exceed {limit}, {longest}; "
-                    f"ask for at most {room}{hint}",
-                    param=name,
-                )
-        for name in ("logit_bias", "stop_token_ids", "forced_tokens"):
-            largest = max(getattr(sampling, name), default=0)
-            if largest >= self.vocab_size:
-                raise InvalidRequestError(
-                    f"token id {largest} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=name
-                )
-        if kv.reuse is not None and kv.reuse not in REUSE:
-            raise InvalidRequestError(f"kv.reuse is {kv.reuse!r}; allowed: {', '.join(REUSE)}", param="kv.reuse")
-        return prompt_length + sampling.most_tokens(room)
-
-
 class Ending(NamedTuple):
     """A chunk whose last rows are sampled from: rows [first, last) of the step."""
 
     chunk: Chunk
     first: int
     last: int
+
+
+class Computed(NamedTuple):
+    """What a step's model run gave."""
+
+    result: StepResult
+    ends: list[Ending]
+    logits: Tensor | None
+    """[rows of all ends, vocab] fp32, in their order; None without any."""
 
 
 def _sampled_rows(plan: StepPlan, result: StepResult) -> Iterator[tuple[int, int]]:
@@ -138,27 +92,24 @@ class EngineCore:
         """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas. states: memory of what
         selection and retention remember."""
         self._tenants = tenants = tenants or Tenants()
+        self._state_memory = states or StateMemory(1 << 62, retention)
         self.share = share
         self.limits = limits
         self.cache = cache
-        self._reuse = config.cache.reuse
         self.retention = retention
         self.runner = runner
         self.observer: Callable[[Request, Tensor], None] | None = None
         """Called with (request, logits [1, vocab] fp32, valid only during the call) for every row a token is taken from."""
-        self._kernels = kernels
-        self._selectors = selectors
-        self._state_memory = states or StateMemory(1 << 62, retention)
         self._tokenizer = tokenizer
         self._domains = domains
-        self._eos = eos
-        self._eos_ids = sorted(eos)
+        self._eos = frozenset(token for token in eos if 0 <= token < limits.vocab_size)
+        self._eos_ids = sorted(self._eos)
         self._sampler = Sampler(limits.vocab_size)
-        self._order = ORDERS[config.scheduler.scheduler]
+        order = ORDERS[config.scheduler.scheduler]
         self._estimator = PrefixEstimator(cache) if share is None else ShareEstimator(cache, share)
         self._scheduler = Scheduler(
             cache,
-            self._order,
+            order,
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
             reuse=share,
@@ -169,10 +120,29 @@ class EngineCore:
         )
         cache.limit(tenants.get)
         self._states: dict[str, OutputState] = {}
+        self._holdings = Holdings()
+        self._admission = Admission(
+            limits=limits,
+            cache=cache,
+            domains=domains,
+            selectors=selectors,
+            retention=retention,
+            share=share,
+            states=self._state_memory,
+            reuse=config.cache.reuse,
+            uses_priority=order.uses_priority,
+        )
+        self._failures = 0
+        """Steps in a row that failed with nobody to blame."""
         self._sequence = 0
-        self._steps = self._prompt_tokens = self._generation_tokens = 0
-        self._step_seconds = 0.0
-        self._drafts = self._drafted = self._accepted = self._replayed = 0
+        self._statistics = Statistics(
+            cache=cache,
+            scheduler=self._scheduler,
+            kernels=kernels,
+            selectors=selectors,
+            states=self._state_memory,
+            share=share,
+        )
         self._errand: Request | None = None
 
     @property
@@ -190,87 +160,32 @@ class EngineCore:
         return self._domains.domain(tenant, salt)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises InvalidRequestError if it can never be served, or its id is in use."""
-        if self.share is None:
-            self._add(request)
-            return
-        try:
-            self._add(request)
-        except InvalidRequestError:
-            self.share.discard(request)
-            raise
-
-    def _add(self, request: Request) -> None:
+        """Queue a request. Raises InvalidRequestError if it can never be served, or its id is in use; InternalError if
+        something of the engine's own failed. Nothing of it stays then."""
         if request.id in self._states:
             raise InvalidRequestError(f"request id {request.id!r} is already in use", param="request_id")
-        if request.priority and not self._order.uses_priority:
-            raise InvalidRequestError(
-                f"priority is {request.priority}, but this server runs requests as they come; start it with "
-                "--scheduler priority, or leave priority out",
-                param="priority",
-            )
         if self._errand is not None and not request.internal:
             self._give_way(self._errand)
-        if request.kv.segment is not None:
-            self._sharing().compile(request)
-        prompt = request.prompt
-        kv = request.kv if request.kv.segment is None else replace(request.kv, selection="dense")
-        selector, request.draft_tokens = self._selectors.policy(kv)
-        if selector is not None and self.retention is not None:
-            raise InvalidRequestError(
-                f"kv.selection asks for a method, but this server runs with --retention {self.retention.name}, which drops KV "
-                "that methods choose from; leave it out, or use a server with --retention everything (razor_view reads there "
-                "what razor keeps)",
-                param="kv.selection",
-            )
-        request.token_limit = self.limits.check(
-            len(prompt),
-            max(prompt, default=0),
-            min(prompt, default=0),
-            request.sampling,
-            request.kv,
-            extrapolates=extrapolates(selector),
-        )
-        request.tokens = list(prompt)
-        request.seed = secrets.randbits(63) if request.sampling.seed is None else request.sampling.seed
-        request.sequence = self._sequence
-        self._sequence += 1
-        request.selector = selector
-        self._state_memory.check_fits(request)
-        if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
-            request.correct_every = selector.correct_every
-        compiles = request.kv.segment is not None
-        reuse = "exact" if compiles else request.kv.reuse or self._reuse
-        if reuse == "approx":
-            self._sharing().open(request)
-        elif request.kv.reuse_options or (request.kv.share is not None and not request.internal):
-            name = "kvshare" if request.kv.reuse_options else "share"
-            raise InvalidRequestError(
-                f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
-            )
-        reusing = reuse != "off"
-        method = "kvshare compile" if compiles else selector.domain if selector is not None else ""
-        table = self.cache.open(
-            self._domains.domain(request.tenant, request.cache_salt, method),
-            publishes=reusing,
-            looks_up=reusing and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
-            align=max(1, selector.grid) if selector else 1,
-            leaves=max(1, selector.tail) if selector else 1,
-        )
-        if selector is not None:
-            self._selectors.open(selector)
-        self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
-        self._scheduler.add(request, table)
+        try:
+            with self._holdings.opening(request) as hold:
+                self._queue(request, hold)
+        except KVLoomError:
+            raise
+        except Exception:
+            self._statistics.internal_errors += 1
+            log.exception("request %s could not be queued", request.id)
+            raise InternalError(INTERNAL) from None
 
-    def _sharing(self) -> KVShare:
-        """What serves approximate reuse. Raises InvalidRequestError if nothing does."""
-        if self.share is None:
-            raise InvalidRequestError(
-                "approximate reuse is asked for, but this server runs with --retention razor, which drops KV that would be "
-                "reused; use kv.reuse exact",
-                param="kv.reuse",
-            )
-        return self.share
+    def _queue(self, request: Request, hold: Hold) -> None:
+        table = self._admission.open(request, self._sequence, hold)
+        hold(self._scheduler.finish, request)
+        self._scheduler.add(request, table)
+        self._sequence += 1
+        self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
+        hold(self._states.pop, request.id)
+        hold(self._sampler.drop, request)
+        if self.share is not None:
+            hold(self.share.close, request)
 
     # The engine's own work ----------------------------------------------------------------------------------------------
 
@@ -286,22 +201,30 @@ class EngineCore:
             request.arrival = time.monotonic()
             try:
                 self.add(request)
-            except InvalidRequestError as error:  # such as a text that is too long with the tokens in front of it
+            except KVLoomError as error:  # such as a text that is too long with the tokens in front of it
                 log.warning("work for an idle engine is dropped: %s", error)
             else:
                 self._errand = request
 
     def _give_way(self, errand: Request) -> None:
         """End the engine's own work, to begin it anew later."""
-        self._sharing().give_way()
+        sharing(self.share).give_way()
         self._errand = None
         self.abort(errand.id)
+
+    def weight(self, tenant: str) -> float:
+        """A tenant's share beside others."""
+        return self._tenants.get(tenant).weight
+
+    def charge(self, tenant: str, seconds: float) -> None:
+        """Work that was done for a tenant between steps."""
+        self._scheduler.charge(tenant, seconds)
 
     # What others ask --------------------------------------------------------------------------------------------------
 
     def explain(self, prompt: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
         """What a prompt would reuse now. Changes nothing. Raises InvalidRequestError without approximate reuse."""
-        share = self._sharing()
+        share = sharing(self.share)
         table = self.cache.open(self._domains.domain(tenant, salt))
         try:
             match = self.cache.match(table, prompt)
@@ -312,48 +235,114 @@ class EngineCore:
 
     def purge(self, tenant: str) -> int:
         """Forget a tenant's segments. Returns how many."""
-        share = self._sharing()
+        share = sharing(self.share)
         if self._errand is not None and self._errand.tenant == tenant:
             self._give_way(self._errand)
         share.errands.purge(tenant)
         return share.store.purge(tenant)
 
-    def weight(self, tenant: str) -> float:
-        """A tenant's share beside others."""
-        return self._tenants.get(tenant).weight
-
-    def charge(self, tenant: str, seconds: float) -> None:
-        """Work that was done for a tenant between steps."""
-        self._scheduler.charge(tenant, seconds)
-
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now. Its full blocks stay reusable. Returns its last output, or None if it is not here."""
         state = self._states.get(request_id)
-        return None if state is None else self._finish(state, state.end("abort"))
+        if state is None:
+            return None
+        state.request.drop_drafts()
+        outputs: list[RequestOutput] = []
+        with self._alone(state.request, outputs):
+            outputs.append(self._finish(state, state.end("abort")))
+        return outputs[-1]
 
     def step(self) -> list[RequestOutput]:
-        """One step. Returns what it added to each request that got anything."""
+        """One step. Returns what it added to each request that got anything, and the end of those that something failed for.
+
+        Raises EngineDeadError when one step after the other fails with nobody to blame.
+        """
         began = time.perf_counter()
-        if self.share is not None:
-            self.share.between_steps()
-        plan = self._scheduler.schedule()
         outputs: list[RequestOutput] = []
-        if plan.chunks:
-            computing = time.perf_counter()
-            result = self.runner.run(plan)
+        plan: StepPlan | None = None
+        try:
             if self.share is not None:
-                self.share.timed(plan.rows, time.perf_counter() - computing)
-            for chunk, saw_everything in zip(plan.chunks, result.saw_everything):
-                self._scheduler.completed(chunk, saw_everything=saw_everything)
-            for chunk, attended in zip(plan.chunks, result.attended):
+                self.share.between_steps()
+            plan = self._scheduler.schedule()
+            if plan.chunks:
+                computed = self._compute(plan)
+                self._failures = 0
+                self._publish(plan, computed, outputs)
+        except Blamed as failure:
+            outputs += self._fail(failure.request)
+        except Exception:
+            outputs += self._fail_step(plan)
+        self._statistics.steps += 1
+        self._statistics.step_seconds += time.perf_counter() - began
+        return [output for output in outputs if not self._own(output)]
+
+    def _compute(self, plan: StepPlan) -> Computed:
+        """Run the model: what all requests of a step depend on."""
+        began = time.perf_counter()
+        result = self.runner.run(plan)
+        if self.share is not None:
+            self.share.timed(plan.rows, time.perf_counter() - began)
+        ends = [
+            Ending(chunk, *span)
+            for chunk, span in zip(plan.chunks, _sampled_rows(plan, result))
+            if chunk.samples and not chunk.request.replay
+        ]
+        rows = [row for end in ends for row in range(end.first, end.last)]
+        return Computed(result, ends, self.runner.logits(result, rows) if rows else None)
+
+    def _publish(self, plan: StepPlan, computed: Computed, outputs: list[RequestOutput]) -> None:
+        """What a step computed, request by request: what fails here fails for one of them."""
+        result, at = computed.result, 0
+        for i, chunk in enumerate(plan.chunks):
+            with self._alone(chunk.request, outputs):
+                self._scheduler.completed(chunk, saw_everything=result.saw_everything[i])
                 if chunk.samples and chunk.start >= len(chunk.request.prompt) and not chunk.request.replay:
-                    self._states[chunk.request.id].attended(attended, chunk.stop)
-            self._score_prompts(plan, result)
-            outputs = [output for output in self._sample(plan, result) if not self._own(output)]
-            self._retain(plan)
-        self._steps += 1
-        self._step_seconds += time.perf_counter() - began
-        return outputs
+                    self._states[chunk.request.id].attended(result.attended[i], chunk.stop)
+                self._score_prompt(chunk, result, result.starts[i])
+                if chunk.samples and chunk.request.replay:
+                    self._replay(chunk.request)
+        for end in computed.ends:
+            first, at = at, at + end.last - end.first
+            with self._alone(end.chunk.request, outputs):
+                if computed.logits is not None and end.chunk.request.id in self._states:
+                    outputs.extend(self._sample(end, computed.logits[first:at]))
+        if self.retention is not None:
+            for chunk in plan.chunks:
+                with self._alone(chunk.request, outputs):
+                    self._retain(chunk, self.retention)
+
+    @contextmanager
+    def _alone(self, request: Request, outputs: list[RequestOutput]) -> Iterator[None]:
+        """Work for one request, which ends if that fails."""
+        try:
+            yield
+        except Exception:
+            outputs += self._fail(request)
+
+    def _fail(self, request: Request) -> list[RequestOutput]:
+        """End a request for which something has just failed. Nothing if it has ended already."""
+        self._statistics.internal_errors += 1
+        log.exception("something failed for request %s, which ends", request.id)
+        return [failed(request)] if self._holdings.close(request) else []
+
+    def _fail_step(self, plan: StepPlan | None) -> list[RequestOutput]:
+        """A step has failed and nobody is to blame: whoever had rows in it ends, or everybody that runs if that is not known.
+
+        Raises EngineDeadError after too many of them in a row.
+        """
+        self._failures += 1
+        self._statistics.internal_errors += 1
+        log.exception("a step has failed, the %d. in a row", self._failures)
+        if self._failures >= MOST_FAILURES:
+            raise EngineDeadError(
+                f"the engine has ended after {self._failures} failed steps in a row; the server's log says more"
+            )
+        if plan is None:
+            victims = list(self._scheduler.running)
+        else:
+            victims = list(dict.fromkeys(chunk.request for chunk in plan.chunks))
+            self._scheduler.take_back(plan)
+        return [failed(request) for request in victims if self._holdings.close(request)]
 
     def _own(self, output: RequestOutput) -> bool:
         """Whether an output is of the engine's own work, which nobody waits for."""
@@ -363,15 +352,12 @@ class EngineCore:
             self._errand = None
         return True
 
-    def _retain(self, plan: StepPlan) -> None:
-        """Give back what local heads leave behind of requests that go on, once their prompt has been computed densely."""
-        if self.retention is None:
-            return
-        for chunk in plan.chunks:
-            request = chunk.request
-            decodes_next = len(request.prompt) < len(request.tokens) == request.computed + 1
-            if request.id in self._states and decodes_next:
-                self.retention.advance(request, chunk.table)
+    def _retain(self, chunk: Chunk, retention: Razor) -> None:
+        """Give back what local heads leave behind of a request that goes on, once its prompt has been computed densely."""
+        request = chunk.request
+        decodes_next = len(request.prompt) < len(request.tokens) == request.computed + 1
+        if request.id in self._states and decodes_next:
+            retention.advance(request, chunk.table)
 
     def check(self) -> None:
         """Prove that no block and no state is lost. Raises AssertionError."""
@@ -383,71 +369,22 @@ class EngineCore:
         return self._state_memory.wanted(request)
 
     def stats(self) -> EngineStats:
-        cache, scheduler = self.cache, self._scheduler
-        pools = [group.pool for group in cache.groups]
-        in_use: Counter[str] = sum((pool.in_use_by for pool in pools), Counter())
-        cached: Counter[str] = sum((pool.cached_by for pool in pools), Counter())
-        tenants = {
-            tenant: {"in_use_blocks": in_use[tenant], "cached_blocks": cached[tenant]}
-            for tenant in sorted(set(+in_use) | set(+cached))
-        }
-        groups = tuple(
-            GroupStats(name=group.storage.spec.name, total=pool.total, free=pool.free, cached=pool.cached, in_use=pool.in_use)
-            for group, pool in zip(cache.groups, pools)
-        )
-        counters = self._kernels.counters
-        return EngineStats(
-            running=len(scheduler.running),
-            waiting=scheduler.waiting,
-            capacity_tokens=cache.capacity_tokens,
-            block_size=cache.block_size,
-            groups=groups,
-            prefix_query_tokens=cache.query_tokens,
-            prefix_hit_tokens=cache.hit_tokens,
-            evicted_blocks=sum(pool.evictions for pool in pools),
-            preemptions=scheduler.preemptions,
-            replayed_tokens=self._replayed,
-            selection_bytes=self._state_memory.allocated,
-            selection_capacity=self._state_memory.bound,
-            prompt_tokens=self._prompt_tokens,
-            generation_tokens=self._generation_tokens,
-            steps=self._steps,
-            step_seconds=self._step_seconds,
-            queued_tokens=scheduler.queued_tokens,
-            kv_bytes_read=counters.kv_bytes + counters.score_bytes,
-            kv_bytes={
-                "tail": counters.kv_bytes - counters.list_kv_bytes,
-                "list": counters.list_kv_bytes,
-                "score": counters.score_bytes,
-            },
-            selection={name: replace(stats) for name, stats in self._selectors.stats.items()},
-            drafts=self._drafts,
-            drafted_tokens=self._drafted,
-            accepted_tokens=self._accepted,
-            tenants=tenants,
-            share=ShareStats() if self.share is None else self.share.snapshot(),
-        )
+        """Counters as of now."""
+        return self._statistics.snapshot()
 
-    def _sample(self, plan: StepPlan, result: StepResult) -> Iterator[RequestOutput]:
-        ends = [Ending(chunk, *span) for chunk, span in zip(plan.chunks, _sampled_rows(plan, result)) if chunk.samples]
-        again = [end.chunk.request for end in ends if end.chunk.request.replay]
-        ends = [end for end in ends if not end.chunk.request.replay]
-        for request in again:
-            self._replay(request)
-        if not ends:
-            return
-        logits = self.runner.logits(result, [row for end in ends for row in range(end.first, end.last)])
-        at = 0
-        for end in ends:
-            own = logits[at : at + end.last - end.first]
-            at += end.last - end.first
-            request = end.chunk.request
-            if request.verifying:
-                yield from self._verify(request, own)
-            elif request.draft_tokens and end.chunk.decodes and request.sparse:
-                self._draft(request, own)
-            else:
-                yield self._next(request, own)
+    def tenants(self, names: Iterable[str] | None = None) -> Mapping[str, TenantStats]:
+        """What tenants hold; of all that are known by default."""
+        return self._statistics.tenants(names)
+
+    def _sample(self, end: Ending, logits: Tensor) -> Iterator[RequestOutput]:
+        """What comes of the last rows of a request's chunk. logits: [rows, vocab]."""
+        request = end.chunk.request
+        if request.verifying:
+            yield from self._verify(request, logits)
+        elif request.draft_tokens and end.chunk.decodes and request.sparse:
+            self._draft(request, logits)
+        else:
+            yield self._next(request, logits)
 
     def _next(self, request: Request, logits: Tensor) -> RequestOutput:
         """Sample the next token of a request and hand it out. logits: [1, vocab]."""
@@ -461,13 +398,13 @@ class EngineCore:
             return self._finish(state, state.end("error", error=str(token)))
         if not request.first_token:
             request.first_token = time.monotonic()
-            self._prompt_tokens += len(request.prompt)
+            self._statistics.prompt_tokens += len(request.prompt)
             if self.share is not None:
                 self.share.generated(request, self._scheduler.table(request))
         if request.correcting:
             request.corrected = len(request.tokens)
         request.tokens.append(token)
-        self._generation_tokens += 1
+        self._statistics.generation_tokens += 1
         top = request.sampling.logprobs
         output = state.push(token, None if top is None else logprobs(logits, [token], top)[0])
         if output.finish_reason is not None:
@@ -477,7 +414,7 @@ class EngineCore:
 
     def _replay(self, request: Request) -> None:
         """A request that was preempted has the row in front of its next token back."""
-        self._replayed += 1
+        self._statistics.replayed += 1
         if request.correcting:
             request.corrected = len(request.tokens)
         advance(request)
@@ -498,7 +435,7 @@ class EngineCore:
             request.tokens.append(token)
             request.drafts += 1
             request.drafted += 1
-            self._drafted += 1
+            self._statistics.drafted += 1
         if isinstance(token, SampleError) or request.drafts >= request.draft_limit or token in self._eos:
             request.verifying = True
             request.computed = len(request.tokens) - request.drafts - 1
@@ -511,12 +448,12 @@ class EngineCore:
         agree: no correction of probabilities is needed.
         """
         drafts = request.drop_drafts()
-        self._drafts += 1
+        self._statistics.drafts += 1
         for i in range(len(drafts) + 1):
             output = self._next(request, logits[i : i + 1])
             agrees = output.finish_reason != "error" and i < len(drafts) and request.tokens[-1] == drafts[i]
             request.accepted += agrees
-            self._accepted += agrees
+            self._statistics.accepted += agrees
             yield output
             if output.finish_reason is not None:
                 return
@@ -526,28 +463,23 @@ class EngineCore:
         request.exact = min(request.exact, request.computed)
 
     def _finish(self, state: OutputState, output: RequestOutput) -> RequestOutput:
-        if self.share is not None:
-            if state.request.kv.explain or state.request.kv.segment is not None:
-                output = replace(output, usage=replace(output.usage, explanation=self.share.explain(state.request)))
-            self.share.close(state.request)
-        self._scheduler.finish(state.request)
-        self._sampler.drop(state.request)
-        if state.request.selector is not None:
-            self._selectors.close(state.request.selector)
-        del self._states[state.request.id]
+        """A request has ended with this output: it gives back all it holds."""
+        request = state.request
+        if self.share is not None and (request.kv.explain or request.kv.segment is not None):
+            output = replace(output, usage=replace(output.usage, explanation=self.share.explain(request)))
+        self._holdings.close(request)
         return output
 
-    def _score_prompts(self, plan: StepPlan, result: StepResult) -> None:
-        """Log-probabilities of prompt tokens, for the requests that want them: row p scores token p + 1."""
-        for chunk, first in zip(plan.chunks, result.starts):
-            request, found = chunk.request, self._states[chunk.request.id].prompt_logprobs
-            if found is None:
-                continue
-            begin, end = len(found) - 1, min(chunk.stop, len(request.prompt) - 1)
-            for low in range(begin, end, LOGITS_ROWS):
-                high = min(low + LOGITS_ROWS, end)
-                rows = [first + position - chunk.start for position in range(low, high)]
-                targets = list(request.prompt[low + 1 : high + 1])
-                top = request.sampling.prompt_logprobs
-                assert top is not None
-                found.extend(logprobs(self.runner.logits(result, rows), targets, top))
+    def _score_prompt(self, chunk: Chunk, result: StepResult, first_row: int) -> None:
+        """Log-probabilities of prompt tokens, for a request that wants them: row p scores token p + 1."""
+        request, found = chunk.request, self._states[chunk.request.id].prompt_logprobs
+        if found is None:
+            return
+        begin, end = len(found) - 1, min(chunk.stop, len(request.prompt) - 1)
+        for low in range(begin, end, LOGITS_ROWS):
+            high = min(low + LOGITS_ROWS, end)
+            rows = [first_row + position - chunk.start for position in range(low, high)]
+            targets = list(request.prompt[low + 1 : high + 1])
+            top = request.sampling.prompt_logprobs
+            assert top is not None
+            found.extend(logprobs(self.runner.logits(result, rows), targets, top))

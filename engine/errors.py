@@ -8,6 +8,7 @@ KVLoomError
   ModelError               a model's files are absent, broken or unsupported           start-up
   ConfigError              settings that cannot work                                   start-up
   EngineDeadError          the engine thread has ended                                 HTTP 503
+  InternalError            something of the engine's own failed for one caller         HTTP 500
 """
 
 
@@ -53,3 +54,7 @@ class ConfigError(KVLoomError, ValueError):
 
 class EngineDeadError(KVLoomError):
     """The engine thread has ended; nothing can be generated until the process is restarted."""
+
+
+class InternalError(KVLoomError):
+    """Something of the engine's own failed for one caller. Its message says nothing of what; the log does."""

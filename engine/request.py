@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from kvloom.engine.bounds import Range
 from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_DRAFT_TOKENS = 16
+PRIORITIES = Range(1 - 2**31, 2**31 - 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +211,8 @@ class Request:
     """Prompt tokens that came from the prefix cache at the first admission."""
     status: Status = Status.WAITING
     preemptions: int = 0
+    left_out: int = 0
+    """Steps in a row that had no row for it while it ran."""
     first_scheduled: float = 0.0
     first_token: float = 0.0
     seed: int = 0
@@ -224,6 +228,8 @@ class Request:
     """Tokens per draft; 0: no drafting."""
     drafts: int = 0
     """Tokens at the end of `tokens` that are drafts, not yet verified."""
+    draft_room: int = MAX_DRAFT_TOKENS
+    """Most drafts that a step of this engine can verify at once, beside the row they stand on."""
     drafted: int = 0
     """Drafts made so far."""
     accepted: int = 0
@@ -263,8 +269,8 @@ class Request:
 
     @property
     def draft_limit(self) -> int:
-        """Drafts that make sense now: the token after the last one must be allowed too."""
-        return min(self.draft_tokens, self.token_limit - (len(self.tokens) - self.drafts) - 1)
+        """Drafts that make sense now: the token after the last one must be allowed too, and a step must have room for all."""
+        return min(self.draft_tokens, self.draft_room, self.token_limit - (len(self.tokens) - self.drafts) - 1)
 
     @property
     def sparse(self) -> bool:

@@ -5,7 +5,7 @@
     queue of the request <------------- outputs, one call into the loop per step
 
 The heavy operations of a step release the interpreter lock. If the thread dies, every stream ends with EngineDeadError, and
-`health` says why.
+`health` says so; why is for the log alone.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeVar
 
-from kvloom.engine.admission import QUEUED_CAPACITIES, Admission
 from kvloom.engine.backlog import Backlog
 from kvloom.engine.build import Built, Progress, build
-from kvloom.engine.client import EngineStats, Health
+from kvloom.engine.client import EngineStats, Health, TenantStats
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
-from kvloom.engine.errors import EngineDeadError, InvalidRequestError, KVLoomError
+from kvloom.engine.errors import EngineDeadError, KVLoomError
+from kvloom.engine.isolation import no_internals
 from kvloom.engine.questions import Question, Questions
+from kvloom.engine.queue_limit import QUEUED_CAPACITIES, QueueLimit
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
+from kvloom.engine.watchdog import Watchdog
 
 T = TypeVar("T")
 
 log = logging.getLogger("kvloom.engine")
 
 STALL_SECONDS = 120.0
-"""A step that takes longer counts as a dead engine in `health`."""
-
+"""A step that takes longer, in time that the process really had, counts as a dead engine in `health`."""
+DIED = "the engine has ended after an internal error; the server's log says more"
+"""All that anybody but the log is told."""
 
 ERRAND_SECONDS = 0.2
 """After this long with nothing to do, the engine turns to its own work."""
@@ -61,17 +64,18 @@ class ThreadEngineClient:
         as long.
         """
         self._questions = Questions()
+        self._watchdog = Watchdog(lambda: self._core.busy)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, _Stream] = {}  # engine thread adds and removes; everyone reads
         self._closing = False
         self._dead: str | None = None
-        self._beat = time.monotonic()
         made: Future[Built] = Future()
         self._thread = threading.Thread(target=self._run, args=(make, made), name="kvloom-engine", daemon=True)
         self._thread.start()
         self._core, self.model, self.tokenizer = made.result()
         queued = max_queued_tokens or QUEUED_CAPACITIES * self._stats.capacity_tokens
-        self._admission = Admission(queued, self._core.weight)
+        self._queue_limit = QueueLimit(queued, self._core.weight)
+        self._watchdog.start()
 
     @classmethod
     def start(cls, config: EngineConfig, progress: Progress | None = None) -> ThreadEngineClient:
@@ -93,7 +97,7 @@ class ThreadEngineClient:
     ) -> AsyncIterator[RequestOutput]:
         """See `EngineClient.generate`."""
         self._require_alive()
-        place = self._admission.enter(tenant, len(prompt))
+        place = self._queue_limit.enter(tenant, len(prompt))
         try:
             async for output in self._outputs(prompt, sampling, request_id, kv, priority, tenant, cache_salt):
                 place.leave()
@@ -150,6 +154,10 @@ class ThreadEngineClient:
         """See `EngineClient.purge`."""
         return await self._ask(tenant, lambda core: core.purge(tenant))
 
+    async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
+        """See `EngineClient.tenants`."""
+        return await self._ask("", lambda core: core.tenants(names))
+
     async def _ask(self, tenant: str, question: Callable[[EngineCore], T]) -> T:
         """Have the engine's thread answer between two steps. Raises OverloadedError if too many wait."""
         answer: Future[T] = Future()
@@ -168,9 +176,9 @@ class ThreadEngineClient:
         """Not ok once the thread has ended, or while a step takes longer than STALL_SECONDS."""
         if self._dead is not None:
             return Health(ok=False, reason=self._dead)
-        stalled = time.monotonic() - self._beat
-        if self._core.busy and stalled > STALL_SECONDS:
-            return Health(ok=False, reason=f"no step has ended for {stalled:.0f} s")
+        silence = self._watchdog.silence
+        if silence > STALL_SECONDS:
+            return Health(ok=False, reason=f"no step has ended for {silence:.0f} s")
         return Health(ok=True)
 
     def close(self) -> None:
@@ -179,6 +187,7 @@ class ThreadEngineClient:
             self._closing = True
             self._inbox.put(None)
         self._thread.join(timeout=30.0)
+        self._watchdog.close()
 
     def _require_alive(self) -> None:
         if self._dead is not None or self._closing:
@@ -197,12 +206,12 @@ class ThreadEngineClient:
         reason = "the engine has been shut down"
         try:
             while self._receive():
-                self._beat = time.monotonic()
+                self._watchdog.beat()
                 self._deliver(self._core.step())
                 self._stats = self._core.stats()
-        except BaseException as error:
+        except BaseException:
             log.exception("the engine thread has died")
-            reason = f"the engine has died: {type(error).__name__}: {error}"
+            reason = DIED
         self._dead = reason
         self._drain(EngineDeadError(reason))
 
@@ -240,7 +249,7 @@ class ThreadEngineClient:
             return
         try:
             self._core.add(request)
-        except InvalidRequestError as error:
+        except KVLoomError as error:
             _send([(stream, error)])
         else:
             self._streams[request.id] = stream
@@ -258,8 +267,10 @@ class ThreadEngineClient:
         try:
             if self._dead is not None:
                 raise EngineDeadError(self._dead)
-            answer.set_result(question(self._core))
-        except Exception as error:  # the one who asked is told; nobody else's request depends on it
+            with no_internals():
+                found = question(self._core)
+            answer.set_result(found)
+        except KVLoomError as error:  # the one who asked is told; nobody else's request depends on it
             answer.set_exception(error)
 
     def _abort(self, request_id: str) -> None:
@@ -268,10 +279,12 @@ class ThreadEngineClient:
             self._deliver([output])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        pairs: list[tuple[_Stream, RequestOutput | KVLoomError]] = [(self._streams[o.id], o) for o in outputs]
+        pairs: list[tuple[_Stream, RequestOutput | KVLoomError]] = [
+            (self._streams[output.id], output) for output in outputs if output.id in self._streams
+        ]
         for output in outputs:
             if output.finish_reason is not None:
-                del self._streams[output.id]
+                self._streams.pop(output.id, None)
         _send(pairs)
 
     def _drain(self, error: KVLoomError | None) -> None:

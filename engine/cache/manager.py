@@ -9,8 +9,8 @@
 
 Which call changes what: `match` pins blocks (they cannot be evicted) and changes nothing else; `adopt` hands the pins to the
 table; `reserve` takes blocks, evicting cached ones; `commit` makes full blocks findable; `forget` gives back the blocks of a
-head group that will not be read again; `release` gives all back, and what was published stays cached. `check` proves after any
-of them that the books balance.
+head group that will not be read again; `retract` takes a commit back; `release` gives all back, and what was published stays
+cached. `check` proves after any of them that the books balance.
 
 Head groups each have a storage, a pool and an index of their own. A request begins with what all of them can find, and grows
 in all of them at once; they differ only in what is forgotten.
@@ -243,6 +243,16 @@ class CacheManager:
                 if part[i] != HOLE and group.index.publish(table.chain, i, tokens, part[i]):
                     group.pool.publish(part[i])
             table.published = i + 1
+
+    def retract(self, table: BlockTable, computed: int) -> None:
+        """Only tokens[0:computed] are stored, though more was committed: what is behind cannot be found any more."""
+        first = computed // self.block_size
+        for group, part in zip(self.groups, table.parts):
+            for block in part[first : table.published]:
+                if block != HOLE and group.index.holds(block):
+                    group.index.remove(block)
+                    group.pool.unpublish(block)
+        table.published = min(table.published, first)
 
     def forget(self, table: BlockTable, group: int, first: int, last: int) -> None:
         """Give back blocks [first, last) of a group that keeps no whole sequences. What was published stays findable until

@@ -125,6 +125,13 @@ class BlockPool:
         self._note_change(owner)
         self._keep_quota(owner)
 
+    def unpublish(self, block: int) -> None:
+        """A block in use cannot be found any more."""
+        owner = self.owners[block]
+        self._published[block] = 0
+        _less(self._findable_by, owner)
+        self._note_change(owner)
+
     def evict(self, count: int) -> int:
         """Turn up to `count` cached blocks into free ones, in the order of `eviction`. Returns how many."""
         done = min(max(0, count), len(self._cached))

@@ -104,6 +104,10 @@ class PrefixIndex:
         self._keys[block] = key
         return True
 
+    def holds(self, block: int) -> bool:
+        """Whether a block can be found."""
+        return block in self._keys
+
     def remove(self, block: int) -> None:
         """Forget a block that is about to hold something else."""
         del self._entries[self._keys.pop(block)]

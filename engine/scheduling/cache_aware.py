@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.isolation import blame
 from kvloom.engine.request import Request
 from kvloom.engine.scheduling.order import first_come
 from kvloom.engine.scheduling.queue import Candidate
@@ -256,7 +257,8 @@ class ScoredLane:
     def _estimate(self, request: Request) -> None:
         note, table, size = self._notes[request], self._around.tables[request], self._around.cache.block_size
         note.round = self._round
-        note.estimate = self._around.estimator.estimate(request, table, request.tokens)
+        with blame(request):
+            note.estimate = self._around.estimator.estimate(request, table, request.tokens)
         end = -(-(note.estimate.prefix + SHARED_TOKENS) // size)
         note.shared = None
         if table.looks_up and end * size < len(request.tokens):

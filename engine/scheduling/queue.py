@@ -91,11 +91,11 @@ class WaitingQueue:
         return self._count
 
     def push(self, request: Request) -> None:
-        """One more that waits."""
+        """One more that waits. It does even if its lane raises."""
         if request.tenant not in self._lanes:
             self._lanes[request.tenant] = self._make_lane(request.tenant)
-        self._lanes[request.tenant].push(request)
         self._count += 1
+        self._lanes[request.tenant].push(request)
 
     def head(self) -> Request | None:
         """Who should run next: among the heads of lanes with credit the first in order."""

@@ -2,7 +2,9 @@
 
 Promises: (1) a step never has more rows than the budget; (2) the request that is first in order is never preempted, and as
 every admitted request fits the cache alone, it always finishes: so all do; (3) a request is admitted only when the blocks of
-its whole known text are reserved, so prompts never fight each other half-way.
+its whole known text are reserved, so prompts never fight each other half-way; (4) rows that do not fit a step take turns:
+who was left out longest comes first, so neither a decode row nor a prompt waits for ever behind a step full of others; (5) a
+plan that is not computed is taken back, as if it had never been made.
 
 Who is admitted next is the business of `queue`: lanes per tenant, credit (`fairness`), and an order within.
 """
@@ -18,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.isolation import Blamed
 from kvloom.engine.replay import rewind
 from kvloom.engine.request import Request, Status
 from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Speed, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
-from kvloom.engine.scheduling.order import Order
+from kvloom.engine.scheduling.order import Key, Order
 from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
 from kvloom.engine.state import StateMemory
@@ -65,11 +68,12 @@ class Reuse(Protocol):
 
     def prepare(self, request: Request, table: BlockTable) -> float:
         """The request has been admitted: its prefix is adopted (`computed`), blocks of all its tokens are reserved. May fill
-        some of them and set `request.repair`. Returns the work that took, in rows of a full pass."""
+        some of them and set `request.repair`. Returns the work that took, in rows of a full pass: 0 or more. What it raises
+        ends the request."""
         ...
 
     def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
-        """Rows beside those of the plan that bring reused KV up to date, at most `rows`."""
+        """Rows beside those of the plan that bring reused KV up to date, at most `rows`; more are left out. Raises Blamed."""
         ...
 
 
@@ -86,6 +90,10 @@ class StepPlan(NamedTuple):
 
 QUANTUM_STEPS = 4
 """What a tenant of weight 1 gets per round of credit, in steps with a full budget."""
+
+PATIENCE = 4
+"""Steps in a row without a row after which a prompt, or drafts to verify, come before decode rows: those need one row each and
+wait less. The queue is as patient, when steps are full without a prompt among them."""
 
 
 class Scheduler:
@@ -118,6 +126,12 @@ class Scheduler:
         self._max_tokens = max_tokens
         self._tables: dict[Request, BlockTable] = {}
         self._clock = clock
+        self._admitted: list[Request] = []
+        """By the last plan."""
+        self._considered: Request | None = None
+        """Whom a part of `schedule` is about, and who is to blame if it fails."""
+        self._queue_left_out = 0
+        """Steps in a row that left no row for who waits, and had no prompt in them."""
         self._speed = Speed(clock)
         self._fairness = Fairness(QUANTUM_STEPS * max_tokens, weight)
         around = Surroundings(
@@ -139,6 +153,7 @@ class Scheduler:
     def add(self, request: Request, table: BlockTable) -> None:
         """Queue a request. Its table is closed when it is finished."""
         self._tables[request] = table
+        request.draft_room = self._max_tokens - 1
         self._fairness.arrived(request)
         self._wait(request)
 
@@ -152,34 +167,86 @@ class Scheduler:
 
     def finish(self, request: Request) -> None:
         """Take a request out, wherever it is; its blocks go back at once, the full ones stay findable."""
-        if request.status is Status.RUNNING:
-            self.running.remove(request)
-            self._states.close(request)
-        else:
-            self._waiting.remove(request)
-            self.queued_tokens -= request.known
-        self._fairness.stopped(request)
-        self._fairness.left(request, contended=len(self._waiting) > 0)
-        request.status = Status.FINISHED
-        self.cache.close(self._tables.pop(request))
+        if request.status is Status.FINISHED or request not in self._tables:
+            return
+        status, request.status = request.status, Status.FINISHED
+        table = self._tables.pop(request)
+        try:
+            self._fairness.stopped(request)
+            if status is Status.RUNNING:
+                self.running.remove(request)
+                self._states.close(request)
+            else:
+                self.queued_tokens -= request.known
+                self._waiting.remove(request)
+        finally:
+            self._fairness.left(request, contended=len(self._waiting) > 0)
+            self.cache.close(table)
 
     def schedule(self) -> StepPlan:
-        """The next step: running requests first (decodes before prompt chunks), then new ones as long as budget lasts."""
+        """The next step: running requests first (decodes before prompt chunks), then new ones as long as budget lasts.
+
+        Raises Blamed if that failed for one request, or whatever else went wrong; nothing is planned then.
+        """
         plan = StepPlan([], [])
-        budget = self._max_tokens
-        for request in sorted(self.running, key=lambda r: (r.pending > 1, self._order.key(r))):
+        self._considered, self._admitted = None, []
+        try:
+            self._plan(plan)
+        except Exception as error:
+            self.take_back(plan)
+            if self._considered is None or isinstance(error, Blamed):
+                raise
+            raise Blamed(self._considered) from error
+        self._take_turns(plan)
+        self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)
+        return plan
+
+    def take_back(self, plan: StepPlan) -> None:
+        """The last plan will not be computed: those it admitted wait again, and nothing of them can be found."""
+        for request in self._admitted:
+            if request.status is Status.RUNNING:
+                self.cache.retract(self._tables[request], request.computed)
+                self._preempt(request, plan)
+
+    def _plan(self, plan: StepPlan) -> None:
+        held = -(-self._max_tokens // 2) if self._queue_left_out >= PATIENCE else 0
+        budget = held + self._go_on(plan, self._max_tokens - held)
+        full = budget == 0 and not any(_of_prompt(chunk) for chunk in plan.chunks)
+        self._queue_left_out = self._queue_left_out + 1 if full and len(self._waiting) else 0
+        if not plan.preempted:
+            budget = self._welcome(plan, budget)
+        if held and not self._admitted:
+            budget = self._go_on(plan, budget)
+        if self._reuse is not None and budget > 0:
+            for chunk in self._reuse.refresh(plan, budget):
+                budget -= chunk.count
+                if budget < 0:  # more than was asked for: a step's buffers have no room for it
+                    break
+                plan.chunks.append(chunk)
+
+    def _go_on(self, plan: StepPlan, budget: int) -> int:
+        """Chunks of running requests that have none yet. Returns the rows that are left."""
+        planned = {chunk.request for chunk in plan.chunks}
+        for request in sorted(self.running, key=self._turn):
             if budget == 0:
                 break
-            if request.status is not Status.RUNNING:  # preempted for the sake of an earlier one
+            if request.status is not Status.RUNNING or request in planned:  # or preempted for the sake of an earlier one
                 continue
+            self._considered = request
             if request.unprepared:
                 budget = max(1, budget - self._prepare(request))
             chunk = self._chunk(request, budget)
             if chunk is not None and self._reserve(request, chunk.stop, plan):
                 plan.chunks.append(chunk)
                 budget -= chunk.count
+        self._considered = None
+        return budget
+
+    def _welcome(self, plan: StepPlan, budget: int) -> int:
+        """Admit requests, and chunks of them, as long as budget lasts. Returns the rows that are left."""
         running = len(plan.chunks)
-        while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
+        while budget > 0 and (admitted := self._admit(plan)) is not None:
+            self._admitted.append(admitted)
             if admitted.unprepared:
                 if (
                     admitted.computed and len(plan.chunks) > running
@@ -193,13 +260,27 @@ class Scheduler:
             budget -= chunk.count
             # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
             # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
-            # any more: whoever is admitted after it comes after it in order, and cannot displace it.
+            # any more: whoever is admitted after it comes after it in order, and cannot displace it. If the step fails as a
+            # whole, `take_back` makes it unfindable again.
             until = exact_until(chunk, saw_everything=not (chunk.decodes and admitted.sparse))
             self.cache.commit(chunk.table, admitted.tokens, min(until, admitted.taint))
-        if self._reuse is not None and budget > 0:
-            plan.chunks.extend(self._reuse.refresh(plan, budget))
-        self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)
-        return plan
+        self._considered = None
+        return budget
+
+    def _turn(self, request: Request) -> tuple[int, bool, Key]:
+        """Who comes first in a step: those left out longest, then decodes before prompts, then by the order."""
+        many = request.pending > 1
+        return (-(request.left_out // PATIENCE if many else request.left_out), many, self._order.key(request))
+
+    def _take_turns(self, plan: StepPlan) -> None:
+        """Note who got no row. A prompt behind an earlier one that was computed is not left out: prompts go one by one."""
+        planned = {chunk.request for chunk in plan.chunks}
+        first = min((self._order.key(chunk.request) for chunk in plan.chunks if _of_prompt(chunk)), default=None)
+        for request in self.running:
+            if request in planned:
+                request.left_out = 0
+            elif first is None or request.pending == 1 or request.verifying or self._order.key(request) < first:
+                request.left_out += 1
 
     def completed(self, chunk: Chunk, *, saw_everything: bool = True) -> None:
         """The chunk's KV is stored, and published as far as it is exact. saw_everything: its rows, if they are decode rows."""
@@ -220,10 +301,10 @@ class Scheduler:
         self.cache.commit(chunk.table, request.tokens, min(request.exact, len(request.tokens) - request.drafts))
 
     def _prepare(self, request: Request) -> int:
-        """Let KV be reused for a request that has been admitted. Returns the work in rows."""
+        """Let KV be reused for a request that has been admitted. Returns the work in rows, at most a step's."""
         assert self._reuse is not None
         request.unprepared = False
-        work = round(self._reuse.prepare(request, self._tables[request]))
+        work = round(min(max(0.0, self._reuse.prepare(request, self._tables[request])), self._max_tokens))
         self._fairness.computed(request, 0, work)
         return work
 
@@ -259,6 +340,7 @@ class Scheduler:
         table = self._tables[victim]
         rewind(victim, evicted=table.forgotten > 0)
         self.cache.release(table)
+        victim.left_out = 0
         victim.preemptions += 1
         self._fairness.stopped(victim)
         self.preemptions += 1
@@ -275,7 +357,7 @@ class Scheduler:
 
         The spare keeps a newcomer from pushing out, one token later, those that run already.
         """
-        request = self._waiting.head()
+        request = self._considered = self._waiting.head()
         if request is None:
             return None
         if len(self.running) >= self._max_seqs and not self._displace(request, plan):
@@ -314,11 +396,15 @@ class Scheduler:
         return True
 
 
+def _of_prompt(chunk: Chunk) -> bool:
+    return chunk.start < len(chunk.request.prompt) and not chunk.refresh
+
+
 def _fitting(request: Request, budget: int) -> int:
     """Rows of a request that a step with `budget` rows left takes: 0 if it must wait for a step with more room.
 
-    Drafts are verified in one piece; a sparse prompt is cut at its method's grid, and the last rows that a method looks at stay
-    together, so that what it sees never depends on the budget.
+    Drafts are verified in one piece, of at most a step's rows; a sparse prompt is cut at its method's grid, and the last rows
+    that a method looks at stay together, so that what it sees never depends on the budget.
     """
     pending = request.pending
     if request.internal:  # whoever comes meanwhile waits for the end of the step

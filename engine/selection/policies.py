@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions
+from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
 from kvloom.engine.selection.base import Method, read_options
 from kvloom.kernels.interface import Kernels
@@ -42,7 +42,8 @@ class Policy(NamedTuple):
 @dataclass(slots=True)
 class _Entry:
     selector: Selector
-    open: int = 0
+    open: set[Request] = field(default_factory=set)
+    """Requests that use it."""
 
 
 class Selectors:
@@ -92,13 +93,13 @@ class Selectors:
             raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
         return Policy(selector, tokens)
 
-    def open(self, selector: Selector) -> None:
+    def open(self, selector: Selector, request: Request) -> None:
         """A request starts to use a selector that `policy` gave."""
-        self._entry(selector).open += 1
+        self._entry(selector).open.add(request)
 
-    def close(self, selector: Selector) -> None:
-        """It has ended."""
-        self._entry(selector).open -= 1
+    def close(self, selector: Selector, request: Request) -> None:
+        """It has ended. Harmless if it was never opened."""
+        self._entry(selector).open.discard(request)
 
     def _entry(self, selector: Selector) -> _Entry:
         return next(entry for entry in self._entries.values() if entry.selector is selector)
@@ -158,5 +159,5 @@ class Selectors:
         for key, entry in list(self._entries.items())[:-1]:
             if len(self._entries) <= MOST_SELECTORS:
                 return
-            if entry.open == 0:
+            if not entry.open:
                 del self._entries[key]

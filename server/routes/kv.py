@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from kvloom.engine.client import EngineStats, MethodStats, ShareStats
+from kvloom.engine.client import EngineStats, MethodStats, ShareStats, TenantStats
 from kvloom.server.context import context_of, sees_all, tenant_of
 from kvloom.server.routes import explain, segments
 
@@ -22,28 +22,27 @@ async def kv(request: Request) -> dict[str, Any]:
     """Capacity, blocks per head group, prefix hits, what approximate reuse did, and what tenants hold. A tenant among others is
     told of itself alone."""
     client = context_of(request).client
-    stats = client.stats()
     if not sees_all(request):
-        return _own_body(stats, tenant_of(request))
-    told = _body(stats, sorted({*stats.tenants, *stats.share.tenant_tokens, *stats.share.segment_bytes_by}))
+        tenant = tenant_of(request)
+        return _own_body(client.stats(), tenant, (await client.tenants([tenant]))[tenant])
+    told = _body(client.stats(), await client.tenants())
     return {**told, "settings": {name: value for name, value in client.model.settings.items() if name != "tenants"}}
 
 
-def _own_body(stats: EngineStats, tenant: str) -> dict[str, Any]:
+def _own_body(stats: EngineStats, name: str, tenant: TenantStats) -> dict[str, Any]:
     """What does not depend on what others do."""
-    tokens: Mapping[str, int] = stats.share.tenant_tokens.get(tenant, {})
-    seen = sum(tokens.values())
+    seen = sum(tenant.tokens.values())
     return {
         "capacity_tokens": stats.capacity_tokens,
         "block_size": stats.block_size,
         "blocks": {group.name: {"total": group.total} for group in stats.groups},
-        "hit_rate": tokens.get("prefix", 0) / seen if seen else None,
-        "tenants": {tenant: _tenant(tenant, stats)},
+        "hit_rate": tenant.tokens.get("prefix", 0) / seen if seen else None,
+        "tenants": {name: asdict(tenant)},
     }
 
 
-def _body(stats: EngineStats, tenants: Sequence[str]) -> dict[str, Any]:
-    """tenants: of which to tell."""
+def _body(stats: EngineStats, tenants: Mapping[str, TenantStats]) -> dict[str, Any]:
+    """tenants: those of which to tell."""
     blocks = {group.name: {key: value for key, value in asdict(group).items() if key != "name"} for group in stats.groups}
     return {
         "capacity_tokens": stats.capacity_tokens,
@@ -58,17 +57,7 @@ def _body(stats: EngineStats, tenants: Sequence[str]) -> dict[str, Any]:
         "selection": {name: _method(method) for name, method in stats.selection.items() if method.decode_rows},
         "drafts": {"made": stats.drafts, "drafted_tokens": stats.drafted_tokens, "accepted_tokens": stats.accepted_tokens},
         "kvshare": _share(stats.share),
-        "tenants": {name: _tenant(name, stats) for name in tenants},
-    }
-
-
-def _tenant(name: str, stats: EngineStats) -> dict[str, Any]:
-    nothing = {"in_use_blocks": 0, "cached_blocks": 0}
-    return {
-        **nothing,
-        **stats.tenants.get(name, {}),
-        "segment_bytes": stats.share.segment_bytes_by.get(name, 0),
-        "tokens": dict(stats.share.tenant_tokens.get(name, {})),
+        "tenants": {name: asdict(tenant) for name, tenant in tenants.items()},
     }
 
 

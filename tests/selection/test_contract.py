@@ -211,5 +211,5 @@ def test_many_option_sets_are_forgotten(make_llm: Make) -> None:
     llm = make_llm()
     for budget in range(10, 110):
         llm.generate(prompts((12,)), greedy(1), kv=KVOptions(selection="sink_window", budget=budget))
-    selectors: Any = llm.core._selectors
+    selectors: Any = llm.core._admission.selectors
     assert len(selectors._entries) <= 64

@@ -318,7 +318,7 @@ def test_heads_come_from_the_calibration(make_llm: Make, monkeypatch: pytest.Mon
     save_razor(RazorCalibration(model_key=key, model="tiny", induction=scores, echo=((0.0, 0.0), (0.0, 0.5), (0.0, 0.0))))
 
     def local(**options: Any) -> list[tuple[int, ...]]:
-        selector: Any = llm.core._selectors.policy(using(**options)).selector
+        selector: Any = llm.core._admission.selectors.policy(using(**options)).selector
         return [tuple(mask.nonzero()[0].tolist()) for mask in selector.local]
 
     assert local() == [(0, 1), (), (0, 1)]  # the best by induction, the best by echo

@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo, ShareStats
+from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo, ShareStats, TenantStats
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, KVLoomError
 from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
 from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
@@ -168,6 +168,15 @@ class FakeEngine:
         self.purged.append(tenant)
         return 3
 
+    async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
+        """Two tenants."""
+        self._check()
+        known = {
+            "": TenantStats(in_use_blocks=10, cached_blocks=20, segment_bytes=1024, tokens={"prefix": 10, "stale": 60}),
+            "alice": TenantStats(segment_bytes=3072, tokens={"fresh": 18}),
+        }
+        return {name: known.get(name, TenantStats()) for name in (known if names is None else names)}
+
     def abort(self, request_id: str) -> None:
         """Closing the iterator is all that is needed here."""
 
@@ -179,14 +188,12 @@ class FakeEngine:
                     GroupStats(name="local", total=40, free=40, cached=0, in_use=0)),
             prefix_query_tokens=200, prefix_hit_tokens=50, evicted_blocks=3, preemptions=2, prompt_tokens=400,
             generation_tokens=self.generated, steps=7, step_seconds=1.5, queued_tokens=0, kv_bytes_read=1234,
-            tenants={"": {"cached_blocks": 20, "in_use_blocks": 10}},
             share=ShareStats(
                 tokens=Counter(prefix=10, stale=60, boundary=8, ranked=4, fresh=18),
-                tenant_tokens={"": Counter(prefix=10, stale=60), "alice": Counter(fresh=18)},
                 requests=Counter({("segment", ""): 1, ("full", "too little to reuse"): 2}),
                 runs=Counter(context=2, isolated=1, tenant=2, public=1), run_lengths=[1, 0, 2, 0, 0, 0, 1],
                 recomputed_shares=[0, 0, 0, 1, 0, 0, 0], match_seconds=0.25, deviation_sum=0.5, deviation_runs=2,
-                segments=4, segment_bytes=4096, segment_capacity=8192, segment_bytes_by={"": 1024, "alice": 3072},
+                segments=4, segment_bytes=4096, segment_capacity=8192,
             ),
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ import numpy as np
 from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.isolation import blame
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare import chunks
 from kvloom.engine.reuse.kvshare.copying import copy_out
@@ -137,16 +138,21 @@ class Donors:
 
     def between_steps(self) -> None:
         """Do what must not delay the outputs of the step before."""
-        for request, table in self._waiting:
-            self._leave(request, table)
-            self._arrived(request)
-        self._waiting.clear()
+        while self._waiting:
+            request, table = self._waiting.pop(0)
+            with blame(request):
+                self._leave(request, table)
+                self._arrived(request)
 
     def close(self, request: Request) -> None:
-        """The request's blocks are about to go."""
+        """The request's blocks are about to go. `forget` comes next."""
         for pair in [pair for pair in self._waiting if pair[0] is request]:
             self._waiting.remove(pair)
             self._leave(*pair)
+
+    def forget(self, request: Request) -> None:
+        """It has ended, or could not be queued at all."""
+        self._waiting = [pair for pair in self._waiting if pair[0] is not request]
         self._arrived(request)
         self._compiled.pop(request, None)
 

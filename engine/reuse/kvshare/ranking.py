@@ -81,6 +81,8 @@ def choose(
 
 def _budget(options: RepairOptions, reused: int, length: int, score: Floats) -> int:
     """Reused tokens to compute."""
+    if not reused:  # every run was rejected
+        return 0
     ratio = options.ratio
     if options.adaptive:
         covered = np.cumsum(np.sort(score)[::-1]) / max(float(score.sum()), 1e-30)

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 import bisect
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
-from kvloom.engine.client import RUN_LENGTHS, SHARES, ShareStats
+from kvloom.engine.client import OTHERS, RUN_LENGTHS, SHARES, ShareStats
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.matching import Match, Run
 
+MOST_TENANTS = 1024
+"""Tenants whose tokens are counted apart."""
 
-def count(stats: ShareStats, request: Request, reason: str, kinds: Mapping[bytes, str]) -> None:
+
+class TenantTokens(OrderedDict[str, Counter[str]]):
+    """Prompt tokens by kind, of the tenants that were here last; those of all others together, under `OTHERS`."""
+
+    def add(self, tenant: str, tokens: Mapping[str, int]) -> None:
+        """Count a prompt of a tenant."""
+        self.setdefault(tenant, Counter()).update(tokens)
+        self.move_to_end(tenant)
+        if len(self) > MOST_TENANTS:
+            self.setdefault(OTHERS, Counter())
+            self.move_to_end(OTHERS)
+            _, counts = self.popitem(last=False)
+            self[OTHERS].update(counts)
+
+
+def count(stats: ShareStats, tenants: TenantTokens, request: Request, reason: str, kinds: Mapping[bytes, str]) -> None:
     """Add what became of a request's prompt. reason: why nothing was reused, "" if something was; kinds: of domain keys."""
     repair, prefix = request.repair, request.computed
     found = Counter(prefix=prefix, fresh=len(request.tokens) - prefix) if repair is None else repair.kinds
     stats.tokens.update(found)
-    stats.tenant_tokens.setdefault(request.tenant, Counter()).update(found)
+    tenants.add(request.tenant, found)
     if repair is None:
         stats.requests["prefix" if prefix else "full", reason] += 1
         return

@@ -74,6 +74,10 @@ class Shadow:
         )
         return True
 
+    def forget(self, request: Request) -> None:
+        """A request could not be queued, or has ended."""
+        self._seen.pop(request, None)
+
     def conclude(self, *, whole: bool) -> None:
         """An errand has ended, as a whole or not: if it was a check, take its result in, and act if results are bad."""
         found, self._checking = self._checking, []

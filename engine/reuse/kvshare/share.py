@@ -25,6 +25,7 @@ from torch import Tensor
 from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.isolation import blame
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.copying import copy_in, covered
@@ -34,7 +35,7 @@ from kvloom.engine.reuse.kvshare.matching import Match, Run, find
 from kvloom.engine.reuse.kvshare.options import RepairOptions, ShareOptions, read_repair
 from kvloom.engine.reuse.kvshare.ranking import choose
 from kvloom.engine.reuse.kvshare.repair import Floats, Repair
-from kvloom.engine.reuse.kvshare.report import count, describe, explain
+from kvloom.engine.reuse.kvshare.report import TenantTokens, count, describe, explain
 from kvloom.engine.reuse.kvshare.scan import Placed, Scanner
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook, Scopes
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
@@ -82,6 +83,7 @@ class KVShare:
         """rows: of the largest step; special: ids of special tokens, which are never reused; sink: neutral tokens that stand
         in front of what is compiled in isolation."""
         self.options, self.store, self.stats = options, store, ShareStats()
+        self.tenant_tokens = TenantTokens()
         self.errands = Errands()
         self.scopes = ScopeBook(domains, tenants)
         self._decoder, self._cache, self._kernels = decoder, cache, kernels
@@ -137,9 +139,12 @@ class KVShare:
         """A text is being queued to be compiled alone. Raises InvalidRequestError if the tenant may not."""
         self._donors.compile(request)
 
-    def discard(self, request: Request) -> None:
-        """It could not be queued after all."""
-        self._donors.close(request)
+    def forget(self, request: Request) -> None:
+        """It has ended, or could not be queued at all: nothing of it stays, however far it came. Harmless if called again."""
+        self._donors.forget(request)
+        self._shadow.forget(request)
+        self._repairs.pop(request, None)
+        self._plans.pop(request, None)
         if self.errands.of(request) is not None:
             self.errands.done()
 
@@ -163,18 +168,15 @@ class KVShare:
         self._donors.between_steps()
 
     def close(self, request: Request) -> None:
-        """It has ended; its blocks are about to go back."""
+        """It has ended; its blocks are about to go back. `forget` comes next."""
         self._donors.close(request)
         again = self._shadow.close(request)
         if request.repair is not None:
             self.stats.stale_left += len(request.repair.stale)
             if not again:
                 self._heal(request, request.repair)
-        self._repairs.pop(request, None)
-        self._plans.pop(request, None)
         errand = self.errands.of(request)
         if errand is not None:
-            self.errands.done()
             self._shadow.conclude(whole=request.generated >= len(errand.answer))
             self.stats.healed_tokens += len(request.prompt) if errand.kind != "compile" and request.generated else 0
 
@@ -203,7 +205,7 @@ class KVShare:
             kinds = request.repair.kinds
             request.reused = kinds["stale"]
             request.recomputed = kinds["boundary"] + kinds["ranked"] + kinds["rejected"]
-        count(self.stats, request, reason, self.scopes.of(request).kinds())
+        count(self.stats, self.tenant_tokens, request, reason, self.scopes.of(request).kinds())
         return work
 
     def search(self, request: Request, tokens: npt.NDArray[np.int64], prefix: int) -> Match:
@@ -269,15 +271,19 @@ class KVShare:
             return "layer 0 differs", 0.0
         score, deviation = self._score(match.runs, placed, prefix, options, request)
         self.stats.scan_seconds += time.perf_counter() - copied
-        rejected = [mean > self.options.reject_above for mean in deviation]
+        rejected = [not mean <= self.options.reject_above for mean in deviation]  # NaN too
         self._judge(match.runs, deviation, rejected)
         request.repair = choose(options, match.runs, prefix, len(placed.tokens), score, rejected=rejected, deviation=deviation)
-        return "", work - request.repair.left
+        return "", self._preparing(reused, rest, options)
 
     def _work(self, reused: int, rest: int, options: RepairOptions) -> float:
         """Rows of a full pass that a prompt takes with reuse. rest: tokens behind the prefix."""
+        return rest - reused + options.ratio * reused + self._preparing(reused, rest, options)
+
+    def _preparing(self, reused: int, rest: int, options: RepairOptions) -> float:
+        """Of those, what it takes to find out which rows to compute: copying, and a scan if there is one."""
         scan = self._scanner.work_per_row * rest if options.scans else 0.0
-        return rest - reused + options.ratio * reused + scan + self._copy_work * reused
+        return scan + self._copy_work * reused
 
     def _score(
         self, runs: Sequence[Run], placed: Placed, prefix: int, options: RepairOptions, request: Request
@@ -285,7 +291,7 @@ class KVShare:
         """The policy's score of every reused position, and the mean relative deviation of every run if it was measured."""
         positions, length = covered(runs), len(placed.tokens)
         if options.policy == "random":
-            return np.random.default_rng(request.seed).random(len(positions), np.float32), []
+            return np.random.default_rng(request.seed % 2**64).random(len(positions), np.float32), []
         if not options.scans:
             return np.ones(len(positions), np.float32), []
         found = self._scanner.deviation(placed, prefix, positions)
@@ -333,7 +339,8 @@ class KVShare:
                 break
             if repair is None or not self._worth(chunk, repair):
                 continue
-            positions = repair.due(min(budget, repair.options.refresh), chunk.start)
+            with blame(chunk.request):
+                positions = repair.due(min(budget, repair.options.refresh), chunk.start)
             if len(positions):
                 found.append(Chunk(chunk.request, chunk.table, int(positions[0]), len(positions), positions, refresh=True))
                 budget -= len(positions)
@@ -356,7 +363,6 @@ class KVShare:
         return replace(
             stats,
             tokens=stats.tokens.copy(),
-            tenant_tokens={tenant: tokens.copy() for tenant, tokens in stats.tenant_tokens.items()},
             requests=stats.requests.copy(),
             runs=stats.runs.copy(),
             run_lengths=list(stats.run_lengths),
@@ -366,7 +372,6 @@ class KVShare:
             segment_bytes=store.bytes,
             segment_capacity=store.capacity,
             segment_evictions=store.evictions,
-            segment_bytes_by=dict(store.bytes_by),
             errands=len(self.errands),
         )
 

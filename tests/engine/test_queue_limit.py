@@ -11,52 +11,52 @@ from collections.abc import Callable
 import pytest
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
-from kvloom.engine.admission import QUEUED_CAPACITIES, QUEUED_REQUESTS, Admission, Place
 from kvloom.engine.backlog import MAX_OUTPUTS, Backlog
 from kvloom.engine.build import Built
 from kvloom.engine.errors import ContextLengthError, OverloadedError
 from kvloom.engine.questions import STEPS_SHARE, WAITING, WAITING_OF_TENANT, Question, Questions
+from kvloom.engine.queue_limit import QUEUED_CAPACITIES, QUEUED_REQUESTS, Place, QueueLimit
 from kvloom.engine.request import RequestOutput, Usage
 
 
-def fill(admission: Admission, tenant: str, tokens: int) -> int:
+def fill(limit: QueueLimit, tenant: str, tokens: int) -> int:
     """Requests of so many tokens that get in."""
     for count in range(100_000):
         try:
-            admission.enter(tenant, tokens)
+            limit.enter(tenant, tokens)
         except OverloadedError:
             return count
     raise AssertionError("no bound")
 
 
 def test_no_tenant_fills_the_queue() -> None:
-    admission = Admission(1000)
-    assert [fill(admission, name, 10) for name in "abc"] == [50, 25, 13], "each leaves as much as it takes"
-    assert admission.tokens == 880 and fill(admission, "", 10) == 12, "who has no tenant may take what is left"
+    limit = QueueLimit(1000)
+    assert [fill(limit, name, 10) for name in "abc"] == [50, 25, 13], "each leaves as much as it takes"
+    assert limit.tokens == 880 and fill(limit, "", 10) == 12, "who has no tenant may take what is left"
 
 
 def test_weights_share_the_queue() -> None:
-    admission = Admission(1000, {"heavy": 4.0, "light": 0.25}.__getitem__)
-    assert fill(admission, "heavy", 10) == 80 and fill(admission, "light", 10) == 4
+    limit = QueueLimit(1000, {"heavy": 4.0, "light": 0.25}.__getitem__)
+    assert fill(limit, "heavy", 10) == 80 and fill(limit, "light", 10) == 4
 
 
 def test_what_is_larger_than_the_queue_goes_alone() -> None:
-    admission = Admission(100)
-    place = admission.enter("a", 5000)
+    limit = QueueLimit(100)
+    place = limit.enter("a", 5000)
     with pytest.raises(OverloadedError, match="5000 prompt tokens are waiting"):
-        admission.enter("b", 1)
+        limit.enter("b", 1)
     place.leave()
-    admission.enter("b", 60)
-    admission.enter("c", 40)  # nothing of its own waits: what fits gets in
+    limit.enter("b", 60)
+    limit.enter("c", 40)  # nothing of its own waits: what fits gets in
 
 
 def test_requests_are_counted_too() -> None:
-    admission = Admission(10**9)
-    assert fill(admission, "a", 1) == QUEUED_REQUESTS // 2
+    limit = QueueLimit(10**9)
+    assert fill(limit, "a", 1) == QUEUED_REQUESTS // 2
 
 
 def test_the_count_comes_back_to_nothing() -> None:
-    admission, source = Admission(2000), random.Random(0)
+    limit, source = QueueLimit(2000), random.Random(0)
     places: list[Place] = []
     for _ in range(5000):
         if places and source.random() < 0.5:
@@ -65,11 +65,11 @@ def test_the_count_comes_back_to_nothing() -> None:
             place.leave()  # changes nothing
             continue
         with contextlib.suppress(OverloadedError):
-            places.append(admission.enter(source.choice(["", "a", "b"]), source.randrange(100)))
-        assert admission.requests == len(places) and admission.tokens <= 2000
+            places.append(limit.enter(source.choice(["", "a", "b"]), source.randrange(100)))
+        assert limit.requests == len(places) and limit.tokens <= 2000
     for place in places:
         place.leave()
-    assert (admission.tokens, admission.requests) == (0, 0) and not admission._tokens and not admission._requests
+    assert (limit.tokens, limit.requests) == (0, 0) and not limit._tokens and not limit._requests
 
 
 def test_the_engine_counts_exactly(make_llm: Callable[..., LLM]) -> None:

@@ -1,0 +1,102 @@
+"""What the engine counts, and what it tells of itself.
+
+`snapshot` is taken after every step: its cost depends on neither what was served before nor how many tenants there are. What
+tenants hold is a table of its own, made when somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from kvloom.engine.cache import CacheManager
+from kvloom.engine.client import EngineStats, GroupStats, ShareStats, TenantStats
+from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.scheduling import Scheduler
+from kvloom.engine.selection.policies import Selectors
+from kvloom.engine.state import StateMemory
+from kvloom.kernels.interface import Kernels
+
+
+@dataclass(slots=True, kw_only=True)
+class Statistics:
+    """Counters of one engine since its start, and the parts that count for themselves."""
+
+    cache: CacheManager
+    scheduler: Scheduler
+    kernels: Kernels
+    selectors: Selectors
+    states: StateMemory
+    share: KVShare | None
+    steps: int = 0
+    step_seconds: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    drafts: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    replayed: int = 0
+    internal_errors: int = 0
+    """Requests that ended because something of the engine's own failed, and steps that failed with nobody to blame."""
+
+    def snapshot(self) -> EngineStats:
+        """Counters as of now."""
+        cache, scheduler, counters = self.cache, self.scheduler, self.kernels.counters
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            capacity_tokens=cache.capacity_tokens,
+            block_size=cache.block_size,
+            groups=tuple(
+                GroupStats(
+                    name=group.storage.spec.name,
+                    total=group.pool.total,
+                    free=group.pool.free,
+                    cached=group.pool.cached,
+                    in_use=group.pool.in_use,
+                )
+                for group in cache.groups
+            ),
+            prefix_query_tokens=cache.query_tokens,
+            prefix_hit_tokens=cache.hit_tokens,
+            evicted_blocks=sum(group.pool.evictions for group in cache.groups),
+            preemptions=scheduler.preemptions,
+            replayed_tokens=self.replayed,
+            selection_bytes=self.states.allocated,
+            selection_capacity=self.states.bound,
+            prompt_tokens=self.prompt_tokens,
+            generation_tokens=self.generation_tokens,
+            steps=self.steps,
+            step_seconds=self.step_seconds,
+            queued_tokens=scheduler.queued_tokens,
+            kv_bytes_read=counters.kv_bytes + counters.score_bytes,
+            kv_bytes={
+                "tail": counters.kv_bytes - counters.list_kv_bytes,
+                "list": counters.list_kv_bytes,
+                "score": counters.score_bytes,
+            },
+            selection={name: replace(stats) for name, stats in self.selectors.stats.items()},
+            drafts=self.drafts,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
+            internal_errors=self.internal_errors,
+            share=ShareStats() if self.share is None else self.share.snapshot(),
+        )
+
+    def tenants(self, names: Iterable[str] | None = None) -> dict[str, TenantStats]:
+        """What tenants hold and what was reused for them; of all that are known by default. Costs time per tenant."""
+        pools = [group.pool for group in self.cache.groups]
+        segments = Counter[str]() if self.share is None else self.share.store.bytes_by
+        served = {} if self.share is None else self.share.tenant_tokens
+        if names is None:
+            names = sorted({*served, *segments, *(name for pool in pools for name in (*pool.in_use_by, *pool.cached_by))})
+        return {
+            name: TenantStats(
+                in_use_blocks=sum(pool.in_use_by[name] for pool in pools),
+                cached_blocks=sum(pool.cached_by[name] for pool in pools),
+                segment_bytes=segments[name],
+                tokens=dict(served.get(name, {})),
+            )
+            for name in names
+        }
