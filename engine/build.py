@@ -272,8 +272,8 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
 def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: str) -> ModelInfo:
     options = config.model
     return ModelInfo(
-        name=options.served_model_name or options.model,
-        root=files.name,
+        name=_text(options.served_model_name or options.model),
+        root=_text(files.name),
         max_model_len=length,
         vocab_size=loaded.config.vocab_size,
         dtype=options.dtype,
@@ -282,3 +282,8 @@ def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: 
         created=int(time.time()),
         settings=config.changed(),
     )
+
+
+def _text(name: str) -> str:
+    """A name as text that can be sent: paths may hold bytes that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -30,6 +30,7 @@ from typing import IO, Literal, NamedTuple
 import platformdirs
 
 from kvloom.engine.errors import ModelError, ModelNotFoundError
+from kvloom.engine.files import shown
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("downloading smollm2", ...), bytes done and bytes in all (0 if unknown)."""
@@ -114,14 +115,14 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
     for builtin in _BUILTINS:
         if builtin.name == model:
             return ModelFiles(_builtin(builtin, report), "gguf", builtin.name)
-    path = Path(model).expanduser()
-    if model and path.exists():
+    path = _existing(model)
+    if path is not None:
         return _local(path)
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         return _from_hub(model, report)
     raise ModelNotFoundError(
-        f"there is no model {model!r}; give a built-in name ({', '.join(m.name for m in _BUILTINS)}), an existing folder or "
-        f".gguf file, or a Hugging Face repo id (org/name)"
+        f"there is no model {shown(model)}; give a built-in name ({', '.join(m.name for m in _BUILTINS)}), an existing folder "
+        f"or .gguf file, or a Hugging Face repo id (org/name)"
     )
 
 
@@ -142,6 +143,21 @@ def _size(path: Path) -> int:
 
 
 # Local files ---------------------------------------------------------------------------------------------------------
+
+
+def _existing(model: str) -> Path | None:
+    """The path of that name, None if nothing is there. Raises ModelError for what cannot be looked at."""
+    try:
+        path = Path(model).expanduser()
+        if model and path.exists():
+            return path
+        broken = path.is_symlink()
+    except (OSError, RuntimeError, ValueError) as error:  # not allowed, too long, a user who is not here
+        reason = getattr(error, "strerror", None) or error
+        raise ModelError(f"{shown(model)} cannot be read: {reason}; give another path") from error
+    if broken:
+        raise ModelError(f"{path} is a link that leads nowhere; give the path of the model itself, or fetch it again")
+    return None
 
 
 def _local(path: Path) -> ModelFiles:

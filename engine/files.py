@@ -124,5 +124,5 @@ def shown(value: Any) -> str:
     """A value for an error's text: not a whole vocabulary."""
     if isinstance(value, int) and abs(value) >> 128:
         return f"a number of {value.bit_length()} bits"
-    text = repr(value[:4] if isinstance(value, (list, str)) and len(value) > 100 else value)
+    text = repr(value[:100] if isinstance(value, (list, str)) else value)
     return text if len(text) <= 200 else text[:200] + "..."

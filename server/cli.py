@@ -94,7 +94,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _fail(problem: object, code: int) -> int:
-    print(f"kvloom: {' '.join(str(problem).split())}", file=sys.stderr)
+    line = " ".join(str(problem).split()).encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
+    print(f"kvloom: {line}", file=sys.stderr)
     return code
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import resource
 import shutil
@@ -18,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from kvloom.engine.build import load_tokenizer
+from kvloom.engine.build import build, load_tokenizer
+from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.load import load_model
@@ -231,3 +233,9 @@ def test_bytes_of_a_gguf(gguf, kernels, run_logits) -> None:
         seen[outcome(path, kernels, run_logits)] += 1
     assert seen["runs"] and seen["ModelError"] > 50, seen
     assert peak() - before < MOST_MEMORY
+
+
+def test_a_name_that_is_no_utf_8_becomes_one_that_can_be_sent(gguf) -> None:
+    odd = gguf[0].rename(gguf[0].parent / os.fsdecode(b"odd\xff.gguf"))
+    info = build(EngineConfig.from_flat({"model": str(odd), "dtype": "fp32", "kv_memory": "1MiB"})).model
+    assert info.root == "odd\ufffd" and info.name.endswith("odd\ufffd.gguf")
