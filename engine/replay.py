@@ -19,7 +19,7 @@ from kvloom.engine.request import Request
 def rewind(request: Request, *, evicted: bool) -> None:
     """The request's KV is given up. evicted: part of its KV had been dropped before (`engine.retention`)."""
     request.drop_drafts()
-    kept = _kept(request, evicted)
+    kept = request.prefill = _kept(request, evicted)
     request.replay[:0] = request.tokens[kept:]
     del request.tokens[kept:]
     request.computed = request.exact = 0
