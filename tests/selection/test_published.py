@@ -124,7 +124,8 @@ def tokens(rng: random.Random, least: int, most: int) -> list[int]:
 def turns(make: Make, kinds: Sequence[KVOptions], seed: int, block_size: int, often: float = 0.1) -> None:
     """Conversations of two turns side by side, one per kind, in a cache that they fight for."""
     rng = random.Random(seed)
-    config = {"block_size": block_size, "max_batched_tokens": 56, "max_num_seqs": 8, "shadow_interval": 0, "max_model_len": 256}
+    config: dict[str, Any] = {"block_size": block_size, "max_batched_tokens": 56, "max_num_seqs": 8, "max_model_len": 256}
+    config |= {"shadow_interval": 0, "threads": 1}
     warm = Warm(make(kv_memory=rng.choice((300, 420)) * 2 * 2 * 16 * 4 * 3, **config))
     cold = Cold(make, **config)
     talks = [tokens(rng, 20, 80) for _ in kinds]
