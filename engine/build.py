@@ -19,7 +19,7 @@ from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig, ModelOptions
 from kvloom.engine.core import EngineCore, Limits
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.memory import default_kv_memory
+from kvloom.engine.memory import MIB, default_kv_memory
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.gguf_file import read_metadata
 from kvloom.engine.model.heads import Heads
@@ -39,11 +39,15 @@ from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS, Geometry
 from kvloom.engine.selection.base import extrapolates
 from kvloom.engine.selection.policies import Defaults, Selectors
+from kvloom.engine.state import StateMemory
 from kvloom.engine.tenants import Tenants
 from kvloom.engine.text import Tokenizer
 from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
+
+STATE_PART = 8
+"""By default, selection state may take this part of the KV cache's memory, beside it."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something takes time."""
@@ -106,7 +110,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     eos = frozenset(loaded.config.eos_token_ids) | frozenset(tokenizer.eos_ids)
     limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
-    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
+    states = StateMemory(_state_bound(config, cache), razor)
+    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
     return Built(core, _info(config.model, files, loaded, length, backend.name), tokenizer)
 
 
@@ -178,6 +183,12 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
             f"give at least {2 * block}"
         )
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+
+
+def _state_bound(config: EngineConfig, cache: CacheManager) -> int:
+    """Most bytes of what selection methods and retention remember of requests."""
+    asked = config.selection.selection_memory
+    return max(MIB, cache.bytes // STATE_PART) if asked is None else asked
 
 
 def _share(

@@ -21,7 +21,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.engine.logprobs import logprobs
 from kvloom.engine.output import OutputState
-from kvloom.engine.replay import advance
+from kvloom.engine.replay import append, correct, replay_next
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse import REUSE
@@ -127,13 +127,13 @@ class EngineCore:
         domains: DomainFactory,
         limits: Limits,
         eos: frozenset[int],
+        states: StateMemory,
         retention: Razor | None = None,
         share: KVShare | None = None,
         tenants: Tenants | None = None,
-        states: StateMemory | None = None,
     ) -> None:
-        """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas. states: memory of what
-        selection and retention remember."""
+        """states: memory of what selection and retention remember; share: what serves approximate reuse; None if this engine
+        cannot. tenants: weights and quotas."""
         tenants = tenants or Tenants()
         self.share = share
         self.limits = limits
@@ -145,7 +145,7 @@ class EngineCore:
         """Called with (request, logits [1, vocab] fp32, valid only during the call) for every row a token is taken from."""
         self._kernels = kernels
         self._selectors = selectors
-        self._state_memory = states or StateMemory(1 << 62, retention)
+        self.states = states
         self._tokenizer = tokenizer
         self._domains = domains
         self._eos = eos
@@ -159,7 +159,7 @@ class EngineCore:
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
             reuse=share,
-            states=self._state_memory,
+            states=self.states,
             weight=lambda tenant: tenants.get(tenant).weight,
             max_wait=config.scheduler.max_wait_ms / 1000,
             estimator=self._estimator,
@@ -233,7 +233,8 @@ class EngineCore:
         request.sequence = self._sequence
         self._sequence += 1
         request.selector = selector
-        self._state_memory.check_fits(request)
+        if not self.states.could_fit(request):
+            raise self._selectors.too_large(kv, self.states.wanted(request), self.states.bound)
         if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
             request.correct_every = selector.correct_every
         compiles = request.kv.segment is not None
@@ -365,11 +366,7 @@ class EngineCore:
     def check(self) -> None:
         """Prove that no block and no state is lost. Raises AssertionError."""
         self.cache.check()
-        self._state_memory.check(self._scheduler.running)
-
-    def state_bytes(self, request: Request) -> int:
-        """Memory of what its selection method remembers of a request while it runs."""
-        return self._state_memory.wanted(request)
+        self.states.check(self._scheduler.running)
 
     def stats(self) -> EngineStats:
         cache, scheduler = self.cache, self._scheduler
@@ -396,8 +393,8 @@ class EngineCore:
             evicted_blocks=sum(pool.evictions for pool in pools),
             preemptions=scheduler.preemptions,
             replayed_tokens=self._replayed,
-            selection_bytes=self._state_memory.allocated,
-            selection_capacity=self._state_memory.bound,
+            selection_bytes=self.states.allocated,
+            selection_capacity=self.states.bound,
             prompt_tokens=self._prompt_tokens,
             generation_tokens=self._generation_tokens,
             steps=self._steps,
@@ -419,10 +416,10 @@ class EngineCore:
 
     def _sample(self, plan: StepPlan, result: StepResult) -> Iterator[RequestOutput]:
         ends = [Ending(chunk, *span) for chunk, span in zip(plan.chunks, _sampled_rows(plan, result)) if chunk.samples]
-        again = [end.chunk.request for end in ends if end.chunk.request.replay]
-        ends = [end for end in ends if not end.chunk.request.replay]
-        for request in again:
-            self._replay(request)
+        again, ends = [end for end in ends if end.chunk.request.replay], [end for end in ends if not end.chunk.request.replay]
+        for end in again:
+            replay_next(end.chunk.request)
+        self._replayed += len(again)
         if not ends:
             return
         logits = self.runner.logits(result, [row for end in ends for row in range(end.first, end.last)])
@@ -453,32 +450,14 @@ class EngineCore:
             self._prompt_tokens += len(request.prompt)
             if self.share is not None:
                 self.share.generated(request, self._scheduler.table(request))
-        if request.correcting:
-            request.corrected = len(request.tokens)
-        request.tokens.append(token)
+        append(request, token)
         self._generation_tokens += 1
         top = request.sampling.logprobs
         output = state.push(token, None if top is None else logprobs(logits, [token], top)[0])
         if output.finish_reason is not None:
             return self._finish(state, output)
-        self._correct(request)
+        correct(request)
         return output
-
-    def _replay(self, request: Request) -> None:
-        """A request that was preempted has the row in front of its next token back."""
-        self._replayed += 1
-        if request.correcting:
-            request.corrected = len(request.tokens)
-        advance(request)
-        self._correct(request)
-
-    def _correct(self, request: Request) -> None:
-        """Cache correction: once enough tokens have approximate KV, the next rows compute them again, densely, in place."""
-        request.correcting = False
-        if request.correct_every and len(request.tokens) - 1 - request.exact >= request.correct_every:
-            assert request.selector is not None
-            request.computed, request.correcting = request.exact, True
-            request.selector.stats.refreshes += 1
 
     def _draft(self, request: Request, logits: Tensor) -> None:
         """Sample a draft: known to the engine, handed out only once a dense step agrees."""

@@ -26,9 +26,26 @@ def rewind(request: Request, *, evicted: bool) -> None:
     request.repair, request.correcting = None, False
 
 
-def advance(request: Request) -> None:
-    """The row in front of the first token to be replayed has been computed."""
-    request.tokens.append(request.replay.pop(0))
+def replay_next(request: Request) -> None:
+    """The row in front of the first token to be replayed has been computed: the token is known again."""
+    append(request, request.replay.pop(0))
+    correct(request)
+
+
+def append(request: Request, token: int) -> None:
+    """One more token is known; all before it are computed."""
+    if request.correcting:
+        request.corrected = len(request.tokens)
+    request.tokens.append(token)
+
+
+def correct(request: Request) -> None:
+    """Cache correction: once enough tokens have approximate KV, the next rows compute them again, densely, in place."""
+    request.correcting = False
+    if request.correct_every and len(request.tokens) - 1 - request.exact >= request.correct_every:
+        assert request.selector is not None
+        request.computed, request.correcting = request.exact, True
+        request.selector.stats.refreshes += 1
 
 
 def _kept(request: Request, evicted: bool) -> int:

@@ -56,7 +56,8 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
         f"\nkvloom serves {model.name} at {url}\n"
         f"  model     {model.root} ({model.dtype}, weights {model.weights}, {model.backend} kernels)\n"
         f"  context   {model.max_model_len} tokens\n"
-        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n{warning}\n"
+        f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n"
+        f"  state     {stats.selection_capacity / (1 << 20):.4g} MiB for selection methods\n{warning}\n"
         f"Try:\n  {curl_line(options, url, model.name)}\n",
         file=sys.stderr,
         flush=True,
