@@ -111,7 +111,8 @@ class Admission:
         request.seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         request.sequence = sequence
         request.selector = selector
-        self.states.check_fits(request)
+        if not self.states.could_fit(request):
+            raise self.selectors.too_large(kv, self.states.wanted(request), self.states.bound)
         if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
             request.correct_every = selector.correct_every
         return selector

@@ -21,7 +21,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.limits import Limits
-from kvloom.engine.memory import default_kv_memory
+from kvloom.engine.memory import MIB, default_kv_memory
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads
@@ -41,11 +41,15 @@ from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS, Geometry
 from kvloom.engine.selection.base import extrapolates
 from kvloom.engine.selection.policies import Defaults, Selectors
+from kvloom.engine.state import StateMemory
 from kvloom.engine.tenants import Tenants
 from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
 from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
+
+STATE_PART = 8
+"""By default, selection state may take this part of the KV cache's memory, beside it."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something takes time."""
@@ -108,7 +112,8 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
-    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, razor, share, tenants)
+    states = StateMemory(_state_bound(config, cache), razor)
+    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
     return Built(core, _info(config, files, loaded, length, backend.name), tokenizer)
 
 
@@ -195,6 +200,12 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
             f"give at least {2 * block}"
         )
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+
+
+def _state_bound(config: EngineConfig, cache: CacheManager) -> int:
+    """Most bytes of what selection methods and retention remember of requests."""
+    asked = config.selection.selection_memory
+    return max(MIB, cache.bytes // STATE_PART) if asked is None else asked
 
 
 def _share(

@@ -135,12 +135,17 @@ class SelectionOptions:
     """Use the method only to draft tokens that a dense step verifies: output as if dense."""
     draft_tokens: Tokens = 4
     """Tokens per draft, 1 to 16."""
+    selection_memory: Size | None = None
+    """Bytes for what methods remember of running requests (64MiB, ...), all together; a request whose state does not fit waits.
+    The default is an eighth of kv_memory, at least 1 MiB. Taken only as they come, beside kv_memory."""
     shadow_interval: Annotated[int, "STEPS"] = 256
     """Measure covered attention mass against a dense pass once in so many sparse steps; 0 for never."""
 
     def __post_init__(self) -> None:
         if self.shadow_interval < 0:
             raise ConfigError(f"shadow_interval is {self.shadow_interval}; allowed: 0 or more")
+        if self.selection_memory is not None and self.selection_memory < 0:
+            raise ConfigError(f"selection_memory is {self.selection_memory} bytes; allowed: 0 or more")
         self.options()
 
     def options(self) -> dict[str, Any]:
@@ -259,7 +264,7 @@ def parse_bytes(text: str | int) -> int:
 
 def parse_value(option: Option, value: Any) -> Any:
     """A value from the command line, YAML or Python in the option's type. Raises ConfigError."""
-    if option.name in ("kv_memory", "segment_memory") and value is not None:
+    if option.name in ("kv_memory", "segment_memory", "selection_memory") and value is not None:
         return parse_bytes(value)
     kinds = [t for t in getattr(option.type, "__args__", (option.type,)) if t is not type(None)]
     optional = type(None) in getattr(option.type, "__args__", ())

@@ -23,7 +23,7 @@ from kvloom.engine.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, f
 from kvloom.engine.limits import Limits
 from kvloom.engine.logprobs import logprobs
 from kvloom.engine.output import OutputState
-from kvloom.engine.replay import advance
+from kvloom.engine.replay import append, correct, replay_next
 from kvloom.engine.request import Request, RequestOutput
 from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse.kvshare.estimate import ShareEstimator
@@ -84,15 +84,15 @@ class EngineCore:
         domains: DomainFactory,
         limits: Limits,
         eos: frozenset[int],
+        states: StateMemory,
         retention: Razor | None = None,
         share: KVShare | None = None,
         tenants: Tenants | None = None,
-        states: StateMemory | None = None,
     ) -> None:
-        """share: what serves approximate reuse; None if this engine cannot. tenants: weights and quotas. states: memory of what
-        selection and retention remember."""
+        """states: memory of what selection and retention remember; share: what serves approximate reuse; None if this engine
+        cannot. tenants: weights and quotas."""
         self._tenants = tenants = tenants or Tenants()
-        self._state_memory = states or StateMemory(1 << 62, retention)
+        self.states = states
         self.share = share
         self.limits = limits
         self.cache = cache
@@ -113,7 +113,7 @@ class EngineCore:
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
             reuse=share,
-            states=self._state_memory,
+            states=self.states,
             weight=lambda tenant: tenants.get(tenant).weight,
             max_wait=config.scheduler.max_wait_ms / 1000,
             estimator=self._estimator,
@@ -128,7 +128,7 @@ class EngineCore:
             selectors=selectors,
             retention=retention,
             share=share,
-            states=self._state_memory,
+            states=self.states,
             reuse=config.cache.reuse,
             uses_priority=order.uses_priority,
         )
@@ -140,7 +140,7 @@ class EngineCore:
             scheduler=self._scheduler,
             kernels=kernels,
             selectors=selectors,
-            states=self._state_memory,
+            states=self.states,
             share=share,
         )
         self._errand: Request | None = None
@@ -300,7 +300,8 @@ class EngineCore:
                     self._states[chunk.request.id].attended(result.attended[i], chunk.stop)
                 self._score_prompt(chunk, result, result.starts[i])
                 if chunk.samples and chunk.request.replay:
-                    self._replay(chunk.request)
+                    replay_next(chunk.request)
+                    self._statistics.replayed += 1
         for end in computed.ends:
             first, at = at, at + end.last - end.first
             with self._alone(end.chunk.request, outputs):
@@ -362,11 +363,7 @@ class EngineCore:
     def check(self) -> None:
         """Prove that no block and no state is lost. Raises AssertionError."""
         self.cache.check()
-        self._state_memory.check(self._scheduler.running)
-
-    def state_bytes(self, request: Request) -> int:
-        """Memory of what its selection method remembers of a request while it runs."""
-        return self._state_memory.wanted(request)
+        self.states.check(self._scheduler.running)
 
     def stats(self) -> EngineStats:
         """Counters as of now."""
@@ -401,32 +398,14 @@ class EngineCore:
             self._statistics.prompt_tokens += len(request.prompt)
             if self.share is not None:
                 self.share.generated(request, self._scheduler.table(request))
-        if request.correcting:
-            request.corrected = len(request.tokens)
-        request.tokens.append(token)
+        append(request, token)
         self._statistics.generation_tokens += 1
         top = request.sampling.logprobs
         output = state.push(token, None if top is None else logprobs(logits, [token], top)[0])
         if output.finish_reason is not None:
             return self._finish(state, output)
-        self._correct(request)
+        correct(request)
         return output
-
-    def _replay(self, request: Request) -> None:
-        """A request that was preempted has the row in front of its next token back."""
-        self._statistics.replayed += 1
-        if request.correcting:
-            request.corrected = len(request.tokens)
-        advance(request)
-        self._correct(request)
-
-    def _correct(self, request: Request) -> None:
-        """Cache correction: once enough tokens have approximate KV, the next rows compute them again, densely, in place."""
-        request.correcting = False
-        if request.correct_every and len(request.tokens) - 1 - request.exact >= request.correct_every:
-            assert request.selector is not None
-            request.computed, request.correcting = request.exact, True
-            request.selector.stats.refreshes += 1
 
     def _draft(self, request: Request, logits: Tensor) -> None:
         """Sample a draft: known to the engine, handed out only once a dense step agrees."""

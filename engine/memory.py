@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 
 def available_memory() -> int:

@@ -19,16 +19,33 @@ from kvloom.engine.request import Request
 def rewind(request: Request, *, evicted: bool) -> None:
     """The request's KV is given up. evicted: part of its KV had been dropped before (`engine.retention`)."""
     request.drop_drafts()
-    kept = _kept(request, evicted)
+    kept = request.prefill = _kept(request, evicted)
     request.replay[:0] = request.tokens[kept:]
     del request.tokens[kept:]
     request.computed = request.exact = 0
     request.repair, request.correcting = None, False
 
 
-def advance(request: Request) -> None:
-    """The row in front of the first token to be replayed has been computed."""
-    request.tokens.append(request.replay.pop(0))
+def replay_next(request: Request) -> None:
+    """The row in front of the first token to be replayed has been computed: the token is known again."""
+    append(request, request.replay.pop(0))
+    correct(request)
+
+
+def append(request: Request, token: int) -> None:
+    """One more token is known; all before it are computed."""
+    if request.correcting:
+        request.corrected = len(request.tokens)
+    request.tokens.append(token)
+
+
+def correct(request: Request) -> None:
+    """Cache correction: once enough tokens have approximate KV, the next rows compute them again, densely, in place."""
+    request.correcting = False
+    if request.correct_every and len(request.tokens) - 1 - request.exact >= request.correct_every:
+        assert request.selector is not None
+        request.computed, request.correcting = request.exact, True
+        request.selector.stats.refreshes += 1
 
 
 def _kept(request: Request, evicted: bool) -> int:

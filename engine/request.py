@@ -203,6 +203,8 @@ class Request:
 
     tokens: list[int] = field(default_factory=list)
     """Known tokens: prompt, then output."""
+    prefill: int = 0
+    """Known tokens in front that are computed like a prompt, if that is more than the prompt (`engine.replay`)."""
     replay: list[int] = field(default_factory=list)
     """Output that was known before a preemption and is not in `tokens` yet (`engine.replay`)."""
     computed: int = 0

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import Request
 from kvloom.engine.slots import Slab, grown
 
@@ -55,17 +54,9 @@ class StateMemory:
         """Bytes of state that a request has while it runs."""
         return sum(slab.bytes_per_request for slab in self._wanted(request))
 
-    def check_fits(self, request: Request) -> None:
-        """Raises InvalidRequestError if a request could never run, however few others do."""
-        wanted = self.wanted(request)
-        if wanted > self.bound:
-            least = min(keeper.budget for keeper in (request.selector, self._retention) if keeper is not None)
-            raise InvalidRequestError(
-                f"what this selection remembers of a request that may exceed its budget takes {wanted} bytes, and this server "
-                f"has {self.bound} for all requests (--selection-memory); choose a smaller kv.budget, or let prompt and output "
-                f"have at most {least} tokens together, which needs none",
-                param="kv.budget",
-            )
+    def could_fit(self, request: Request) -> bool:
+        """Whether a request could have its state if no other ran."""
+        return self.wanted(request) <= self.bound
 
     def fits(self, request: Request) -> bool:
         """Whether a request could have its state now."""

@@ -62,6 +62,7 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
         f"  model     {model.root} ({model.dtype}, weights {model.weights}, {model.backend} kernels)\n"
         f"  context   {model.max_model_len} tokens\n"
         f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n"
+        f"  state     {stats.selection_capacity / (1 << 20):.4g} MiB for selection methods\n"
         f"{_settings(model)}{warning}\n"
         f"Try:\n  {curl_line(options, url, model.name)}\n",
         file=sys.stderr,

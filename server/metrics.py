@@ -146,12 +146,15 @@ class _EngineCollector(Collector):
             ("num_prompt_tokens_waiting", "Prompt tokens of waiting requests.", stats.queued_tokens),
             ("kv_cache_usage_perc", "Share of KV blocks in use by requests, 0 to 1.", stats.kv_usage),
             ("kv_cache_capacity_tokens", "Tokens whose KV fits in the cache.", stats.capacity_tokens),
+            ("selection_state_bytes", "Bytes that selection methods remember of running requests.", stats.selection_bytes),
+            ("selection_state_capacity_bytes", "The most that may be.", stats.selection_capacity),
             ("engine_up", "1 while the engine runs.", float(self._client.health().ok)),
         )
         counters: tuple[tuple[str, str, float], ...] = (
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_query_tokens),
             ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hit_tokens),
             ("num_preemptions", "Requests put back to free their blocks.", stats.preemptions),
+            ("replayed_tokens", "Generated tokens computed again after preemption, one step each.", stats.replayed_tokens),
             ("prompt_tokens", "Prompt tokens of all requests.", stats.prompt_tokens),
             ("generation_tokens", "Generated tokens of all requests.", stats.generation_tokens),
             ("kv_evicted_blocks", "Cached blocks given up for other requests.", stats.evicted_blocks),

@@ -153,6 +153,11 @@ class CacheManager:
         return min(group.pool.available for group in self.groups)
 
     @property
+    def bytes(self) -> int:
+        """Memory of all blocks."""
+        return sum(group.storage.block_bytes * group.pool.total for group in self.groups)
+
+    @property
     def bytes_in_use(self) -> int:
         """Memory of the blocks that requests hold."""
         return sum(group.bytes_in_use for group in self.groups)
@@ -174,9 +179,8 @@ class CacheManager:
 
         Bytes are spread over the head groups in proportion to their memory, so that all run out at the same length.
         """
-        total = sum(group.storage.block_bytes * group.pool.total for group in self.groups)
         for group in self.groups:
-            group.pool.claim = functools.lru_cache(_CLAIMS)(functools.partial(_claim, tenant, group.pool.total, total))
+            group.pool.claim = functools.lru_cache(_CLAIMS)(functools.partial(_claim, tenant, group.pool.total, self.bytes))
 
     def epoch(self, tenant: str) -> tuple[int, ...]:
         """Something that is another thing whenever a `peek` of this tenant may have changed. Others do not move it."""

@@ -59,8 +59,9 @@ class Chunk:
 
     @property
     def decodes(self) -> bool:
-        """Whether this is a decode row: one token beyond the prompt, at the end of what is known."""
-        return self.count == 1 and self.samples and self.start >= len(self.request.prompt)
+        """Whether this is a decode row: one token beyond what is computed like a prompt, at the end of what is known."""
+        request = self.request
+        return self.count == 1 and self.samples and self.start >= max(len(request.prompt), request.prefill)
 
 
 class Reuse(Protocol):

@@ -6,6 +6,7 @@ no open request uses is forgotten when too many have gathered.
 
 from __future__ import annotations
 
+import bisect
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -100,6 +101,36 @@ class Selectors:
     def close(self, selector: Selector, request: Request) -> None:
         """It has ended. Harmless if it was never opened."""
         self._entry(selector).open.discard(request)
+
+    def too_large(self, kv: KVOptions, wanted: int, memory: int) -> InvalidRequestError:
+        """The error for a request whose state takes `wanted` bytes, which `memory` can never hold."""
+        selector, largest = self.policy(kv).selector, self._largest_budget(kv, memory)
+        assert selector is not None
+        fits = f"a kv.budget of at most {largest} fits, and so do" if largest else "what fits are"
+        return InvalidRequestError(
+            f"what this selection remembers of the request takes {wanted} bytes, and this server has {memory} for all requests "
+            f"(--selection-memory); {fits} prompts and outputs of together at most {selector.budget} tokens, which need none",
+            param="kv.budget",
+        )
+
+    def _largest_budget(self, kv: KVOptions, memory: int) -> int:
+        """The largest budget with which a request's state takes at most `memory` bytes; 0 if there is none."""
+        name = kv.selection or self._defaults.selection
+        method, own = METHODS[name], name == self._defaults.selection
+        options = read_options(method, kv.options or (self._defaults.options if own else {}))
+        if not method.takes_budget(options):
+            return 0
+
+        def state(budget: int) -> int:
+            """Bytes; none for budgets that are too small for the other options, so that larger ones are tried."""
+            try:
+                slabs = method.make(options, budget, self._geometry, self._kernels).slabs
+            except InvalidRequestError:
+                return 0
+            return sum(slab.bytes_per_request for slab in slabs)
+
+        largest = bisect.bisect_right(range(1, self._geometry.max_len + 1), memory, key=state)
+        return largest if largest and state(largest) else 0
 
     def _entry(self, selector: Selector) -> _Entry:
         return next(entry for entry in self._entries.values() if entry.selector is selector)

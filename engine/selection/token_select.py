@@ -31,10 +31,12 @@ Where we depart from the paper or its release, and why:
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from kvloom.engine.client import MethodStats
 from kvloom.engine.errors import InvalidRequestError
@@ -156,7 +158,6 @@ class TokenSelect:
         self.store = ListStore(geometry.layers, self.heads, self.split.width, query_size)
         self.slabs: tuple[Slab, ...] = (self.store,)
         self.stats = MethodStats()
-        self._turn_back: TurnBack | None = None
 
     def decode(self, batch: Batch) -> DecodeStep:
         return DecodeStep(self, batch)
@@ -166,10 +167,7 @@ class TokenSelect:
 
     def turn_back(self) -> TurnBack:
         """Over every position there can be, made when first wanted."""
-        if self._turn_back is None:
-            positions = np.arange(self.geometry.max_len + MOST_BLOCK, dtype=np.int32)  # the last block may reach beyond
-            self._turn_back = TurnBack(positions, self.geometry.inv_freq)
-        return self._turn_back
+        return _turn_back(self.geometry.max_len + MOST_BLOCK, self.geometry.inv_freq)  # the last block may reach beyond
 
     def _domain(self) -> str:
         """Everything that the KV of a sparse prompt depends on."""
@@ -198,3 +196,9 @@ class TokenSelect:
                 param="kv.token_select.prefill_budget",
             )
         return min(int(gap), trained - self.budget)
+
+
+@functools.lru_cache(1)
+def _turn_back(length: int, inv_freq: Tensor) -> TurnBack:
+    """One for all selectors of an engine: it takes as much memory as half a layer's KV of the longest sequence."""
+    return TurnBack(np.arange(length, dtype=np.int32), inv_freq)

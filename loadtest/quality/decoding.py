@@ -195,5 +195,5 @@ class _Run:
             )
         self._cost.attended = sum(usage.attended_tokens for usage in usages)
         self._cost.held = sum(usage.held_tokens for usage in usages)
-        self._cost.state_bytes = sum(self._core.state_bytes(r) for r in self._requests)
+        self._cost.state_bytes = sum(self._core.states.wanted(r) for r in self._requests)
         return Followed(self._outputs, usages, self._cost)

@@ -22,7 +22,7 @@ IDLE: Mapping[str, Mapping[str, frozenset[str | None]]] = {
     "budget": {**_DENSE, "retention": frozenset({None, "everything"})},
     "kvshare_options": _EXACT,
     "segment_memory": _EXACT,
-    **dict.fromkeys(("selection_options", "draft", "draft_tokens", "shadow_interval"), _DENSE),
+    **dict.fromkeys(("selection_options", "draft", "draft_tokens", "shadow_interval", "selection_memory"), _DENSE),
 }
 """Setting -> what each of these others must be (None: not in the grid) for it to do nothing."""
 _COMMA = re.compile(r",(?![^{}]*})")

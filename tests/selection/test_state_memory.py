@@ -1,0 +1,117 @@
+"""What methods remember of requests: bounded, counted from the tensors, taken by those that run and need it, given back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from kvloom.engine import LLM
+from kvloom.engine.errors import ConfigError, InvalidRequestError
+from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.selection.store import ListStore
+from kvloom.engine.slots import NO_SLOT
+from tests.selection.conftest import greedy, logprobs_of
+
+Make = Callable[..., LLM]
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 300) for _ in range(length)]
+
+
+def recycled(budget: int) -> KVOptions:
+    return KVOptions(selection="recycled", budget=budget)
+
+
+def run(llm: LLM, jobs: list[tuple[list[int], KVOptions]], tokens: int) -> tuple[list[Request], int]:
+    """All jobs in one batch. Returns the requests and the most bytes of state there were."""
+    requests = [Request(id=f"job {i}", prompt=prompt, sampling=greedy(tokens), kv=kv) for i, (prompt, kv) in enumerate(jobs)]
+    for request in requests:
+        llm.core.add(request)
+    most = 0
+    while llm.core.busy:
+        llm.core.step()
+        llm.core.check()
+        most = max(most, llm.stats().selection_bytes)
+    return requests, most
+
+
+def test_many_budgets_stay_within_the_bound(make_llm: Make) -> None:
+    """140 selectors with slabs of their own: requests wait for each other's state, and all finish."""
+    bound = 40_000
+    llm = make_llm(threads=1, selection_memory=bound)
+    requests, most = run(llm, [(text(60, i), recycled(16 + i % 40)) for i in range(140)], 4)
+    assert all(request.generated == 4 for request in requests)
+    assert bound // 2 < most <= bound, "many at once, but never too many"
+    assert llm.stats().selection_bytes == 0, "selectors without requests hold nothing"
+
+
+def test_requests_that_stay_below_their_budget_need_none(make_llm: Make) -> None:
+    llm = make_llm(threads=1, selection_memory=0)
+    _, most = run(llm, [(text(2, i), recycled(16 + i)) for i in range(140)], 4)
+    assert most == 0
+
+
+def test_short_requests_beside_long_ones(make_llm: Make) -> None:
+    """Rows without state stand in one batch with rows that have some."""
+    for name, kv in (
+        ("recycled", recycled(24)),
+        ("token_select", KVOptions(selection="token_select", budget=24)),
+        ("razor_view", KVOptions(selection="razor_view", options={"sinks": 4, "least": 20, "share": 100})),
+    ):
+        llm, prompts = make_llm(threads=1, reuse="off"), [text(90, 1), text(6, 2), text(70, 3), text(5, 4)]
+        together = logprobs_of(llm, prompts, 12, kv)
+        for prompt, found in zip(prompts, together):
+            assert logprobs_of(llm, [prompt], 12, kv)[0] == pytest.approx(found, abs=1e-5), name
+
+
+def test_what_can_never_fit_is_refused(make_llm: Make) -> None:
+    llm = make_llm(threads=1, selection_memory=1000)
+    allowed = r"takes \d+ bytes, and this server has 1000 .*of at most \d+ fits"
+    with pytest.raises(InvalidRequestError, match=allowed) as error:
+        llm.generate([text(100)], greedy(4), kv=recycled(90))
+    largest = int(str(error.value).split("of at most ")[1].split()[0])
+    llm.generate([text(100)], greedy(4), kv=recycled(largest))
+    with pytest.raises(InvalidRequestError, match=r"which need none"):
+        llm.generate([text(100)], greedy(4), kv=recycled(largest + 1))
+    llm.generate([text(80)], greedy(4), kv=recycled(90))  # never exceeds its budget
+    with pytest.raises(ConfigError, match="selection_memory"):
+        make_llm(threads=1, selection_memory=-1)
+
+
+def test_aborted_and_preempted_requests_give_it_back(make_llm: Make) -> None:
+    llm = make_llm(threads=1, kv_memory=16 * 16 * 2 * 2 * 16 * 4 * 3, max_model_len=200)
+    core: Any = llm.core
+    requests = [Request(id=f"r{i}", prompt=text(60, i), sampling=greedy(60), kv=recycled(24)) for i in range(8)]
+    for request in requests:
+        core.add(request)
+    for step in range(90):
+        core.step()
+        core.check()
+        if step % 30 == 29:
+            core.abort(requests[step // 30].id)
+            core.check()
+    assert llm.stats().preemptions > 0
+    while core.busy:
+        core.step()
+    assert llm.stats().selection_bytes == 0
+
+
+def test_slots_move_with_their_contents() -> None:
+    store = ListStore(layers=2, heads=1, width=3, query_size=4)
+    requests = [Request(id=str(i), prompt=[1], sampling=greedy(1)) for i in range(9)]
+    for i, request in enumerate(requests):
+        store.open(request)
+        store.tail[store.slots([request])] = i
+    for request in requests[::2]:
+        store.close(request)
+    store.slots_held.resize(len(store.slots_held))
+    assert store.tail[store.slots(requests[1::2]), 0].tolist() == [1, 3, 5, 7]
+    assert store.slots(requests[:2]).tolist()[0] == NO_SLOT
+    assert store.bytes == 4 * store.bytes_per_request
+    store.open(requests[0])
+    assert not store.usable(store.slots([requests[0]]), 0, store.made[:1, 0] + 100).any(), "a new slot is empty"
