@@ -36,7 +36,11 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         text = f"above {self.low:g}, at most {self.high:g}" if self.above else f"{_plain(self.low)} to {_plain(self.high)}"
-        return ("odd, " if self.odd else "") + text + (f" ({self.note})" if self.note else "")
+        return ("an odd number, " if self.odd else "") + text + (f" ({self.note})" if self.note else "")
+
+
+POOLS = Range(1, 63, odd=True, note="1 for none")
+"""Neighbours that scores are max-pooled over."""
 
 
 class Wrong(NamedTuple):
@@ -86,10 +90,13 @@ def _mismatch(value: Any, kind: Any, bounds: Range | None) -> str | None:
         return None if ok else "a list of numbers" + ("" if bounds is None else f", each {bounds}")
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
+    if kind is str:
+        return None if isinstance(value, str) else "a string"
     if kind in (int, float):
-        number = numbers.Integral if kind is int else numbers.Real
-        ok = isinstance(value, number) and not isinstance(value, bool) and (bounds is None or bounds.holds(value))
-        return None if ok else ("a number" if bounds is None else str(bounds)) + ("" if kind is float else ", whole")
+        fits = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        if fits and (bounds is None or bounds.holds(value)):
+            return None
+        return ("" if fits or kind is float else "a whole number, ") + ("a number" if bounds is None else str(bounds))
     return None
 
 
@@ -100,6 +107,8 @@ def _plain(number: float) -> str:
 def shown(value: Any) -> str:
     """A value as an error quotes it: never long, whatever a client sent."""
     try:
+        if isinstance(value, (str, list, tuple)):
+            value = value[:80]
         text = repr(list(value) if isinstance(value, tuple) else value)
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"
