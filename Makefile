@@ -4,12 +4,13 @@
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
 #                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
+# make fuzz         random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
 PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvloom-installed
 
-.PHONY: setup serve demo test lint types bench-peers clean
+.PHONY: setup serve demo test lint types bench-peers fuzz clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,9 @@ types: setup
 bench-peers: setup
 	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
 	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz $(if $(findstring -,$(FUZZ)),$(FUZZ),--requests $(or $(FUZZ),10000))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 MOST_TOKENS = 2**20
@@ -87,7 +88,13 @@ def _mismatch(value: Any, kind: Any, bounds: Range | None) -> str | None:
         return None if value in get_args(kind) else ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         ok = isinstance(value, tuple) and all(_mismatch(item, get_args(kind)[0], bounds) is None for item in value)
-        return None if ok else "a list of numbers" + ("" if bounds is None else f", each {bounds}")
+        return None if ok else ("a list" if bounds is None else f"a list of numbers, each {bounds}")
+    if get_origin(kind) is Mapping:
+        key, item = get_args(kind)
+        ok = isinstance(value, Mapping) and all(
+            _mismatch(k, key, None) is None and _mismatch(v, item, bounds) is None for k, v in value.items()
+        )
+        return None if ok else ("a mapping" if bounds is None else f"numbers from {bounds} by key")
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     if kind is str:

@@ -55,7 +55,7 @@ class SamplingParams:
     """Subtracted per occurrence from the logit of every generated token, in [-2, 2]."""
     repetition_penalty: float = bounded(1.0, 0.01, 100)
     """Divides (multiplies, if negative) the logits of tokens seen in prompt or output, 0.01 to 100."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"range": Range(-100, 100)})
     """Added to the logits of the given token ids; each in [-100, 100]."""
     seed: int | None = bounded(None, -(2**63), 2**64 - 1)
     """Same seed, same prompt, same parameters: same text, whatever else is in the batch. -1 is none, as in vLLM."""
@@ -88,7 +88,6 @@ class SamplingParams:
             object.__setattr__(self, "seed", None)
         check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
         check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} token ids")
-        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values from -100 to 100")
         check(all(0 <= t <= MAX_INT for t in self.logit_bias), "logit_bias", "token ids of 0 or more")
         check(
             len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP_LENGTH for s in self.stop),
