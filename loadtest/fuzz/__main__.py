@@ -15,7 +15,7 @@ from kvloom.loadtest.fuzz.engines import engine, stage
 from kvloom.loadtest.fuzz.fuzzer import Fuzzer, FuzzError
 from kvloom.loadtest.fuzz.settings import SETTINGS
 
-BATCHES = 8
+BATCHES = 6
 """Of one engine before the next one's turn."""
 
 

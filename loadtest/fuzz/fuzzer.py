@@ -17,7 +17,7 @@ from kvloom.engine.request import Request, RequestOutput
 from kvloom.engine.selection import METHODS
 from kvloom.loadtest.fuzz.inputs import Inputs, Sent
 
-BATCH = 64
+BATCH = 128
 """Requests that are sent before all must have ended."""
 MOST_STEPS = 20_000
 """Steps in which a batch must end."""
@@ -56,10 +56,10 @@ class Fuzzer:
         source, core = self._inputs.random, self.llm.core
         left = count
         for _ in range(MOST_STEPS):
-            for _ in range(min(left, source.randint(0, 12))):
+            for _ in range(min(left, source.randint(0, 24))):
                 self._send(self._inputs.request())
                 left -= 1
-            if self._open and source.random() < 0.1:
+            if self._open and source.random() < 0.08:
                 self._abort(source.choice([*self._open]))
             if source.random() < 0.02:
                 self._ask()

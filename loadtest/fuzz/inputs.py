@@ -17,7 +17,7 @@ HOSTILE: tuple[Any, ...] = (
     True, -1, 0, 2**31, 2**63 - 1, 10**30, 10**5000, -0.5, math.nan, math.inf, "x" * 300, [], [1, 1], {}, None)  # fmt: skip
 HOSTILE_SHARE = 0.02
 """Of values that are drawn from `HOSTILE`, whatever the field."""
-TENANTS = ("", "", "alice", "bob", "carol")
+TENANTS = ("", "", "alice", "bob", "carol", "press")
 SCOPES = (None, None, None, None, "none", "tenant", "tenant", "group", "public", "everybody")
 
 
@@ -69,13 +69,13 @@ class Inputs:
         prompt: list[int] = []
         for text in source.sample(self._texts, source.randint(1, 3)):
             prompt += [*text, *self._tokens(source.randint(0, 9))]
-        return prompt[: self._longest - source.randint(1, 12)]
+        return prompt[: self._longest - source.randint(4, 40)]
 
     def _odd(self, value: Any) -> Any:
         return self.random.choice(HOSTILE) if self.random.random() < HOSTILE_SHARE else value
 
     def _sampling(self) -> dict[str, Any]:
-        source, fields = self.random, {"max_tokens": self.random.choice([1, 1, 2, 3, 4, 6, 8, 12])}
+        source, fields = self.random, {"max_tokens": self.random.choice([1, 1, 2, 3, 4, 6, 8, 12, 24])}
         maybe: dict[str, Callable[[], Any]] = {
             "temperature": lambda: source.choice([0.0, 0.0, 1e-6, 0.7, 1.0, 100.0]),
             "top_p": lambda: source.choice([1e-9, 0.5, 0.95, 1.0]),

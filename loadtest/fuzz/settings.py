@@ -10,15 +10,15 @@ _SHARE = (
 )
 
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"scheduler": "cache_aware", "block_size": 4, "kv_memory": 96 * 1024, "max_batched_tokens": 64, "max_num_seqs": 16},
+    {"scheduler": "cache_aware", "block_size": 4, "kv_memory": 48 * 1024, "max_batched_tokens": 64, "max_num_seqs": 16},
     {"scheduler": "priority", "block_size": 16, "kv_memory": 192 * 1024, "max_batched_tokens": 256, "max_num_seqs": 32},
-    {"scheduler": "fcfs", "block_size": 1, "kv_memory": 64 * 1024, "max_batched_tokens": 8, "max_num_seqs": 24},
-    {"scheduler": "cache_aware", "reuse": "approx", "block_size": 8, "kv_memory": 128 * 1024, "max_batched_tokens": 32},
+    {"scheduler": "fcfs", "block_size": 1, "kv_memory": 44 * 1024, "max_batched_tokens": 8, "max_num_seqs": 24},
+    {"scheduler": "cache_aware", "reuse": "approx", "block_size": 8, "kv_memory": 64 * 1024, "max_batched_tokens": 32},
     {"scheduler": "fcfs", "retention": "razor", "retention_options": '{"induction_share": 0.3, "echo_share": 0.1, "least": 8}',
      "kv_memory": 192 * 1024, "block_size": 4, "max_num_seqs": 8},
     {"scheduler": "fcfs", "selection": "recycled", "budget": 16, "selection_options": '{"stride": 3}', "draft": True,
-     "draft_tokens": 16, "kv_memory": 128 * 1024, "block_size": 4, "max_batched_tokens": 8, "max_num_seqs": 4},
-    {"scheduler": "priority", "selection": "token_select", "budget": 16, "kv_memory": 96 * 1024, "block_size": 2,
+     "draft_tokens": 16, "kv_memory": 44 * 1024, "block_size": 4, "max_batched_tokens": 8, "max_num_seqs": 4},
+    {"scheduler": "priority", "selection": "token_select", "budget": 16, "kv_memory": 48 * 1024, "block_size": 2,
      "selection_options": '{"prefill_budget": 24, "chunk": 16}', "max_batched_tokens": 48, "max_num_seqs": 16},
     {"scheduler": "fcfs", "reuse": "off", "block_size": 32, "kv_memory": 96 * 1024, "max_batched_tokens": 1, "max_num_seqs": 4},
 )  # fmt: skip
