@@ -70,7 +70,7 @@ class Selectors:
         name = kv.selection or defaults.selection
         own = name == defaults.selection
         if name not in SELECTIONS:
-            raise InvalidRequestError(f"kv.selection is {name!r}; allowed: {', '.join(SELECTIONS)}", param="kv.selection")
+            raise InvalidRequestError(f"kv.selection is {shown(name)}; allowed: {', '.join(SELECTIONS)}", param="kv.selection")
         draft = defaults.draft and own if kv.draft is None else kv.draft
         if name == "dense":
             self._refuse_for_dense(kv)
