@@ -6,6 +6,7 @@
 #                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 # make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
+# make fuzz         random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
 #
 # PYTHON=python3.13   which Python makes the environment (3.11 or newer)
 # TORCH_INDEX=URL     where torch comes from: PyTorch's index of CPU builds by default; empty for pip's own configuration
@@ -13,7 +14,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types bench-peers floods clean
+.PHONY: setup serve demo test lint types bench-peers floods fuzz clean
 
 setup: $(VENV)/.dev
 
@@ -48,6 +49,9 @@ bench-peers: $(VENV)/.bench
 
 floods: setup
 	$(BIN)/kvloom bench floods --out build/floods
+
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz $(if $(findstring -,$(FUZZ)),$(FUZZ),--requests $(or $(FUZZ),10000))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

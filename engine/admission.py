@@ -79,7 +79,7 @@ class Admission:
         )
 
     def _check_priority(self, priority: int) -> None:
-        if not PRIORITIES.holds(priority):
+        if type(priority) is not int or not PRIORITIES.holds(priority):
             raise InvalidRequestError(f"priority is {shown(priority)}; allowed: {PRIORITIES}", param="priority")
         if priority and not self.uses_priority:
             raise InvalidRequestError(

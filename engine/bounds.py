@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import numbers
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 MOST_TOKENS = 2**20
@@ -36,7 +37,11 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         text = f"above {self.low:g}, at most {self.high:g}" if self.above else f"{_plain(self.low)} to {_plain(self.high)}"
-        return ("odd, " if self.odd else "") + text + (f" ({self.note})" if self.note else "")
+        return ("an odd number, " if self.odd else "") + text + (f" ({self.note})" if self.note else "")
+
+
+POOLS = Range(1, 63, odd=True, note="1 for none")
+"""Neighbours that scores are max-pooled over."""
 
 
 class Wrong(NamedTuple):
@@ -83,13 +88,22 @@ def _mismatch(value: Any, kind: Any, bounds: Range | None) -> str | None:
         return None if value in get_args(kind) else ", ".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:
         ok = isinstance(value, tuple) and all(_mismatch(item, get_args(kind)[0], bounds) is None for item in value)
-        return None if ok else "a list of numbers" + ("" if bounds is None else f", each {bounds}")
+        return None if ok else ("a list" if bounds is None else f"a list of numbers, each {bounds}")
+    if get_origin(kind) is Mapping:
+        key, item = get_args(kind)
+        ok = isinstance(value, Mapping) and all(
+            _mismatch(k, key, None) is None and _mismatch(v, item, bounds) is None for k, v in value.items()
+        )
+        return None if ok else ("a mapping" if bounds is None else f"numbers from {bounds} by key")
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
+    if kind is str:
+        return None if isinstance(value, str) else "a string"
     if kind in (int, float):
-        number = numbers.Integral if kind is int else numbers.Real
-        ok = isinstance(value, number) and not isinstance(value, bool) and (bounds is None or bounds.holds(value))
-        return None if ok else ("a number" if bounds is None else str(bounds)) + ("" if kind is float else ", whole")
+        fits = isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        if fits and (bounds is None or bounds.holds(value)):
+            return None
+        return ("" if fits or kind is float else "a whole number, ") + ("a number" if bounds is None else str(bounds))
     return None
 
 
@@ -100,6 +114,8 @@ def _plain(number: float) -> str:
 def shown(value: Any) -> str:
     """A value as an error quotes it: never long, whatever a client sent."""
     try:
+        if isinstance(value, (str, list, tuple)):
+            value = value[:80]
         text = repr(list(value) if isinstance(value, tuple) else value)
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"

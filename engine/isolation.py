@@ -52,6 +52,9 @@ class Holdings:
         """Parts that failed to take something back, since the start."""
         self._held: dict[Request, ExitStack] = {}
 
+    def __len__(self) -> int:
+        return len(self._held)
+
     @contextmanager
     def opening(self, request: Request) -> Iterator[Callable[..., None]]:
         """Take things for a request: call what this gives with (how to give back, *arguments) before each is taken.

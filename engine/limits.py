@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.engine.request import KVOptions, SamplingParams
 from kvloom.engine.reuse import REUSE
@@ -61,5 +62,5 @@ class Limits(NamedTuple):
                     f"token id {largest} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=name
                 )
         if kv.reuse is not None and kv.reuse not in REUSE:
-            raise InvalidRequestError(f"kv.reuse is {kv.reuse!r}; allowed: {', '.join(REUSE)}", param="kv.reuse")
+            raise InvalidRequestError(f"kv.reuse is {shown(kv.reuse)}; allowed: {', '.join(REUSE)}", param="kv.reuse")
         return prompt_length + sampling.most_tokens(room)

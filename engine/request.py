@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from kvloom.engine.bounds import Range
+from kvloom.engine.bounds import Range, bounded, shown, wrong
 from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -20,49 +20,52 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+MAX_INT = 2**31 - 1
 MAX_LOGPROBS = 20
 MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
+MAX_STOP_TOKENS = 256
+MAX_BIASES = 1024
 MAX_DRAFT_TOKENS = 16
-PRIORITIES = Range(1 - 2**31, 2**31 - 1)
+PRIORITIES = Range(-MAX_INT, MAX_INT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen. Field names and defaults are those of the OpenAI API and of vLLM's extensions to it."""
 
-    n: int = 1
+    n: int = bounded(1, 1, MAX_CHOICES)
     """Completions per prompt, 1 to 64. Each is a request of its own to the engine: see `choices`."""
-    max_tokens: int | None = None
+    max_tokens: int | None = bounded(None, 1, MAX_INT)
     """Most tokens to generate; None means `default_tokens`."""
-    default_tokens: int | None = None
+    default_tokens: int | None = bounded(None, 1, MAX_INT)
     """How many where nobody says how many: this, or `min_tokens` if that is more, or what the context has room for if that is
     less; None means up to the model's context."""
-    min_tokens: int = 0
+    min_tokens: int = bounded(0, 0, MAX_INT)
     """No end-of-sequence, stop token or stop string before this many tokens."""
-    temperature: float = 1.0
+    temperature: float = bounded(1.0, 0, 100)
     """0 is greedy."""
-    top_p: float = 1.0
+    top_p: float = bounded(1.0, 0, 1, above=True)
     """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
-    top_k: int = 0
+    top_k: int = bounded(0, -1, MAX_INT, note="0 or -1 for all")
     """Keep this many tokens; 0 or -1 keeps all."""
-    min_p: float = 0.0
+    min_p: float = bounded(0.0, 0, 1)
     """Keep tokens at least this likely relative to the likeliest, in [0, 1]."""
-    presence_penalty: float = 0.0
+    presence_penalty: float = bounded(0.0, -2, 2)
     """Subtracted once from the logit of every generated token, in [-2, 2]."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: float = bounded(0.0, -2, 2)
     """Subtracted per occurrence from the logit of every generated token, in [-2, 2]."""
-    repetition_penalty: float = 1.0
-    """Divides (multiplies, if negative) the logits of tokens seen in prompt or output; > 0."""
-    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    repetition_penalty: float = bounded(1.0, 0.01, 100)
+    """Divides (multiplies, if negative) the logits of tokens seen in prompt or output, 0.01 to 100."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"range": Range(-100, 100)})
     """Added to the logits of the given token ids; each in [-100, 100]."""
-    seed: int | None = None
+    seed: int | None = bounded(None, -(2**63), 2**64 - 1)
     """Same seed, same prompt, same parameters: same text, whatever else is in the batch. None, or -1 as in other servers,
     draws one for each completion."""
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these strings; they are not part of the text."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = bounded((), 0, MAX_INT)
     """Generation ends at these tokens, beside the model's own end-of-sequence."""
     include_stop_str_in_output: bool = False
     """Keep the stop string in the text."""
@@ -70,54 +73,36 @@ class SamplingParams:
     """Go on after end-of-sequence."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
-    logprobs: int | None = None
+    logprobs: int | None = bounded(None, 0, MAX_LOGPROBS)
     """Log-probabilities of the sampled token and of this many likeliest ones, per generated token; None for none."""
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int | None = bounded(None, 0, MAX_LOGPROBS)
     """The same for every prompt token after the first. Such a prompt is computed in full: no prefix is reused."""
-    forced_tokens: tuple[int, ...] = ()
+    forced_tokens: tuple[int, ...] = bounded((), 0, MAX_INT)
     """Teacher forcing: the first generated tokens are these, each computed as a decode row like any other; sampling goes on
     after them. With `logprobs`, each comes with its own log-probability. Nothing ends generation before them."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
             if not ok:
-                raise InvalidRequestError(f"{name} is {getattr(self, name)!r}; allowed: {allowed}", param=name)
+                raise InvalidRequestError(f"{name} is {shown(getattr(self, name))}; allowed: {allowed}", param=name)
 
+        if (found := wrong(self)) is not None:
+            raise InvalidRequestError(f"{found.name} is {shown(found.value)}; allowed: {found.allowed}", param=found.name)
         if self.seed == -1:
-            object.__setattr__(self, "seed", None)  # frozen
-        check(1 <= self.n <= MAX_CHOICES, "n", f"1 to {MAX_CHOICES}")
-        check(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "1 or more, or null")
-        check(self.default_tokens is None or self.default_tokens >= 1, "default_tokens", "1 or more, or null")
-        check(self.min_tokens >= 0, "min_tokens", "0 or more")
+            object.__setattr__(self, "seed", None)
         check(self.max_tokens is None or self.min_tokens <= self.max_tokens, "min_tokens", "at most max_tokens")
-        check(0.0 <= self.temperature <= 100.0, "temperature", "0 to 100")  # also refuses NaN
-        check(0.0 < self.top_p <= 1.0, "top_p", "above 0, at most 1")
-        check(self.top_k >= -1, "top_k", "1 or more; 0 or -1 for all")
-        check(0.0 <= self.min_p <= 1.0, "min_p", "0 to 1")
-        check(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "-2 to 2")
-        check(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "-2 to 2")
-        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0, at most 100")
-        check(all(-100.0 <= b <= 100.0 for b in self.logit_bias.values()), "logit_bias", "values from -100 to 100")
-        check(all(t >= 0 for t in self.logit_bias), "logit_bias", "token ids of 0 or more")
-        check(self.seed is None or -(2**63) <= self.seed < 2**64, "seed", "a 64-bit integer")
+        check(len(self.logit_bias) <= MAX_BIASES, "logit_bias", f"at most {MAX_BIASES} token ids")
+        check(all(0 <= t <= MAX_INT for t in self.logit_bias), "logit_bias", "token ids of 0 or more")
         check(
             len(self.stop) <= MAX_STOPS and all(0 < len(s) <= MAX_STOP_LENGTH for s in self.stop),
             "stop",
             f"at most {MAX_STOPS} non-empty strings of at most {MAX_STOP_LENGTH} characters",
         )
-        check(
-            len(self.stop_token_ids) <= 256 and all(t >= 0 for t in self.stop_token_ids),
-            "stop_token_ids",
-            "at most 256 token ids of 0 or more",
-        )
-        check(all(t >= 0 for t in self.forced_tokens), "forced_tokens", "token ids of 0 or more")
+        check(len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids")
         check(
             self.max_tokens is None or len(self.forced_tokens) <= self.max_tokens, "forced_tokens", "at most max_tokens of them"
         )
         check(self.n == 1 or not self.forced_tokens, "forced_tokens", "only with n = 1")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            check(value is None or 0 <= value <= MAX_LOGPROBS, name, f"0 to {MAX_LOGPROBS}, or null")
 
     @property
     def least_tokens(self) -> int:

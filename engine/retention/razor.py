@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 import torch
 
+from kvloom.engine.bounds import bounded, shown, wrong
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.calibration import find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
@@ -32,7 +33,7 @@ from kvloom.engine.config import option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.retention.compensation import Compensation
-from kvloom.engine.retention.window import Window, out_of_bounds
+from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
 from kvloom.engine.slots import Slab
 
 if TYPE_CHECKING:
@@ -45,27 +46,26 @@ RETRIEVAL, LOCAL = 0, 1
 class RazorOptions:
     """Options of retention razor."""
 
-    induction_share: float = INDUCTION_SHARE
+    induction_share: float = bounded(INDUCTION_SHARE, 0, 1)
     """Share of all KV heads that keep everything for their induction score, at least one head."""
-    echo_share: float = ECHO_SHARE
+    echo_share: float = bounded(ECHO_SHARE, 0, 1)
     """The same for their echo score."""
-    sinks: int = 4
+    sinks: int = bounded(4, SINKS)
     """N0: first tokens that local heads keep."""
-    least: int = 256
+    least: int = bounded(256, LEAST)
     """S0: shortest window of local heads, in tokens."""
-    share: int = 5
+    share: int = bounded(5, SHARES)
     """C: the window is a C-th of the sequence, if that is more."""
     compensation: bool = True
     """Whether a token stands for what was dropped."""
     heads: Literal["calibrated", "random"] = "calibrated"
     """Which heads keep everything: the calibrated ones, or as many anywhere (to compare with)."""
-    seed: int = 0
+    seed: int = bounded(0, SEEDS)
     """Of random heads."""
 
     def __post_init__(self) -> None:
-        if (wrong := out_of_bounds(self)) is not None:
-            name, allowed = wrong
-            raise ConfigError(f"retention_options: {name} is {getattr(self, name)!r}; allowed: {allowed}")
+        if (found := wrong(self)) is not None:
+            raise ConfigError(f"retention_options: {found.name} is {shown(found.value)}; allowed: {found.allowed}")
 
     @classmethod
     def read(cls, text: str | None) -> RazorOptions:

@@ -9,10 +9,15 @@ that what is dropped can be given back; the window is then up to a block longer 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from kvloom.engine.bounds import MOST_TOKENS, Range
+
+SINKS, LEAST, SHARES, SEEDS = Range(0, 4096), Range(1, MOST_TOKENS), Range(1, MOST_TOKENS), Range(0, 2**32 - 1)
+"""Of the options that both modes have: sinks, least, share, and the seed of random heads."""
 
 Ints = npt.NDArray[np.integer]
 
@@ -32,18 +37,3 @@ class Window(NamedTuple):
         window = np.maximum(self.least, -(-n // self.share))
         begin = np.maximum(0, n - window) // block_size * block_size
         return np.where(begin > self.sinks, begin, 0).astype(n.dtype)
-
-
-def out_of_bounds(options: Any) -> tuple[str, str] | None:
-    """The first of RazorAttention's options that is out of bounds, and what is allowed; both modes have the same."""
-    for name, ok, allowed in (
-        ("induction_share", 0.0 <= options.induction_share <= 1.0, "0 to 1"),
-        ("echo_share", 0.0 <= options.echo_share <= 1.0, "0 to 1"),
-        ("sinks", options.sinks >= 0, "0 or more"),
-        ("least", options.least >= 1, "1 or more"),
-        ("share", options.share >= 1, "1 or more"),
-        ("heads", options.heads in ("calibrated", "random"), "calibrated, random"),
-    ):
-        if not ok:
-            return name, allowed
-    return None

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
@@ -70,7 +71,7 @@ class Selectors:
         name = kv.selection or defaults.selection
         own = name == defaults.selection
         if name not in SELECTIONS:
-            raise InvalidRequestError(f"kv.selection is {name!r}; allowed: {', '.join(SELECTIONS)}", param="kv.selection")
+            raise InvalidRequestError(f"kv.selection is {shown(name)}; allowed: {', '.join(SELECTIONS)}", param="kv.selection")
         draft = defaults.draft and own if kv.draft is None else kv.draft
         if name == "dense":
             self._refuse_for_dense(kv)
@@ -90,9 +91,7 @@ class Selectors:
                 param="kv.draft",
             )
         tokens = kv.draft_tokens if kv.draft_tokens is not None else defaults.draft_tokens
-        if not 1 <= tokens <= MAX_DRAFT_TOKENS:
-            raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
-        return Policy(selector, tokens)
+        return Policy(selector, self._draft_tokens(tokens))
 
     def open(self, selector: Selector, request: Request) -> None:
         """A request starts to use a selector that `policy` gave."""
@@ -145,8 +144,10 @@ class Selectors:
                 )
 
     def _draft_tokens(self, tokens: int) -> int:
-        if not 1 <= tokens <= MAX_DRAFT_TOKENS:
-            raise InvalidRequestError(f"kv.draft_tokens is {tokens}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens")
+        if type(tokens) is not int or not 1 <= tokens <= MAX_DRAFT_TOKENS:
+            raise InvalidRequestError(
+                f"kv.draft_tokens is {shown(tokens)}; allowed: 1 to {MAX_DRAFT_TOKENS}", param="kv.draft_tokens"
+            )
         return tokens
 
     def _budget(self, method: Method, options: Any, asked: int | None) -> int:
@@ -164,9 +165,9 @@ class Selectors:
 
     def _check_budget(self, budget: int | None) -> None:
         longest = self._geometry.max_len
-        if budget is not None and not 1 <= budget <= longest:
+        if budget is not None and (type(budget) is not int or not 1 <= budget <= longest):
             raise InvalidRequestError(
-                f"kv.budget is {budget}; allowed: 1 to {longest}, this server's context", param="kv.budget"
+                f"kv.budget is {shown(budget)}; allowed: 1 to {longest}, this server's context", param="kv.budget"
             )
 
     def _selector(self, name: str, budget: int, options: Any) -> Selector:
@@ -177,7 +178,7 @@ class Selectors:
             if (piece := max(selector.grid, selector.tail)) > self._prompt_rows and piece > 0:
                 raise InvalidRequestError(
                     f"kv.{name} computes prompts in pieces of {piece} tokens, but a step of this server has room for "
-                    f"{self._prompt_rows}; make them smaller, or raise max_batched_tokens",
+                    f"{max(0, self._prompt_rows)}; make them smaller, or raise max_batched_tokens",
                     param=f"kv.{name}",
                 )
             selector.stats = self.stats[name]

@@ -29,12 +29,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvloom.engine.bounds import bounded
 from kvloom.engine.calibration import HeadClasses, find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.retention.compensation import Compensation
-from kvloom.engine.retention.window import Window, out_of_bounds
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, Selector, refuse
+from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.razor_view_step import RazorViewStep
 from kvloom.engine.slots import Slab
@@ -48,30 +49,28 @@ _WINDOW = Window()
 class RazorViewOptions:
     """Options of razor_view."""
 
-    induction_share: float = INDUCTION_SHARE
+    induction_share: float = bounded(INDUCTION_SHARE, 0, 1)
     """Share of all KV heads that are retrieval heads for their induction score, at least one head."""
-    echo_share: float = ECHO_SHARE
+    echo_share: float = bounded(ECHO_SHARE, 0, 1)
     """The same for their echo score."""
-    sinks: int = _WINDOW.sinks
+    sinks: int = bounded(_WINDOW.sinks, SINKS)
     """N0: first tokens that local heads read."""
-    least: int = _WINDOW.least
+    least: int = bounded(_WINDOW.least, LEAST)
     """S0: shortest window of local heads, in tokens."""
-    share: int = _WINDOW.share
+    share: int = bounded(_WINDOW.share, SHARES)
     """C: the window is a C-th of the sequence, if that is more."""
     compensation: bool = True
     """Whether a token stands for what local heads do not read."""
     heads: Literal["calibrated", "random"] = "calibrated"
     """Which are retrieval heads: the calibrated ones, or as many anywhere (to compare with)."""
-    seed: int = 0
+    seed: int = bounded(0, SEEDS)
     """Of random heads."""
     retrieval: str | None = None
     """The selection method by which retrieval heads read, with its default options and the request's budget. None: they read
     everything, and there is no budget."""
 
     def __post_init__(self) -> None:
-        if (wrong := out_of_bounds(self)) is not None:
-            name, allowed = wrong
-            raise refuse(NAME, name, getattr(self, name), allowed)
+        check_fields(self, NAME)
 
     def takes_budget(self) -> bool:
         """Whether a budget means anything."""

@@ -36,8 +36,9 @@ from typing import Literal
 
 import numpy as np
 
+from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, check_fields
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.recycled_step import RecycledStep, Schedule, Seeding
 from kvloom.engine.selection.store import ListStore
@@ -51,41 +52,30 @@ MOST_SEED_ROWS = 64
 class RecycledOptions:
     """Options of recycled."""
 
-    stride: int = 16
+    stride: int = bounded(16, 0, MOST_TOKENS)
     """S: a list is made anew after this many tokens; 0 for never, 1 for always."""
-    similarity: float = 0.7
-    """s: a layer refreshes where its query's cosine with that of its last refresh is at most this; -1 never, above 1 always."""
-    check_every: int = 5
+    similarity: float = bounded(0.7, -1, 2)
+    """s: a layer refreshes where its query's cosine with that of its last refresh is at most this; -1 never, above
+    1, up to 2: always."""
+    check_every: int = bounded(5, 1, MOST_TOKENS)
     """QC: queries are compared once in so many tokens."""
     compare: Literal["mean", "min", "flat"] = "mean"
     """Which cosine: of the mean over heads (the paper), the least of any head, or of all heads in one vector."""
     refresh: Literal["dense", "score"] = "score"
     """A refreshing row attends to everything, or only scores every key and attends to its new list: half the bytes."""
-    sinks: int | None = None
+    sinks: int | None = bounded(None, 0, MOST_TOKENS)
     """First tokens that are always read; by default 4, or an eighth of a small budget."""
-    recent: int | None = None
+    recent: int | None = bounded(None, 0, MOST_TOKENS)
     """Last tokens that are always read at a refresh; by default 64, or half of a small budget."""
-    pool: int = 7
+    pool: int = bounded(7, POOLS)
     """Scores are max-pooled over this many neighbours, odd; 1 for none."""
-    seed_rows: int = 0
+    seed_rows: int = bounded(0, 0, MOST_SEED_ROWS)
     """Last rows of the prompt that make the first lists, 1 in the paper; 0: the first decode row refreshes instead."""
     stagger: bool = True
     """Layers take turns in refreshing, instead of all in one step."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise refuse("recycled", name, getattr(self, name), allowed)
-
-        check(self.stride >= 0, "stride", "0 or more")
-        check(-1.0 <= self.similarity <= 2.0, "similarity", "-1 (never) to 1; above 1, up to 2: always")
-        check(self.check_every >= 1, "check_every", "1 or more")
-        check(self.compare in ("mean", "min", "flat"), "compare", "mean, min, flat")
-        check(self.refresh in ("dense", "score"), "refresh", "dense, score")
-        check(self.sinks is None or self.sinks >= 0, "sinks", "0 or more, or null")
-        check(self.recent is None or self.recent >= 0, "recent", "0 or more, or null")
-        check(self.pool >= 1 and self.pool % 2 == 1, "pool", "an odd number, 1 for none")
-        check(0 <= self.seed_rows <= MOST_SEED_ROWS, "seed_rows", f"0 to {MOST_SEED_ROWS}")
+        check_fields(self, "recycled")
 
 
 class Recycled:

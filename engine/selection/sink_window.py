@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, refuse
+from kvloom.engine.bounds import MOST_TOKENS, bounded
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels
@@ -22,12 +23,11 @@ from kvloom.kernels.interface import Kernels
 class SinkWindowOptions:
     """Options of sink_window."""
 
-    sinks: int = 4
+    sinks: int = bounded(4, 0, MOST_TOKENS)
     """Tokens at the beginning that are always read."""
 
     def __post_init__(self) -> None:
-        if self.sinks < 0:
-            raise refuse("sink_window", "sinks", self.sinks, "0 or more")
+        check_fields(self, "sink_window")
 
 
 class SinkWindow:

@@ -36,8 +36,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.calibration import TidalCalibration, find_tidal
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.engine.slots import Slab
 from kvloom.kernels.interface import Kernels, PoolHow
@@ -49,9 +50,9 @@ NAME = "tidal_decode"
 class TidalDecodeOptions:
     """Options of tidal_decode."""
 
-    selections: int | None = None
+    selections: int | None = bounded(None, 1, 1024)
     """How many selection layers: one of the sets that calibration found for this model. None: its default set."""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = bounded(None, 0, 1023)
     """The selection layers themselves, ascending, counted from 0; layers before the first are dense. None: calibrated ones,
     or without a calibration the paper's two, the third layer and one at two fifths of the depth."""
     head_map: bool | None = None
@@ -62,25 +63,20 @@ class TidalDecodeOptions:
     pool: Literal["group", "max", "all"] = "group"
     """Which weights choose a list: the sum over the query heads of each KV head, their maximum, or the sum over all query
     heads of the layer, which makes one list for all KV heads."""
-    sinks: int | None = None
+    sinks: int | None = bounded(None, 0, MOST_TOKENS)
     """First tokens that are always read. None: 4, or an eighth of the budget if that is less."""
-    recent: int | None = None
+    recent: int | None = bounded(None, 1, MOST_TOKENS)
     """Last tokens that are always read, the current one included. None: a quarter of the budget."""
-    correct_every: int = 0
+    correct_every: int = bounded(0, 0, MOST_TOKENS)
     """Recompute generated tokens densely whenever this many of them are approximate; 0 for never."""
 
     def __post_init__(self) -> None:
         if self.selections is not None and self.layers is not None:
             raise refuse(NAME, "selections", self.selections, "selections or layers, not both")
-        if self.selections is not None and self.selections < 1:
-            raise refuse(NAME, "selections", self.selections, "1 or more")
+        check_fields(self, NAME)
         layers = self.layers
-        if layers is not None and (not layers or layers[0] < 0 or any(a >= b for a, b in pairwise(layers))):
+        if layers is not None and (not layers or any(a >= b for a, b in pairwise(layers))):
             raise refuse(NAME, "layers", list(layers), "one or more layer numbers, ascending")
-        for name, least in (("sinks", 0), ("recent", 1), ("correct_every", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise refuse(NAME, name, value, f"{least} or more")
 
 
 class TidalDecode:

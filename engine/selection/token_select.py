@@ -38,9 +38,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from torch import Tensor
 
+from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.client import MethodStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.store import ListStore
 from kvloom.engine.selection.token_select_positions import TurnBack
@@ -59,41 +60,29 @@ MOST_BLOCK = 256
 class TokenSelectOptions:
     """Options of token_select."""
 
-    sinks: int | None = None
+    sinks: int | None = bounded(None, 0, MOST_TOKENS)
     """n_init: first tokens that are always read; by default 4, or an eighth of a small budget."""
-    local: int | None = None
+    local: int | None = bounded(None, 1, MOST_TOKENS)
     """n_local: last tokens that are always read, at least 1; by default an eighth of the budget, at most 512."""
     vote: Literal["unscaled", "scaled"] = "unscaled"
     """Whether the products in the vote are divided by sqrt(head_dim), as attention's are; the paper does not."""
-    pool: int = 1
+    pool: int = bounded(1, POOLS)
     """Votes are max-pooled over this many neighbours, odd; 1 for none."""
-    theta: float = 0.9
-    """Selection Cache: a list is used again while the query's cosine with that of its selection is at least this; above 1
-    never, -1 always."""
-    max_gap: int | None = 128
+    theta: float = bounded(0.9, -1, 2)
+    """Selection Cache: a list is used again while the query's cosine with that of its selection is at least this; above 1, up
+    to 2: never, -1 always."""
+    max_gap: int | None = bounded(128, 1, MOST_TOKENS)
     """A list is made anew after this many tokens even so, which bounds what a row reads; null for no bound."""
-    prefill_budget: int | None = None
+    prefill_budget: int | None = bounded(None, 0, MOST_TOKENS)
     """Positions that a row of the prompt reads, the rows of its own chunk before it beside that; null or 0: all."""
-    chunk: int = 512
+    chunk: int = bounded(512, 1, MOST_TOKENS)
     """c: rows of the prompt that share a list."""
     positions: Literal["true", "reindexed"] = "true"
     """Positions of keys in attention: their own, or their place among those that are read, which never leaves the trained
     length: with prefill_budget, prompts may be longer than that."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, allowed: str) -> None:
-            if not ok:
-                raise refuse("token_select", name, getattr(self, name), allowed)
-
-        check(self.sinks is None or self.sinks >= 0, "sinks", "0 or more, or null")
-        check(self.local is None or self.local >= 1, "local", "1 or more, or null")
-        check(self.vote in ("unscaled", "scaled"), "vote", "unscaled, scaled")
-        check(self.pool >= 1 and self.pool % 2 == 1, "pool", "an odd number, 1 for none")
-        check(-1.0 <= self.theta <= 2.0, "theta", "-1 (select once) to 1; above 1, up to 2: no cache")
-        check(self.max_gap is None or self.max_gap >= 1, "max_gap", "1 or more, or null")
-        check(self.prefill_budget is None or self.prefill_budget >= 0, "prefill_budget", "0 (dense) or more, or null")
-        check(self.chunk >= 1, "chunk", "1 or more")
-        check(self.positions in ("true", "reindexed"), "positions", "true, reindexed")
+        check_fields(self, "token_select")
 
 
 class Split(NamedTuple):
@@ -139,6 +128,9 @@ class TokenSelect:
 
     def __init__(self, options: TokenSelectOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
         self.options, self.budget, self.geometry = options, budget, geometry
+        if options.prefill_budget is not None and options.prefill_budget > geometry.max_len:
+            allowed = f"0 to {geometry.max_len}, this server's context, or null"
+            raise refuse("token_select", "prefill_budget", options.prefill_budget, allowed)
         self.split = Split.of(budget, options, "budget")
         self.prompt = (
             Split.of(options.prefill_budget, options, "token_select.prefill_budget") if options.prefill_budget else None

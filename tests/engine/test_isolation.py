@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import pickle
 import random
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +224,47 @@ def test_an_end_token_outside_the_vocabulary_is_no_end_token(make_llm: MakeLLM) 
     llm.core = again
     add(llm, "a", text(1, 9), min_tokens=2, ignore_eos=False)
     assert 2 <= len(tokens(run(llm)["a"])) <= 6
+
+
+def count_calls(work: Callable[[], object]) -> int:
+    """Python calls and C calls that something takes: a measure of work that no clock disturbs."""
+    calls = itertools.count()
+    sys.setprofile(lambda frame, event, argument: next(calls) if event.endswith("call") else None)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return next(calls)
+
+
+def test_what_a_step_tells_costs_the_same_however_many_tenants_were_served(make_llm: MakeLLM) -> None:
+    llm = make_llm(kvshare_options=SHARE, segment_memory="8MiB")
+    share = llm.core.share
+    costs, sizes = [], []
+    for tenants in (10, 10_000):
+        for i in range(tenants):
+            share.tenant_tokens.add(f"t{i}", {"fresh": 1})
+            share.store.bytes_by[f"t{i}"] = 1
+            llm.core.cache.pool.cached_by[f"t{i}"] = 1
+        costs.append(count_calls(llm.core.stats))
+        sizes.append(len(pickle.dumps(dataclasses.asdict(llm.core.stats()))))
+    assert costs[0] == costs[1] < 300 and sizes[0] == sizes[1]
+    assert len(llm.core.tenants()) >= 10_000 and set(llm.core.tenants(["t5"])) == {"t5"}
+    assert llm.core.tenants(["t5"])["t5"].segment_bytes == 1
+    share.store.bytes_by.clear()
+    llm.core.cache.pool.cached_by.clear()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_drafts_never_outgrow_a_step(make_llm: MakeLLM, rows: int) -> None:
+    """Sixteen drafts and a step of eight rows: shorter drafts, the same tokens, and nobody waits for ever."""
+    prompt = text(3, 30)
+    kv = KVOptions(selection="sink_window", budget=12, draft=True, draft_tokens=16)
+    expected = make_llm().generate([prompt], SamplingParams(max_tokens=40, temperature=0, ignore_eos=True))[0].tokens
+    llm = make_llm(max_batched_tokens=rows, max_num_seqs=4)
+    for name in "abc":
+        add(llm, name, prompt, kv, max_tokens=40)
+    found = run(llm, 3000)
+    assert [tokens(found[name]) for name in "abc"] == [expected] * 3
+    stats = llm.stats()
+    assert (stats.drafted_tokens > 0) == (rows > 1) and stats.drafted_tokens <= stats.drafts * (rows - 1)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage
+from kvloom.engine.isolation import Blamed
 from kvloom.engine.request import Request, SamplingParams, Status
 from kvloom.engine.reuse.prefix import DomainFactory
-from kvloom.engine.scheduling import ORDERS, Scheduler, StepPlan
+from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 
 SIZE = 4
 DOMAINS = DomainFactory("test")
@@ -190,3 +194,102 @@ def test_everything_finishes_under_a_cache_of_a_few_blocks(
     engine.run()
     assert all(request.status is Status.FINISHED for request in requests)
     assert (engine.cache.pool.in_use, engine.scheduler.queued_tokens, engine.scheduler.waiting) == (0, 0, 0)
+
+
+def turns(engine: Engine, steps: int) -> list[set[str]]:
+    return [{chunk.request.id for chunk in engine.step().chunks} for _ in range(steps)]
+
+
+def test_decode_rows_that_do_not_fit_a_step_take_turns() -> None:
+    engine = Engine(max_tokens=4, max_seqs=12)
+    for i in range(12):
+        engine.add(1, output=40, first=100 + i)
+    while engine.scheduler.waiting:
+        engine.step()
+    served = turns(engine, 30)
+    counts = {str(i): sum(str(i) in step for step in served) for i in range(12)}
+    assert min(counts.values()) >= 9 and max(counts.values()) <= 11, counts
+    engine.run()
+
+
+def test_prompts_and_the_queue_have_their_share_of_steps_full_of_decode_rows() -> None:
+    """Eight rows a step, and eight requests that decode for long: one that comes later must not wait for their end."""
+    engine = Engine(blocks=400, max_tokens=8, max_seqs=16)
+    for i in range(8):
+        engine.add(2, output=150, first=100 * i)
+    while any(request.pending > 1 for request in engine.scheduler.running) or engine.scheduler.waiting:
+        engine.step()
+    late = [engine.add(30, output=2, first=900 + 50 * i) for i in range(2)]
+    for _ in range(60):
+        engine.step()
+    assert engine.done == late
+    engine.run(4000)
+
+
+def test_one_row_a_step_is_enough_for_all() -> None:
+    engine = Engine(blocks=100, max_tokens=1, max_seqs=4)
+    for i in range(4):
+        engine.add(3, output=30, first=100 * i)
+    late = engine.add(3, output=1, first=900)
+    for _ in range(60):
+        engine.step()
+    assert engine.done == [late]
+    engine.run()
+    assert len(engine.done) == 5
+
+
+def test_prompts_are_computed_one_after_the_other() -> None:
+    """Turns are for those that others keep from running: a prompt behind an earlier prompt waits for its end."""
+    engine = Engine(blocks=100, max_tokens=16)
+    engine.add(120)
+    engine.add(40, first=300)
+    plans = [engine.step() for _ in range(7)]
+    assert [[(chunk.request.id, chunk.count) for chunk in plan.chunks] for plan in plans] == [[("0", 16)]] * 7
+    engine.run()
+
+
+class Greedy:
+    """A `Reuse` that claims impossible work, and brings more rows than it was asked for."""
+
+    def __init__(self, work: float) -> None:
+        self.work = work
+
+    def prepare(self, request: Request, table: object) -> float:
+        return self.work
+
+    def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
+        positions = np.arange(rows + 1)
+        return [Chunk(c.request, c.table, 0, rows + 1, positions, refresh=True) for c in plan.chunks[:1]]
+
+
+@pytest.mark.parametrize("work", [-1e9, -1.0, 0.0, 3.7, 1e300, math.nan, math.inf])
+def test_a_step_never_has_more_rows_than_its_buffers_whatever_reuse_says(work: float) -> None:
+    engine = Engine(max_tokens=16)
+    engine.scheduler._reuse = Greedy(work)
+    for i in range(4):
+        engine.add(30, output=3, first=100 * i).approximate = True
+    engine.run()  # which looks at every plan's rows
+    assert len(engine.done) == 4
+
+
+def test_a_plan_that_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second request begins with blocks that the first computes in that very step; the third one's admission fails."""
+    engine = Engine(max_tokens=64)
+    requests = [engine.add(18), engine.add(18), engine.add(9, first=500)]
+    real = engine.scheduler._chunk
+
+    def chunk(request: Request, budget: int) -> Chunk | None:
+        if request is requests[2]:
+            raise ZeroDivisionError
+        return real(request, budget)
+
+    monkeypatch.setattr(engine.scheduler, "_chunk", chunk)
+    with pytest.raises(Blamed) as blamed:
+        engine.scheduler.schedule()
+    assert blamed.value.request is requests[2] and isinstance(blamed.value.__cause__, ZeroDivisionError)
+    assert engine.cache.pool.in_use == engine.cache.pool.cached == 0 and len(engine.cache.index) == 0
+    assert [request.status for request in requests] == [Status.WAITING] * 3
+    engine.scheduler.finish(requests[2])
+    engine.cache.check()
+    assert [(c.request.id, c.start) for c in engine.step().chunks] == [("0", 0), ("1", 16)]
+    engine.run()

@@ -13,7 +13,7 @@ import pytest
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
 from kvloom.engine.build import Built
-from kvloom.engine.client import TenantStats
+from kvloom.engine.client import Health, TenantStats
 from kvloom.engine.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -24,7 +24,7 @@ from kvloom.engine.errors import (
 )
 from kvloom.engine.isolation import INTERNAL
 from kvloom.engine.request import KVOptions, RequestOutput
-from kvloom.engine.thread_client import DIED
+from kvloom.engine.thread_client import DIED, STALL_SECONDS
 
 MakeLLM = Callable[..., LLM]
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -315,5 +315,17 @@ def test_requests_go_before_the_engines_own_work(make_llm: MakeLLM) -> None:
         assert again[-1].usage.cached_tokens == 336
 
     asyncio.run(scenario())
+    assert client.health().ok
+    client.close()
+
+
+def test_health_tells_of_silence_that_is_too_long(make_llm: MakeLLM) -> None:
+    client = client_of(make_llm())
+    client._watchdog.close()
+    client._watchdog.silence = STALL_SECONDS
+    assert client.health().ok
+    client._watchdog.silence = STALL_SECONDS + 5
+    assert client.health() == Health(ok=False, reason="no step has ended for 125 s")
+    client._watchdog.beat()
     assert client.health().ok
     client.close()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from kvloom.engine.bounds import shown
 from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
@@ -77,7 +78,7 @@ class Donors:
         """A text is being queued to be compiled. Raises InvalidRequestError if the tenant may not."""
         scope = request.kv.segment
         if scope == "none" or scope is None:
-            raise InvalidRequestError(f"scope is {scope!r}; allowed: {', '.join(SCOPES[1:])}", param="scope")
+            raise InvalidRequestError(f"scope is {shown(scope)}; allowed: {', '.join(SCOPES[1:])}", param="scope")
         if not request.internal:
             self._scopes.check(request, scope, "scope")
         if len(request.prompt) < chunks.LEAST:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.selection.base import read_fields, refuse
+from kvloom.engine.selection.base import check_fields, read_fields
 
 POLICIES = ("focus", "dhd", "query", "blend", "boundary", "random")
 ORDERS = ("importance", "position", "runs", "sweep")
@@ -32,32 +33,24 @@ class RepairOptions:
     """How reused tokens are ranked for recomputation: focus (deviation x root of the attention, all layers), dhd (deviation x
     attention, the paper), blend (deviation), query (attention, all layers), boundary (the first ones of every run), random (a
     control)."""
-    ratio: float = 0.15
+    ratio: float = bounded(0.15, 0, 1)
     """Share of reused tokens that is recomputed in the prompt pass, boundaries included, 0 to 1; 1 is exact."""
     adaptive: bool = False
     """Take the smallest of a row of ratios (0.1 to 1) that leaves at most 0.3 of the score uncovered, instead of `ratio`."""
-    boundary: int = 4
+    boundary: int = bounded(4, 0, 4096)
     """Of those, the first so many of every run come before any ranking: they stand next to another context than before."""
-    tail: int = 16
+    tail: int = bounded(16, 1, 4096)
     """Tokens at the end of a prompt that are never reused."""
-    refresh: int = 0
+    refresh: int = bounded(0, 0, 64)
     """Reused tokens recomputed per decode step; 0 for none. The paper's code takes 3."""
     refresh_order: Literal["importance", "position", "runs", "sweep"] = "importance"
     """Which first: importance (their score at the prompt pass), position (the paper's code), runs (runs of 4 with the highest
     score), sweep (all tokens from the first approximate one on, in order: after it the request is exact)."""
-    max_stale: float = 0.9
+    max_stale: float = bounded(0.9, 0, 1)
     """Share of a prompt that may stay as it was copied, 0 to 1; more is recomputed if it would be exceeded."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("policy", POLICIES), ("refresh_order", ORDERS)):
-            if getattr(self, name) not in allowed:
-                raise refuse("kvshare", name, getattr(self, name), ", ".join(allowed))
-        for name in ("ratio", "max_stale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise refuse("kvshare", name, getattr(self, name), "0 to 1")
-        for name, least, most in (("boundary", 0, 4096), ("tail", 1, 4096), ("refresh", 0, 64)):
-            if not least <= getattr(self, name) <= most:
-                raise refuse("kvshare", name, getattr(self, name), f"{least} to {most}")
+        check_fields(self, "kvshare")
 
     @property
     def scans(self) -> bool:
@@ -74,27 +67,27 @@ class ShareOptions:
     """What a server fixes. `repair` is the default of requests."""
 
     repair: RepairOptions = field(default_factory=RepairOptions)
-    check_layer: int = 1
+    check_layer: int = bounded(1, 1, 64)
     """Layers [0, check_layer] run on all rows before tokens are ranked; layer 0 alone would show no deviation."""
-    probe: int = 16
+    probe: int = bounded(16, 1, 1024)
     """Rows whose attention counts: the last so many of the prompt, as far as no donor has them."""
-    min_match: int = 64
+    min_match: int = bounded(64, 32, 8192)
     """Shortest run that is reused; half of it where it touches another run of the same donor."""
-    min_reusable: int = 256
+    min_reusable: int = bounded(256, 1, MOST_TOKENS)
     """A prompt with less to reuse is computed plainly."""
-    min_gain: float = 0.1
+    min_gain: float = bounded(0.1, -1, 1)
     """Share of the prompt's work that reuse must save; -1 to reuse where it costs time, too."""
-    reject_above: float = 0.35
+    reject_above: float = bounded(0.35, 0, 1000)
     """Mean deviation ||V' - V|| / ||V|| at the check layer above which a run is computed instead; 0 rejects everything."""
-    refresh_budget: int = 16
+    refresh_budget: int = bounded(16, 0, 1024)
     """Rows per step, of all requests together, for `RepairOptions.refresh`."""
-    stop_mass: float = 0.1
+    stop_mass: float = bounded(0.1, 0, 1)
     """Refreshing ends when the tokens left hold less than this share of the score."""
-    shadow_share: float = 0.01
+    shadow_share: float = bounded(0.01, 0, 1)
     """Share of requests that reused KV which are computed again in full when the engine is idle, to measure what reuse cost."""
-    shadow_kl: float = 0.05
+    shadow_kl: float = bounded(0.05, 0, 1000)
     """Approximate reuse is switched off when shadow checks show a mean KL above this,"""
-    shadow_top1: float = 0.9
+    shadow_top1: float = bounded(0.9, 0, 1)
     """or agree on fewer than this share of likeliest tokens."""
     heal: bool = True
     """Compute prompts that reused KV again in full when the engine is idle, so that what they added can be reused, too."""
@@ -102,20 +95,7 @@ class ShareOptions:
     """Serve approximate reuse for a model that no check has passed (`kvloom calibrate kvshare MODEL`)."""
 
     def __post_init__(self) -> None:
-        bounds = (
-            ("check_layer", 1, 64),
-            ("probe", 1, 1024),
-            ("min_match", 32, 8192),
-            ("min_reusable", 1, 10**6),
-            ("refresh_budget", 0, 1024),
-            ("min_gain", -1, 1),
-        )
-        for name, least, most in bounds:
-            if not least <= getattr(self, name) <= most:
-                raise refuse("kvshare", name, getattr(self, name), f"{least} to {most}")
-        for name in ("stop_mass", "shadow_share", "shadow_top1"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise refuse("kvshare", name, getattr(self, name), "0 to 1")
+        check_fields(self, "kvshare")
 
     @classmethod
     def read(cls, text: str | None) -> ShareOptions:

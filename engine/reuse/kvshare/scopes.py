@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from kvloom.engine.bounds import shown
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.options import SCOPES
@@ -66,4 +67,4 @@ class ScopeBook:
         elif scope == "public" and not tenant.publishes:
             problem = "but this tenant may not publish; the operator can allow it in the tenants file"
         if problem is not None:
-            raise InvalidRequestError(f"{param} is {scope!r}; {problem}".replace("; but", ", but"), param=param)
+            raise InvalidRequestError(f"{param} is {shown(scope)}; {problem}".replace("; but", ", but"), param=param)
