@@ -107,7 +107,9 @@ class ShareStats:
     shadow_agree: int = 0
     """Of those tokens, with the same likeliest token."""
     enabled: bool = True
-    """Whether approximate reuse is on: shadow checks can switch it off."""
+    """False once shadow checks have switched approximate reuse off for any tenant."""
+    failed_tenants: Mapping[str, str] = field(default_factory=dict)
+    """Tenants whose shadow checks failed, and what follows for them: "more" is computed, or reuse is "off"."""
     segments: int = 0
     segment_bytes: int = 0
     segment_capacity: int = 0

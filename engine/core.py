@@ -29,7 +29,7 @@ from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.prefix import Domain, DomainFactory
 from kvloom.engine.runner import Runner, StepResult
 from kvloom.engine.sampler import SampleError, Sampler
-from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
+from kvloom.engine.scheduling import LOOK_UP_COST, ORDERS, Chunk, Scheduler, StepPlan
 from kvloom.engine.scheduling.cache_aware import PrefixEstimator
 from kvloom.engine.selection.base import Correcting, extrapolates
 from kvloom.engine.selection.policies import Selectors
@@ -234,7 +234,7 @@ class EngineCore:
         reuse = "exact" if compiles else request.kv.reuse or self._reuse
         if reuse == "approx":
             self._sharing().open(request)
-        elif request.kv.reuse_options or (request.kv.share is not None and not request.internal):
+        elif request.kv.reuse_options or (request.kv.share not in (None, "none") and not request.internal):
             name = "kvshare" if request.kv.reuse_options else "share"
             raise InvalidRequestError(
                 f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
@@ -243,7 +243,7 @@ class EngineCore:
         method = "kvshare compile" if compiles else selector.domain if selector is not None else ""
         table = self.cache.open(
             self._domains.domain(request.tenant, request.cache_salt, method),
-            publishes=reusing,
+            publishes=reusing and request.kv.share != "none",
             looks_up=reusing and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
             align=max(1, selector.grid) if selector else 1,
         )
@@ -292,15 +292,16 @@ class EngineCore:
     # What others ask --------------------------------------------------------------------------------------------------
 
     def explain(self, prompt: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
-        """What a prompt would reuse now. Changes nothing. Raises InvalidRequestError without approximate reuse."""
-        share = self._sharing()
+        """What a prompt would reuse now; of a server without approximate reuse the exact prefix alone. Moves and pins nothing:
+        no eviction order, no store order. The look-up is charged to the tenant."""
         table = self.cache.open(self._domains.domain(tenant, salt))
         try:
-            match = self.cache.match(table, prompt)
-            self.cache.drop(match)
+            cached = self.cache.peek(table, prompt)
         finally:
             self.cache.close(table)
-        return {"prompt_tokens": len(prompt), "cached_tokens": match.tokens, **share.look(prompt, match.tokens, tenant, salt)}
+        self._scheduler.charge(tenant, LOOK_UP_COST * len(prompt))
+        found = {"runs": [], "broken": [], "dropped": []} if self.share is None else self.share.look(prompt, cached, tenant, salt)
+        return {"prompt_tokens": len(prompt), "cached_tokens": cached, **found}
 
     def purge(self, tenant: str) -> int:
         """Forget a tenant's segments. Returns how many."""

@@ -194,6 +194,8 @@ class Request:
     """Prompt tokens that came from the prefix cache at the first admission."""
     status: Status = Status.WAITING
     preemptions: int = 0
+    passed: int = 0
+    """How often others began while this one waited for memory and was first."""
     first_scheduled: float = 0.0
     first_token: float = 0.0
     seed: int = 0

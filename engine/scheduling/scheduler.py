@@ -1,7 +1,8 @@
 """The scheduler: hands out one step's token budget so that computed tokens catch up with known ones.
 
 Promises: (1) a step never has more rows than the budget; (2) the request that is first in order is never preempted, and as
-every admitted request fits the cache alone, it always finishes: so all do; (3) a request is admitted only when the blocks of
+every admitted request fits the cache alone, it always finishes: so all do; (3) slots, blocks and the rows of prompts are shared by
+weight too (`shares`), so nobody waits for another tenant's long answers or prompts; (4) a request is admitted only when the blocks of
 its whole known text are reserved, so prompts never fight each other half-way.
 
 Who is admitted next is the business of `queue`: lanes per tenant, credit (`fairness`), and an order within.
@@ -10,6 +11,7 @@ Who is admitted next is the business of `queue`: lanes per tenant, credit (`fair
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -23,7 +25,17 @@ from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, Sco
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Order
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
+from kvloom.engine.scheduling.shares import MOST_VICTIMS, Shares
 
+LOOK_UP_COST = 0.01
+"""Work of looking a token of a prompt up, in rows of a full pass: what one look-up compares is bounded per token."""
+MOST_PASSES = 64
+"""Requests of tenants with nothing running that may start before one that waits for memory; then it comes first."""
+PATIENCE = 16
+"""Steps for which a tenant's requests wait until slots or blocks are taken from who holds too many. Before that they come free
+of themselves, and go by credit; only who has nothing running is not kept waiting."""
+MOST_TRIES = 8
+"""Heads of lanes that are tried per admission."""
 INTERNAL_ROWS = 128
 """Most rows per step of the engine's own work."""
 
@@ -110,6 +122,12 @@ class Scheduler:
         self._clock = clock
         self._speed = Speed(clock)
         self._fairness = Fairness(QUANTUM_STEPS * max_tokens, weight)
+        self._shares = Shares(weight, order.key, lambda request: len(self._tables[request].blocks))
+        self._steps = 0
+        self._served: dict[str, int] = {}
+        """The step in which a tenant last got what was free."""
+        self._fresh: set[Request] = set()
+        """Began in this step: what they compute may have been published already, so they stay."""
         around = Surroundings(
             cache, self._tables, self.running, estimator or PrefixEstimator(cache), self._speed, clock, max_wait
         )
@@ -145,45 +163,95 @@ class Scheduler:
             self.queued_tokens -= len(request.tokens)
         self._fairness.stopped(request)
         self._fairness.left(request, contended=len(self._waiting) > 0)
+        if request.tenant not in self._fairness.tenants:
+            self._served.pop(request.tenant, None)
         request.status = Status.FINISHED
         self.cache.close(self._tables.pop(request))
+
+    def charge(self, tenant: str, rows: float) -> None:
+        """Count work that is no request's against a tenant: rows of a full pass, such as what a look-up takes."""
+        self._fairness.charge(tenant, rows, contended=len(self._waiting) > 0)
 
     def schedule(self) -> StepPlan:
         """The next step: running requests first (decodes before prompt chunks), then new ones as long as budget lasts."""
         plan = StepPlan([], [])
+        self._fresh.clear()
+        self._steps += 1
         budget = self._max_tokens
-        for request in sorted(self.running, key=lambda r: (r.pending > 1, self._order.key(r))):
-            if budget == 0:
-                break
-            if request.status is not Status.RUNNING:  # preempted for the sake of an earlier one
-                continue
-            if request.unprepared:
-                budget = max(1, budget - self._prepare(request))
-            chunk = self._chunk(request, budget)
-            if chunk is not None and self._reserve(request, chunk.stop, plan):
-                plan.chunks.append(chunk)
-                budget -= chunk.count
+        order = sorted(self.running, key=lambda r: (r.pending > 1, self._order.key(r)))
+        for request in order:
+            if request.pending == 1:
+                budget -= self._go_on(request, budget, budget, plan)
+        budget -= self._let_in(budget, plan)
+        prompts = [request for request in order if request.pending > 1 and request.status is Status.RUNNING]
+        rooms = self._rooms(prompts, budget)
+        for request in prompts:
+            spent = self._go_on(request, budget, rooms[request.tenant], plan)
+            rooms[request.tenant] -= spent
+            budget -= spent
         running = len(plan.chunks)
         while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
-            if admitted.unprepared:
-                if (
-                    admitted.computed and len(plan.chunks) > running
-                ):  # what it begins with may be computed in this very step: wait for it
-                    continue
-                budget = max(1, budget - self._prepare(admitted))
-            chunk = self._chunk(admitted, budget)
-            if chunk is None:  # it keeps its blocks, and comes first in the next step
+            spent = self._begin(admitted, budget, plan, alone=len(plan.chunks) == running)
+            if spent is None:
                 break
-            plan.chunks.append(chunk)
-            budget -= chunk.count
-            # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
-            # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
-            # any more: whoever is admitted after it comes after it in order, and cannot displace it.
-            self.cache.commit(chunk.table, admitted.tokens, min(chunk.stop, admitted.taint))
+            budget -= spent
         if self._reuse is not None and budget > 0:
             plan.chunks.extend(self._reuse.refresh(plan, budget))
         self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)
         return plan
+
+    def _rooms(self, prompts: list[Request], budget: int) -> dict[str, int]:
+        """Rows of this step for the prompts of every tenant."""
+        demand: Counter[str] = Counter()
+        for request in prompts:
+            demand[request.tenant] += request.pending
+        return self._shares.split(budget, demand)
+
+    def _go_on(self, request: Request, budget: int, room: int, plan: StepPlan) -> int:
+        """A running request's rows of this step, at most `room`, which is what its tenant has of the `budget`. Returns how much
+        of that it took."""
+        if budget <= 0 or room <= 0 or request.status is not Status.RUNNING:  # it was preempted for the sake of another one
+            return 0
+        work = self._prepare(request) if request.unprepared else 0
+        left = max(1, budget - work)
+        chunk = self._chunk(request, max(1, min(left, room - work)))
+        if chunk is None and request is min(self.running, key=self._order.key):  # the first in order is never kept waiting
+            chunk = self._chunk(request, left)
+        if chunk is None or not self._reserve(request, chunk.stop, plan):
+            return min(work, budget - 1)
+        plan.chunks.append(chunk)
+        return min(work, budget - 1) + chunk.count
+
+    def _let_in(self, budget: int, plan: StepPlan) -> int:
+        """While prompts run that could take all rows: begin a request of a tenant that has nothing running, with the tenant's
+        share of them. Returns what it took."""
+        busy = {request.tenant for request in self.running}
+        if budget <= 0 or plan.preempted or not any(request.pending > 1 for request in self.running):
+            return 0
+        admitted = self._admit(plan, lambda request: request.tenant not in busy)
+        if admitted is None:
+            return 0
+        busy = {request.tenant for request in self.running if request.pending > 1}
+        demand = dict.fromkeys({*busy, admitted.tenant}, budget)
+        return self._begin(admitted, self._shares.split(budget, demand)[admitted.tenant], plan, alone=True) or 0
+
+    def _begin(self, admitted: Request, budget: int, plan: StepPlan, *, alone: bool) -> int | None:
+        """The first rows of a request that has been admitted. Returns how much of the budget that took; None if it needs more
+        room. alone: nobody else was admitted in this step."""
+        work = 0
+        if admitted.unprepared:
+            if admitted.computed and not alone:  # what it begins with may be computed in this very step: wait for it
+                return 0
+            work = min(self._prepare(admitted), budget - 1)
+        chunk = self._chunk(admitted, budget - work)
+        if chunk is None:  # it keeps its blocks, and comes first in the next step
+            return None
+        plan.chunks.append(chunk)
+        # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
+        # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
+        # any more: who began in this step is not preempted in it (`_fresh`).
+        self.cache.commit(chunk.table, admitted.tokens, min(chunk.stop, admitted.taint))
+        return work + chunk.count
 
     def completed(self, chunk: Chunk, *, exact: bool = True) -> None:
         """The chunk's KV is stored. exact: it is what the prompt's rule gives, if all before it is; only then published."""
@@ -210,6 +278,7 @@ class Scheduler:
         request.unprepared = False
         work = round(self._reuse.prepare(request, self._tables[request]))
         self._fairness.computed(request, 0, work)
+        self.charge(request.tenant, LOOK_UP_COST * len(request.tokens))
         return work
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
@@ -226,10 +295,10 @@ class Scheduler:
         return Chunk(request, table, int(rows[0]), len(rows), scattered)
 
     def _reserve(self, request: Request, tokens: int, plan: StepPlan) -> bool:
-        """Slots for `tokens` positions, preempting from the end of the order. False if the request itself had to go."""
+        """Slots for `tokens` positions, preempting who holds most for its weight. False if the request itself had to go."""
         table = self._tables[request]
         while not self.cache.reserve(table, tokens):
-            victim = max(self.running, key=self._order.key)
+            victim = self._shares.last(self.running, self._fresh)
             self._preempt(victim, plan)
             if victim is request:
                 return False
@@ -254,23 +323,46 @@ class Scheduler:
         self.queued_tokens += len(request.tokens)
         self._waiting.push(request)
 
-    def _admit(self, plan: StepPlan) -> Request | None:
-        """Start the head of the queue if it fits: the blocks of all its known tokens, and one spare for each running one.
+    def _admit(self, plan: StepPlan, wanted: Callable[[Request], bool] = lambda request: True) -> Request | None:
+        """Start the head of the queue, or, while that waits for memory, the head of a tenant that has nothing running or less than it is due.
+
+        wanted: whose turn it is. So that smaller requests do not keep a larger one waiting for good, it is passed so often and
+        no more.
+        """
+        tried: list[Request] = []
+        full = len(self.running) >= self._max_seqs
+        if full and not self._order.displaces and not self._shares.several(self.running):
+            return None
+        while len(tried) < MOST_TRIES and all(request.passed < MOST_PASSES for request in tried):
+            barred = {request.tenant for request in tried}
+            request = self._waiting.head(
+                lambda r: wanted(r)
+                and r.tenant not in barred
+                and (not tried or self._pressing(r))
+                and (not full or self._victim(r, self.running, 0.0) is not None)
+            )
+            if request is None:
+                return None
+            if self._enter(request, plan):
+                for other in tried:
+                    other.passed += 1
+                return request
+            tried.append(request)
+        return None
+
+    def _enter(self, request: Request, plan: StepPlan) -> bool:
+        """Start a request if it fits: the blocks of all its known tokens, and one spare for each running one.
 
         The spare keeps a newcomer from pushing out, one token later, those that run already.
         """
-        request = self._waiting.head()
-        if request is None:
-            return None
-        if len(self.running) >= self._max_seqs and not self._displace(request, plan):
-            return None
         table = self._tables[request]
         match = self.cache.match(table, request.tokens)
-        lacking = self.cache.blocks_for(len(request.tokens)) - len(match.blocks)
-        while self.cache.available - lacking < len(self.running):
-            if not self._displace(request, plan):
-                self.cache.drop(match)
-                return None
+        victims = self._victims(request, self.cache.blocks_for(len(request.tokens)) - len(match.blocks))
+        if victims is None:
+            self.cache.drop(match)
+            return False
+        for victim in victims:
+            self._preempt(victim, plan)
         self.cache.adopt(table, match, len(request.tokens))
         if not self.cache.reserve(table, len(request.tokens)):
             raise AssertionError("admission counted blocks that are not there")
@@ -284,17 +376,47 @@ class Scheduler:
             request.first_scheduled = self._clock()
             request.cached = min(match.tokens, len(request.prompt))
         self.running.append(request)
-        return request
-
-    def _displace(self, request: Request, plan: StepPlan) -> bool:
-        """Preempt its tenant's last running request if the order lets `request` overtake it."""
-        if not self._order.displaces:
-            return False
-        victim = max((r for r in self.running if r.tenant == request.tenant), key=self._order.key, default=None)
-        if victim is None or self._order.key(victim)[0] <= self._order.key(request)[0]:
-            return False
-        self._preempt(victim, plan)
+        self._fresh.add(request)
+        if not victims or request.tenant not in self._served:
+            self._served[request.tenant] = self._steps
         return True
+
+    def _pressing(self, request: Request) -> bool:
+        """Whether others may have to make room for a request: its tenant has nothing running, or got nothing for long."""
+        tenant = request.tenant
+        if all(other.tenant != tenant for other in self.running):
+            return True
+        return self._steps - self._served.get(tenant, self._steps) >= PATIENCE
+
+    def _victims(self, request: Request, lacking: int) -> list[Request] | None:
+        """Who has to be preempted so that a request finds a slot and the blocks it lacks; None if it has to wait."""
+        rest, victims, fair = list(self.running), list[Request](), 0.0
+        while True:
+            freed = self.cache.freed_by([self._tables[victim] for victim in victims])
+            if len(rest) < self._max_seqs and self.cache.available + freed - lacking >= len(rest):
+                return victims
+            if len(victims) == MOST_VICTIMS:
+                return None
+            fair = fair or self._shares.fair(request.tenant, self.cache.longest // self.cache.block_size, self._fairness.tenants)
+            victim = self._victim(request, rest, fair)
+            if victim is None:
+                return None
+            victims.append(victim)
+            rest.remove(victim)
+
+    def _victim(self, request: Request, running: list[Request], fair: float) -> Request | None:
+        """Who gives way to a request that needs a slot, if none is free, or else blocks: its own tenant's last one if the order
+        lets it overtake that, or somebody who holds more than is due (`shares`). fair: blocks that its tenant is due."""
+        if self._order.displaces:
+            own = [r for r in running if r.tenant == request.tenant and r not in self._fresh]
+            last = max(own, key=self._order.key, default=None)
+            if last is not None and self._order.key(last)[0] > self._order.key(request)[0]:
+                return last
+        if request.internal or not self._pressing(request):
+            return None
+        if len(running) >= self._max_seqs:
+            return self._shares.for_slot(request, running, self._fresh)
+        return self._shares.for_blocks(request, running, self.cache.blocks_for(len(request.tokens)), fair, self._fresh)
 
 
 def _fitting(request: Request, budget: int) -> int:

@@ -58,6 +58,7 @@ def _tenant(name: str, stats: EngineStats) -> dict[str, Any]:
         **nothing,
         **stats.tenants.get(name, {}),
         "segment_bytes": stats.share.segment_bytes_by.get(name, 0),
+        "reuse_checks": {"more": "recomputes more", "off": "off"}.get(stats.share.failed_tenants.get(name, ""), "passed"),
         "tokens": dict(stats.share.tenant_tokens.get(name, {})),
     }
 
