@@ -300,7 +300,9 @@ class EngineCore:
         finally:
             self.cache.close(table)
         self._scheduler.charge(tenant, LOOK_UP_COST * len(prompt))
-        found = {"runs": [], "broken": [], "dropped": []} if self.share is None else self.share.look(prompt, cached, tenant, salt)
+        found = (
+            {"runs": [], "broken": [], "dropped": []} if self.share is None else self.share.look(prompt, cached, tenant, salt)
+        )
         return {"prompt_tokens": len(prompt), "cached_tokens": cached, **found}
 
     def purge(self, tenant: str) -> int:

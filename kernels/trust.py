@@ -1,7 +1,7 @@
 """Folders from which code is loaded: nobody but their owner and root may write there, and the owner is who runs this process.
 
-Whoever can put a file into a cache of compiled code runs code as everybody who loads from it. So a folder that another user owns,
-or may write to, is not used: what would lie there is made anew, in a folder of this process alone.
+Whoever can put a file into a cache of compiled code runs code as everybody who loads from it. So a folder that another user
+owns, or may write to, is not used: what would lie there is made anew, in a folder of this process alone.
 """
 
 from __future__ import annotations

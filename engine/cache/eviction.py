@@ -1,12 +1,12 @@
-"""What is kept in case it is asked for again, and what of it goes first when memory is wanted: eviction is charged to the owner.
+"""What is kept in case it is asked for again, and what of it goes first when memory is wanted: the owner is charged.
 
 Blocks of a pool are kept so, and segments of approximate reuse: items of a size. If all belong to one owner, the least recently
 used goes first. Between owners, the next item comes from
 
 1. an owner of whose items none was used or added while the whole memory was turned over several times: nothing of a stranger is
    worth keeping;
-2. else the owner with the largest size of items for its weight, which is one over its fair share (weight over the weights of all
-   who keep something) if anybody is. So who floods the memory loses what it flooded it with, not what others left there.
+2. else the owner with the largest size of items for its weight, which is one over its fair share (weight over the weights of
+   all who keep something) if anybody is. So who floods the memory loses what it flooded it with, not what others left there.
 
 Within an owner the least recently used item goes first. Every operation is O(log n) amortised, in the number of operations on
 owners, never in the number of items.

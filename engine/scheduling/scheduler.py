@@ -1,9 +1,9 @@
 """The scheduler: hands out one step's token budget so that computed tokens catch up with known ones.
 
 Promises: (1) a step never has more rows than the budget; (2) the request that is first in order is never preempted, and as
-every admitted request fits the cache alone, it always finishes: so all do; (3) slots, blocks and the rows of prompts are shared by
-weight too (`shares`), so nobody waits for another tenant's long answers or prompts; (4) a request is admitted only when the blocks of
-its whole known text are reserved, so prompts never fight each other half-way.
+every admitted request fits the cache alone, it always finishes: so all do; (3) slots, blocks and the rows of prompts are shared
+by weight too (`shares`), so nobody waits for another tenant's long answers or prompts; (4) a request is admitted only when the
+blocks of its whole known text are reserved, so prompts never fight each other half-way.
 
 Who is admitted next is the business of `queue`: lanes per tenant, credit (`fairness`), and an order within.
 """
@@ -324,7 +324,7 @@ class Scheduler:
         self._waiting.push(request)
 
     def _admit(self, plan: StepPlan, wanted: Callable[[Request], bool] = lambda request: True) -> Request | None:
-        """Start the head of the queue, or, while that waits for memory, the head of a tenant that has nothing running or less than it is due.
+        """Start the head of the queue, or, while that waits for memory, the head of a tenant for which others make room.
 
         wanted: whose turn it is. So that smaller requests do not keep a larger one waiting for good, it is passed so often and
         no more.
@@ -333,14 +333,16 @@ class Scheduler:
         full = len(self.running) >= self._max_seqs
         if full and not self._order.displaces and not self._shares.several(self.running):
             return None
+
+        def may(request: Request) -> bool:
+            if not wanted(request) or any(request.tenant == other.tenant for other in tried):
+                return False
+            if tried and not self._pressing(request):
+                return False
+            return not full or self._victim(request, self.running, 0.0) is not None
+
         while len(tried) < MOST_TRIES and all(request.passed < MOST_PASSES for request in tried):
-            barred = {request.tenant for request in tried}
-            request = self._waiting.head(
-                lambda r: wanted(r)
-                and r.tenant not in barred
-                and (not tried or self._pressing(r))
-                and (not full or self._victim(r, self.running, 0.0) is not None)
-            )
+            request = self._waiting.head(may)
             if request is None:
                 return None
             if self._enter(request, plan):
@@ -397,7 +399,9 @@ class Scheduler:
                 return victims
             if len(victims) == MOST_VICTIMS:
                 return None
-            fair = fair or self._shares.fair(request.tenant, self.cache.longest // self.cache.block_size, self._fairness.tenants)
+            fair = fair or self._shares.fair(
+                request.tenant, self.cache.longest // self.cache.block_size, self._fairness.tenants
+            )
             victim = self._victim(request, rest, fair)
             if victim is None:
                 return None

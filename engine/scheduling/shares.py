@@ -1,13 +1,13 @@
 """Slots, blocks and rows by weight: what running requests hold, who may take it from whom, and who gives way first.
 
     burden       what a tenant's running requests hold, for its weight
-    entering     a waiting request may have the newest request of the most burdened tenant preempted, if its own tenant has nothing
-                 running, or would still be the less burdened of the two with it (blocks: or stays within its fair share)
+    entering     a waiting request may have the newest request of the most burdened tenant preempted, if its own tenant has
+                 nothing running, or would still be the less burdened of the two with it (blocks: or within its fair share)
     memory       when it runs out under running requests, the most burdened tenant's newest request gives way
     never        the request that is first in order, a tenant's only one (for somebody who enters), one that began in this step
 
-So nothing goes back and forth: with the same demand, every time somebody enters either fewer tenants have nothing running, or the
-larger of two burdens falls and the other stays below it. And as the first in order always stays, every request finishes.
+So nothing goes back and forth: with the same demand, every time somebody enters either fewer tenants have nothing running, or
+the larger of two burdens falls and the other stays below it. And as the first in order always stays, every request finishes.
 """
 
 from __future__ import annotations

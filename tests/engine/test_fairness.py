@@ -300,7 +300,7 @@ def test_blocks_are_held_by_weight() -> None:
     assert steps_until(simulation, his[0]) <= 4
     for _ in range(40):
         simulation.step()
-    held = Counter({tenant: 0 for tenant in "ab"})
+    held = Counter(dict.fromkeys("ab", 0))
     for request in simulation.scheduler.running:
         held[request.tenant] += len(simulation.scheduler.table(request).blocks)
     assert abs(held["a"] - held["b"]) <= 80

@@ -1,13 +1,14 @@
 """Segments that cross tenants, by what stood in front of them when they were computed.
 
 KV holds the context it was computed in, so a segment that others may use is found only together with that context. Segments of
-a shared domain form chains: the first one stood directly behind the neutral prose, each other one directly behind the one before.
+a shared domain form chains: the first one stood directly behind the neutral prose, each other one directly behind the one
+before.
 
     link(1) = H(domain, START, tokens of segment 1)        link(i) = H(domain, link(i-1), tokens of segment i)
 
-A prompt follows a chain from its first token on, as far as its own tokens go. So every row that it takes was computed behind the
-prose and the very tokens that the prompt has there, whoever sent them first; who plants a text behind words of its own plants it
-where only prompts with the same words look. Two tenants that send the same text leave the same chain, and none hides another's.
+A prompt follows a chain from its first token on, as far as its own tokens go. So every row that it takes was computed behind
+the prose and the very tokens that the prompt has there, whoever sent them first; who plants a text behind words of its own plants
+it where only prompts with the same words look. Tenants that send the same text leave the same chain; none hides another's.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ class Chains:
     def check(self, segments: set[Segment]) -> None:
         """Prove that these are the segments of shared domains and that each is where it claims. Raises AssertionError."""
         held = [(place, key, segment) for place, fork in self._forks.items() for key, segment in fork.segments.items()]
-        assert {segment for *_, segment in held} == segments and len(held) == len(segments), "a chain holds what the store does not"
+        assert {segment for *_, segment in held} == segments and len(held) == len(segments), (
+            "a chain holds what the store does not"
+        )
         for place, key, segment in held:
             assert place == _place(segment) and key == segment.tokens.tobytes(), "a segment is in a chain at another place"
             assert segment.isolated and segment.link == link(segment.domain, segment.before, segment.tokens), "a link is wrong"

@@ -32,6 +32,8 @@ from kvloom.engine.reuse.prefix import Domain
 
 LEAST_NEW = 64
 """Tokens of a text that came twice of which nothing is there yet: with fewer it is not compiled again."""
+MOST_CHUNKS, MOST_PRODUCERS = 512, 16
+"""Chunks of a prompt, and running requests, that are looked at to find out who is about to leave what a prompt lacks."""
 
 
 @dataclass(slots=True)
@@ -121,7 +123,7 @@ class Donors:
     def expect(self, request: Request) -> None:
         """A prompt is being computed in full: it will leave its chunks behind."""
         tokens = np.array(request.prompt, np.int32)
-        spans = chunks.cut(tokens, barriers=self.barriers(tokens))
+        spans = chunks.cut(tokens, barriers=self.barriers(tokens))[:MOST_CHUNKS]
         self._expected[request] = {tokens[first:last].tobytes(): last - first for first, last in spans}
         self.changes += 1
 
@@ -130,18 +132,19 @@ class Donors:
         others = [other for other in self._expected if (other.tenant, other.cache_salt) == (request.tenant, request.cache_salt)]
         if not others:
             return None
+        others = others[-MOST_PRODUCERS:]
         tokens = np.array(request.tokens, np.int32)
         lacking = np.ones(len(tokens), bool)
         for run in match.runs:
             lacking[run.start : run.stop] = False
         names = [
             tokens[first:last].tobytes()
-            for first, last in chunks.cut(tokens, barriers=self.barriers(tokens))
+            for first, last in chunks.cut(tokens, barriers=self.barriers(tokens))[:MOST_CHUNKS]
             if lacking[first:last].all()
         ]
-        shared = lambda other: sum(self._expected[other].get(name, 0) for name in names)  # noqa: E731
-        best = max(others, key=shared)
-        return best if shared(best) >= least else None
+        shared = {other: sum(self._expected[other].get(name, 0) for name in names) for other in others}
+        best = max(others, key=shared.__getitem__)
+        return best if shared[best] >= least else None
 
     def between_steps(self) -> None:
         """Do what must not delay the outputs of the step before."""

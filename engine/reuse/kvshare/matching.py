@@ -3,8 +3,8 @@
     window     its fingerprint leads to candidates; tokens are compared and the match grows to both sides
     piece      a part of one segment that lies in the prompt
     run        pieces of one donor that touch and move by one shift: in the prompt as they were there
-    chain      in a shared domain, where tenants find what others sent: a run from the very beginning of what was computed alone,
-               so that every row's whole context lies in the prompt, too (`chains`). It may end anywhere, and begins nowhere else
+    chain      in a shared domain, where tenants find what others sent: a run from the very beginning of what was computed
+               alone, so that every row's whole context lies in the prompt, too (`chains`); it may end anywhere
     choice     longest run first; what overlaps a longer one is trimmed, a chain at its end only
 
 Never across a barrier (special tokens: roles, tools), never outside the range that was asked for, and never more work than
@@ -208,7 +208,7 @@ def _chains(store: SegmentStore, tokens: Ints, begin: int, end: int, domain: Dom
         for segment, length in found:
             pieces.append(Piece(segment, 0, at, length))
             at += length
-        if at > reached:
+        if pieces and at > reached:
             runs.append(Run(tuple(pieces)))
             reached = at
     return runs

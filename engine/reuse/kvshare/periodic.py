@@ -1,7 +1,7 @@
 """Text that repeats itself, which is never reused: one token over and over, a row of line breaks, a pattern of a few tokens.
 
-Attention over it tells copies apart by their position alone, so a copied part answers for another one, and answers change by far
-more than its deviation says. A position is periodic if it lies in
+Attention over it tells copies apart by their position alone, so a copied part answers for another one, and answers change by
+far more than its deviation says. A position is periodic if it lies in
 
     a stretch of tokens with a period of p <= PERIODS, three periods long and at least LEAST + p tokens
     a window of WINDOW tokens of at most FEW different ones, in whatever order

@@ -11,6 +11,7 @@ from kvloom.engine.client import RUN_LENGTHS, SHARES, ShareStats
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.matching import Match, Run
 
+
 def count(stats: ShareStats, request: Request, reason: str, kinds: Mapping[bytes, str]) -> None:
     """Add what became of a request's prompt. reason: why nothing was reused, "" if something was; kinds: of domain keys."""
     repair, prefix = request.repair, request.computed

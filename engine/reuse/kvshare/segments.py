@@ -1,8 +1,8 @@
 """Donors of KV: segments of text with their keys and values, in a store that is bounded in bytes.
 
     segment    a span of tokens as one computation saw it: in the context of a prompt, or alone
-    domain     inside which it is found. In an owner's own: by fingerprint, any part of it. In a shared one: only what was computed
-               alone, and only in chains from the beginning of what was computed (`chains`)
+    domain     inside which it is found. In an owner's own: by fingerprint, any part of it. In a shared one: only what was
+               computed alone, and only in chains from the beginning of what was computed (`chains`)
     quota      bytes of one owner: who stores beyond it loses its own least recently used segments, nobody else's
     eviction   charged to owners by weight (`cache.eviction`): who floods the store loses what it flooded it with
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 
 import torch

@@ -314,7 +314,9 @@ class KVShare:
             self.stats.deviation_runs += 1
             self.stats.rejected_runs += bad
             for piece in reversed(run.pieces):  # a chain's beginning is given up last
-                if not run.domain.shared:  # how far others' segments are off is for each prompt to see: no prompt speaks for all
+                if (
+                    not run.domain.shared
+                ):  # how far others' segments are off is for each prompt to see: no prompt speaks for all
                     piece.segment.deviation += 0.3 * (mean - piece.segment.deviation)
                 if bad and not run.domain.shared:
                     self.store.reject(piece.segment)

@@ -1,7 +1,7 @@
 """How much one look-up may do, counted in tokens that are compared or hashed.
 
-Donors are made by clients, so how many of them a prompt leads to is for clients to choose. The allowance grows as a look-up goes
-through its prompt: what is spent on its beginning is not taken from its end.
+Donors are made by clients, so how many of them a prompt leads to is for clients to choose. The allowance grows as a look-up
+goes through its prompt: what is spent on its beginning is not taken from its end.
 """
 
 from __future__ import annotations

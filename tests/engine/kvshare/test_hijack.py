@@ -21,7 +21,10 @@ from kvloom.engine.reuse.kvshare.matching import Match, Piece, Run
 from kvloom.engine.reuse.kvshare.scan import gather
 
 MakeLLM = Callable[..., LLM]
-OPTIONS = '{"verified": true, "min_match": 32, "min_reusable": 32, "min_gain": -1, "reject_above": 10, "shadow_share": 0, "heal": false}'
+OPTIONS = (
+    '{"verified": true, "min_match": 32, "min_reusable": 32, "min_gain": -1, "reject_above": 10, "shadow_share": 0, '
+    '"heal": false}'
+)
 TENANTS = "tenants: {mallory: {group: g}, mallet: {group: g}, victim: {group: g}, honest: {group: g}}"
 ONE = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
 NUMBERS = itertools.count()
@@ -65,8 +68,12 @@ def upload(llm: LLM, tenant: str, text: list[int]) -> None:
 
 def ask(llm: LLM, tenant: str, prompt: list[int], share: str = "none") -> dict[str, Any]:
     """A request that reuses as much as it can; what it says of itself."""
-    kv = KVOptions(reuse="approx", share=share, explain=True, reuse_options={"policy": "boundary", "ratio": 0.0, "max_stale": 1.0})
-    request = Request(id=f"r{next(NUMBERS)}", prompt=tuple(prompt), sampling=ONE, kv=kv, tenant=tenant, arrival=float(next(NUMBERS)))
+    kv = KVOptions(
+        reuse="approx", share=share, explain=True, reuse_options={"policy": "boundary", "ratio": 0.0, "max_stale": 1.0}
+    )
+    request = Request(
+        id=f"r{next(NUMBERS)}", prompt=tuple(prompt), sampling=ONE, kv=kv, tenant=tenant, arrival=float(next(NUMBERS))
+    )
     (result,) = llm._run([request])
     assert result.usage is not None
     return dict(result.usage.explanation)
@@ -150,7 +157,9 @@ def check_reuse(
     return compared
 
 
-def computed_alone_outside(llm: LLM, text: list[int], known: dict[tuple[int, ...], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def computed_alone_outside(
+    llm: LLM, text: list[int], known: dict[tuple[int, ...], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
     """A prefix of one of the texts that were computed for the test: attention is causal, so its rows are the text's."""
     whole = next(name for name in known if list(name[: len(text)]) == text)
     k, v = known[whole]

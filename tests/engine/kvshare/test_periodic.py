@@ -31,7 +31,7 @@ def test_a_period_is_seen_where_it_is(period: int) -> None:
 def test_three_periods_are_enough_and_two_are_not(period: int) -> None:
     enough = period + max(LEAST, 2 * period)
     assert periodic(np.resize(text(2, period), enough)).all()
-    assert not periodic(np.resize(text(2, period), enough - 1)).any() or period == 1 and enough - 1 >= 64
+    assert not periodic(np.resize(text(2, period), enough - 1)).any() or (period == 1 and enough - 1 >= 64)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -54,7 +54,9 @@ def test_short_texts(length: int) -> None:
 
 CSV = "\n".join(f"{i},{i * 37 % 101},{i * 7919 % 1000}.{i % 10},{'yes' if i % 3 else 'no'}" for i in range(120))
 TABLE = "\n".join(f"| {name} | {len(name)} | {hash(name) % 89} ms | ok |" for name in dir(np)[:120])
-LOG = "\n".join(f"2026-11-28 14:{i // 60:02}:{i % 60:02} INFO request {i * 31 % 977} took {i * 53 % 613} ms" for i in range(120))
+LOG = "\n".join(
+    f"2026-11-28 14:{i // 60:02}:{i % 60:02} INFO request {i * 31 % 977} took {i * 53 % 613} ms" for i in range(120)
+)
 JSON = "[" + ", ".join(f'{{"id": {i}, "name": "item {i * 17 % 83}", "price": {i * 71 % 997}}}' for i in range(120)) + "]"
 
 

@@ -326,7 +326,7 @@ class Store(RuleBasedStateMachine):
         for one in self.model:
             assert self.store.known(one.domain, one.tokens)
         for one in self.gone[-8:]:
-            assert one in self.model or one not in self.store and one not in found(self.store, one.tokens, one.domain)
+            assert one in self.model or (one not in self.store and one not in found(self.store, one.tokens, one.domain))
 
 
 Store.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)

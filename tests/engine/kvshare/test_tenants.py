@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
+from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
-from kvloom.engine.client import ShareStats
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.errands import Errands
 from kvloom.engine.reuse.kvshare.options import ShareOptions
@@ -292,7 +292,10 @@ def test_an_interrupted_shadow_check_counts_once(make_llm: MakeLLM) -> None:
 
 
 def shadowing(make_llm: MakeLLM, extra: str) -> LLM:
-    options = OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1') % f', "heal": false, "policy": "boundary", "ratio": 0.0{extra}'
+    options = (
+        OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1')
+        % f', "heal": false, "policy": "boundary", "ratio": 0.0{extra}'
+    )
     return make_llm(kvshare_options=options, segment_memory="64MiB")
 
 
