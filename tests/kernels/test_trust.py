@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -13,9 +14,10 @@ import pytest
 from kvloom.engine.calibration import store
 from kvloom.kernels import trust
 from kvloom.kernels.cpu import compiler
-from kvloom.kernels.cpu.native import build, library
+from kvloom.kernels.cpu.native import library
 from kvloom.kernels.trust import code_folder, foreign
 
+build = importlib.import_module("kvloom.kernels.cpu.native.build")  # the package has a function of that name
 AS_ROOT = pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root gives files away")
 
 
