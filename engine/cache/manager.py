@@ -102,16 +102,6 @@ class HeadGroup:
         self.index = PrefixIndex(storage.block_size)
         self.pool = BlockPool(storage.blocks, self.index.remove)
 
-    def freed_by(self, tables: Sequence[BlockTable]) -> int:
-        """Blocks that every group could give beyond `available` if these tables were released together."""
-        if not tables:
-            return 0
-        able = []
-        for i, group in enumerate(self.groups):
-            held = Counter(block for table in tables for block in table.parts[i] if block != HOLE)
-            able.append(group.pool.available + sum(group.pool.references(block) == count for block, count in held.items()))
-        return min(able) - self.available
-
     @property
     def bytes_in_use(self) -> int:
         """Memory of the blocks that requests hold."""

@@ -191,10 +191,10 @@ class Scheduler:
             budget -= spent
         running = len(plan.chunks)
         while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
-            spent = self._begin(admitted, budget, plan, alone=len(plan.chunks) == running)
-            if spent is None:
+            begun = self._begin(admitted, budget, plan, alone=len(plan.chunks) == running)
+            if begun is None:
                 break
-            budget -= spent
+            budget -= begun
         if self._reuse is not None and budget > 0:
             plan.chunks.extend(self._reuse.refresh(plan, budget))
         self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)

@@ -7,8 +7,8 @@ before.
     link(1) = H(domain, START, tokens of segment 1)        link(i) = H(domain, link(i-1), tokens of segment i)
 
 A prompt follows a chain from its first token on, as far as its own tokens go. So every row that it takes was computed behind
-the prose and the very tokens that the prompt has there, whoever sent them first; who plants a text behind words of its own plants
-it where only prompts with the same words look. Tenants that send the same text leave the same chain; none hides another's.
+the prose and the very tokens that the prompt has there, whoever sent them first; who plants a text behind words of its own
+plants it where only prompts with the same words look. Tenants that send the same text leave the same chain; none hides another's.
 """
 
 from __future__ import annotations
