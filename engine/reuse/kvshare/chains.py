@@ -8,7 +8,8 @@ before.
 
 A prompt follows a chain from its first token on, as far as its own tokens go. So every row that it takes was computed behind
 the prose and the very tokens that the prompt has there, whoever sent them first; who plants a text behind words of its own
-plants it where only prompts with the same words look. Tenants that send the same text leave the same chain; none hides another's.
+plants it where only prompts with the same words look. Tenants that send the same text leave the same chain, and none hides
+another's.
 """
 
 from __future__ import annotations
