@@ -72,7 +72,7 @@ class Admission:
         method = "kvshare compile" if kv.segment is not None else selector.domain if selector is not None else ""
         return self.cache.open(
             self.domains.domain(request.tenant, request.cache_salt, method),
-            publishes=reuse != "off",
+            publishes=reuse != "off" and kv.share != "none",
             looks_up=reuse != "off" and request.sampling.prompt_logprobs is None,  # every prompt row must be computed
             align=max(1, selector.grid) if selector else 1,
             leaves=max(1, selector.tail) if selector else 1,
@@ -123,7 +123,7 @@ class Admission:
         reuse = "exact" if kv.segment is not None else kv.reuse or self.reuse
         if reuse == "approx":
             sharing(self.share).open(request)
-        elif kv.reuse_options or (kv.share is not None and not request.internal):
+        elif kv.reuse_options or (kv.share not in (None, "none") and not request.internal):
             name = "kvshare" if kv.reuse_options else "share"
             raise InvalidRequestError(
                 f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"

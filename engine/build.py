@@ -231,7 +231,7 @@ def _share(
     capacity = cache.storage.blocks * cache.storage.block_bytes // 2 if memory is None else memory
     return KVShare(
         options,
-        SegmentStore(capacity, lambda name: tenants.get(name).segment_bytes),
+        SegmentStore(capacity, lambda name: tenants.get(name).segment_bytes, lambda name: tenants.get(name).weight),
         loaded.decoder,
         cache,
         backend,

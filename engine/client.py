@@ -107,7 +107,9 @@ class ShareStats:
     shadow_agree: int = 0
     """Of those tokens, with the same likeliest token."""
     enabled: bool = True
-    """Whether approximate reuse is on: shadow checks can switch it off."""
+    """False once shadow checks have switched approximate reuse off for any tenant."""
+    failed_tenants: Mapping[str, str] = field(default_factory=dict)
+    """Tenants whose shadow checks failed, and what follows for them: "more" is computed, or reuse is "off"."""
     segments: int = 0
     segment_bytes: int = 0
     segment_capacity: int = 0
@@ -125,6 +127,8 @@ class TenantStats:
     segment_bytes: int = 0
     tokens: Mapping[str, int] = field(default_factory=dict)
     """Prompt tokens by kind, as in `ShareStats.tokens`."""
+    reuse_checks: str = "passed"
+    """What shadow checks of its requests have come to: "passed", "recomputes more" or "off"."""
 
 
 OTHERS = "(other)"

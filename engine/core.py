@@ -218,20 +218,21 @@ class EngineCore:
 
     def charge(self, tenant: str, seconds: float) -> None:
         """Work that was done for a tenant between steps."""
-        self._scheduler.charge(tenant, seconds)
+        self._scheduler.charge_time(tenant, seconds)
 
     # What others ask --------------------------------------------------------------------------------------------------
 
     def explain(self, prompt: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
-        """What a prompt would reuse now. Changes nothing. Raises InvalidRequestError without approximate reuse."""
-        share = sharing(self.share)
+        """What a prompt would reuse now; of a server without approximate reuse the exact prefix alone. Moves and pins nothing:
+        no eviction order, no store order."""
         table = self.cache.open(self._domains.domain(tenant, salt))
         try:
-            match = self.cache.match(table, prompt)
-            self.cache.drop(match)
+            cached = self.cache.peek(table, prompt)
         finally:
             self.cache.close(table)
-        return {"prompt_tokens": len(prompt), "cached_tokens": match.tokens, **share.look(prompt, match.tokens, tenant, salt)}
+        nothing: dict[str, Any] = {"runs": [], "broken": [], "dropped": []}
+        found = nothing if self.share is None else self.share.look(prompt, cached, tenant, salt)
+        return {"prompt_tokens": len(prompt), "cached_tokens": cached, **found}
 
     def purge(self, tenant: str) -> int:
         """Forget a tenant's segments. Returns how many."""

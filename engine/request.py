@@ -200,6 +200,8 @@ class Request:
     preemptions: int = 0
     left_out: int = 0
     """Steps in a row that had no row for it while it ran."""
+    passed: int = 0
+    """How often others began while this one waited for memory and was first."""
     first_scheduled: float = 0.0
     first_token: float = 0.0
     seed: int = 0

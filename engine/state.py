@@ -58,10 +58,10 @@ class StateMemory:
         """Whether a request could have its state if no other ran."""
         return self.wanted(request) <= self.bound
 
-    def fits(self, request: Request) -> bool:
-        """Whether a request could have its state now."""
+    def fits(self, request: Request, without: Sequence[Request] = ()) -> bool:
+        """Whether a request could have its state now, or once some that run give theirs up."""
         wanted = self.wanted(request)
-        return not wanted or self.held + wanted <= self.bound
+        return not wanted or self.held - sum(map(self.wanted, without)) + wanted <= self.bound
 
     def open(self, request: Request) -> None:
         """A request that `fits` is admitted: its state is empty."""

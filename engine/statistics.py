@@ -89,6 +89,7 @@ class Statistics:
         pools = [group.pool for group in self.cache.groups]
         segments = Counter[str]() if self.share is None else self.share.store.bytes_by
         served = {} if self.share is None else self.share.tenant_tokens
+        failed = {} if self.share is None else self.share.failed_tenants
         if names is None:
             names = sorted({*served, *segments, *(name for pool in pools for name in (*pool.in_use_by, *pool.cached_by))})
         return {
@@ -97,6 +98,7 @@ class Statistics:
                 cached_blocks=sum(pool.cached_by[name] for pool in pools),
                 segment_bytes=segments[name],
                 tokens=dict(served.get(name, {})),
+                reuse_checks={"more": "recomputes more", "off": "off"}.get(failed.get(name, ""), "passed"),
             )
             for name in names
         }

@@ -71,7 +71,7 @@ _SHARE_COUNTERS: dict[str, tuple[str, _Read]] = {
 _KINDS = ("prefix", "stale", "boundary", "ranked", "rejected", "fresh")
 _RUNS = {"donor": ("context", "isolated"), "scope": ("tenant", "group", "public")}
 _SHARE_GAUGES: dict[str, tuple[str, _Read]] = {
-    "enabled": ("1 while approximate reuse is on; shadow checks can switch it off.", lambda s: float(s.enabled)),
+    "enabled": ("0 once shadow checks have switched approximate reuse off for any tenant.", lambda s: float(s.enabled)),
     "segments": ("Segments in the store.", lambda s: s.segments),
     "segment_bytes": ("Bytes of their KV.", lambda s: s.segment_bytes),
     "segment_capacity_bytes": ("Bytes there are for them.", lambda s: s.segment_capacity),

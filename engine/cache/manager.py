@@ -152,6 +152,16 @@ class CacheManager:
         """Blocks that every group can give."""
         return min(group.pool.available for group in self.groups)
 
+    def freed_by(self, tables: Sequence[BlockTable]) -> int:
+        """Blocks that every group could give beyond `available` if these tables were released together."""
+        if not tables:
+            return 0
+        able = []
+        for i, group in enumerate(self.groups):
+            held = Counter(block for table in tables for block in table.parts[i] if block != HOLE)
+            able.append(group.pool.available + sum(group.pool.references(block) == count for block, count in held.items()))
+        return min(able) - self.available
+
     @property
     def bytes(self) -> int:
         """Memory of all blocks."""

@@ -17,11 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from kvloom.engine.cache.eviction import CachedBlocks
-
-STRANGER_TURNOVERS = 16
-"""An owner who did nothing while the pool was turned over so often has no claim left. Many, as a flood turns it over as well;
-not endless, as blocks that nobody will ask for again would stay for good."""
+from kvloom.engine.cache.eviction import STRANGER_TURNOVERS, KeptItems
 
 
 class Claim(NamedTuple):
@@ -51,7 +47,7 @@ class BlockPool:
         self._refs = [0] * total
         self._published = bytearray(total)
         self._free = list(range(total - 1, -1, -1))
-        self._cached = CachedBlocks(STRANGER_TURNOVERS * total, lambda owner: self.claim(owner).weight)
+        self._cached: KeptItems[int] = KeptItems(STRANGER_TURNOVERS * total, lambda owner: self.claim(owner).weight)
         self._on_evict = on_evict
 
     @property
@@ -72,6 +68,10 @@ class BlockPool:
     @property
     def in_use(self) -> int:
         return self.total - self.available
+
+    def references(self, block: int) -> int:
+        """Tables and matches that hold a block."""
+        return self._refs[block]
 
     def changed(self, owner: str) -> int:
         """A number that is another one whenever what can be found of this owner may have changed."""
@@ -176,7 +176,7 @@ class BlockPool:
         for tally, blocks in ((self.in_use_by, used), (self.cached_by, cached), (self._findable_by, findable)):
             assert +tally == Counter(self.owners[block] for block in blocks), "a tenant's tally is off"
         for owner, count in self.cached_by.items():
-            assert self._cached.count(owner) == count, "a tenant's cached blocks are not where they are evicted from"
+            assert self._cached.size(owner) == count, "a tenant's cached blocks are not where they are evicted from"
             quota = self.claim(owner).quota
             assert quota is None or count <= quota, "a tenant's cached blocks exceed its quota"
 

@@ -1,7 +1,7 @@
 """Where calibrations are: files of JSON, one per method and model, named by the model's fingerprint.
 
     shipped   in this package, for the built-in models
-    own       in the cache folder under `calibrations`, written by `kvloom calibrate`; these win
+    own       in the cache folder under `calibrations`, written by `kvloom calibrate`; these win, unless others may write there
 
 The fingerprint is that of config and weight files (`engine.model.load`), so a calibration serves a model in every dtype and
 weights mode, and never another model.
@@ -10,6 +10,7 @@ weights mode, and never another model.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -18,6 +19,9 @@ from typing import Any
 
 from kvloom.engine.catalog import cache_folder
 from kvloom.engine.errors import ModelError
+from kvloom.kernels.trust import foreign
+
+log = logging.getLogger("kvloom.engine")
 
 SHIPPED = Path(__file__).parent
 
@@ -37,6 +41,9 @@ def read(method: str, model_key: str) -> dict[str, Any] | None:
     for folder in (own_folder(), SHIPPED):
         path = folder / file_name(method, model_key)
         try:
+            if folder != SHIPPED and (problem := foreign(path)) is not None:
+                log.warning("the calibration %s is not used: %s; calibrate again as the user that runs kvloom", path, problem)
+                continue
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             continue

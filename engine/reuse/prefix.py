@@ -23,6 +23,8 @@ class Domain(NamedTuple):
 
     key: bytes
     tenant: str
+    shared: bool = False
+    """Whether tenants find here what others sent: it is no tenant's own."""
 
 
 class DomainFactory:

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from kvloom.engine.request import Request
 
 DECODE_COST = 2.0
+MOST_DEBTORS = 4096
+"""Tenants without requests here whose debts are remembered."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,20 @@ class Fairness:
         """What the tenant may still be admitted for; negative: what it must wait for."""
         return self._credit.get(tenant, 0.0)
 
+    @property
+    def tenants(self) -> Collection[str]:
+        """Who has requests here."""
+        return self._here.keys()
+
+    def charge(self, tenant: str, rows: float, *, contended: bool) -> None:
+        """Charge for work that is no request's, such as a look-up: rows of a full pass. contended: somebody waits.
+
+        Who has no requests here is charged only while others wait, as any debt is forgotten otherwise, and so are the debts of
+        more than MOST_DEBTORS.
+        """
+        if self._here[tenant] or (contended and (tenant in self._credit or len(self._credit) < len(self._here) + MOST_DEBTORS)):
+            self._credit[tenant] = self.credit(tenant) - rows
+
     def arrived(self, request: Request) -> None:
         """A request that was not here before."""
         tenant = request.tenant
@@ -72,11 +88,6 @@ class Fairness:
             paid = min(bill.left, float(rows))
             bill.left -= paid
             self._credit[request.tenant] -= rows - paid
-
-    def charge(self, tenant: str, rows: float) -> None:
-        """Work done for the tenant beside its requests; it counts while somebody is here who could have had it."""
-        if self._here:
-            self._credit[tenant] = self.credit(tenant) - rows
 
     def stopped(self, request: Request) -> None:
         """The request does not run any more (or never did)."""

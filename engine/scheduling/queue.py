@@ -97,15 +97,21 @@ class WaitingQueue:
         self._count += 1
         self._lanes[request.tenant].push(request)
 
-    def head(self) -> Request | None:
-        """Who should run next: among the heads of lanes with credit the first in order."""
+    def head(self, may: Callable[[Request], bool] = lambda request: True) -> Request | None:
+        """Who should run next: among the heads of lanes with credit the first in order of those that may.
+
+        While those with credit may not, whoever owes nothing comes in their place: they could not use it now.
+        """
         waiting = list(self._lanes)
         while waiting:
             entitled = self._fairness.entitled(waiting)
             heads = [head for tenant in entitled if (head := self._lanes[tenant].head()) is not None]
-            if heads:
-                return min(heads, key=lambda head: head.rank).request
+            for head in sorted(heads, key=lambda head: head.rank):
+                if may(head.request):
+                    return head.request
             waiting = [tenant for tenant in waiting if tenant not in entitled]
+            if heads:
+                waiting = [tenant for tenant in waiting if self._fairness.credit(tenant) >= 0]
         return None
 
     def take(self, request: Request) -> None:

@@ -1,10 +1,10 @@
 """The scheduler: hands out one step's token budget so that computed tokens catch up with known ones.
 
 Promises: (1) a step never has more rows than the budget; (2) the request that is first in order is never preempted, and as
-every admitted request fits the cache alone, it always finishes: so all do; (3) a request is admitted only when the blocks of
-its whole known text are reserved, so prompts never fight each other half-way; (4) rows that do not fit a step take turns:
-who was left out longest comes first, so neither a decode row nor a prompt waits for ever behind a step full of others; (5) a
-plan that is not computed is taken back, as if it had never been made.
+every admitted request fits the cache alone, it always finishes: so all do; (3) slots, blocks and the rows of prompts are shared
+by weight too (`shares`), so nobody waits for another tenant's long answers or prompts; (4) a request is admitted only when the
+blocks of its whole known text are reserved, so prompts never fight each other half-way; (5) rows that do not fit a step take
+turns: who was left out longest comes first; (6) a plan that is not computed is taken back, as if it had never been made.
 
 Who is admitted next is the business of `queue`: lanes per tenant, credit (`fairness`), and an order within.
 """
@@ -12,6 +12,7 @@ Who is admitted next is the business of `queue`: lanes per tenant, credit (`fair
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -28,8 +29,18 @@ from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Key, Order
 from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
+from kvloom.engine.scheduling.shares import MOST_VICTIMS, Shares
 from kvloom.engine.state import StateMemory
 
+LOOK_UP_COST = 0.01
+"""Work of looking a token of a prompt up, in rows of a full pass: what one look-up compares is bounded per token."""
+MOST_PASSES = 64
+"""Requests of tenants with nothing running that may start before one that waits for memory; then it comes first."""
+PATIENCE = 16
+"""Steps for which a tenant's requests wait until slots or blocks are taken from who holds too many. Before that they come free
+of themselves, and go by credit; only who has nothing running is not kept waiting."""
+MOST_TRIES = 8
+"""Heads of lanes that are tried per admission."""
 INTERNAL_ROWS = 128
 """Most rows per step of the engine's own work."""
 
@@ -92,7 +103,7 @@ class StepPlan(NamedTuple):
 QUANTUM_STEPS = 4
 """What a tenant of weight 1 gets per round of credit, in steps with a full budget."""
 
-PATIENCE = 4
+TURN_STEPS = 4
 """Steps in a row without a row after which a prompt, or drafts to verify, come before decode rows: those need one row each and
 wait less. The queue is as patient, when steps are full without a prompt among them."""
 
@@ -135,6 +146,12 @@ class Scheduler:
         """Steps in a row that left no row for who waits, and had no prompt in them."""
         self._speed = Speed(clock)
         self._fairness = Fairness(QUANTUM_STEPS * max_tokens, weight)
+        self._shares = Shares(weight, order.key, lambda request: len(self._tables[request].blocks))
+        self._steps = 0
+        self._served: dict[str, int] = {}
+        """The step in which a tenant last got what was free."""
+        self._fresh: set[Request] = set()
+        """Began in this step: what they compute may have been published already, so they stay."""
         around = Surroundings(
             cache, self._tables, self.running, estimator or PrefixEstimator(cache), self._speed, clock, max_wait
         )
@@ -158,9 +175,13 @@ class Scheduler:
         self._fairness.arrived(request)
         self._wait(request)
 
-    def charge(self, tenant: str, seconds: float) -> None:
-        """Time spent on a tenant beside its requests, as if it had computed rows of prompts."""
-        self._fairness.charge(tenant, seconds * self._speed.rows_per_second)
+    def charge(self, tenant: str, rows: float) -> None:
+        """Count work that is no request's against a tenant: rows of a full pass, such as what a look-up takes."""
+        self._fairness.charge(tenant, rows, contended=len(self._waiting) > 0)
+
+    def charge_time(self, tenant: str, seconds: float) -> None:
+        """The same for time spent on a tenant, as if it had computed rows of prompts."""
+        self.charge(tenant, seconds * self._speed.rows_per_second)
 
     def table(self, request: Request) -> BlockTable:
         """Where a request's KV is."""
@@ -182,6 +203,8 @@ class Scheduler:
                 self._waiting.remove(request)
         finally:
             self._fairness.left(request, contended=len(self._waiting) > 0)
+            if request.tenant not in self._fairness.tenants:
+                self._served.pop(request.tenant, None)
             self.cache.close(table)
 
     def schedule(self) -> StepPlan:
@@ -191,6 +214,8 @@ class Scheduler:
         """
         plan = StepPlan([], [])
         self._considered, self._admitted = None, []
+        self._fresh.clear()
+        self._steps += 1
         try:
             self._plan(plan)
         except Exception as error:
@@ -210,14 +235,13 @@ class Scheduler:
                 self._preempt(request, plan)
 
     def _plan(self, plan: StepPlan) -> None:
-        held = -(-self._max_tokens // 2) if self._queue_left_out >= PATIENCE else 0
-        budget = held + self._go_on(plan, self._max_tokens - held)
+        held = -(-self._max_tokens // 2) if self._queue_left_out >= TURN_STEPS else 0
+        budget = held + self._run_on(plan, self._max_tokens - held)
         full = budget == 0 and not any(_of_prompt(chunk) for chunk in plan.chunks)
         self._queue_left_out = self._queue_left_out + 1 if full and len(self._waiting) else 0
-        if not plan.preempted:
-            budget = self._welcome(plan, budget)
+        budget = self._welcome(plan, budget)
         if held and not self._admitted:
-            budget = self._go_on(plan, budget)
+            budget = self._run_on(plan, budget)
         if self._reuse is not None and budget > 0:
             for chunk in self._reuse.refresh(plan, budget):
                 budget -= chunk.count
@@ -225,53 +249,96 @@ class Scheduler:
                     break
                 plan.chunks.append(chunk)
 
-    def _go_on(self, plan: StepPlan, budget: int) -> int:
-        """Chunks of running requests that have none yet. Returns the rows that are left."""
+    def _run_on(self, plan: StepPlan, budget: int) -> int:
+        """Chunks of running requests that have none yet: decodes and who was left out, then prompts by their tenants' shares.
+        Returns the rows that are left."""
         planned = {chunk.request for chunk in plan.chunks}
-        for request in sorted(self.running, key=self._turn):
-            if budget == 0:
-                break
-            if request.status is not Status.RUNNING or request in planned:  # or preempted for the sake of an earlier one
-                continue
-            self._considered = request
-            if request.unprepared:
-                budget = max(1, budget - self._prepare(request))
-            chunk = self._chunk(request, budget)
-            if chunk is not None and self._reserve(request, chunk.stop, plan):
-                plan.chunks.append(chunk)
-                budget -= chunk.count
+        order = [request for request in sorted(self.running, key=self._turn) if request not in planned]
+        prompts = [request for request in order if request.pending > 1 and request.left_out < TURN_STEPS]
+        for request in order:
+            if request not in prompts:
+                budget -= self._go_on(request, budget, budget, plan)
+        budget -= self._let_in(budget, plan)
+        prompts = [request for request in prompts if request.status is Status.RUNNING]
+        rooms = self._rooms(prompts, budget)
+        for request in prompts:
+            spent = self._go_on(request, budget, rooms[request.tenant], plan)
+            rooms[request.tenant] -= spent
+            budget -= spent
         self._considered = None
         return budget
+
+    def _rooms(self, prompts: list[Request], budget: int) -> dict[str, int]:
+        """Rows of this step for the prompts of every tenant."""
+        demand: Counter[str] = Counter()
+        for request in prompts:
+            demand[request.tenant] += request.pending
+        return self._shares.split(budget, demand)
+
+    def _go_on(self, request: Request, budget: int, room: int, plan: StepPlan) -> int:
+        """A running request's rows of this step, at most `room`, which is what its tenant has of the `budget`. Returns how much
+        of that it took."""
+        if budget <= 0 or room <= 0 or request.status is not Status.RUNNING:  # it was preempted for the sake of another one
+            return 0
+        self._considered = request
+        work = self._prepare(request) if request.unprepared else 0
+        left = max(1, budget - work)
+        chunk = self._chunk(request, max(1, min(left, room - work)))
+        if chunk is None and request is min(self.running, key=self._order.key):  # the first in order is never kept waiting
+            chunk = self._chunk(request, left)
+        if chunk is None or not self._reserve(request, chunk.stop, plan):
+            return min(work, budget - 1)
+        plan.chunks.append(chunk)
+        return min(work, budget - 1) + chunk.count
+
+    def _let_in(self, budget: int, plan: StepPlan) -> int:
+        """While prompts run that could take all rows: begin a request of a tenant that has nothing running, with the tenant's
+        share of them. Returns what it took."""
+        busy = {request.tenant for request in self.running}
+        if budget <= 0 or plan.preempted or not any(request.pending > 1 for request in self.running):
+            return 0
+        admitted = self._admit(plan, lambda request: request.tenant not in busy)
+        if admitted is None:
+            return 0
+        busy = {request.tenant for request in self.running if request.pending > 1}
+        demand = dict.fromkeys({*busy, admitted.tenant}, budget)
+        return self._begin(admitted, self._shares.split(budget, demand)[admitted.tenant], plan, alone=True) or 0
 
     def _welcome(self, plan: StepPlan, budget: int) -> int:
         """Admit requests, and chunks of them, as long as budget lasts. Returns the rows that are left."""
         running = len(plan.chunks)
-        while budget > 0 and (admitted := self._admit(plan)) is not None:
-            self._admitted.append(admitted)
-            if admitted.unprepared:
-                if (
-                    admitted.computed and len(plan.chunks) > running
-                ):  # what it begins with may be computed in this very step: wait for it
-                    continue
-                budget = max(1, budget - self._prepare(admitted))
-            chunk = self._chunk(admitted, budget)
-            if chunk is None:  # it keeps its blocks, and comes first in the next step
+        while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
+            begun = self._begin(admitted, budget, plan, alone=len(plan.chunks) == running)
+            if begun is None:
                 break
-            plan.chunks.append(chunk)
-            budget -= chunk.count
-            # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
-            # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
-            # any more: whoever is admitted after it comes after it in order, and cannot displace it. If the step fails as a
-            # whole, `take_back` makes it unfindable again.
-            until = exact_until(chunk, saw_everything=not (chunk.decodes and admitted.sparse))
-            self.cache.commit(chunk.table, admitted.tokens, min(until, admitted.taint))
+            budget -= begun
         self._considered = None
         return budget
+
+    def _begin(self, admitted: Request, budget: int, plan: StepPlan, *, alone: bool) -> int | None:
+        """The first rows of a request that has been admitted. Returns how much of the budget that took; None if it needs more
+        room. alone: nobody else was admitted in this step."""
+        work = 0
+        if admitted.unprepared:
+            if admitted.computed and not alone:  # what it begins with may be computed in this very step: wait for it
+                return 0
+            work = min(self._prepare(admitted), budget - 1)
+        chunk = self._chunk(admitted, budget - work)
+        if chunk is None:  # it keeps its blocks, and comes first in the next step
+            return None
+        plan.chunks.append(chunk)
+        # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
+        # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
+        # any more: who began in this step is not preempted in it (`_fresh`). If the step fails as a whole, `take_back` makes it
+        # unfindable again.
+        until = exact_until(chunk, saw_everything=not (chunk.decodes and admitted.sparse))
+        self.cache.commit(chunk.table, admitted.tokens, min(until, admitted.taint))
+        return work + chunk.count
 
     def _turn(self, request: Request) -> tuple[int, bool, Key]:
         """Who comes first in a step: those left out longest, then decodes before prompts, then by the order."""
         many = request.pending > 1
-        return (-(request.left_out // PATIENCE if many else request.left_out), many, self._order.key(request))
+        return (-(request.left_out // TURN_STEPS if many else request.left_out), many, self._order.key(request))
 
     def _take_turns(self, plan: StepPlan) -> None:
         """Note who got no row. A prompt behind an earlier one that was computed is not left out: prompts go one by one."""
@@ -307,6 +374,7 @@ class Scheduler:
         request.unprepared = False
         work = round(min(max(0.0, self._reuse.prepare(request, self._tables[request])), self._max_tokens))
         self._fairness.computed(request, 0, work)
+        self.charge(request.tenant, LOOK_UP_COST * len(request.tokens))
         return work
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
@@ -323,10 +391,10 @@ class Scheduler:
         return Chunk(request, table, int(rows[0]), len(rows), scattered)
 
     def _reserve(self, request: Request, tokens: int, plan: StepPlan) -> bool:
-        """Slots for `tokens` positions, preempting from the end of the order. False if the request itself had to go."""
+        """Slots for `tokens` positions, preempting who holds most for its weight. False if the request itself had to go."""
         table = self._tables[request]
         while not self.cache.reserve(table, tokens):
-            victim = max(self.running, key=self._order.key)
+            victim = self._shares.last(self.running, self._fresh)
             self._preempt(victim, plan)
             if victim is request:
                 return False
@@ -352,24 +420,50 @@ class Scheduler:
         self.queued_tokens += request.known
         self._waiting.push(request)
 
-    def _admit(self, plan: StepPlan) -> Request | None:
-        """Start the head of the queue if it fits: the blocks of all its known tokens, and one spare for each running one; and
-        the state of its selection method.
+    def _admit(self, plan: StepPlan, wanted: Callable[[Request], bool] = lambda request: True) -> Request | None:
+        """Start the head of the queue, or, while that waits for memory, the head of a tenant for which others make room.
+
+        wanted: whose turn it is. So that smaller requests do not keep a larger one waiting for good, it is passed so often and
+        no more.
+        """
+        tried: list[Request] = []
+        full = len(self.running) >= self._max_seqs
+        if full and not self._order.displaces and not self._shares.several(self.running):
+            return None
+
+        def may(request: Request) -> bool:
+            if not wanted(request) or any(request.tenant == other.tenant for other in tried):
+                return False
+            if tried and not self._pressing(request):
+                return False
+            return not full or self._victim(request, self.running, 0.0) is not None
+
+        while len(tried) < MOST_TRIES and all(request.passed < MOST_PASSES for request in tried):
+            request = self._waiting.head(may)
+            if request is None:
+                return None
+            self._considered = request
+            if self._enter(request, plan):
+                for other in tried:
+                    other.passed += 1
+                return request
+            tried.append(request)
+        return None
+
+    def _enter(self, request: Request, plan: StepPlan) -> bool:
+        """Start a request if it fits: the blocks of all its known tokens, and one spare for each running one; and the state of
+        its selection method.
 
         The spare keeps a newcomer from pushing out, one token later, those that run already.
         """
-        request = self._considered = self._waiting.head()
-        if request is None:
-            return None
-        if len(self.running) >= self._max_seqs and not self._displace(request, plan):
-            return None
         table = self._tables[request]
         match = self.cache.match(table, request.tokens)
-        lacking = self.cache.blocks_for(request.known) - len(match.blocks)
-        while self.cache.available - lacking < len(self.running) or not self._states.fits(request):
-            if not self._displace(request, plan):
-                self.cache.drop(match)
-                return None
+        victims = self._victims(request, self.cache.blocks_for(request.known) - len(match.blocks))
+        if victims is None:
+            self.cache.drop(match)
+            return False
+        for victim in victims:
+            self._preempt(victim, plan)
         self.cache.adopt(table, match, 0 if request.preemptions else len(request.tokens))
         if not self.cache.reserve(table, request.known):
             raise AssertionError("admission counted blocks that are not there")
@@ -384,17 +478,51 @@ class Scheduler:
             request.first_scheduled = self._clock()
             request.cached = min(match.tokens, len(request.prompt))
         self.running.append(request)
-        return request
-
-    def _displace(self, request: Request, plan: StepPlan) -> bool:
-        """Preempt its tenant's last running request if the order lets `request` overtake it."""
-        if not self._order.displaces:
-            return False
-        victim = max((r for r in self.running if r.tenant == request.tenant), key=self._order.key, default=None)
-        if victim is None or self._order.key(victim)[0] <= self._order.key(request)[0]:
-            return False
-        self._preempt(victim, plan)
+        self._admitted.append(request)
+        self._fresh.add(request)
+        if not victims or request.tenant not in self._served:
+            self._served[request.tenant] = self._steps
         return True
+
+    def _pressing(self, request: Request) -> bool:
+        """Whether others may have to make room for a request: its tenant has nothing running, or got nothing for long."""
+        tenant = request.tenant
+        if all(other.tenant != tenant for other in self.running):
+            return True
+        return self._steps - self._served.get(tenant, self._steps) >= PATIENCE
+
+    def _victims(self, request: Request, lacking: int) -> list[Request] | None:
+        """Who has to be preempted so that a request finds a slot and the blocks it lacks; None if it has to wait."""
+        rest, victims, fair = list(self.running), list[Request](), 0.0
+        while True:
+            freed = self.cache.freed_by([self._tables[victim] for victim in victims])
+            room = len(rest) < self._max_seqs and self.cache.available + freed - lacking >= len(rest)
+            if room and self._states.fits(request, without=victims):
+                return victims
+            if len(victims) == MOST_VICTIMS:
+                return None
+            fair = fair or self._shares.fair(
+                request.tenant, self.cache.longest // self.cache.block_size, self._fairness.tenants
+            )
+            victim = self._victim(request, rest, fair)
+            if victim is None:
+                return None
+            victims.append(victim)
+            rest.remove(victim)
+
+    def _victim(self, request: Request, running: list[Request], fair: float) -> Request | None:
+        """Who gives way to a request that needs a slot, if none is free, or else blocks: its own tenant's last one if the order
+        lets it overtake that, or somebody who holds more than is due (`shares`). fair: blocks that its tenant is due."""
+        if self._order.displaces:
+            own = [r for r in running if r.tenant == request.tenant and r not in self._fresh]
+            last = max(own, key=self._order.key, default=None)
+            if last is not None and self._order.key(last)[0] > self._order.key(request)[0]:
+                return last
+        if request.internal or not self._pressing(request):
+            return None
+        if len(running) >= self._max_seqs:
+            return self._shares.for_slot(request, running, self._fresh)
+        return self._shares.for_blocks(request, running, self.cache.blocks_for(request.known), fair, self._fresh)
 
 
 def _of_prompt(chunk: Chunk) -> bool:

@@ -22,6 +22,8 @@ import numba
 import platformdirs
 from numba.core import config as numba_config
 
+from kvloom.kernels.trust import code_folder
+
 config: Any = numba_config  # its settings are set at run time, unknown to a type checker
 
 # No 'nnan' or 'ninf': -inf is a legal logit and a legal lse. No 'afn': the exponential is our own.
@@ -36,12 +38,13 @@ def cache_root() -> Path:
 
 
 def _cache_folder() -> str | None:
-    """Folder for this version of the sources, or None if nothing can be written there."""
+    """Folder for this version of the sources, or None if nothing can be written there. Numba loads code from it: it is one that
+    nobody else may write to."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
     folder = cache_root() / "numba" / digest
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = code_folder(folder)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError:
         return None

@@ -6,13 +6,13 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.request import Request, SamplingParams
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.scheduling.fairness import Fairness
-from kvloom.loadtest.simulate_scheduler import Job, Machine, Simulation
+from kvloom.loadtest.simulate_scheduler import BLOCK, Job, Machine, Simulation
 
 SMALL = Machine(max_tokens=64, max_seqs=8, blocks=2048)
 
@@ -222,3 +222,130 @@ def test_the_counters_forget_who_is_gone() -> None:
     simulation.run([job for i in range(40) for job in load(f"t{i}", 2, rng)])
     fairness = simulation.scheduler._fairness
     assert not fairness._credit and fairness._here == Counter()
+
+
+# Slots, blocks and rows -------------------------------------------------------------------------------------------------------
+
+
+def steps_until(simulation: Simulation, request: Request, most: int = 400) -> int:
+    """Steps until it has its first token."""
+    for step in range(most):
+        if len(request.tokens) > len(request.prompt):
+            return step
+        simulation.step()
+    raise AssertionError("it is kept waiting")
+
+
+def prompt(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(2**30) for _ in range(length)]
+
+
+@pytest.mark.parametrize("weight", [0.01, 1.0, 100.0])
+@pytest.mark.parametrize("waiting", [0, 5])
+def test_long_answers_keep_nobody_elses_request_waiting(weight: float, waiting: int) -> None:
+    rng = random.Random(7)
+    simulation = Simulation("fcfs", SMALL, weight={"long": 1.0, "short": weight}.__getitem__)
+    long = [simulation.submit(Job(0.0, prompt(rng, 10), 500, "long")) for _ in range(8 + waiting)]
+    for _ in range(10):
+        simulation.step()
+    assert len(simulation.scheduler.running) == 8
+    short = simulation.submit(Job(0.0, prompt(rng, 10), 1, "short"))
+    assert steps_until(simulation, short) <= 3
+    assert simulation.scheduler.preemptions == 1 and sum(r.preemptions for r in long) == 1
+    assert long[0].preemptions == 0, "the first in order stays"
+    again = [r for r in long if r.preemptions]
+    assert again == [long[7]], "the newest one goes"
+    while len(simulation.scheduler):
+        simulation.step()
+    assert all(len(r.tokens) == r.token_limit for r in long)
+
+
+def test_a_long_prompt_keeps_nobody_elses_request_waiting() -> None:
+    rng = random.Random(8)
+    simulation = Simulation("fcfs", SMALL)
+    simulation.submit(Job(0.0, prompt(rng, 20_000), 1, "long"))
+    simulation.submit(Job(0.0, prompt(rng, 5_000), 1, "long"))
+    simulation.step()
+    short = simulation.submit(Job(0.0, prompt(rng, 100), 1, "short"))
+    assert steps_until(simulation, short) <= 6, "its share is 32 rows per step"
+
+
+@pytest.mark.parametrize("weights", [{"a": 1.0, "b": 1.0}, {"a": 1.0, "b": 3.0}])
+def test_slots_are_held_by_weight(weights: dict[str, float]) -> None:
+    rng = random.Random(9)
+    simulation = Simulation("fcfs", SMALL, weight=weights.__getitem__)
+    for tenant in ("a", "b"):
+        for _ in range(20):
+            simulation.submit(Job(0.0, prompt(rng, 10), 2000, tenant))
+        simulation.step()
+    for _ in range(60):
+        simulation.step()
+    held = Counter(r.tenant for r in simulation.scheduler.running)
+    assert held["b"] == 8 * weights["b"] / sum(weights.values())
+    before = simulation.scheduler.preemptions
+    for _ in range(500):
+        simulation.step()
+    assert simulation.scheduler.preemptions == before, "nothing goes back and forth"
+
+
+def test_blocks_are_held_by_weight() -> None:
+    rng = random.Random(10)
+    machine = Machine(max_tokens=4096, max_seqs=64, blocks=400)
+    simulation = Simulation("fcfs", machine)
+    hers = [simulation.submit(Job(0.0, prompt(rng, 40 * BLOCK - 100), 200, "a")) for _ in range(12)]
+    for _ in range(5):
+        simulation.step()
+    assert len(simulation.scheduler.running) >= 8
+    his = [simulation.submit(Job(0.0, prompt(rng, 40 * BLOCK - 100), 200, "b")) for _ in range(12)]
+    assert steps_until(simulation, his[0]) <= 4
+    for _ in range(40):
+        simulation.step()
+    held = Counter(dict.fromkeys("ab", 0))
+    for request in simulation.scheduler.running:
+        held[request.tenant] += len(simulation.scheduler.table(request).blocks)
+    assert abs(held["a"] - held["b"]) <= 80
+    while len(simulation.scheduler):
+        simulation.step()
+        simulation.cache.check()
+    assert all(len(r.tokens) == r.token_limit for r in (*hers, *his))
+
+
+def test_a_large_request_is_not_passed_for_good() -> None:
+    """It needs nearly all memory; small ones of others begin before it, but not for ever."""
+    rng = random.Random(11)
+    machine = Machine(max_tokens=512, max_seqs=8, blocks=64)
+    simulation = Simulation("fcfs", machine)
+    simulation.submit(Job(0.0, prompt(rng, 20 * BLOCK), 4, "other"))
+    simulation.step()
+    large = simulation.submit(Job(0.0, prompt(rng, 60 * BLOCK), 1, "large"))
+    numbers = iter(range(10_000))
+    for _ in range(3_000):
+        if len(large.tokens) > len(large.prompt):
+            break
+        if simulation.scheduler.waiting < 3:
+            simulation.submit(Job(0.0, prompt(rng, 3 * BLOCK), 3, f"small{next(numbers)}"))
+        simulation.step()
+    assert len(large.tokens) > len(large.prompt)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(st.integers(0, 10**6), st.sampled_from(sorted(ORDERS)), st.integers(2, 5), st.integers(1, 8), st.integers(24, 90))
+def test_everybody_finishes_with_few_preemptions(seed: int, order: str, tenants: int, seqs: int, blocks: int) -> None:
+    rng = random.Random(seed)
+    weights = {f"t{i}": rng.choice([0.01, 0.5, 1.0, 2.0, 100.0]) for i in range(tenants)}
+    simulation = Simulation(order, Machine(max_tokens=32, max_seqs=seqs, blocks=blocks), weight=weights.__getitem__)
+    coming = sorted((rng.randrange(120), rng.randrange(tenants)) for _ in range(40))
+    made: list[Request] = []
+    for step in range(6000):
+        while coming and coming[0][0] <= step:
+            job = Job(0.0, prompt(rng, rng.randint(1, 8 * BLOCK)), rng.choice([1, 1, 5, 60]), f"t{coming.pop(0)[1]}")
+            made.append(simulation.submit(job))
+        if not coming and not len(simulation.scheduler):
+            break
+        plan = simulation.step()
+        simulation.cache.check()
+        assert plan.rows <= 32 and len({chunk.request for chunk in plan.chunks}) == len(plan.chunks)
+        assert not {chunk.request for chunk in plan.chunks} & set(plan.preempted), "what was given up is still computed"
+    assert all(len(r.tokens) == r.token_limit for r in made) and len(made) == 40
+    assert simulation.scheduler.preemptions <= 4 * len(made)
+    assert not simulation.scheduler._served

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage
-from kvloom.engine.cache.eviction import CachedBlocks
+from kvloom.engine.cache.eviction import KeptItems
 from kvloom.engine.cache.pool import STRANGER_TURNOVERS
 from kvloom.engine.reuse.prefix import DomainFactory
 
@@ -170,7 +170,7 @@ class Plain:
 @given(st.lists(st.tuples(st.sampled_from(["add", "add", "use", "pop", "own", "touch"]), st.integers(0, 3)), max_size=120))
 def test_the_choice_is_the_one_that_is_written_down(steps: list[tuple[str, int]]) -> None:
     weights = {"0": 1.0, "1": 2.0, "2": 0.5, "3": 1.0}
-    real, plain = CachedBlocks(6, weights.__getitem__), Plain(6, weights)
+    real, plain = KeptItems(6, weights.__getitem__), Plain(6, weights)
     fresh = iter(range(1000))
     for what, number in steps:
         owner = str(number)

@@ -1,8 +1,8 @@
 """What requests leave behind: segments of the exact part of their prompts, and texts that are compiled alone.
 
 in context   copied out of a prompt's own blocks once it is computed; found by the same tenant (and salt) alone
-isolated     computed behind a few neutral tokens and nothing else: by upload, or when a second prompt of those that share
-             with others brings the same text; found as far as was asked for
+isolated     computed behind neutral prose and nothing else: by upload, or when a second prompt of those that share with others
+             brings the same text; found as far as was asked for, and by others only from its beginning (`chains`)
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.isolation import blame
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare import chunks
+from kvloom.engine.reuse.kvshare.chains import START, link, stretches
 from kvloom.engine.reuse.kvshare.copying import copy_out
 from kvloom.engine.reuse.kvshare.errands import Errand, Errands
-from kvloom.engine.reuse.kvshare.matching import Bools, Ints, Match
+from kvloom.engine.reuse.kvshare.matching import Bools, Ints, Match, find
 from kvloom.engine.reuse.kvshare.options import SCOPES
 from kvloom.engine.reuse.kvshare.popularity import Popularity
 from kvloom.engine.reuse.kvshare.scan import Placed
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook
 from kvloom.engine.reuse.kvshare.segments import Segment, SegmentStore
 from kvloom.engine.reuse.prefix import Domain
+
+LEAST_NEW = 64
+"""Tokens of a text that came twice of which nothing is there yet: with fewer it is not compiled again."""
+MOST_CHUNKS, MOST_PRODUCERS = 512, 16
+"""Chunks of a prompt, and running requests, that are looked at to find out who is about to leave what a prompt lacks."""
 
 
 @dataclass(slots=True)
@@ -88,7 +94,11 @@ class Donors:
             )
         domain = self._scopes.of(request).of(scope)
         assert domain is not None
-        request.prompt = (*self._sink, *request.prompt)
+        text = request.prompt
+        if domain.shared:  # a text that begins with special tokens, such as one for its beginning, is found without them
+            plain = np.flatnonzero(~self.barriers(np.array(text, np.int64)))
+            text = text[int(plain[0]) :] if len(plain) else text
+        request.prompt = (*self._sink, *text)
         self._compiled[request] = Compiled(domain)
 
     def compiled(self, request: Request) -> Compiled | None:
@@ -115,7 +125,7 @@ class Donors:
     def expect(self, request: Request) -> None:
         """A prompt is being computed in full: it will leave its chunks behind."""
         tokens = np.array(request.prompt, np.int32)
-        spans = chunks.cut(tokens, barriers=self.barriers(tokens))
+        spans = chunks.cut(tokens, barriers=self.barriers(tokens))[:MOST_CHUNKS]
         self._expected[request] = {tokens[first:last].tobytes(): last - first for first, last in spans}
         self.changes += 1
 
@@ -124,18 +134,19 @@ class Donors:
         others = [other for other in self._expected if (other.tenant, other.cache_salt) == (request.tenant, request.cache_salt)]
         if not others:
             return None
+        others = others[-MOST_PRODUCERS:]
         tokens = np.array(request.tokens, np.int32)
         lacking = np.ones(len(tokens), bool)
         for run in match.runs:
             lacking[run.start : run.stop] = False
         names = [
             tokens[first:last].tobytes()
-            for first, last in chunks.cut(tokens, barriers=self.barriers(tokens))
+            for first, last in chunks.cut(tokens, barriers=self.barriers(tokens))[:MOST_CHUNKS]
             if lacking[first:last].all()
         ]
-        shared = lambda other: sum(self._expected[other].get(name, 0) for name in names)  # noqa: E731
-        best = max(others, key=shared)
-        return best if shared(best) >= least else None
+        shared = {other: sum(self._expected[other].get(name, 0) for name in names) for other in others}
+        best = max(others, key=shared.__getitem__)
+        return best if shared[best] >= least else None
 
     def between_steps(self) -> None:
         """Do what must not delay the outputs of the step before."""
@@ -171,18 +182,34 @@ class Donors:
     def _add(self, placed: Placed, begin: int, end: int, domain: Domain, owner: str, *, isolated: bool) -> list[Segment]:
         """Store what is not known yet of positions [begin, end) as segments of one donor. Returns what was stored."""
         tokens = placed.tokens.astype(np.int32)[begin:end]
-        donor, stored = next(self._numbers), []
-        for first, last in chunks.cut(tokens, barriers=self.barriers(tokens)):
+        donor = next(self._numbers)
+        stored: list[Segment] = []
+        for first, last, before in self._parts(tokens, domain):
             part = tokens[first:last]
-            if self._store.known(domain, part, isolated=isolated):
+            known = self._store.known(domain, part, isolated=isolated, before=before)
+            if known is not None:
+                self._store.claim(known, owner)
                 continue
             k, v = copy_out(placed, begin + first, begin + last, self._cache.storage)
             segment = Segment(
-                domain=domain, tokens=part.copy(), k=k, v=v, position=begin + first, donor=donor, isolated=isolated, owner=owner
-            )
+                domain=domain, tokens=part.copy(), k=k, v=v, position=begin + first, donor=donor, isolated=isolated,
+                owner=owner, before=before,
+            )  # fmt: skip
             if self._store.add(segment):
                 stored.append(segment)
         return stored
+
+    def _parts(self, tokens: Ints, domain: Domain) -> list[tuple[int, int, bytes]]:
+        """Spans that are stored of a text, and what each is linked to. In a shared domain the last one first: what is stored
+        last is given up last, and the end of a chain is worth nothing without its beginning."""
+        spans = chunks.cut(tokens, barriers=self.barriers(tokens))
+        if not domain.shared:
+            return [(first, last, START) for first, last in spans]
+        parts, before = [], START
+        for first, last in stretches(spans):
+            parts.append((first, last, before))
+            before = link(domain, before, tokens[first:last])
+        return parts[::-1]
 
     def _count_sighting(self, request: Request) -> None:
         """Text that a second prompt brings, of those that share it with others, is compiled alone when there is time."""
@@ -194,7 +221,8 @@ class Donors:
         spans = chunks.cut(tokens, barriers=self.barriers(tokens))
         for first, last in self._popularity.second_sight(domain, tokens, spans, request.id, time.monotonic()):
             part = tokens[first:last]
-            if not all(self._store.known(domain, part[a:b], isolated=True) for a, b in chunks.cut(part)):
+            there = sum(run.length for run in find(self._store, part, 0, len(part), [domain]).runs)
+            if len(part) - there >= LEAST_NEW:
                 text = tuple(int(token) for token in part)
                 self._errands.add(Errand(kind="compile", tokens=text, tenant=request.tenant, scope=scope))
 

@@ -1,5 +1,8 @@
 """Work for an idle engine: requests of the engine's own, one at a time, which give way to everybody else's.
 
+Tenants take turns, and who has most of it waiting loses the oldest of it when there is too much. What it takes is charged to
+the tenant for whom it is done, as with any other request.
+
 compile   text that several prompts shared, alone, so that other tenants may reuse it
 heal      a prompt that reused KV, in full: its new parts become donors, and its next turn finds an exact prefix
 shadow    the same, and what reuse did to the first tokens of its answer is measured
@@ -8,7 +11,7 @@ shadow    the same, and what reuse did to the first tokens of its answer is meas
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +20,7 @@ from torch import Tensor
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 
 MOST = 64
-"""Errands that wait; the oldest are forgotten."""
+"""Errands that wait; the oldest of the tenant that has most are forgotten."""
 
 Kind = Literal["compile", "heal", "shadow"]
 
@@ -59,6 +62,8 @@ class Errands:
     def __init__(self) -> None:
         self._waiting: deque[Errand] = deque()
         self._numbers = itertools.count()
+        self._turns: dict[str, int] = {}
+        """Of tenants with errands here, the number of the last one that was started."""
         self._running: tuple[Request, Errand] | None = None
 
     def __len__(self) -> int:
@@ -69,18 +74,23 @@ class Errands:
         if errand not in self._waiting:
             self._waiting.append(errand)
             if len(self._waiting) > MOST:
-                self._waiting.popleft()
+                ((most, _),) = Counter(waiting.tenant for waiting in self._waiting).most_common(1)
+                self._waiting.remove(next(waiting for waiting in self._waiting if waiting.tenant == most))
 
     def purge(self, tenant: str) -> None:
         """Forget what waits for a tenant."""
         self._waiting = deque(errand for errand in self._waiting if errand.tenant != tenant)
 
     def start(self) -> Request | None:
-        """The next one, as a request; None if there is none."""
+        """The next one, as a request: the oldest of the tenant whose turn is longest ago. None if there is none."""
         if not self._waiting:
             return None
-        errand = self._waiting.popleft()
-        request = errand.request(next(self._numbers))
+        errand = min(self._waiting, key=lambda waiting: self._turns.get(waiting.tenant, -1))  # the first of equal ones
+        self._waiting.remove(errand)
+        number = next(self._numbers)
+        request = errand.request(number)
+        here = {waiting.tenant for waiting in self._waiting} | {errand.tenant}
+        self._turns = {tenant: turn for tenant, turn in self._turns.items() if tenant in here} | {errand.tenant: number}
         self._running = (request, errand)
         return request
 

@@ -59,7 +59,7 @@ class ShareEstimator:
         if found is not None and found.prefix == prefix and (found.version == version or now - found.time < LASTING):
             return found
         match = self._share.search(request, np.array(tokens, np.int64), prefix)
-        own = sum(run.length for run in match.runs if run.domain.tenant == request.tenant and run.domain.tenant)
+        own = sum(run.length for run in match.runs if not run.domain.shared)
         everything = sum(run.length for run in match.runs)
         if not request.tenant:  # one tenant, nobody to hide anything from
             own = everything

@@ -3,9 +3,12 @@
     window     its fingerprint leads to candidates; tokens are compared and the match grows to both sides
     piece      a part of one segment that lies in the prompt
     run        pieces of one donor that touch and move by one shift: in the prompt as they were there
-    choice     longest run first; what overlaps a longer one is trimmed
+    chain      in a shared domain, where tenants find what others sent: a run from the very beginning of what was computed
+               alone, so that every row's whole context lies in the prompt, too (`chains`); it may end anywhere
+    choice     longest run first; what overlaps a longer one is trimmed, a chain at its end only
 
-Never across a barrier (special tokens: roles, tools), never outside the range that was asked for.
+Never across a barrier (special tokens: roles, tools), never outside the range that was asked for, and never more work than
+`work` allows: then what was found so far is what there is.
 """
 
 from __future__ import annotations
@@ -13,22 +16,31 @@ from __future__ import annotations
 import bisect
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.engine.reuse.kvshare.chunks import WINDOW, fingerprints
+from kvloom.engine.reuse.kvshare.chains import START, link
+from kvloom.engine.reuse.kvshare.chunks import WINDOW, fingerprints, window_hashes
+from kvloom.engine.reuse.kvshare.periodic import periodic
 from kvloom.engine.reuse.kvshare.segments import Segment, SegmentStore
+from kvloom.engine.reuse.kvshare.work import Work
 from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 Dropped = tuple[int, int, str]
+MOST_RUNS = 1024
+"""Runs that are chosen among, the longest ones: a prompt of 32,768 tokens holds 512 that could be taken side by side."""
+MOST_HANDLED = 16384
+"""Pieces that are handled while choosing, counted with every run that is looked at again."""
 NEAR = WINDOW
 """Most tokens between two runs of one donor and shift for the shorter one to count as going on: an edit, a special token."""
-Reason = Literal["tokens differ", "segment ends", "special token", "range ends", "overlap"]
+_target, _start, _stop = (operator.attrgetter(name) for name in ("target", "start", "stop"))
+Reason = Literal["tokens differ", "segment ends", "special token", "range ends", "overlap", "periodic"]
 
 
 class Piece(NamedTuple):
@@ -87,9 +99,29 @@ class Run(NamedTuple):
         return self.pieces[0].segment.domain
 
     def within(self, start: int, stop: int) -> Run | None:
-        """The part inside prompt positions [start, stop), if any."""
-        parts = tuple(part for piece in self.pieces if (part := piece.within(start, stop)) is not None)
+        """The part inside prompt positions [start, stop), if any. A chain without its beginning is nothing."""
+        if self.domain.shared and start > self.start:
+            return None
+        near = self.pieces[bisect.bisect(self.pieces, start, key=_stop) : bisect.bisect_left(self.pieces, stop, key=_target)]
+        parts = tuple(part for piece in near if (part := piece.within(start, stop)) is not None)
         return Run(parts) if parts else None
+
+    def check(self, tokens: Ints) -> None:
+        """Prove that every piece lies where its tokens are, and that a chain is one. Raises AssertionError."""
+        for piece in self.pieces:
+            own = piece.segment.tokens[piece.source : piece.source + piece.length]
+            assert np.array_equal(own, tokens[piece.target : piece.stop]), "a piece lies at other tokens"
+            assert piece.shift == self.shift and piece.segment.domain == self.domain, "a run is mixed"
+        assert all(a.stop == b.target for a, b in zip(self.pieces, self.pieces[1:])), "a run has a hole"
+        if not self.domain.shared:
+            assert len({piece.segment.donor for piece in self.pieces}) == 1, "a run is mixed"
+            return
+        before = START
+        for piece in self.pieces:  # from the prompt's own tokens: what every row was computed behind lies in the prompt
+            assert piece.segment.isolated and piece.source == 0, "another tenant's KV is used without its beginning"
+            assert piece.segment.before == before, "another tenant's KV is used without what it was computed behind"
+            assert piece is self.pieces[-1] or piece.length == len(piece.segment.tokens), "a chain has a hole"
+            before = link(self.domain, before, tokens[piece.target : piece.stop])
 
 
 class Broken(NamedTuple):
@@ -110,13 +142,9 @@ class Match(NamedTuple):
     """(start, stop, why) of runs that were not taken."""
 
     def check(self, tokens: Ints) -> None:
-        """Prove that every piece lies where its tokens are. Raises AssertionError."""
+        """Prove that every run is what it claims to be (`Run.check`), and alone where it is. Raises AssertionError."""
         for run in self.runs:
-            for piece in run.pieces:
-                own = piece.segment.tokens[piece.source : piece.source + piece.length]
-                assert np.array_equal(own, tokens[piece.target : piece.stop]), "a piece lies at other tokens"
-                assert piece.shift == run.shift and piece.segment.donor == run.pieces[0].segment.donor, "a run is mixed"
-            assert all(a.stop == b.target for a, b in zip(run.pieces, run.pieces[1:])), "a run has a hole"
+            run.check(tokens)
         assert all(a.stop <= b.start for a, b in zip(self.runs, self.runs[1:])), "runs overlap"
 
 
@@ -136,33 +164,77 @@ def find(
     min_match: shortest run; short_match: shortest one within NEAR tokens of another run of its donor and shift.
     """
     walls = np.zeros(len(tokens), bool) if barriers is None else barriers
-    pieces = _pieces(store, tokens, begin, end, domains, walls)
-    chosen, dropped = _choose(_joined(pieces), min_match, short_match)
-    broken = [Broken(at, why) for run in chosen for at, why in _ends(run, tokens, begin, end, walls)]
-    return Match(tuple(chosen), tuple(broken), tuple(dropped))
+    runs: list[Run] = []
+    for domain in domains:
+        if domain.shared:
+            runs += _chains(store, tokens, begin, end, domain, walls)
+        else:
+            runs += _joined(_pieces(store, tokens, begin, end, domain, walls))
+    repeats = periodic(tokens[begin:end]) if runs else np.zeros(0, bool)
+    repeats = np.concatenate([np.zeros(begin, bool), repeats, np.zeros(len(tokens) - begin - len(repeats), bool)])
+    told, runs = _without(runs, repeats)
+    chosen, dropped = _choose(runs, min_match, short_match)
+    broken = [Broken(at, why) for run in chosen for at, why in _ends(run, tokens, begin, end, walls, repeats)]
+    return Match(tuple(chosen), tuple(broken), tuple(sorted({*told, *dropped})))
 
 
-def _pieces(store: SegmentStore, tokens: Ints, begin: int, end: int, domains: Sequence[Domain], walls: Bools) -> list[Piece]:
-    """Every maximal piece that a chosen window leads to, once.
+def _without(runs: Sequence[Run], repeats: Bools) -> tuple[set[Dropped], list[Run]]:
+    """Runs without the positions of text that repeats itself, and what that took from them."""
+    told: set[Dropped] = set()
+    edges = np.flatnonzero(np.diff(repeats.astype(np.int8), prepend=0, append=0)).tolist()
+    if not edges:
+        return told, list(runs)
+    left: list[Run] = []
+    for run in runs:
+        near = edges[max(0, bisect.bisect(edges, run.start) // 2 * 2 - 2) : bisect.bisect_left(edges, run.stop) + 1]
+        near = near[: len(near) // 2 * 2]
+        spans = [(max(a, run.start), min(b, run.stop)) for a, b in zip(near[::2], near[1::2]) if a < run.stop and b > run.start]
+        told |= {(start, stop, "periodic") for start, stop in spans}
+        bounds = zip([run.start, *(stop for _, stop in spans)], [*(start for start, _ in spans), run.stop])
+        left += [part for start, stop in bounds if start < stop and (part := run.within(start, stop)) is not None]
+    return told, left
+
+
+def _chains(store: SegmentStore, tokens: Ints, begin: int, end: int, domain: Domain, walls: Bools) -> list[Run]:
+    """The longest run from every place where a chain of a shared domain begins; none that lies in one before it."""
+    work, runs, reached = Work(), [], begin
+    hashes = window_hashes(tokens[begin:end])
+    stops = np.append(np.flatnonzero(walls[begin:end]), end - begin)
+    for start in store.chains.starts(domain, hashes):
+        work.reach(start)
+        stop = int(stops[np.searchsorted(stops, start)])
+        found = store.chains.follow(domain, tokens[begin + start : begin + stop], hashes[start : stop - WINDOW + 1], work)
+        at, pieces = begin + start, []
+        for segment, length in found:
+            pieces.append(Piece(segment, 0, at, length))
+            at += length
+        if pieces and at > reached:
+            runs.append(Run(tuple(pieces)))
+            reached = at
+    return runs
+
+
+def _pieces(store: SegmentStore, tokens: Ints, begin: int, end: int, domain: Domain, walls: Bools) -> list[Piece]:
+    """Of the segments of an owner's own domain every maximal piece that a chosen window leads to, once.
 
     A window that lies in a piece is not looked for again in that piece's segment: what else it leads to there lies in the
     piece, too, or another window leads to it. So text that repeats itself is tiled, not matched at every shift.
     """
-    found: list[Piece] = []
+    found, work = list[Piece](), Work()
     reached: dict[tuple[int, int], int] = {}  # (segment, where it would begin) -> first prompt position not looked at
     tiled: dict[int, int] = {}  # segment -> end of its last piece
     for at, value in zip(*(values.tolist() for values in fingerprints(tokens[begin:end]))):
+        work.reach(at)
         at += begin
-        for domain in domains:
-            for segment, offset in store.candidates(domain, value):
-                line = (id(segment), at - offset)
-                if reached.get(line, 0) > at or tiled.get(id(segment), 0) >= at + WINDOW:
-                    continue
-                piece = _grown(segment, offset, tokens, at, begin, end, walls)
-                if piece is not None:
-                    reached[line] = piece.stop
-                    tiled[id(segment)] = max(piece.stop, tiled.get(id(segment), 0))
-                    found.append(piece)
+        for segment, offset in store.candidates(domain, value):
+            line = (id(segment), at - offset)
+            if reached.get(line, 0) > at or tiled.get(id(segment), 0) >= at + WINDOW or not work.allows(len(segment.tokens)):
+                continue
+            piece = _grown(segment, offset, tokens, at, begin, end, walls)
+            if piece is not None:
+                reached[line] = piece.stop
+                tiled[id(segment)] = max(piece.stop, tiled.get(id(segment), 0))
+                found.append(piece)
     return found
 
 
@@ -198,14 +270,20 @@ def _joined(pieces: Sequence[Piece]) -> Iterator[Run]:
         yield Run(tuple(run))
 
 
+def _line(run: Run) -> tuple[Hashable, ...]:
+    """What runs have in common that may continue each other."""
+    piece = run.pieces[0]
+    return piece.segment.donor, piece.segment.domain.key, piece.shift
+
+
 def _alike(a: Piece, b: Piece) -> bool:
     return a.segment.donor == b.segment.donor and a.segment.domain.key == b.segment.domain.key and a.shift == b.shift
 
 
 def _rank(run: Run) -> tuple[float, ...]:
-    """Longest first; then compiled alone, the smaller deviation, the newer donor."""
+    """Longest first; then one's own, compiled alone, the smaller deviation, the newer donor."""
     deviation = max(piece.segment.deviation for piece in run.pieces)
-    return (-run.length, not run.isolated, deviation, -run.pieces[0].segment.donor, run.start)
+    return (-run.length, run.domain.shared, not run.isolated, deviation, -run.pieces[0].segment.donor, run.start)
 
 
 class _Choice:
@@ -240,13 +318,17 @@ class _Choice:
 
 def _choose(runs: Iterable[Run], min_match: int, short_match: int) -> tuple[list[Run], list[Dropped]]:
     """Greedy, best first; short ones last, as they need a longer one beside them."""
-    choice, number = _Choice(), itertools.count()
-    waiting = [(_rank(run), next(number), run) for run in runs]
-    heapq.heapify(waiting)
-    dropped: set[Dropped] = set()
+    choice, number, handled = _Choice(), itertools.count(), 0
+    ranked = heapq.nsmallest(MOST_RUNS + 1, ((_rank(run), next(number), run) for run in runs))
+    waiting = ranked[:MOST_RUNS]
+    dropped: set[Dropped] = {(run.start, run.stop, "too many") for *_, run in ranked[MOST_RUNS:]}
     short: list[Run] = []
     while waiting:
         run = heapq.heappop(waiting)[2]
+        handled += len(run.pieces)
+        if handled > MOST_HANDLED:
+            dropped |= {(run.start, run.stop, "too many")}
+            break
         parts = choice.outside(run)
         if parts != [run]:
             if not parts:
@@ -263,15 +345,36 @@ def _choose(runs: Iterable[Run], min_match: int, short_match: int) -> tuple[list
 
 def _lengthen(choice: _Choice, short: Sequence[Run], least: int) -> set[Dropped]:
     """Take short runs, best first, that continue one that was taken, be it one of themselves. Returns what is left."""
-    while True:
-        run = next((run for run in short if run.length >= least and choice.continues(run)), None)
-        if run is None:
-            return {(run.start, run.stop, "shorter than min_match") for run in short}
-        choice.take(run)
-        short = [part for other in short for part in choice.outside(other)]
+    lines: dict[tuple[Hashable, ...], list[Run]] = {}
+    for run in sorted(short, key=_start):
+        lines.setdefault(_line(run), []).append(run)
+    number = itertools.count()
+    waiting = [(_rank(run), next(number), run) for run in short if run.length >= least and choice.continues(run)]
+    heapq.heapify(waiting)
+    asked, left = {id(run) for *_, run in waiting}, {id(run): run for run in short}
+    while waiting:
+        run = heapq.heappop(waiting)[2]
+        left.pop(id(run), None)
+        parts = choice.outside(run)
+        if parts != [run]:
+            left.update((id(part), part) for part in parts)
+            again = [part for part in parts if part.length >= least and choice.continues(part)]
+        else:
+            choice.take(run)
+            again = [other for other in _beside(run, lines[_line(run)]) if other.length >= least and id(other) not in asked]
+            asked |= {id(other) for other in again}
+        for one in again:
+            heapq.heappush(waiting, (_rank(one), next(number), one))
+    return {(part.start, part.stop, "shorter than min_match") for run in left.values() for part in choice.outside(run)}
 
 
-def _ends(run: Run, tokens: Ints, begin: int, end: int, walls: Bools) -> Iterator[tuple[int, Reason]]:
+def _beside(run: Run, line: Sequence[Run]) -> Sequence[Run]:
+    """Runs of one line, ascending and disjoint, that a run of it goes on at, at either side."""
+    first = bisect.bisect_left(line, run.start - NEAR, key=_stop)
+    return line[first : bisect.bisect(line, run.stop + NEAR, key=_start)]
+
+
+def _ends(run: Run, tokens: Ints, begin: int, end: int, walls: Bools, repeats: Bools) -> Iterator[tuple[int, Reason]]:
     """Why a run does not go on at either side."""
     first, last = run.pieces[0], run.pieces[-1]
     for at, outside, source, piece in (
@@ -286,5 +389,7 @@ def _ends(run: Run, tokens: Ints, begin: int, end: int, walls: Bools) -> Iterato
             yield at, "segment ends"
         elif piece.segment.tokens[source] != tokens[outside]:
             yield at, "tokens differ"
+        elif repeats[outside]:
+            yield at, "periodic"
         else:  # it does go on, under a run that was preferred
             yield at, "overlap"

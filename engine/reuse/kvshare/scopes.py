@@ -52,8 +52,10 @@ class ScopeBook:
         if salt:
             return Scopes(own, None, None)
         group = self._tenants.get(tenant).group
-        shared = self._domains.domain("", "", f"kvshare group {group}") if group else None
-        return Scopes(own, shared, self._domains.domain("", "", "kvshare public"))
+        return Scopes(own, self._shared(f"kvshare group {group}") if group else None, self._shared("kvshare public"))
+
+    def _shared(self, name: str) -> Domain:
+        return self._domains.domain("", "", name)._replace(shared=True)
 
     def check(self, request: Request, scope: str, param: str) -> None:
         """Whether the tenant may leave segments there. Raises InvalidRequestError."""

@@ -3,13 +3,17 @@
 sampled     the log-probabilities of the first tokens of the answer are kept
 idle        the same prompt in full, forced to the same answer: KL(full || reused) and the likeliest token, per token
 bad window  at first more is recomputed; if that does not help, approximate reuse is switched off
+
+Judged per tenant: whoever sends prompts that reuse serves badly turns it off for itself, not for others. And only by requests
+that leave the server's own options as they are: what a request chose for itself says nothing about them.
 """
 
 from __future__ import annotations
 
 import logging
 import random
-from collections import deque
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,23 +31,48 @@ WINDOW, LEAST = 32, 8
 """Checks that are looked at together, and the fewest that decide."""
 
 
+MOST_TENANTS = 1024
+"""Tenants whose checks are remembered: the one that was checked longest ago is forgotten, and begins anew."""
+
+
+@dataclass(slots=True)
+class Quality:
+    """What checks of one tenant's requests have shown."""
+
+    enabled: bool = True
+    """False once they have failed for good."""
+    least_ratio: float = 0.0
+    """Reused tokens that are computed at least, since checks have failed once."""
+    window: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    """Mean KL and share of equal likeliest tokens, of the last checks."""
+    checks: int = 0
+
+
+_UNKNOWN = Quality()
+
+
 class Shadow:
     """Samples, compares, and decides."""
 
     def __init__(self, options: ShareOptions, errands: Errands, stats: ShareStats) -> None:
-        self.enabled = True
-        """False once checks have failed for good."""
-        self.least_ratio = 0.0
-        """Reused tokens that are computed at least, since checks have failed once."""
         self._options, self._errands, self._stats = options, errands, stats
         self._random = random.Random()
         self._seen: dict[Request, list[Tensor]] = {}
         self._checking: list[tuple[float, bool]] = []
-        self._window: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+        self._tenants: OrderedDict[str, Quality] = OrderedDict()
 
-    def open(self, request: Request) -> None:
-        """Maybe watch a request that may reuse KV."""
-        if self._random.random() < self._options.shadow_share:
+    def of(self, tenant: str) -> Quality:
+        """What is known of a tenant. Not to be changed."""
+        return self._tenants.get(tenant, _UNKNOWN)
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Tenants whose checks have failed, and what follows: "more" is computed, or reuse is "off"."""
+        return {t: "more" if q.enabled else "off" for t, q in self._tenants.items() if q.least_ratio or not q.enabled}
+
+    def open(self, request: Request, *, default: bool) -> None:
+        """Maybe watch a request that may reuse KV. default: it leaves the server's options as they are."""
+        if default and self._random.random() < self._options.shadow_share:
             self._seen[request] = []
 
     def observe(self, request: Request, logits: Tensor) -> None:
@@ -78,34 +107,40 @@ class Shadow:
         """A request could not be queued, or has ended."""
         self._seen.pop(request, None)
 
-    def conclude(self, *, whole: bool) -> None:
-        """An errand has ended, as a whole or not: if it was a check, take its result in, and act if results are bad."""
+    def conclude(self, tenant: str, *, whole: bool) -> None:
+        """A tenant's errand has ended, as a whole or not: if it was a check, take its result in, and act if results are bad."""
         found, self._checking = self._checking, []
         if not found or not whole:
             return
-        stats = self._stats
+        stats, tokens = self._stats, len(found)
+        kl, same = sum(kl for kl, _ in found), sum(same for _, same in found)
         stats.shadow_checks += 1
-        stats.shadow_tokens += len(found)
-        stats.shadow_kl += sum(kl for kl, _ in found)
-        stats.shadow_agree += sum(same for _, same in found)
-        self._window.append((sum(kl for kl, _ in found) / len(found), sum(same for _, same in found) / len(found)))
-        if len(self._window) >= LEAST:
-            self._decide()
+        stats.shadow_tokens += tokens
+        stats.shadow_kl += kl
+        stats.shadow_agree += same
+        quality = self._tenants.setdefault(tenant, Quality())
+        self._tenants.move_to_end(tenant)
+        if len(self._tenants) > MOST_TENANTS:
+            self._tenants.popitem(last=False)
+        quality.checks += 1
+        quality.window.append((kl / tokens, same / tokens))
+        if len(quality.window) >= LEAST:
+            self._decide(tenant, quality)
 
-    def _decide(self) -> None:
-        kl, top1 = (sum(values) / len(self._window) for values in zip(*self._window))
+    def _decide(self, tenant: str, quality: Quality) -> None:
+        kl, top1 = (sum(values) / len(quality.window) for values in zip(*quality.window))
         if kl <= self._options.shadow_kl and top1 >= self._options.shadow_top1:
             return
-        checks = len(self._window)
-        self._window.clear()
-        told = f"{checks} shadow checks found a mean KL of {kl:.3f} and {top1:.0%} agreement"
+        checks = len(quality.window)
+        quality.window.clear()
+        told = f"{checks} shadow checks of tenant {tenant!r} found a mean KL of {kl:.3f} and {top1:.0%} agreement"
         ratio = self._options.repair.ratio
-        if self.least_ratio == 0.0 and ratio < 1:
-            self.least_ratio = next(step for step in RATIOS if step > ratio)
-            log.warning("%s; at least %g of reused tokens are computed from now on", told, self.least_ratio)
+        if quality.least_ratio == 0.0 and ratio < 1:
+            quality.least_ratio = next(step for step in RATIOS if step > ratio)
+            log.warning("%s; at least %g of its reused tokens are computed from now on", told, quality.least_ratio)
         else:
-            self.enabled = False
-            log.error("%s; approximate reuse is switched off, requests are served exactly", told)
+            quality.enabled = False
+            log.error("%s; its requests are served without approximate reuse from now on", told)
 
 
 def _kept(logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -94,10 +94,9 @@ class KVShare:
         self._plans: dict[Request, Plan] = {}
         self._copy_work, self._row_seconds = COPY_WORK, 0.0
 
-    @property
-    def enabled(self) -> bool:
-        """False once shadow checks have failed: requests are served exactly."""
-        return self._shadow.enabled
+    def enabled(self, tenant: str) -> bool:
+        """False once shadow checks of a tenant's requests have failed: they are served exactly."""
+        return self._shadow.of(tenant).enabled
 
     # A request's life ---------------------------------------------------------------------------------------------------
 
@@ -130,10 +129,11 @@ class KVShare:
                 "choose another order or no selection",
                 param="kv.kvshare.refresh_order",
             )
-        request.approximate = self.enabled and request.sampling.prompt_logprobs is None  # those need every row
-        self._repairs[request] = replace(options, ratio=max(options.ratio, self._shadow.least_ratio))
+        quality = self._shadow.of(request.tenant)
+        request.approximate = quality.enabled and request.sampling.prompt_logprobs is None  # those need every row
+        self._repairs[request] = replace(options, ratio=max(options.ratio, quality.least_ratio))
         if request.approximate:
-            self._shadow.open(request)
+            self._shadow.open(request, default=options == self.options.repair)
 
     def compile(self, request: Request) -> None:
         """A text is being queued to be compiled alone. Raises InvalidRequestError if the tenant may not."""
@@ -151,7 +151,7 @@ class KVShare:
     def give_way(self) -> None:
         """The errand that runs begins anew later; what it has seen so far does not count."""
         self.errands.put_back()
-        self._shadow.conclude(whole=False)
+        self._shadow.conclude("", whole=False)
 
     def generated(self, request: Request, table: BlockTable) -> None:
         """A request's prompt is computed."""
@@ -177,7 +177,7 @@ class KVShare:
                 self._heal(request, request.repair)
         errand = self.errands.of(request)
         if errand is not None:
-            self._shadow.conclude(whole=request.generated >= len(errand.answer))
+            self._shadow.conclude(request.tenant, whole=request.generated >= len(errand.answer))
             self.stats.healed_tokens += len(request.prompt) if errand.kind != "compile" and request.generated else 0
 
     def _heal(self, request: Request, repair: Repair) -> None:
@@ -253,7 +253,11 @@ class KVShare:
         """Copy, check, rank. Returns why not, if not, and the work in rows of a full pass."""
         reused, rest = sum(run.length for run in match.runs), len(placed.tokens) - prefix
         if reused < self.options.min_reusable:
-            return "too little to reuse", 0.0
+            repeats = np.zeros(len(placed.tokens), bool)
+            for start, stop, why in match.dropped:
+                repeats[start:stop] |= why == "periodic"
+            enough = reused + int(repeats.sum()) >= self.options.min_reusable
+            return ("periodic" if enough else "too little to reuse"), 0.0
         work = self._work(reused, rest, options)
         if work > (1 - self.options.min_gain) * rest:
             return "too little to gain", 0.0
@@ -314,11 +318,14 @@ class KVShare:
             self.stats.deviation_sum += mean
             self.stats.deviation_runs += 1
             self.stats.rejected_runs += bad
-            for piece in run.pieces:
-                piece.segment.deviation += 0.3 * (mean - piece.segment.deviation)
-                if bad:
+            for piece in reversed(run.pieces):  # a chain's beginning is given up last
+                if (
+                    not run.domain.shared
+                ):  # how far others' segments are off is for each prompt to see: no prompt speaks for all
+                    piece.segment.deviation += 0.3 * (mean - piece.segment.deviation)
+                if bad and not run.domain.shared:
                     self.store.reject(piece.segment)
-                else:
+                elif not bad:
                     self.store.touch(piece.segment)
 
     def _distrust(self, runs: Sequence[Run]) -> None:
@@ -357,9 +364,14 @@ class KVShare:
 
     # What it tells -----------------------------------------------------------------------------------------------------
 
+    @property
+    def failed_tenants(self) -> Mapping[str, str]:
+        """See `ShareStats.failed_tenants`."""
+        return self._shadow.failed
+
     def snapshot(self) -> ShareStats:
         """Counters as of now."""
-        stats, store = self.stats, self.store
+        stats, store, failed = self.stats, self.store, self.failed_tenants
         return replace(
             stats,
             tokens=stats.tokens.copy(),
@@ -367,7 +379,8 @@ class KVShare:
             runs=stats.runs.copy(),
             run_lengths=list(stats.run_lengths),
             recomputed_shares=list(stats.recomputed_shares),
-            enabled=self.enabled,
+            enabled="off" not in failed.values(),
+            failed_tenants=failed,
             segments=len(store),
             segment_bytes=store.bytes,
             segment_capacity=store.capacity,

@@ -21,6 +21,8 @@ from pathlib import Path
 import platformdirs
 import torch
 
+from kvloom.kernels.trust import code_folder, foreign
+
 SOURCES = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 
@@ -42,22 +44,21 @@ def build(*, generic: bool = False) -> Path:
     if compiler is None:
         return _built_earlier(folder, wanted)
     target = folder / f"kvloom-{wanted}-{_digest(_version(compiler).encode())}.so"
-    if not target.exists():
+    if not _usable(target):
         with _locked(folder):
-            if not target.exists():  # another process may have built it while this one waited
+            if not _usable(target):  # another process may have built it while this one waited
                 _compile(compiler, flags, target)
     return target
 
 
 def cache_folder() -> Path:
-    """Where built libraries are kept: KVLOOM_CACHE, or the user's cache folder of kvloom."""
+    """Where built libraries are kept: KVLOOM_CACHE, or the user's cache folder of kvloom; never where others may write."""
     root = os.environ.get("KVLOOM_CACHE")
     folder = (Path(root) if root else Path(platformdirs.user_cache_dir("kvloom"))) / "native"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return code_folder(folder)
     except OSError as error:
         raise NativeUnavailable(f"cannot create {folder}: {error}; set KVLOOM_CACHE to a writable folder") from error
-    return folder
 
 
 def openmp_runtimes() -> list[str]:
@@ -116,8 +117,13 @@ def _digest(*parts: bytes) -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 
+def _usable(library: Path) -> bool:
+    """Whether it is there, and nobody else can have written it: otherwise it is built anew in its place."""
+    return library.is_file() and foreign(library) is None
+
+
 def _built_earlier(folder: Path, wanted: str) -> Path:
-    found = sorted(folder.glob(f"kvloom-{wanted}-*.so"))
+    found = sorted(filter(_usable, folder.glob(f"kvloom-{wanted}-*.so")))
     if not found:
         raise NativeUnavailable("no C++ compiler found (looked for CXX, g++, clang++, c++); install one for more speed")
     return found[-1]
@@ -146,6 +152,7 @@ def _compile(compiler: str, flags: list[str], target: Path) -> None:
             list(pool.map(_run, jobs))
         library = Path(scratch) / target.name
         _run([compiler, "-shared", *map(str, objects), _openmp(), "-o", str(library)])
+        library.chmod(0o755)
         os.replace(library, target)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from kvloom.kernels.trust import foreign
+
 from .build import NativeUnavailable
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -80,6 +82,8 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         try:
+            if (problem := foreign(path)) is not None:
+                raise NativeUnavailable(f"{path} is not loaded: {problem}")
             self.handle = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"{path} does not load: {error}") from error

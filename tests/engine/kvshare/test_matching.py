@@ -16,6 +16,7 @@ from kvloom.engine.reuse.kvshare import chunks, matching
 from kvloom.engine.reuse.kvshare.chunks import WINDOW, WINDOWS, cut
 from kvloom.engine.reuse.kvshare.matching import NEAR, Broken, Match, Piece, Run, find
 from kvloom.engine.reuse.kvshare.segments import Segment, SegmentStore
+from kvloom.engine.reuse.kvshare.work import AT_ONCE, PER_TOKEN, Work
 from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
@@ -29,13 +30,21 @@ def text(seed: int, length: int) -> Ints:
 
 
 def add(
-    store: SegmentStore, tokens: Ints, domain: Domain = OWN, *, donor: int = 1, position: int = 0, isolated: bool = False
+    store: SegmentStore,
+    tokens: Ints,
+    domain: Domain = OWN,
+    *,
+    donor: int = 1,
+    position: int = 0,
+    isolated: bool = False,
+    before: bytes = b"",
 ) -> Segment:
     """One segment."""
     k, v = (torch.zeros(1, len(tokens), 1, 1, dtype=torch.float16) for _ in range(2))
     own = Segment(
-        domain=domain, tokens=tokens, k=k, v=v, position=position, donor=donor, isolated=isolated, owner=domain.tenant
-    )
+        domain=domain, tokens=tokens, k=k, v=v, position=position, donor=donor, isolated=isolated,
+        owner=domain.tenant, before=before,
+    )  # fmt: skip
     assert store.add(own)
     return own
 
@@ -338,10 +347,11 @@ REPEATING = st.lists(st.lists(st.integers(0, 2), min_size=32, max_size=120), min
 CUTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 80), st.integers(1, 120)), max_size=4)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=75, deadline=None, derandomize=True)
+@pytest.mark.parametrize("repeats", [True, False])
 @given(REPEATING, st.lists(st.integers(0, 2), max_size=300), CUTS)
 def test_what_is_found_is_equal_even_in_text_that_repeats(
-    donors: list[list[int]], noise: list[int], parts: list[tuple[int, int, int]]
+    repeats: bool, donors: list[list[int]], noise: list[int], parts: list[tuple[int, int, int]]
 ) -> None:
     store = SegmentStore(1 << 24)
     for number, donor in enumerate(donors):
@@ -351,7 +361,10 @@ def test_what_is_found_is_equal_even_in_text_that_repeats(
     prompt = np.array(
         [*noise, *(t for i, first, length in parts for t in donors[i % len(donors)][first : first + length])], np.int32
     )
-    match = look(store, prompt, min_match=24, short_match=17, barriers=prompt == 3)  # `look` compares tokens
+    with pytest.MonkeyPatch.context() as patch:
+        if repeats:
+            patch.setattr(matching, "periodic", lambda tokens: np.zeros(len(tokens), bool))
+        match = look(store, prompt, min_match=24, short_match=17, barriers=prompt == 3)  # `look` compares tokens
     assert all(run.length >= 17 for run in match.runs)
     assert len(match.broken) == 2 * len(match.runs)
     for run, (left, right) in zip(match.runs, zip(match.broken[::2], match.broken[1::2])):
@@ -386,11 +399,86 @@ def test_text_that_repeats_itself_takes_bounded_work(store: SegmentStore, monkey
 
     counted("_grown")
     counted("_rank")
+    monkeypatch.setattr(matching, "periodic", lambda tokens: np.zeros(len(tokens), bool))
     match = look(store, tokens)
     tiles = 4096 // (256 - 12 - period - WINDOWS) + 1
     assert sum(run.length for run in match.runs) > 0.75 * 4096
     assert calls["_grown"] <= 3 * 8 * tiles and calls["_rank"] <= 9 * 8 * tiles
     assert len(match.dropped) <= 8 * tiles
+
+
+@pytest.mark.parametrize("domain", [OWN, PUBLIC._replace(shared=True)])
+def test_text_that_repeats_itself_is_not_reused(store: SegmentStore, domain: Domain) -> None:
+    document = join(text(1, 100), np.full(120, 9, np.int32), text(2, 130))
+    before = b""
+    for first, last in cut(document):
+        own = add(store, document[first:last], domain, position=first, isolated=domain.shared, before=before)
+        before = own.link
+    prompt = join(text(3, 20), document, text(4, 20))
+    match = find(store, prompt, 0, len(prompt), [domain])
+    match.check(prompt)
+    first, *rest = spans(match)
+    assert first == (20, 118), "a window of few different tokens holds two others as well"
+    assert rest == [] if domain.shared else [(242, max(stop for _, stop in rest))]
+    assert (118, 242, "periodic") in match.dropped and Broken(118, "periodic") in match.broken
+
+
+def crafted(kind: str, count: int) -> tuple[SegmentStore, Ints, Domain]:
+    """A store that a client made to be searched for long, and the prompt to search it with."""
+    store, source = SegmentStore(1 << 28), np.random.default_rng(5)
+    prompt = source.integers(3, 4000, 4096).astype(np.int32)
+    if kind == "repeats":  # few different windows, in many donors
+        prompt = np.resize(source.integers(3, 5, 700), 4096).astype(np.int32)
+    domain = PUBLIC._replace(shared=True) if kind in ("starts", "forks") else OWN
+    for donor in range(count):
+        at = donor * 7 % 3800
+        part = prompt[at : at + int(source.integers(40, 256))].copy()
+        if kind == "edits":  # pieces that break every 34 tokens
+            part[::34] = source.integers(5000, 9000, len(part[::34]))
+        if kind == "forks":  # one first window, every length, other ends
+            part = join(prompt[:16], source.integers(3, 4000, 16 + donor % 224).astype(np.int32))
+        if kind != "starts" or len(part) > 32:
+            tokens = part.astype(np.int32)
+            if store.known(domain, tokens) is None:
+                add(store, tokens, domain, donor=donor, position=donor * 3, isolated=domain.shared)
+    return store, prompt, domain
+
+
+@pytest.mark.parametrize("kind", ["pieces", "repeats", "edits", "starts", "forks"])
+def test_a_look_up_does_bounded_work(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, prompt, domain = crafted(kind, 1500)
+    counts = {"compared": 0, "handled": 0}
+    compare, rank = Work.allows, matching._rank
+
+    def allows(self: Work, tokens: int) -> bool:
+        allowed = compare(self, tokens)
+        counts["compared"] += max(tokens, 32) if allowed else 0
+        return allowed
+
+    def ranked(run: Run) -> tuple[float, ...]:
+        counts["handled"] += len(run.pieces)
+        return rank(run)
+
+    monkeypatch.setattr(Work, "allows", allows)
+    monkeypatch.setattr(matching, "_rank", ranked)
+    match = find(store, prompt, 0, len(prompt), [domain], min_match=32, short_match=16)
+    match.check(prompt)
+    assert counts["compared"] <= AT_ONCE + PER_TOKEN * len(prompt)
+    assert counts["handled"] <= 3 * (matching.MOST_HANDLED + AT_ONCE + PER_TOKEN * len(prompt) // 32)
+
+
+def test_what_is_spent_on_one_place_is_not_taken_from_another(store: SegmentStore) -> None:
+    document, domain = text(1, 200), PUBLIC._replace(shared=True)
+    prompt = join(np.resize(text(2, 70), 3000), document).astype(np.int32)
+    for donor in range(900):
+        part = join(prompt[donor % 60 : donor % 60 + 20 + donor % 200], text(donor, 12))
+        add(store, part, domain, donor=donor, isolated=True)
+    before = b""
+    for first, last in cut(document):
+        before = add(store, document[first:last], domain, donor=1000, position=first, isolated=True, before=before).link
+    match = find(store, prompt, 0, len(prompt), [domain])
+    match.check(prompt)
+    assert spans(match)[-1] == (3000, 3200)
 
 
 def test_check_notices() -> None:

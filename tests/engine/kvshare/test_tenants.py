@@ -11,9 +11,13 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
+from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
 from kvloom.engine.request import Request
+from kvloom.engine.reuse.kvshare.errands import Errands
+from kvloom.engine.reuse.kvshare.options import ShareOptions
+from kvloom.engine.reuse.kvshare.shadow import MOST_TENANTS, WINDOW, Shadow
 
 MakeLLM = Callable[..., LLM]
 OPTIONS = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0%s}'
@@ -271,7 +275,9 @@ def test_errands_give_way(healing: LLM) -> None:
 
 
 def test_an_interrupted_shadow_check_counts_once(make_llm: MakeLLM) -> None:
-    options = OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1') % ', "heal": false, "shadow_kl": 1000, "shadow_top1": 0'
+    options = OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1') % (
+        ', "heal": false, "shadow_kl": 1000, "shadow_top1": 0, "policy": "boundary", "ratio": 0.0'
+    )
     llm = make_llm(kvshare_options=options, segment_memory="64MiB")
     ask(llm, "", prompt(1))
     ask(llm, "", prompt(2), sampling=SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
@@ -286,7 +292,10 @@ def test_an_interrupted_shadow_check_counts_once(make_llm: MakeLLM) -> None:
 
 
 def shadowing(make_llm: MakeLLM, extra: str) -> LLM:
-    options = OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1') % f', "heal": false{extra}'
+    options = (
+        OPTIONS.replace('"shadow_share": 0', '"shadow_share": 1')
+        % f', "heal": false, "policy": "boundary", "ratio": 0.0{extra}'
+    )
     return make_llm(kvshare_options=options, segment_memory="64MiB")
 
 
@@ -317,21 +326,48 @@ def test_shadow_checks_measure_what_reuse_did(make_llm: MakeLLM) -> None:
 
 def test_failing_shadow_checks_raise_the_ratio_then_switch_off(make_llm: MakeLLM) -> None:
     llm = shadowing(make_llm, ', "shadow_kl": 1e-6, "ratio": 0.15')
-    ask(llm, "", prompt(1))
+    ask(llm, "", prompt(1), ratio=0.15)
     seed = 2
-    while llm.core.share.enabled:
-        result = ask(llm, "", prompt(seed))
+    while llm.core.share.enabled(""):
+        result = ask(llm, "", prompt(seed), ratio=0.15)
         seed += 1
         llm.settle()
         assert seed < 40
         if seed == 12:  # after eight checks
             share = result.usage.recomputed_tokens / reused(result)
             assert share == pytest.approx(0.2, abs=0.02)
-    assert not llm.stats().share.enabled
-    result = ask(llm, "", prompt(seed))
+    assert not llm.stats().share.enabled and llm.stats().share.failed_tenants == {"": "off"}
+    result = ask(llm, "", prompt(seed), ratio=0.15)
     assert reused(result) == 0  # served exactly
     off = ask(llm, "", prompt(seed), reuse="off")
     assert result.tokens == off.tokens
+
+
+def test_one_tenants_checks_decide_for_that_tenant_alone() -> None:
+    shadow = Shadow(ShareOptions(), Errands(), ShareStats())
+    for _ in range(2 * WINDOW):
+        shadow._checking = [(9.0, False)]
+        shadow.conclude("mallory", whole=True)
+        shadow._checking = [(0.001, True)]
+        shadow.conclude("victim", whole=True)
+    assert not shadow.of("mallory").enabled and shadow.failed == {"mallory": "off"}
+    assert shadow.of("victim").enabled and shadow.of("victim").least_ratio == 0 and shadow.of("nobody").enabled
+    for number in range(3 * MOST_TENANTS):
+        shadow._checking = [(0.0, True)]
+        shadow.conclude(f"t{number}", whole=True)
+    assert len(shadow._tenants) == MOST_TENANTS and not shadow.failed
+
+
+def test_who_chooses_worse_options_is_not_checked(make_llm: MakeLLM) -> None:
+    llm = shadowing(make_llm, ', "ratio": 0.15')
+    ask(llm, "", prompt(1))
+    for seed, options in enumerate(({"ratio": 0.0}, {"ratio": 0.14}, {"policy": "random", "ratio": 0.15}, {"ratio": 0.5}), 2):
+        assert reused(ask(llm, "", prompt(seed), **options)) > 150
+        llm.settle()
+    assert llm.stats().share.shadow_checks == 0
+    assert reused(ask(llm, "", prompt(9), ratio=0.15)) > 150
+    llm.settle()
+    assert llm.stats().share.shadow_checks == 1
 
 
 # Guards ----------------------------------------------------------------------------------------------------------------------
