@@ -26,7 +26,7 @@ from kvloom.loadtest.corpus import windows
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.divergence import BLOCK
-from kvloom.loadtest.quality.intervals import bootstrap
+from kvloom.loadtest.quality.intervals import bootstrap, exponential
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import MethodSpec, check, parse_numbers, plan
 from kvloom.loadtest.quality.tasks import haystacks, trials
@@ -90,7 +90,7 @@ def perplexity(texts: Sequence[Losses], context: int) -> Row:
     parts = [loss[max(0, context - SCORED - 1) : context - 1] for loss in texts]
     blocks = np.concatenate([i * 1_000_000 + np.arange(len(part)) // BLOCK for i, part in enumerate(parts)])
     values = np.concatenate(parts)
-    return {"ppl": float(np.exp(values.mean())), "ppl_ci": np.exp(bootstrap(values, blocks)).tolist(), "n": len(values)}
+    return {"ppl": float(np.exp(values.mean())), "ppl_ci": exponential(bootstrap(values, blocks)), "n": len(values)}
 
 
 class Study:

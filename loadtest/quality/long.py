@@ -115,10 +115,10 @@ class Study:
         return {
             **self.row(spec),
             "divergence": float(np.median(same)),
-            "divergence_ci": list(bootstrap(same, statistic=lambda values: float(np.median(values)))),
+            "divergence_ci": bootstrap(same, statistic=lambda values: float(np.median(values))),
             "identical": sum(length == self.args.generate for length in same) / len(same),
             "recall": sum(right) / len(right),
-            "recall_ci": list(wilson(sum(right), len(right))),
+            "recall_ci": wilson(sum(right), len(right)),
             "facts": len(right),
             **cost.figures(),
         }

@@ -63,12 +63,12 @@ def figures(samples: Sequence[Sample], times: Times | None = None) -> Row:
         "recompute_share": sum(sample.recomputed for sample in samples) / found,
         "matched_share": found / sum(sample.tokens for sample in samples),
         "kl_mean": float(kl.mean()),
-        "kl_mean_ci": list(bootstrap(kl, blocks)),
+        "kl_mean_ci": bootstrap(kl, blocks),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "top1": float(same.mean()),
-        "top1_ci": list(bootstrap(same, blocks)),
+        "top1_ci": bootstrap(same, blocks),
         "accuracy": right / len(samples),
-        "accuracy_ci": list(wilson(right, len(samples))),
+        "accuracy_ci": wilson(right, len(samples)),
         "accuracy_exact": exact / len(samples),
         "kl_prompts": [round(float(np.mean(sample.kl)), 7) for sample in samples],
     }
@@ -78,7 +78,7 @@ def figures(samples: Sequence[Sample], times: Times | None = None) -> Row:
             "ttft_ms": float(share) * 1e3,
             "ttft_exact_ms": float(dense) * 1e3,
             "speed_up": float(dense / share),
-            "speed_up_ci": list(ratio(times.exact, times.approximate)),
+            "speed_up_ci": ratio(times.exact, times.approximate),
         }
     return row
 
@@ -94,7 +94,7 @@ def relate(rows: Sequence[Row]) -> None:
                 if other is not None and other is not row and len(other["kl_prompts"]) == len(row["kl_prompts"]):
                     difference = np.subtract(row["kl_prompts"], other["kl_prompts"])
                     row[f"kl_less_{control}"] = float(difference.mean())
-                    row[f"kl_less_{control}_ci"] = list(bootstrap(difference))
+                    row[f"kl_less_{control}_ci"] = bootstrap(difference)
 
 
 class Trend(NamedTuple):

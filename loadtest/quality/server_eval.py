@@ -31,7 +31,7 @@ from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.completions import Completions, Scored, all_of
-from kvloom.loadtest.quality.intervals import bootstrap, wilson
+from kvloom.loadtest.quality.intervals import bootstrap, exponential, wilson
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
@@ -80,7 +80,7 @@ def perplexity(scored: Sequence[Scored], texts: Sequence[str]) -> Row:
     return {
         "n": len(losses),
         "ppl": math.exp(sum(losses) / len(losses)),
-        "ppl_ci": np.exp(bootstrap(losses, blocks)).tolist(),
+        "ppl_ci": exponential(bootstrap(losses, blocks)),
         "bits_per_byte": sum(losses) / math.log(2) / size,
     }
 
@@ -97,10 +97,10 @@ def agreement(reference: Sequence[Scored], scored: Sequence[Scored]) -> Row:
     same = [float(likeliest(a) == likeliest(b)) for _, a, b in pairs]
     return {
         "kl_mean": float(np.mean(kl)),
-        "kl_mean_ci": list(bootstrap(kl, blocks)),
+        "kl_mean_ci": bootstrap(kl, blocks),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "top1": float(np.mean(same)),
-        "top1_ci": list(bootstrap(same, blocks)),
+        "top1_ci": bootstrap(same, blocks),
         "ppl_dense": math.exp(-sum(v for one in reference for v in one.logprobs) / sum(len(one.logprobs) for one in reference)),
     }
 
@@ -123,7 +123,7 @@ class Study:
             row |= agreement(await self._score(reference), scored)
         if self._trials:
             right = await self._needle(server)
-            row |= {"needle": float(np.mean(right)), "needle_ci": list(wilson(sum(right), len(right)))}
+            row |= {"needle": float(np.mean(right)), "needle_ci": wilson(sum(right), len(right))}
             row["needle_trials"] = len(right)
             if reference is not None:
                 row["needle_dense"] = float(np.mean(await self._needle(reference)))

@@ -96,8 +96,9 @@ def agreement_table(entries: Sequence[Entry]) -> Table:
     for result, _ in entries:
         found = result.quality.get("agreement") or {}
         if "kl_mean" in found:
-            low, high = found["kl_interval"]
-            kls = [precise(found["kl_mean"]), f"{low:.3g} to {high:.3g}", precise(found["kl_p99"]), percent(found["covered"])]
+            bounds = found["kl_interval"]
+            interval = f"{bounds[0]:.3g} to {bounds[1]:.3g}" if bounds else NONE
+            kls = [precise(found["kl_mean"]), interval, precise(found["kl_p99"]), percent(found["covered"])]
             rows.append([result.label, amount(found["tokens"]), f"{found['perplexity']:.3f}", percent(found["top1"]), *kls])
     names = {str((result.quality.get("agreement") or {}).get("reference", "")) for result, _ in entries} - {""}
     head = ["settings", "tokens", "perplexity", "top-1 agreement", "KL mean", "KL mean, 95% interval", "KL p99", "mass listed"]
