@@ -94,14 +94,14 @@ def beside_server(run: Run) -> Table:
                 client = "hit_rate" if key.endswith("hit_rate") else key
                 rows.append([stage.label, words(key), show(stage.figures.get(client)), show(value)])
     note = "The server's TTFT begins when a request has arrived and does not hold the way there and back."
-    return Table("The server's own figures", ["load", "figure", "client", "server"], rows, note)
+    return Table("The server's own figures", ["load", "figure", "client", "server"], rows, note, folded=True)
 
 
 def kv_totals(run: Run) -> Table:
     """Sums of `usage.kv` over successful requests: what the method did."""
     totals = [(stage, stage.figures.get("kv") or {}) for stage in run.stages]
     rows = [[stage.label, words(key).replace(".", ": "), amount(value)] for stage, kv in totals for key, value in kv.items()]
-    return Table("What the requests' usage says of the KV cache", ["load", "figure", "sum"], rows)
+    return Table("What the requests' usage says of the KV cache", ["load", "figure", "sum"], rows, folded=True)
 
 
 def by_class(run: Run, key: str, title: str) -> Table:

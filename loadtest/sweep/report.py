@@ -10,7 +10,7 @@ from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, p
 from kvloom.loadtest.report.figures import curves
 from kvloom.loadtest.report.files import write_document
 from kvloom.loadtest.report.run import load_run
-from kvloom.loadtest.report.single import definitions
+from kvloom.loadtest.report.single import definitions, origin
 from kvloom.loadtest.report.tables import settings as settings_table
 from kvloom.loadtest.report.verdict import warnings
 from kvloom.loadtest.sweep.pareto import QUALITIES, SPEEDS, Entry, Row, front, pareto_plot, precise, quality_of
@@ -48,6 +48,7 @@ def document(results: Sequence[Result], entries: Sequence[Entry], interrupted: b
     plots += [runs_beside(runs), *curves(sorted(runs, key=lambda run: run.title not in best))] if runs else []
     return Document(
         f"Sweep over {len(results)} combinations of settings",
+        origin(runs[:1]),
         list(_verdict(results, rows, fronts)),
         list(_warnings(results, entries, interrupted)),
         tables,

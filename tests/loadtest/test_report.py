@@ -224,7 +224,7 @@ def test_a_single_request(tmp_path: Path) -> None:
     assert "1 of 1 requests succeeded" in page(folder).text
     text = page(folder).text
     assert "With one request every figure is that request's own" in text
-    assert "interval" not in text and "std" not in text and "interval" not in (folder / "report.md").read_text()
+    assert "interval" not in text and "interval" not in (folder / "report.md").read_text()
 
 
 def test_a_run_without_success_is_a_report_of_failures(tmp_path: Path) -> None:
