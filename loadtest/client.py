@@ -54,7 +54,7 @@ class Client:
         """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._url = self.base_url + PATHS[endpoint]
-        self._model = model
+        self.model = model
         self._endpoint = endpoint
         self._extra = dict(extra_body or {})
         self._retries = retries
@@ -114,7 +114,7 @@ class Client:
 
     def body(self, job: Job, history: Sequence[Turn] = ()) -> dict[str, Any]:
         """The JSON of a request."""
-        body = {"model": self._model, **self._prompt(job, history), "max_tokens": job.output_tokens, "temperature": 0,
+        body = {"model": self.model, **self._prompt(job, history), "max_tokens": job.output_tokens, "temperature": 0,
                 "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
         if job.tenant:
             body["user"] = job.tenant

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent, ratio
 from kvloom.loadtest.report.figures import plots
+from kvloom.loadtest.report.plot import shorten
 from kvloom.loadtest.report.run import Run, Stage
 from kvloom.loadtest.report.single import definitions, origin
 from kvloom.loadtest.report.tables import METRICS, settings, tables
@@ -101,7 +102,7 @@ def _at(load: str, stages: Sequence[Stage | None], runs: Sequence[Run], quantile
     note = (
         f"Ratios are to {titles[0]}: below 1 is faster for times, above 1 for throughput. Failed requests are not averaged in."
     )
-    ratios = [f"{title} / {titles[0]}" for title in titles[1:]]
+    ratios = [f"{shorten(title, 20)} / {shorten(titles[0], 20)}" for title in titles[1:]]
     return Table(f"Side by side at {load}", ["figure", *titles, *ratios], rows, note)
 
 

@@ -27,9 +27,9 @@ h3{font-size:1rem;margin:0}.origin{color:var(--soft);font-size:.9rem;margin:.2re
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.6rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
 th,td{padding:.35rem .55rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
-th{white-space:normal;vertical-align:bottom}th.long{overflow-wrap:anywhere;min-width:6rem}
+th{white-space:normal;vertical-align:bottom}td:first-child{white-space:nowrap}th.long{overflow-wrap:anywhere;min-width:6rem}
 tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:600}
-th:first-child,td:first-child,th.text,td.text{text-align:left}td.text{white-space:normal;overflow-wrap:anywhere}td.long{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
+th:first-child,td:first-child,th.text,td.text{text-align:left}td.text:not(:first-child){white-space:normal;overflow-wrap:anywhere}td.long{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
 tr.marked td{font-weight:700;background:var(--card)}
 .note,figcaption{color:var(--soft);font-size:.9rem;margin:.4rem 0}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1.5rem;align-items:start}

@@ -351,3 +351,16 @@ def test_a_search_is_bounded() -> None:
         search.add(rate, None)
     assert [step.rate for step in search.steps] == [1, 0.5, 0.25, 0.125] and search.result()["rate"] is None
     assert "No rate that was tried" in sentence(search.result())
+
+
+def test_a_server_that_trusts_nobody_is_told_how_to(server: Any, tiny: Path, capsys: Any) -> None:
+    server.trusting = False
+    for workload in ("tenants", "rag"):
+        words = ["--input-len", "160"] if workload == "tenants" else []
+        small = ["--num-requests", "6", "--warmup", "2", "--tokenizer", str(tiny), "--output-len", "4"]
+        code = main(["--base-url", server.url, "--workload", workload, "--concurrency", "2", *words, *small])
+        error = capsys.readouterr().err
+        port = server.url.rsplit(":", 1)[1]
+        assert code == 1 and f"`kvloom serve fake --port {port} --trusted-proxies 127.0.0.1`" in error, error
+        assert len(error.splitlines()) == 1 and all(not body.get("user") for body in server.seen[:-1])
+        server.seen.clear()
