@@ -1,6 +1,7 @@
 # make serve        set everything up and serve the built-in model on 127.0.0.1:8000
 # make demo         set everything up, start a server, talk to it through openai-python, print answers and figures
 # make test         set everything up, lint, type-check and run every test
+# make figures-check  compare the figures in README.md and docs with the result files in docs/figures
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
 #                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
@@ -9,7 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.kvloom-installed
 
-.PHONY: setup serve demo test lint types bench-peers clean
+.PHONY: setup serve demo test lint types figures-check bench-peers clean
 
 setup: $(STAMP)
 
@@ -26,7 +27,7 @@ serve: setup
 demo: setup
 	$(BIN)/python -m kvloom.loadtest.demo
 
-test: setup lint types
+test: setup lint types figures-check
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -35,6 +36,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+figures-check: setup
+	$(BIN)/python -m kvloom.loadtest.figures
 
 bench-peers: setup
 	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \

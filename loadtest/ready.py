@@ -61,7 +61,7 @@ async def first_model(client: Client) -> str:
 
 
 async def check(client: Client, job: Job, tenants: Iterable[str]) -> None:
-    """Send the beginning of a job, as itself and once for every tenant with a key of its own. Raises BenchError if it is refused.
+    """Send the beginning of a job, as its tenant and as each with a key of its own. Raises BenchError if it is refused.
 
     A busy server (429) and an answer without text are no reason to stop.
     """

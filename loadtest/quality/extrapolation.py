@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Perplexity over the last {SCORED} tokens of a context, {args.texts} texts; {args.haystacks} haystacks, 8 questions. "
         f"In brackets: 95% intervals, by bootstrap over blocks of {BLOCK} tokens and Wilson's. {setup.described(llm)}"
     )
-    results = Results(COLUMNS, IDENTITY, "Beyond the trained length", args.json, args.markdown, note)
+    results = Results(COLUMNS, IDENTITY, "Beyond the trained length", args.json, args.markdown, args.publish, note)
     if args.resume:
         results.resume()
     study = Study(llm, args, contexts)

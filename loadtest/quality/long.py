@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     specs = plan(args.methods, args.budgets)
     llm = setup.engine(args, specs)
     note = f"In brackets: 95% intervals, by bootstrap over texts and Wilson's. {setup.described(llm)}"
-    results = Results(COLUMNS, IDENTITY, "Long generation", args.json, args.markdown, note)
+    results = Results(COLUMNS, IDENTITY, "Long generation", args.json, args.markdown, args.publish, note)
     if args.resume:
         results.resume()
     study = Study(llm, args)

@@ -217,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                           "give at least as many windows as --batch")  # fmt: skip
     specs = plan(args.methods, args.budgets)
     llm = setup.engine(args, specs)
-    results = Results(COLUMNS, IDENTITY, "Selection methods: quality beside speed", args.json, args.markdown, note(llm, args))
+    results = Results(
+        COLUMNS, IDENTITY, "Selection methods: quality beside speed", args.json, args.markdown, args.publish, note(llm, args)
+    )
     if args.resume:
         results.resume()
     study = Study(llm, args, results)

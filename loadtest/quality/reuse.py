@@ -24,6 +24,7 @@ from typing import Any
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
+from kvloom.loadtest.figures import add_publish
 from kvloom.loadtest.quality import reuse_charge, setup
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.reuse_prompts import Maker, check_length
@@ -219,6 +220,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     made.add_argument("--json", type=Path, help="write rows into this file")
     made.add_argument("--markdown", type=Path, help="write the table into this file")
+    add_publish(made)
     made.add_argument("--resume", action="store_true", help="keep the rows that --json holds already for the same settings")
     args = made.parse_args(argv)
     for name, least in (("boundary", 0), ("rounds", 0), ("charge", 0)):
@@ -247,9 +249,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     chosen, kinds = chosen_settings(args), KINDS if args.donors == "both" else (args.donors,)
     study = Study(engine(args), args)
-    results = Results(COLUMNS, IDENTITY, "Approximate reuse: quality and time", args.json, args.markdown, note(study))
+    results = Results(
+        COLUMNS, IDENTITY, "Approximate reuse: quality and time", args.json, args.markdown, args.publish, note(study)
+    )
     charged = Results(
         reuse_charge.COLUMNS, reuse_charge.IDENTITY, "What donors cost", beside(args.json), beside(args.markdown),
+        beside(args.publish),
         f"Medians over {args.charge} sets of documents, used in another order every time. {setup.described(study.llm)}",
     )  # fmt: skip
     if args.resume:

@@ -27,6 +27,7 @@ import numpy as np
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.corpus import TextSource
+from kvloom.loadtest.figures import add_publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import setup
@@ -192,6 +193,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="write rows into this file")
     add("--markdown", type=Path, help="write the table into this file")
+    add_publish(parser)
     args = parser.parse_args(argv)
     try:
         args.kv = json.loads(args.kv or "{}")
@@ -207,7 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = TextSource.load(args.tokenizer)
     note = f"Text: Python's reference, fingerprint {source.fingerprint}. In brackets: 95% intervals over texts. {describe()}."
     results = Results(
-        COLUMNS, ("base_url", "model", "options", "context"), "Quality of a server", args.json, args.markdown, note
+        COLUMNS,
+        ("base_url", "model", "options", "context"),
+        "Quality of a server",
+        args.json,
+        args.markdown,
+        args.publish,
+        note,
     )
     return setup.finish(results, lambda: asyncio.run(run(args, source, results)))
 
