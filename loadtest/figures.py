@@ -170,7 +170,15 @@ def adopt(root: Path, place: str, name: str, command: str, machine: str) -> None
     table = tables(text)[int(number) - 1]
     head, _, *rows = ([cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
                       for line in table.splitlines())  # fmt: skip
-    content = {"command": command, "machine": machine, "commit": None, "head": head, "rows": rows, "note": "", "views": {}}
+    content: dict[str, Any] = {
+        "command": command,
+        "machine": machine,
+        "commit": None,
+        "head": head,
+        "rows": rows,
+        "note": "",
+        "views": {},
+    }
     (root / FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (root / page).write_text(text.replace(table, f"<!-- figures: {name} -->\n{render(content)}<!-- /figures -->\n"))
 
@@ -185,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine", default="", help="date and machine of the adopted table")
     args = parser.parse_args(argv)
     if args.adopt:
-        adopt(args.root, *args.adopt, args.command, args.machine)
+        adopt(args.root, args.adopt[0], args.adopt[1], args.command, args.machine)
         return 0
     pages = Pages(args.root)
     if args.write:

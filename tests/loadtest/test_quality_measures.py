@@ -154,7 +154,7 @@ def test_table_shows_intervals_and_leaves_out_empty_columns() -> None:
 
 def test_results_are_written_row_by_row_and_resumed(tmp_path: Path) -> None:
     file = tmp_path / "new" / "rows.json"
-    results = Results(COLUMNS, ("method",), "Title", file, tmp_path / "rows.md", "note")
+    results = Results(COLUMNS, ("method",), "Title", file, tmp_path / "rows.md", note="note")
     results.add({"method": "a", "kl": 1.0})
     results.add({"method": "b", "kl": 2.0})
     results.add({"method": "a", "kl": 3.0})
