@@ -3,7 +3,7 @@
 # make test         set everything up, lint, type-check and run every test
 # make figures-check  compare the figures in README.md and docs with the result files in docs/figures
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
-#                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
+#                     BENCH="--url vllm=http://127.0.0.1:8001 --precision vllm=bf16" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 PYTHON ?= python3.11
 VENV   := .venv
@@ -41,8 +41,11 @@ figures-check: setup
 	$(BIN)/python -m kvloom.loadtest.figures
 
 bench-peers: setup
-	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
-	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
+	$(BIN)/kvloom bench peers --publish docs/figures/peers.json --plot docs/peers.png $(BENCH) \
+	  --also 'kvloom-bf16=--weights bf16' --precision kvloom-bf16=bf16 \
+	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --precision vllm=bf16 \
+	    --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}' --precision llama=Q4_1)
+	$(BIN)/python -m kvloom.loadtest.figures --write
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
