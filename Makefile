@@ -1,14 +1,8 @@
-<<<<<<< HEAD
 # make serve        install what serving needs, and serve the built-in model on 127.0.0.1:8000
 # make demo         the same with openai-python: start a server, talk to it, print answers and figures
 # make test         install the development tools, lint, type-check and run every test
 # make setup        install the development tools
-=======
-# make serve        set everything up and serve the built-in model on 127.0.0.1:8000
-# make demo         set everything up, start a server, talk to it through openai-python, print answers and figures
-# make test         set everything up, lint, type-check and run every test
 # make figures-check  compare the figures in README.md and docs with the result files in docs/figures
->>>>>>> part-h
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
 #                     BENCH="--url vllm=http://127.0.0.1:8001 --precision vllm=bf16" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
@@ -21,11 +15,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-<<<<<<< HEAD
-.PHONY: setup serve demo test lint types bench-peers floods fuzz clean
-=======
-.PHONY: setup serve demo test lint types figures-check bench-peers clean
->>>>>>> part-h
+.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz clean
 
 setup: $(VENV)/.dev
 
@@ -54,21 +44,15 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-<<<<<<< HEAD
-bench-peers: $(VENV)/.bench
-	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
-	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
-=======
 figures-check: setup
 	$(BIN)/python -m kvloom.loadtest.figures
 
-bench-peers: setup
+bench-peers: $(VENV)/.bench
 	$(BIN)/kvloom bench peers --publish docs/figures/peers.json --plot docs/peers.png $(BENCH) \
 	  --also 'kvloom-bf16=--weights bf16' --precision kvloom-bf16=bf16 \
 	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --precision vllm=bf16 \
 	    --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}' --precision llama=Q4_1)
 	$(BIN)/python -m kvloom.loadtest.figures --write
->>>>>>> part-h
 
 floods: setup
 	$(BIN)/kvloom bench floods --out build/floods
