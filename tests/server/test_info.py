@@ -115,8 +115,15 @@ def test_kv(served):
     assert body["blocks"]["local"]["total"] == 40
     assert body["tenants"][""] == {
         "cached_blocks": 20, "in_use_blocks": 10, "segment_bytes": 1024, "tokens": {"prefix": 10, "stale": 60},
+        "reuse_checks": "passed",
     }  # fmt: skip
-    assert body["tenants"]["alice"] == {"cached_blocks": 0, "in_use_blocks": 0, "segment_bytes": 3072, "tokens": {"fresh": 18}}
+    assert body["tenants"]["alice"] == {
+        "cached_blocks": 0,
+        "in_use_blocks": 0,
+        "segment_bytes": 3072,
+        "tokens": {"fresh": 18},
+        "reuse_checks": "passed",
+    }
     share = body["kvshare"]
     assert share["segments"] == {"count": 4, "bytes": 4096, "capacity_bytes": 8192, "evictions": 0}
     assert share["recomputed_share"] == 12 / 72 and share["deviation"] == 0.25
