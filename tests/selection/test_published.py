@@ -152,6 +152,25 @@ def test_the_same_in_mixed_batches(make_llm: Make, seed: int) -> None:
     turns(make_llm, kinds, seed, (1, 4, 16)[seed])
 
 
+@pytest.mark.parametrize("selection", [None, "recycled"])
+def test_reused_kv_is_not_published(make_llm: Make, selection: str | None) -> None:
+    """Approximate reuse, swept or not, with preemption: what stands behind a reused token is nobody else's."""
+    rng, config = random.Random(1), {"block_size": 4, "threads": 1, "shadow_interval": 0}
+    options = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "heal": false}'
+    warm, cold = Warm(make_llm(kvshare_options=options, **config)), Cold(make_llm, **config)
+    method: dict[str, Any] = {} if selection is None else {"selection": selection, "budget": 64}
+    order = "position" if selection else "sweep"
+    reuse = {"ratio": 0.2, "refresh": 4, "refresh_order": order}
+    approx = KVOptions(reuse="approx", reuse_options=reuse, **method)
+    donor = tokens(rng, 160, 160)
+    warm.run([(donor, approx)], 4, lambda step: False)
+    jobs = [([*tokens(rng, 20, 30), *donor[32:150], *tokens(rng, 10, 20)], approx) for _ in range(3)]
+    warm.run(jobs, 20, lambda step: step in (5, 12, 17))
+    assert warm.llm.stats().share.tokens["stale"] > 50
+    warm.seen = [(request, table, KVOptions(reuse="off", **method)) for request, table, _ in warm.seen]
+    assert warm.assert_true(cold) > 40
+
+
 def test_sparse_cells_that_decode_rows_complete_are_not_found(make_llm: Make) -> None:
     """A budget that a conversation stays below: decode rows see everything, where rows of a sparse prompt do not."""
     llm, rng = make_llm(), random.Random(0)

@@ -110,7 +110,7 @@ def test_nothing_dropped_is_dense(make_llm: Make) -> None:
     last = next(n for n in range(1, 99) if WINDOW.begin(np.array([n + 1]), 16)[0] > 0)
     prompts = texts(last - 8, last - 20, 2)
     states: list[Any] = []
-    llm.core.observer = lambda request, row: states.append(request.selector.state.dropped_to(np.arange(4)).max())
+    llm.core.observer = lambda request, row: states.append(request.selector.state._to.max(initial=0))
     sparse = logprobs(llm, prompts, using(), tokens=9)
     assert max(states) == 0, "something was folded"
     llm.core.observer = None
