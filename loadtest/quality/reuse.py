@@ -75,7 +75,7 @@ def engine(args: argparse.Namespace) -> LLM:
         kv_memory=args.kv_memory,
         threads=args.threads,
         shadow_interval=0,
-        kvshare_options=json.dumps({"min_gain": -1.0, "reject_above": 1e9, **given, **fixed}),
+        kvshare_options=json.dumps({"min_gain": -1.0, "reject_above": 1000, **given, **fixed}),
     )
 
 
