@@ -7,6 +7,7 @@ Validation is 400, never 422: clients are built for that. Messages never hold a 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -32,6 +33,9 @@ log = logging.getLogger("kvloom.server")
 
 MAX_MESSAGE = 600
 """Characters of a message; the rest is cut, since it may quote what the client sent."""
+
+REFUSAL_SECONDS = 0.25
+"""A 429 is told after so long: who does not mind Retry-After asks the more seldom, and does not take the loop from others."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -126,6 +130,8 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_known(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, OverloadedError):
+        await asyncio.sleep(REFUSAL_SECONDS)
     return _answer(request, wire_error(error))
 
 
