@@ -262,4 +262,5 @@ def _info(options: ModelOptions, files: ModelFiles, loaded: LoadedModel, length:
         weights=options.weights,
         backend=backend,
         created=int(time.time()),
+        sampling=files.sampling,
     )

@@ -13,17 +13,17 @@ _COUNTRIES = (
     "Egypt Kenya Morocco Nigeria Ethiopia Ghana Japan China India Thailand Vietnam Indonesia Malaysia Nepal Pakistan Iran Iraq "
     "Australia Canada Mexico Brazil Argentina Chile Peru Colombia Cuba Jamaica Ukraine Russia Belgium Switzerland Romania "
     "Bulgaria Croatia"
-).split()
+)
 _WORDS = (
     "hot big fast early happy strong light open rich young high dry clean hard full thick brave quiet sharp deep long near "
     "old up left begin win buy push remember arrive accept create increase expand attack above inside always friend summer"
-).split()
+)
 _THINGS = (
     "a volcano|a planet|a vowel|an atom|gravity|photosynthesis|a prime number|a mammal|an island|a glacier|a sonnet|a budget|"
     "a virus|an orchestra|a desert|an algorithm|a metaphor|evolution|inflation|a republic|a comet|a fossil|a triangle|a verb|"
     "an engine|a magnet|a library|a thermometer|a harbour|an eclipse|a database|a compiler|a browser|a keyboard|a satellite|"
     "a battery|a telescope|a bridge|a peninsula|a proverb"
-).split("|")
+)
 _FACTS = (
     "Who wrote Hamlet?|Who painted the Mona Lisa?|How many days are in a week?|How many legs does a spider have?|"
     "What is the largest ocean?|What is the largest planet in our solar system?|What is the chemical symbol for gold?|"
@@ -38,17 +38,17 @@ _FACTS = (
     "How do you say hello in Spanish?|How do you say thank you in French?|What is the first letter of the alphabet?|"
     "What is the opposite of north?|Which month comes after July?|Which day comes before Friday?|"
     "Name three colours of the rainbow.|Name a fruit that is yellow."
-).split("|")
+)
 _TOPICS = 60
 
 
 def questions() -> list[str]:
     """All of them: 300."""
-    asked = [f"What is the capital of {country}?" for country in _COUNTRIES]
+    asked = [f"What is the capital of {country}?" for country in _COUNTRIES.split()]
     asked += [f"What is {a} {sign} {b}?" for a, b in _pairs() for sign in ("+", "-", "*")]
-    asked += [f"What is the opposite of '{word}'?" for word in _WORDS]
-    asked += [f"What is {thing}?" for thing in _THINGS]
-    asked += _FACTS
+    asked += [f"What is the opposite of '{word}'?" for word in _WORDS.split()]
+    asked += [f"What is {thing}?" for thing in _THINGS.split("|")]
+    asked += _FACTS.split("|")
     asked += [f"In Python, what does '{name}' mean?" for name in sorted(topics.topics)[:_TOPICS]]
     return asked
 

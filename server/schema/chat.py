@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kvloom.engine.request import MAX_LOGPROBS, SamplingParams
+from kvloom.engine.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.common import GenerationBody, StrictBody, Text
 from kvloom.server.schema.problem import problem
 
@@ -86,9 +86,10 @@ class ChatBody(GenerationBody):
             self.continue_final_message and "add_generation_prompt" not in self.model_fields_set
         )
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters. Raises InvalidRequestError."""
+    def params(self, defaults: SamplingDefaults) -> SamplingParams:
+        """Sampling parameters; `defaults` are the model's own. Raises InvalidRequestError."""
         return self.sampling(
+            defaults,
             max_tokens=self.token_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,
