@@ -42,8 +42,8 @@ class Changes(NamedTuple):
         return len(self.places) / self.answers
 
     @property
-    def interval(self) -> Interval:
-        """95% interval of the share."""
+    def interval(self) -> Interval | None:
+        """95% interval of the share; None for a single answer."""
         return wilson(len(self.places), self.answers)
 
     @property
@@ -73,7 +73,7 @@ def answers_by_mode(model: str, modes: Sequence[str], tokens: int, asked: Sequen
     """Answers in fp32 first, then in every mode; one engine at a time."""
     for mode in (EXACT, *modes):
         console.print(f"asking {len(asked)} questions: {mode}")
-        settings = {"dtype": "fp32", "weights": "bf16"} if mode == EXACT else {"weights": mode}
+        settings: dict[str, Any] = {"dtype": "fp32", "weights": "bf16"} if mode == EXACT else {"weights": mode}
         llm = LLM(model, kv_memory="512MiB", max_num_seqs=64, **settings)
         yield mode, ask(llm, asked, tokens)
         del llm
@@ -88,15 +88,16 @@ def rows(answers: dict[str, list[Tokens]]) -> list[dict[str, Any]]:
 
 def _figures(found: Changes) -> dict[str, Any]:
     middle = statistics.median_low(found.places) + 1 if found.places else None
-    return {"differ": found.share, "interval": list(found.interval), "at_once": found.at_once, "median": middle}
+    interval = None if found.interval is None else list(found.interval)
+    return {"differ": found.share, "interval": interval, "at_once": found.at_once, "median": middle}
 
 
 def table(found: Sequence[dict[str, Any]], note: str) -> str:
     """Markdown."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in found:
-        low, high = row["interval"]
-        cells = (row["weights"], row["against"], f"{row['differ']:.1%}", f"{low:.1%} to {high:.1%}", f"{row['at_once']:.1%}",
+        interval = "-" if row["interval"] is None else " to ".join(f"{end:.1%}" for end in row["interval"])
+        cells = (row["weights"], row["against"], f"{row['differ']:.1%}", interval, f"{row['at_once']:.1%}",
                  str(row["median"] or "-"))  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", note])
