@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.engine.scheduling.scheduler import Chunk
+from kvloom.engine.scheduling.plan import Chunk
 from kvloom.engine.selection.base import Geometry, LayerHook, Selector
 from kvloom.engine.selection.batch import Batch, Ints, Scratch
 from kvloom.kernels.interface import Kernels, Lists, Rows

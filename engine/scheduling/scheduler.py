@@ -14,11 +14,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.isolation import Blamed
@@ -27,6 +22,7 @@ from kvloom.engine.request import Request, Status
 from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Speed, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Key, Order
+from kvloom.engine.scheduling.plan import Chunk, Reuse, StepPlan, fitting, of_prompt
 from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
 from kvloom.engine.scheduling.shares import MOST_VICTIMS, Shares
@@ -42,65 +38,6 @@ PATIENCE = 16
 of themselves, and go by credit; only who has nothing running is not kept waiting."""
 MOST_TRIES = 8
 """Heads of lanes that are tried per admission."""
-INTERNAL_ROWS = 128
-"""Most rows per step of the engine's own work."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Chunk:
-    """Rows of one request: tokens [start, start + count), or those at `positions`."""
-
-    request: Request
-    table: BlockTable
-    start: int
-    count: int
-    positions: npt.NDArray[np.int64] | None = None
-    """[count], ascending, the first is `start`: rows of a prompt whose other rows hold reused KV."""
-    refresh: bool = False
-    """Whether these rows only bring their KV up to date: the request has gone on without them, nothing is sampled."""
-
-    @property
-    def stop(self) -> int:
-        """One past the last position."""
-        return self.start + self.count if self.positions is None else int(self.positions[-1]) + 1
-
-    @property
-    def samples(self) -> bool:
-        """Whether computed meets known at the end of this chunk, so that a token is sampled."""
-        return self.stop == len(self.request.tokens) and not self.refresh
-
-    @property
-    def decodes(self) -> bool:
-        """Whether this is a decode row: one token beyond what is computed like a prompt, at the end of what is known."""
-        request = self.request
-        return self.count == 1 and self.samples and self.start >= max(len(request.prompt), request.prefill)
-
-
-class Reuse(Protocol):
-    """Brings KV from elsewhere than the prefix index, and repairs it (`engine.reuse.kvshare`)."""
-
-    def prepare(self, request: Request, table: BlockTable) -> float:
-        """The request has been admitted: its prefix is adopted (`computed`), blocks of all its tokens are reserved. May fill
-        some of them and set `request.repair`. Returns the work that took, in rows of a full pass: 0 or more. What it raises
-        ends the request."""
-        ...
-
-    def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
-        """Rows beside those of the plan that bring reused KV up to date, at most `rows`; more are left out. Raises Blamed."""
-        ...
-
-
-class StepPlan(NamedTuple):
-    """What one step computes. Decodes come first."""
-
-    chunks: list[Chunk]
-    preempted: list[Request]
-
-    @property
-    def rows(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
-
-
 QUANTUM_STEPS = 4
 """What a tenant of weight 1 gets per round of credit, in steps with a full budget."""
 
@@ -238,7 +175,7 @@ class Scheduler:
     def _plan(self, plan: StepPlan) -> None:
         held = -(-self._max_tokens // 2) if self._queue_left_out >= TURN_STEPS else 0
         budget = held + self._run_on(plan, self._max_tokens - held)
-        full = budget == 0 and not any(_of_prompt(chunk) for chunk in plan.chunks)
+        full = budget == 0 and not any(of_prompt(chunk) for chunk in plan.chunks)
         self._queue_left_out = self._queue_left_out + 1 if full and len(self._waiting) else 0
         budget = self._welcome(plan, budget)
         if held and not self._admitted:
@@ -344,7 +281,7 @@ class Scheduler:
     def _take_turns(self, plan: StepPlan) -> None:
         """Note who got no row. A prompt behind an earlier one that was computed is not left out: prompts go one by one."""
         planned = {chunk.request for chunk in plan.chunks}
-        first = min((self._order.key(chunk.request) for chunk in plan.chunks if _of_prompt(chunk)), default=None)
+        first = min((self._order.key(chunk.request) for chunk in plan.chunks if of_prompt(chunk)), default=None)
         for request in self.running:
             if request in planned:
                 request.left_out = 0
@@ -380,7 +317,7 @@ class Scheduler:
 
     def _chunk(self, request: Request, budget: int) -> Chunk | None:
         """The request's next rows, as many as fit."""
-        count = _fitting(request, budget)
+        count = fitting(request, budget)
         if count == 0:
             return None
         table, repair = self._tables[request], request.repair
@@ -529,25 +466,3 @@ class Scheduler:
         if len(running) >= self._max_seqs:
             return self._shares.for_slot(request, running, self._fresh)
         return self._shares.for_blocks(request, running, self.cache.blocks_for(request.known), fair, self._fresh)
-
-
-def _of_prompt(chunk: Chunk) -> bool:
-    return chunk.start < len(chunk.request.prompt) and not chunk.refresh
-
-
-def _fitting(request: Request, budget: int) -> int:
-    """Rows of a request that a step with `budget` rows left takes: 0 if it must wait for a step with more room.
-
-    Drafts are verified in one piece, of at most a step's rows; a sparse prompt is cut at its method's grid, and the last rows
-    that a method looks at stay together, so that what it sees never depends on the budget.
-    """
-    pending = request.pending
-    if request.internal:  # whoever comes meanwhile waits for the end of the step
-        budget = min(budget, INTERNAL_ROWS)
-    if pending <= budget:
-        return pending
-    if request.verifying:
-        return 0
-    grid, tail = (0, 0) if request.selector is None else (request.selector.grid, request.selector.tail)
-    budget = min(budget, max(0, pending - tail))
-    return budget if grid == 0 else max(0, (request.computed + budget) // grid * grid - request.computed)

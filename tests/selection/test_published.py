@@ -16,7 +16,7 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.engine.cache.manager import BlockTable
 from kvloom.engine.request import KVOptions, Request
-from kvloom.engine.scheduling.scheduler import StepPlan
+from kvloom.engine.scheduling.plan import StepPlan
 from tests.selection.conftest import greedy
 
 Make = Callable[..., LLM]

@@ -11,7 +11,7 @@ import pytest
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.request import KVOptions, Request, SamplingParams
-from kvloom.engine.scheduling.scheduler import StepPlan
+from kvloom.engine.scheduling.plan import StepPlan
 from tests.selection.conftest import greedy
 
 Make = Callable[..., LLM]

@@ -41,7 +41,7 @@ from kvloom.engine.reuse.kvshare.scopes import ScopeBook, Scopes
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.shadow import Shadow
 from kvloom.engine.reuse.prefix import DomainFactory
-from kvloom.engine.scheduling.scheduler import Chunk, StepPlan
+from kvloom.engine.scheduling.plan import Chunk, StepPlan
 from kvloom.engine.tenants import Tenants
 from kvloom.kernels.interface import Kernels
 
