@@ -36,7 +36,7 @@ def sharing(share: KVShare | None) -> KVShare:
     return share
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Admission:
     """The parts that have a say in whether and how a request can be served."""
 

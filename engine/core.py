@@ -94,7 +94,6 @@ class EngineCore:
         self._tenants = tenants = tenants or Tenants()
         self.states = states
         self.share = share
-        self.limits = limits
         self.cache = cache
         self.retention = retention
         self.runner = runner
@@ -144,6 +143,16 @@ class EngineCore:
             share=share,
         )
         self._errand: Request | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What requests may ask for."""
+        return self._admission.limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        """From the next request on, for measurements beyond what the model was trained for."""
+        self._admission.limits = limits
 
     @property
     def busy(self) -> bool:

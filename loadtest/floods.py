@@ -16,73 +16,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 
-import aiohttp
 from rich.console import Console
 from rich.table import Table
 
 from kvloom.loadtest import flood_kinds
+from kvloom.loadtest.flags import need
 from kvloom.loadtest.flood_kinds import FLOODS, Target
+from kvloom.loadtest.neighbour import KEY, Figures, Neighbour
 from kvloom.loadtest.servers import Server, StartError, running
 
-NEIGHBOUR, FLOOD = "neighbour-key", "flood-key"
-TENANTS = f"tenants:\n  neighbour: {{api_keys: [{NEIGHBOUR}]}}\n  flood: {{api_keys: [{FLOOD}]}}\n"
-HEALTH_PAUSE = 0.02
+FLOOD = "flood-key"
+TENANTS = f"tenants:\n  neighbour: {{api_keys: [{KEY}]}}\n  flood: {{api_keys: [{FLOOD}]}}\n"
 SETTLE_SECONDS = 1.0
 """At the beginning of a window, not measured."""
-
-
-class Figures(NamedTuple):
-    """What the neighbour got in one window."""
-
-    tokens_per_second: float
-    health_p95_ms: float
-
-
-class Neighbour:
-    """Streams and looks at /health until it is cancelled, and notes when what came."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._tokens: list[float] = []
-        self._health: list[tuple[float, float]] = []  # when asked, seconds to the answer
-
-    async def stream(self) -> None:
-        """One answer after the other; a token is an event."""
-        body = {"prompt": "Once upon a time", "max_tokens": 256, "ignore_eos": True, "stream": True, "temperature": 0}
-        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {NEIGHBOUR}"}) as session:
-            while True:
-                try:
-                    async with session.post(f"{self._url}/v1/completions", json=body) as reply:
-                        async for line in reply.content:
-                            if line.startswith(b"data: {"):
-                                self._tokens.append(time.monotonic())
-                except aiohttp.ClientError:
-                    await asyncio.sleep(0.05)
-
-    async def look(self) -> None:
-        """Ask for /health, on a new connection each time as probes do. A refused connection counts as a second."""
-        connector = aiohttp.TCPConnector(force_close=True)
-        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(10)) as session:
-            while True:
-                began = time.monotonic()
-                seconds = 1.0
-                try:
-                    async with session.get(f"{self._url}/health") as reply:
-                        await reply.read()
-                        seconds = time.monotonic() - began
-                except (TimeoutError, aiohttp.ClientError):
-                    seconds = max(seconds, time.monotonic() - began)
-                self._health.append((began, seconds))
-                await asyncio.sleep(HEALTH_PAUSE)
-
-    def between(self, begin: float, end: float) -> Figures:
-        """What came in a window."""
-        tokens = sum(begin <= moment < end for moment in self._tokens)
-        health = sorted(seconds for asked, seconds in self._health if begin <= asked < end) or [end - begin]
-        return Figures(tokens / (end - begin), 1000 * health[min(len(health) - 1, int(0.95 * len(health)))])
 
 
 async def _window(neighbour: Neighbour, seconds: float) -> Figures:
@@ -147,6 +96,7 @@ def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
     arguments = _parser().parse_args(argv)
+    need("aiohttp")
     names = arguments.flood or list(FLOODS)
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
