@@ -21,6 +21,9 @@ from kvloom.kernels.interface import PagedKV
 if TYPE_CHECKING:
     from kvloom.engine.selection.token_select import Split, TokenSelect
 
+MOST_LOGITS = 1 << 22
+"""Scores that are made at once: a prompt of small cells has many queries, and work space is kept."""
+
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float32]
 
@@ -161,6 +164,19 @@ def vote(method: TokenSelect, batch: Batch, split: Split, q: Tensor, kv: PagedKV
 
     q: [queries, q_heads, head_dim], each at its position p: candidates are [n_init, p + 1 - n_local), more than k of them.
     """
+    lists = batch.scratch.take("lists", len(table), split.width, dtype=torch.int32)
+    lists[:, : split.sinks] = torch.arange(split.sinks, dtype=torch.int32)
+    at_once = max(1, MOST_LOGITS // (q.shape[1] * max(1, int(positions.max(initial=0)))))
+    for first in range(0, len(table), at_once):
+        part = slice(first, first + at_once)
+        _vote(method, batch, split, q[part], kv, table[part], positions[part], lists[part, split.sinks :])
+    return lists
+
+
+def _vote(
+    method: TokenSelect, batch: Batch, split: Split, q: Tensor, kv: PagedKV, table: Ints, positions: Ints, chosen: Tensor
+) -> None:
+    """The same for as many queries as there is work space for. chosen: [queries, k], written."""
     first, last = np.full(len(table), split.sinks, np.int32), positions + np.int32(1 - split.local)
     if method.reindexed:
         q = neutral_query(batch, q, positions, split.local)
@@ -169,11 +185,7 @@ def vote(method: TokenSelect, batch: Batch, split: Split, q: Tensor, kv: PagedKV
         logits = batch.score(q, kv, table, first, last, method.scale)
     columns = last - first
     ranking = batch.rank(logits, np.zeros_like(columns), columns, 1, how="sum", window=method.options.pool)
-    lists = batch.scratch.take("lists", len(table), split.width, dtype=torch.int32)
-    lists[:, : split.sinks] = torch.arange(split.sinks, dtype=torch.int32)
     counts = batch.scratch.take("counts", len(table), dtype=torch.int32)
     batch.kernels.select(
-        ranking[:, 0], torch.from_numpy(columns), split.chosen, offset=torch.from_numpy(first),
-        out=(lists[:, split.sinks :], counts),
-    )  # fmt: skip
-    return lists
+        ranking[:, 0], torch.from_numpy(columns), split.chosen, offset=torch.from_numpy(first), out=(chosen, counts)
+    )

@@ -251,7 +251,7 @@ def test_drafting_gives_the_dense_tokens(make_llm: Make, name: str, draft_tokens
 
 @each_method
 def test_preemption_and_resume(make_llm: Make, name: str) -> None:
-    """Requests that lose their blocks finish all the same; with drafting, as if nothing had happened."""
+    """Requests that lose their blocks finish as if nothing had happened."""
     texts = prompts((60, 50, 41, 70))
     plain = make_llm(reuse="off").generate(texts, greedy(60))
     blocks = 20 * 16 * 2 * 2 * 16 * 4 * 3  # tokens, K and V, heads, dims, fp32, layers
@@ -260,6 +260,5 @@ def test_preemption_and_resume(make_llm: Make, name: str) -> None:
         kv = using(name, draft=draft)
         results = tight.generate(texts, greedy(60), kv=kv)
         assert tight.stats().preemptions > 0
-        assert all(len(result.tokens) == 60 for result in results)
-        if draft:
-            assert [r.tokens for r in results] == [r.tokens for r in plain]
+        expected = plain if draft else make_llm(reuse="off").generate(texts, greedy(60), kv=kv)
+        assert [r.tokens for r in results] == [r.tokens for r in expected]

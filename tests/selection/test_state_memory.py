@@ -115,3 +115,16 @@ def test_slots_move_with_their_contents() -> None:
     assert store.bytes == 4 * store.bytes_per_request
     store.open(requests[0])
     assert not store.usable(store.slots([requests[0]]), 0, store.made[:1, 0] + 100).any(), "a new slot is empty"
+
+
+def test_small_cells_of_long_prompts_take_little_work_space(make_llm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row of a prompt a query of its own: scored piece by piece, with the same lists."""
+    kv = KVOptions(selection="token_select", budget=32, options={"prefill_budget": 16, "chunk": 1})
+    prompt, found, space = text(300), [], []
+    for most in (1 << 22, 4096):
+        monkeypatch.setattr("kvloom.engine.selection.token_select_step.MOST_LOGITS", most)
+        llm = make_llm(threads=1, max_batched_tokens=400)
+        found.append(logprobs_of(llm, [prompt], 6, kv))
+        space.append(llm.core.runner._scratch._buffers["logits"].nbytes)
+    assert found[0] == found[1]
+    assert space[0] > 1 << 20 and space[1] <= 4096 * 4 * 5 // 4

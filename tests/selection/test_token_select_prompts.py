@@ -127,8 +127,7 @@ def test_preempted_prompts_are_computed_again(make_llm: Make) -> None:
     tight = make_llm(kv_memory=13 * block_bytes, max_model_len=160)
     results = tight.generate(texts, greedy(40), kv=using())
     assert tight.stats().preemptions > 0
-    assert results[0].tokens == roomy[0].tokens  # the first is never preempted; others compute generated tokens in cells
-    assert all(len(result.tokens) == 40 for result in results)
+    assert [result.tokens for result in results] == [result.tokens for result in roomy]
 
 
 def test_drafting_needs_dense_prompts(make_llm: Make) -> None:

@@ -4,6 +4,7 @@ The engine dies when it is asked for the prompt "die".
 """
 
 import importlib.util
+import signal
 import sys
 import threading
 import time
@@ -37,5 +38,6 @@ def start(config, progress):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started to ignore it
     serve._start_engine = start
     sys.exit(cli.main(["serve", *sys.argv[2:]]))

@@ -17,6 +17,7 @@ def test_banner(fake, capsys, host, url):
     banner(fake.FakeEngine(), ServerOptions(host=host), 80)
     text = capsys.readouterr().err
     assert f"echo-model at {url}\n" in text and "1600 tokens in blocks of 16" in text
+    assert "3 MiB for selection methods" in text
     assert ("set --api-key" in text) == (host == "0.0.0.0")
     command = shlex.split(text[text.index("curl") :].strip())
     assert command[1] == f"{url}/v1/chat/completions" and json.loads(command[-1])["model"] == "echo-model"

@@ -79,6 +79,8 @@ def test_metrics(serving, fake):
     assert got["kvloom:time_to_first_token_seconds_bucket,2560.0"] == 3
     assert got["kvloom:generation_tokens_total"] == tokens and got["kvloom:prompt_tokens_total"] == 400
     assert got["kvloom:prefix_cache_queries_total"] == 200 and got["kvloom:prefix_cache_hits_total"] == 50
+    assert got["kvloom:replayed_tokens_total"] == 5
+    assert got["kvloom:selection_state_bytes"] == 768 and got["kvloom:selection_state_capacity_bytes"] == 3 << 20
     assert got["kvloom:num_preemptions_total"] == 2 and got["kvloom:kv_cache_usage_perc"] == 0.1
     assert got["kvloom:num_requests_running"] == 0 and got["kvloom:num_requests_waiting"] == 0
     assert got["kvloom:kv_blocks,full,cached"] == 20 and got["kvloom:kv_blocks,local,free"] == 40
@@ -117,6 +119,7 @@ def test_kv(served):
         "cached_blocks": 20, "in_use_blocks": 10, "segment_bytes": 1024, "tokens": {"prefix": 10, "stale": 60},
         "reuse_checks": "passed",
     }  # fmt: skip
+<<<<<<< HEAD
     assert body["tenants"]["alice"] == {
         "cached_blocks": 0,
         "in_use_blocks": 0,
@@ -124,6 +127,11 @@ def test_kv(served):
         "tokens": {"fresh": 18},
         "reuse_checks": "passed",
     }
+=======
+    assert body["tenants"]["alice"] == {"cached_blocks": 0, "in_use_blocks": 0, "segment_bytes": 3072, "tokens": {"fresh": 18}}
+    assert body["selection_state"] == {"bytes": 768, "capacity_bytes": 3 << 20}
+    assert body["requests"]["replayed_tokens"] == 5
+>>>>>>> part-f
     share = body["kvshare"]
     assert share["segments"] == {"count": 4, "bytes": 4096, "capacity_bytes": 8192, "evictions": 0}
     assert share["recomputed_share"] == 12 / 72 and share["deviation"] == 0.25
