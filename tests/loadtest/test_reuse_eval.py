@@ -18,7 +18,7 @@ from kvloom.loadtest.quality.reuse_scores import Setting, figures, relate, setti
 
 SHARE = '{"min_match": 32, "min_reusable": 48, "check_layer": 1}'
 SETTINGS = (
-    '{"verified": true, "heal": false, "shadow_share": 0, "min_gain": -1, "reject_above": 1e9, '
+    '{"verified": true, "heal": false, "shadow_share": 0, "min_gain": -1, "reject_above": 1000, '
     '"min_match": 32, "min_reusable": 48}'
 )
 LENGTH = 130
