@@ -156,7 +156,8 @@ class ThreadEngineClient:
 
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient.tenants`."""
-        return await self._ask("", lambda core: core.tenants(names))
+        asker = names[0] if names else ""  # who is told of itself alone asks for itself
+        return await self._ask(asker, lambda core: core.tenants(names))
 
     async def _ask(self, tenant: str, question: Callable[[EngineCore], T]) -> T:
         """Have the engine's thread answer between two steps. Raises OverloadedError if too many wait."""

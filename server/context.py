@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 from fastapi import Request
 
 from kvloom.engine.client import EngineClient
-from kvloom.engine.errors import ModelNotFoundError
+from kvloom.engine.errors import ModelNotFoundError, OverloadedError
+from kvloom.engine.questions import WAITING_OF_TENANT
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
@@ -25,6 +29,21 @@ class ServerContext:
     options: ServerOptions
     metrics: Metrics
     prompts: PromptEncoder
+    asking: Counter[str] = field(default_factory=Counter)
+    """Tenant -> questions to the engine that are being encoded or answered."""
+
+    @contextmanager
+    def question(self, tenant: str) -> Iterator[None]:
+        """One of a tenant's questions, from before it is encoded to its answer. Raises OverloadedError if it has too many."""
+        if self.asking[tenant] >= WAITING_OF_TENANT:
+            raise OverloadedError(f"{self.asking[tenant]} questions of this tenant are being answered; try again later")
+        self.asking[tenant] += 1
+        try:
+            yield
+        finally:
+            self.asking[tenant] -= 1
+            if not self.asking[tenant]:
+                del self.asking[tenant]
 
     def check_model(self, name: str | None) -> None:
         """Raises ModelNotFoundError unless `name` is the served model. None, which OpenAI does not allow, means that model."""
@@ -34,9 +53,9 @@ class ServerContext:
 
 
 def context_of(request: Request) -> ServerContext:
-    """The application's context."""
+    """The application's context, as the caller's tenant may use it."""
     context: ServerContext = request.app.state.context
-    return context
+    return replace(context, prompts=context.prompts.of(tenant_of(request)))
 
 
 def tenant_of(request: Request) -> str:

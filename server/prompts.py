@@ -1,22 +1,23 @@
 """From the text of a request to token ids, without holding up the event loop or the engine.
 
 Encoding takes about a millisecond per KiB of text: one short prompt is encoded where it is, since handing work to a thread
-costs more; long ones, and many, go to a small pool, in pieces, so that others get their turn. Its threads give way to the
+costs more; long ones, and many, go to a small pool, in pieces, on which tenants take turns. Its threads give way to the
 engine's where cores are few. A text that cannot fit the context is refused before it is encoded.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import copy
+import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from kvloom.engine.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from kvloom.engine.text.chat_template import ChatTemplate, template_of
+from kvloom.engine.errors import ContextLengthError, InvalidRequestError
+from kvloom.engine.text.chat_template import template_of
+from kvloom.server.fair_pool import FairPool
 from kvloom.server.schema.chat import Message
 
 INLINE_CHARACTERS = 2048
@@ -26,8 +27,6 @@ PIECE_CHARACTERS = 128 * 1024
 PIECE_TEXTS = 256
 THREADS = 2
 NICENESS = 10
-MAX_WAITING = 256
-"""Pieces of work that may wait for the pool."""
 MAX_DECODED = 65536
 """Tokens that may be decoded at once, if the context is not longer: a second of the interpreter's time is everybody's."""
 
@@ -42,10 +41,16 @@ class PromptEncoder:
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self.max_model_len = max_model_len
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="kvloom-text", initializer=_give_way)
-        self._waiting = 0
-        self._template: ChatTemplate | None = None
+        self._pool = FairPool(THREADS, _give_way)
+        self._tenant = ""
+        self._template = functools.cache(lambda: template_of(tokenizer))
         tokenizer.least_tokens("")  # looks through the vocabulary, once
+
+    def of(self, tenant: str) -> PromptEncoder:
+        """The same, for the texts of one tenant."""
+        own = copy.copy(self)
+        own._tenant = tenant
+        return own
 
     async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises ContextLengthError if it must be longer than the context."""
@@ -72,7 +77,7 @@ class PromptEncoder:
     ) -> list[int]:
         """Token ids of a conversation, through the model's chat template. Raises InvalidRequestError if it has none, and
         ContextLengthError as `text` does."""
-        template = self._chat_template()
+        template = self._template()
 
         def encode() -> list[int]:
             text = template.render(
@@ -128,23 +133,10 @@ class PromptEncoder:
 
     def close(self) -> None:
         """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _chat_template(self) -> ChatTemplate:
-        if self._template is None:
-            self._template = template_of(self.tokenizer)
-        return self._template
+        self._pool.close()
 
     async def _run(self, long: bool, work: Callable[[], T]) -> T:
-        if not long:
-            return work()
-        if self._waiting >= MAX_WAITING:
-            raise OverloadedError(f"{self._waiting} texts wait to be encoded; try again later")
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
-        finally:
-            self._waiting -= 1
+        return await self._pool.run(self._tenant, work) if long else work()
 
 
 def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:

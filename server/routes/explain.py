@@ -18,25 +18,30 @@ SHOWN_TOKENS = 6
 @router.post("/v1/kv/explain")
 async def explain(body: ExplainBody, request: Request) -> dict[str, Any]:
     """What a prompt of the caller's would reuse now, from which kind of donor, and why no more. Runs nothing."""
-    context = context_of(request)
+    context, tenant = context_of(request), tenant_of(request)
     context.check_model(body.model)
-    special = body.add_special_tokens
-    if body.messages is not None:
-        tokens = await context.prompts.chat(
-            body.messages, add_generation_prompt=body.add_generation_prompt, add_special_tokens=bool(special)
-        )
-    elif isinstance(body.prompt, str):
-        tokens = await context.prompts.text(body.prompt, add_special_tokens=special is not False)
-    else:
-        tokens = list(body.prompt or [])
-    return await _explain(context, tokens, tenant_of(request), body.cache_salt)
+    with context.question(tenant):
+        return await _explain(context, await _encoded(context, body), tenant, body.cache_salt)
 
 
 @router.get("/v1/kv/explain")
 async def explain_text(request: Request, prompt: Annotated[str, Query(min_length=1)]) -> dict[str, Any]:
     """The same for a short text in the address."""
-    context = context_of(request)
-    return await _explain(context, await context.prompts.text(prompt), tenant_of(request), "")
+    context, tenant = context_of(request), tenant_of(request)
+    with context.question(tenant):
+        return await _explain(context, await context.prompts.text(prompt), tenant, "")
+
+
+async def _encoded(context: ServerContext, body: ExplainBody) -> list[int]:
+    """Token ids of the prompt or the conversation, as the endpoints for generation encode them."""
+    special = body.add_special_tokens
+    if body.messages is not None:
+        return await context.prompts.chat(
+            body.messages, add_generation_prompt=body.add_generation_prompt, add_special_tokens=bool(special)
+        )
+    if isinstance(body.prompt, str):
+        return await context.prompts.text(body.prompt, add_special_tokens=special is not False)
+    return list(body.prompt or [])
 
 
 async def _explain(context: ServerContext, tokens: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:

@@ -6,8 +6,10 @@ import threading
 import pytest
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from kvloom.server import prompts as module
-from kvloom.server.prompts import INLINE_CHARACTERS, MAX_DECODED, PIECE_CHARACTERS, PIECE_TEXTS, PromptEncoder, _pieces
+from kvloom.engine.questions import WAITING_OF_TENANT
+from kvloom.server import fair_pool
+from kvloom.server.fair_pool import FairPool
+from kvloom.server.prompts import INLINE_CHARACTERS, MAX_DECODED, PIECE_CHARACTERS, PIECE_TEXTS, THREADS, PromptEncoder, _pieces
 
 
 @pytest.fixture
@@ -100,21 +102,87 @@ def test_pieces():
 
 
 def test_what_waits_for_the_pool_is_bounded(encoder, monkeypatch):
-    monkeypatch.setattr(module, "MAX_WAITING", 2)
+    monkeypatch.setattr(fair_pool, "MAX_WAITING", 2)
 
     async def scenario():
         texts = ["hello " * 1000] * 5
-        results = await asyncio.gather(*(encoder.text(text) for text in texts), return_exceptions=True)
-        assert sum(isinstance(result, OverloadedError) for result in results) == 3
-        assert await encoder.text(texts[0])
+        results = await asyncio.gather(*(encoder.of("a").text(text) for text in texts), return_exceptions=True)
+        assert sum(isinstance(result, OverloadedError) for result in results) == 5 - THREADS - 2
+        assert await encoder.of("a").text(texts[0])
 
     asyncio.run(scenario())
+
+
+def test_tenants_take_turns_on_the_pool():
+    """One floods; another's text waits for one piece at most, and who gives up keeps nobody from a thread."""
+    begun, go_on = [], threading.Event()
+    pool = FairPool(1, lambda: None)
+
+    def work(name):
+        begun.append(name)
+        assert go_on.wait(30)
+
+    async def scenario():
+        flood = [asyncio.ensure_future(pool.run("flood", lambda i=i: work(f"flood {i}"))) for i in range(6)]
+        await asyncio.sleep(0)
+        quiet = [asyncio.ensure_future(pool.run("quiet", lambda i=i: work(f"quiet {i}"))) for i in range(2)]
+        await asyncio.sleep(0)
+        flood[1].cancel()
+        quiet[1].cancel()
+        await asyncio.sleep(0)
+        go_on.set()
+        results = await asyncio.gather(*flood, *quiet, return_exceptions=True)
+        assert sum(isinstance(result, asyncio.CancelledError) for result in results) == 2
+        flood[0] = asyncio.ensure_future(pool.run("flood", lambda: work("again")))
+        await flood[0]
+
+    asyncio.run(scenario())
+    assert begun[:2] == ["flood 0", "quiet 0"]
+    assert sorted(begun[:-1]) == ["flood 0", "flood 2", "flood 3", "flood 4", "flood 5", "quiet 0"] and begun[-1] == "again"
+    assert not pool._lanes
+    pool.close()
+
+
+def test_questions_are_refused_before_they_are_encoded(serving, fake, until):
+    """Four of a tenant's at once; what is over is told so without any work, and others are not concerned."""
+    engine = fake.FakeEngine()
+    spy = engine.tokenizer = Spy(engine.tokenizer)
+    go_on, waiting, explain = threading.Event(), [], engine.explain
+
+    async def slow(*args, **kwargs):
+        waiting.append(args)
+        await asyncio.to_thread(go_on.wait, 30)
+        return await explain(*args, **kwargs)
+
+    engine.explain = slow
+    running = serving(engine, tenant_keys={"k": "a", "l": "b"})
+    statuses = []
+
+    def ask(key):
+        with running.client(Authorization=f"Bearer {key}") as client:
+            statuses.append(client.post("/v1/kv/explain", json={"prompt": "hello"}).status_code)
+
+    threads = [threading.Thread(target=ask, args=("k",)) for _ in range(WAITING_OF_TENANT)]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(waiting) == WAITING_OF_TENANT)
+    encoded = len(spy.batches)
+    ask("k")
+    assert statuses == [429] and len(spy.batches) == encoded
+    other = threading.Thread(target=ask, args=("l",))
+    other.start()
+    until(lambda: len(waiting) == WAITING_OF_TENANT + 1)
+    go_on.set()
+    for thread in (*threads, other):
+        thread.join(30)
+    ask("k")
+    assert statuses == [429] + [200] * (WAITING_OF_TENANT + 2)
 
 
 def test_ids_that_cannot_fit_are_refused_before_anything_is_made_of_them(serving, fake):
     engine = fake.FakeEngine()
     with serving(engine).client() as client:
-        response = client.post("/v1/completions", json={"n": 64, "prompt": [7] * 400_000})
+        response = client.post("/v1/completions", json={"n": 64, "prompt": [7] * 100_000})
     assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
     assert not engine.calls
 
