@@ -2,8 +2,9 @@
 # make demo         the same with openai-python: start a server, talk to it, print answers and figures
 # make test         install the development tools, lint, type-check and run every test
 # make setup        install the development tools
+# make figures-check  compare the figures in README.md and docs with the result files in docs/figures
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
-#                     BENCH="--url vllm=http://127.0.0.1:8001" for one that runs, or
+#                     BENCH="--url vllm=http://127.0.0.1:8001 --precision vllm=bf16" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 # make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
 # make fuzz         random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
@@ -14,7 +15,7 @@ PYTHON ?= python3.11
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types bench-peers floods fuzz clean
+.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz clean
 
 setup: $(VENV)/.dev
 
@@ -33,7 +34,7 @@ serve: $(VENV)/.serve
 demo: $(VENV)/.demo
 	$(BIN)/python -m kvloom.loadtest.demo
 
-test: setup lint types
+test: setup lint types figures-check
 	$(BIN)/python -m pytest
 
 lint: setup
@@ -43,9 +44,15 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+figures-check: setup
+	$(BIN)/python -m kvloom.loadtest.figures
+
 bench-peers: $(VENV)/.bench
-	$(BIN)/kvloom bench peers --markdown docs/peers.md --plot docs/peers.png $(BENCH) \
-	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}')
+	$(BIN)/kvloom bench peers --publish docs/figures/peers.json --plot docs/peers.png $(BENCH) \
+	  --also 'kvloom-bf16=--weights bf16' --precision kvloom-bf16=bf16 \
+	  $(if $(PEERS_SH),--start 'vllm=bash $(PEERS_SH) vllm $(PEERS) {port}' --precision vllm=bf16 \
+	    --start 'llama=bash $(PEERS_SH) llama $(PEERS) {port}' --precision llama=Q4_1)
+	$(BIN)/python -m kvloom.loadtest.figures --write
 
 floods: setup
 	$(BIN)/kvloom bench floods --out build/floods

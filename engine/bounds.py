@@ -44,6 +44,12 @@ POOLS = Range(1, 63, odd=True, note="1 for none")
 """Neighbours that scores are max-pooled over."""
 
 
+def told(options: Any) -> list[tuple[str, str]]:
+    """Every number of a dataclass by name, and what is allowed for it, as documentation says it."""
+    found = ((field.name, range_of(field)) for field in dataclasses.fields(options))
+    return [(name, str(bounds)) for name, bounds in found if bounds is not None]
+
+
 class Wrong(NamedTuple):
     """A field that cannot be as it is."""
 

@@ -292,6 +292,7 @@ def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: 
         backend=backend,
         created=int(time.time()),
         settings=config.changed(),
+        sampling=files.sampling,
     )
 
 

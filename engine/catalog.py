@@ -31,6 +31,7 @@ import platformdirs
 
 from kvloom.engine.errors import ModelError, ModelNotFoundError
 from kvloom.engine.files import shown
+from kvloom.engine.request import OPENAI_SAMPLING, SamplingDefaults
 
 Progress = Callable[[str, int, int], None]
 """Called with a stage ("downloading smollm2", ...), bytes done and bytes in all (0 if unknown)."""
@@ -48,6 +49,7 @@ class ModelFiles(NamedTuple):
     kind: Literal["folder", "gguf"]
     name: str
     """What to call it if nobody says otherwise."""
+    sampling: SamplingDefaults = OPENAI_SAMPLING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,8 @@ class BuiltinModel:
     size: int
     sha256: str
     wheel_size: int
+    sampling: SamplingDefaults
+    """What the model's card recommends."""
 
     @property
     def requirement(self) -> str:
@@ -86,6 +90,7 @@ _BUILTINS = (
         size=98_362_432,
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         wheel_size=92_871_040,
+        sampling=SamplingDefaults(temperature=0.2, top_p=0.9),
     ),
 )
 
@@ -114,7 +119,7 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
     report = progress or _silent
     for builtin in _BUILTINS:
         if builtin.name == model:
-            return ModelFiles(_builtin(builtin, report), "gguf", builtin.name)
+            return ModelFiles(_builtin(builtin, report), "gguf", builtin.name, builtin.sampling)
     path = _existing(model)
     if path is not None:
         return _local(path)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams
+from kvloom.engine.request import OPENAI_SAMPLING, KVOptions, RequestOutput, SamplingDefaults, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +26,8 @@ class ModelInfo:
     """Unix seconds at which the server loaded it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Engine settings that are not at their default, by their flat name."""
+    sampling: SamplingDefaults = OPENAI_SAMPLING
+    """What requests that do not say are sampled with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

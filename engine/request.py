@@ -31,6 +31,16 @@ MAX_DRAFT_TOKENS = 16
 PRIORITIES = Range(-MAX_INT, MAX_INT)
 
 
+class SamplingDefaults(NamedTuple):
+    """What a server samples with where a request does not say: a model's own recommendation, or else OpenAI's defaults."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+OPENAI_SAMPLING = SamplingDefaults()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen. Field names and defaults are those of the OpenAI API and of vLLM's extensions to it."""

@@ -217,12 +217,13 @@ class ThreadEngineClient:
 
     def _receive(self) -> bool:
         """Handle messages; waits for one while there is nothing to do. False when it is time to end."""
-        checked = False
+        checked, idle = False, time.monotonic()
         self._answer_next()
         while True:
             if not self._core.busy:
                 self._answer_next()
-            pause = ERRAND_SECONDS if self._core.has_errands else None if checked else IDLE_SECONDS
+            wait = ERRAND_SECONDS if self._core.has_errands else None if checked else IDLE_SECONDS
+            pause = None if wait is None else max(0.0, idle + wait - time.monotonic())  # questions do not put it off
             try:
                 message = self._inbox.get(block=not self._core.busy, timeout=pause)
             except queue.Empty:

@@ -96,7 +96,7 @@ class Plan(Protocol):
 
 
 class QuantizedLinears(Protocol):
-    """Products with weights of 4 or 8 bits and activations rounded to int8 per row and group of 32, summed in fp32."""
+    """Products with weights of 4 or 8 bits and activations rounded to 15 bits per row and group of 32, summed in fp32."""
 
     def pack(
         self, bits: int, codes: Tensor, scales: Tensor, mins: Tensor | None, bias: Tensor | None

@@ -46,6 +46,8 @@ class Load:
     """Closed loop: this many under way, each sent when one before it ended."""
     max_concurrency: int | None = None
     """Open loop or trace: a request waits while this many are under way."""
+    seconds: float | None = None
+    """How long the stage sends; what is under way then is waited for. None: until all its requests are sent."""
 
     @property
     def mode(self) -> Mode:
@@ -61,6 +63,10 @@ class Load:
     @property
     def name(self) -> str:
         """The stage's name in reports."""
+        return self._name + ("" if self.seconds is None else f" for {self.seconds:g} s")
+
+    @property
+    def _name(self) -> str:
         if self.concurrency is not None:
             return f"concurrency {self.concurrency}"
         if self.ramp is not None:

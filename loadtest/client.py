@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import aiohttp
+from multidict import CIMultiDict
 
 from kvloom.loadtest.record import PATHS, Endpoint, Job, Record
 from kvloom.loadtest.stream import message_of, read
@@ -42,20 +43,23 @@ class Client:
         tenant_keys: Mapping[str, str] | None = None,
         endpoint: Endpoint = "completions",
         extra_body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, str] | None = None,
         retries: int = 0,
         timeout: float = 1800.0,
     ) -> None:
         """`base_url` without /v1, such as http://127.0.0.1:8000; `timeout` in seconds for each try of a request.
 
-        `retries`: how often a 429 or 503 is tried again after the time that the server asks for.
+        `headers`: sent with every request. `retries`: how often a 429 or 503 is tried again after the time that the server asks
+        for.
         """
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         self._url = self.base_url + PATHS[endpoint]
-        self._model = model
+        self.model = model
         self._endpoint = endpoint
         self._extra = dict(extra_body or {})
         self._retries = retries
-        self._headers = {"Content-Type": "application/json", **_bearer(api_key)}
+        self._headers = CIMultiDict({"Content-Type": "application/json", **_bearer(api_key)})
+        self._headers.update(headers or {})  # a header of one's own replaces ours, in any case of letters
         self._tenant_headers = {tenant: _bearer(key) for tenant, key in (tenant_keys or {}).items()}
         self._timeout = aiohttp.ClientTimeout(total=timeout, sock_connect=CONNECT_SECONDS)
 
@@ -110,7 +114,7 @@ class Client:
 
     def body(self, job: Job, history: Sequence[Turn] = ()) -> dict[str, Any]:
         """The JSON of a request."""
-        body = {"model": self._model, **self._prompt(job, history), "max_tokens": job.output_tokens, "temperature": 0,
+        body = {"model": self.model, **self._prompt(job, history), "max_tokens": job.output_tokens, "temperature": 0,
                 "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
         if job.tenant:
             body["user"] = job.tenant
@@ -119,6 +123,8 @@ class Client:
     def _prompt(self, job: Job, history: Sequence[Turn]) -> dict[str, Any]:
         if self._endpoint == "completions" and not history:
             return {"prompt": job.prompt if isinstance(job.prompt, str) else list(job.prompt)}
+        if self._endpoint == "chat" and job.messages:
+            return {"messages": list(job.messages)}
         if not isinstance(job.prompt, str):
             raise ValueError("token ids can neither be sent to the chat endpoint nor follow a reply; use a text prompt")
         if self._endpoint == "completions":

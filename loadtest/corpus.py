@@ -118,9 +118,9 @@ class TextSource:
 
     @functools.cached_property
     def ordinary_ids(self) -> tuple[int, ...]:
-        """Token ids that are plain text: no special tokens, no padding of the vocabulary."""
+        """Token ids that are plain text: no special tokens, no padding of the vocabulary, no parts of a character."""
         tokenizer = self.tokenizer
-        return tuple(i for i in range(self.vocab_size) if tokenizer.token_bytes(i) and not tokenizer.is_special(i))
+        return tuple(i for i in range(self.vocab_size) if _is_text(tokenizer.token_bytes(i)) and not tokenizer.is_special(i))
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands: nothing is added around it."""
@@ -141,6 +141,13 @@ class TextSource:
         """`count` texts of about `tokens` tokens each; none repeats another while the corpus lasts."""
         reader = self.reader(seed)
         return [reader.text(tokens) for _ in range(count)]
+
+
+def _is_text(part: bytes) -> bool:
+    try:
+        return bool(part.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 class Reader:

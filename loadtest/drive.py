@@ -29,11 +29,14 @@ class StageRun:
     started: float
     """Instant of `time.perf_counter()`."""
     planned: int
+    """Requests that were to be sent; of a closed loop with a time of its own, those that were."""
     records: list[Record] = field(default_factory=list)
     """Of the requests that were due before the stage ended, by index."""
     interrupted: bool = False
     lost: bool = False
     """Whether the server went away."""
+    ran_out: bool = False
+    """Whether a closed loop with a time of its own had no more requests before that was over."""
 
 
 def check_order(jobs: Sequence[Job]) -> None:
@@ -66,6 +69,7 @@ class Driver:
         self._due = due
         self._limit = load.limit or len(jobs)
         self._closed = load.mode == "closed"
+        self._seconds = load.seconds if self._closed else None  # an open loop's times of sending end by themselves
         self._on_end = on_end
         self._wake = asyncio.Event()
         self._stopped = False
@@ -95,7 +99,7 @@ class Driver:
         self._started = self._freed = time.perf_counter()
         run = StageRun(self._started, len(self._jobs))
         async with asyncio.TaskGroup() as group:
-            while (self._ready or self._running) and not (self._stopped or run.lost):
+            while self._goes_on() and not (self._stopped or run.lost):
                 self._send_due(group)
                 await self._wait()
                 run.lost = await self._is_lost()
@@ -104,9 +108,22 @@ class Driver:
                     self._records[index].fail("stream", "the server went away")
                 task.cancel()
         run.interrupted = self._stopped
+        if self._time_is_up():
+            run.planned = len(self._records)
+        run.ran_out = self._seconds is not None and len(self._records) == len(self._jobs)
         # A task that was cancelled before its first step has sent nothing.
         run.records = [record for _, record in sorted(self._records.items()) if record.ended is not None]
         return run
+
+    def _time_is_up(self) -> bool:
+        """Whether a closed loop has sent for as long as it should."""
+        return self._seconds is not None and time.perf_counter() - self._started >= self._seconds
+
+    def _goes_on(self) -> bool:
+        """Whether anything is to be sent or waited for."""
+        if self._time_is_up():
+            self._ready.clear()
+        return bool(self._ready or self._running)
 
     def _send_due(self, group: asyncio.TaskGroup) -> None:
         now = time.perf_counter() - self._started

@@ -29,6 +29,7 @@ from rich.table import Table
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.request import Request
 from kvloom.kernels import Kernels
+from kvloom.loadtest.figures import add_publish, markdown, publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 
@@ -283,10 +284,9 @@ def cell(value: object) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def markdown(rows: Sequence[Any]) -> str:
-    names = list(asdict(rows[0]))
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return "\n".join([*lines, *("| " + " | ".join(cell(v) for v in asdict(row).values()) + " |" for row in rows)])
+def cells(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table, as text."""
+    return list(asdict(rows[0])), [[cell(value) for value in asdict(row).values()] for row in rows]
 
 
 def plot(path: Path, decodes: Sequence[DecodeRow], prefills: Sequence[PrefillRow], ceilings: Ceilings) -> None:
@@ -333,6 +333,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--decode", default=",".join(f"{b}x{c}" for b, c in DECODES), help="batch x context: %(default)s")
     parser.add_argument("--prefill", default=",".join(map(str, PREFILLS)), help="prompt lengths: %(default)s")
     parser.add_argument("--markdown", type=Path, help="also write the tables into this file")
+    add_publish(parser)
     parser.add_argument("--out", type=Path, default=Path("results/engine"), help="folder for engine.json and engine.png")
     return parser.parse_args(argv)
 
@@ -367,9 +368,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "# The engine alone",
             f"`kvloom bench engine` measures:\n\n```\n{about}```",
             head,
-            *(markdown(rows) for _, rows in tables),
+            *(markdown(*cells(rows)) for _, rows in tables),
         ]
         args.markdown.write_text("\n\n".join(parts) + "\n")
+    for title, rows in tables if args.publish else ():
+        publish(args.publish.with_stem(f"{args.publish.stem}-{title}"), *cells(rows), head if title == "decode" else "")
     console.print(f"written: {args.out / 'engine.json'}, {args.out / 'engine.png'}")
     return 0
 

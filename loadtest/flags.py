@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import sys
 from typing import Any, NoReturn
 
@@ -34,6 +35,17 @@ def need(*packages: str) -> None:
     for name in packages:
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(f"{name} is not installed", name=name)
+
+
+_UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_of(text: str, unit: str = "s") -> float:
+    """A time such as 500ms, 30s, 2m or 1h; `unit` is that of a plain number. Raises ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(ms|s|m|h|)", text.strip())
+    if found is None:
+        raise ValueError(f"{text!r} is no time; write 500ms, 30s, 2m or 1h")
+    return float(found[1]) * _UNITS[found[2] or unit]
 
 
 def add_options(group: Any, options: type) -> None:

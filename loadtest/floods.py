@@ -1,7 +1,7 @@
 """`kvloom bench floods`: what a neighbour feels of each flood. Starts a server of its own on this machine.
 
 A neighbour with a key of its own streams answers one after the other and asks for /health every few milliseconds, all the time.
-Windows without and under a flood take turns; the table shows medians over the rounds and their ratio. Rows go to floods.jsonl.
+Windows without and under a flood take turns; the table shows medians and their ratio. Rows also go to floods.jsonl.
 """
 
 from __future__ import annotations

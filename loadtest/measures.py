@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from kvloom.loadtest.flags import seconds_of
 from kvloom.loadtest.record import Record
 
 DEFINITIONS = {
@@ -34,11 +35,13 @@ DEFINITIONS = {
 }
 
 NAN = float("nan")
+LONGEST_LIMIT = 1e8
+"""Milliseconds of a service-level objective."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """One quantity over many requests, in seconds; NaN if there were none."""
+    """One quantity over many requests, in seconds; NaN if there were none. One request has no standard deviation."""
 
     mean: float
     p50: float
@@ -51,7 +54,8 @@ class Spread:
         if not values:
             return cls(NAN, NAN, NAN, NAN)
         p50, p90, p99 = np.percentile(values, (50, 90, 99))
-        return cls(float(np.mean(values)), float(p50), float(p90), float(p99), float(np.std(values)))
+        std = float(np.std(values)) if len(values) > 1 else NAN
+        return cls(float(np.mean(values)), float(p50), float(p90), float(p99), std)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,17 +114,19 @@ class Slo:
 
     @classmethod
     def parse(cls, words: Sequence[str]) -> Slo:
-        """From `ttft:500 tpot:50 e2el:5000`. Raises ValueError."""
+        """From `ttft:500 tpot:50` (milliseconds, as vLLM's --goodput) or `ttft=500ms e2el=5s`. Raises ValueError."""
         names = [field.name.removesuffix("_ms") for field in fields(cls)]
         limits: dict[str, float] = {}
         for word in words:
-            name, _, limit = word.partition(":")
-            if name not in names:
-                raise ValueError(f"{word!r} is no limit; write NAME:MILLISECONDS with a name among {', '.join(names)}")
+            name, _, limit = word.replace("=", ":", 1).partition(":")
+            if name not in names or name + "_ms" in limits:
+                raise ValueError(f"{word!r} is no limit; write NAME:MILLISECONDS once for any of {', '.join(names)}")
             try:
-                limits[name + "_ms"] = float(limit)
+                limits[name + "_ms"] = seconds_of(limit, "ms") * 1e3
             except ValueError:
-                raise ValueError(f"{word!r} is no limit; write NAME:MILLISECONDS, such as {name}:500") from None
+                raise ValueError(f"{word!r} is no limit; write NAME:MILLISECONDS, such as {name}:500 or {name}=500ms") from None
+            if not 0 < limits[name + "_ms"] <= LONGEST_LIMIT:
+                raise ValueError(f"{word!r} is no limit; allowed: more than 0, up to {LONGEST_LIMIT:g} ms")
         return cls(**limits)
 
     def met(self, record: Record) -> bool:

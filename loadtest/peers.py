@@ -1,11 +1,13 @@
 """Side by side: the same requests from the same client to each server in turn, on an otherwise idle machine.
 
-    kvloom bench peers --start 'vllm=bash peers.sh vllm DIR {port}' --start 'llama=bash peers.sh llama DIR {port}'
-    kvloom bench peers --url vllm=http://127.0.0.1:8001
+    kvloom bench peers --start 'vllm=bash peers.sh vllm DIR {port}' --precision vllm=bf16 --version 'vllm=vllm --version' \\
+        --also 'kvloom-bf16=--weights bf16' --precision kvloom-bf16=bf16
+    kvloom bench peers --url vllm=http://127.0.0.1:8001 --precision vllm=fp32
 
 kvloom is started by this script, a peer by the command given (with {port} filled in) or found at a URL. Every round starts
 each server, waits until it is healthy, warms it up, runs every case and stops it. The table gives medians over rounds, and
-ratios of medians. Prompts are random token ids, different in every round, the same for every server; greedy, `ignore_eos`.
+ratios of medians: of kvloom as it comes to every peer, and of a further kvloom (`--also`) to the peers of its precision, like
+for like. Prompts are random token ids, different in every round, the same for every server; greedy, `ignore_eos`.
 """
 
 from __future__ import annotations
@@ -14,54 +16,31 @@ import argparse
 import asyncio
 import json
 import random
-import statistics
+import shlex
+import subprocess
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from kvloom.loadtest.figures import add_publish, commit, publish
 from kvloom.loadtest.flags import need
-from kvloom.loadtest.machine import describe
 from kvloom.loadtest.measures import Summary, summarise
+from kvloom.loadtest.peers_table import CASES, About, Case, Run, cells, note, plot, table
 from kvloom.loadtest.record import Job
 from kvloom.loadtest.servers import Server, StartError, model_name, running
+from kvloom.version import __version__
 
 console = Console(highlight=False)
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One load: requests of `inputs` random tokens and `outputs` generated ones, `concurrency` at a time."""
-
-    name: str
-    concurrency: int
-    inputs: int
-    outputs: int
-    requests: int
-
-
-CASES = (
-    Case("c1", 1, 512, 64, 8),
-    Case("c8", 8, 512, 64, 24),
-    Case("c16", 16, 1024, 64, 24),
-    Case("long", 8, 7500, 64, 8),
-)
+OWN_PRECISION = "4-bit codes, int8 activations"
+"""Of the built-in model by default."""
 FIRST_TOKEN, LAST_TOKEN = 300, 48_000
 """Token ids that are ordinary text in SmolLM2's vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One case on one server in one round."""
-
-    server: str
-    case: str
-    round: int
-    start_seconds: float | None
-    summary: Summary
 
 
 def jobs(case: Case, seed: int) -> list[Job]:
@@ -97,91 +76,13 @@ def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path)
     return runs
 
 
-METRICS = (
-    ("TTFT p50, ms", "ttft"),
-    ("TPOT p50, ms", "tpot"),
-    ("ITL p50, ms", "itl"),
-    ("output tok/s", "output_throughput"),
-    ("wall, s", "wall"),
-)
-
-
-def value(run: Run, metric: str) -> float:
-    found = getattr(run.summary, metric)
-    return float(found) if isinstance(found, float) else float(found.p50) * 1e3
-
-
-def median_of(runs: Sequence[Run], server: str, case: str, metric: str) -> float:
-    """Over rounds."""
-    found = [value(run, metric) for run in runs if (run.server, run.case) == (server, case)]
-    return statistics.median(found) if found else float("nan")
-
-
-def rounds_of(runs: Sequence[Run]) -> str:
-    """How many rounds stand behind the medians, naming what was measured less often than the rest."""
-    counts = Counter((run.server, run.case) for run in runs)
-    most = max(counts.values())
-    fewer = "".join(f" ({server} {case}: {count})" for (server, case), count in counts.items() if count < most)
-    return f"{most} rounds{fewer}"
-
-
-def table(runs: Sequence[Run], cases: Sequence[Case]) -> str:
-    """Markdown: a row per case and metric, a column per server, ratios of kvloom to each peer."""
-    names = list(dict.fromkeys(run.server for run in runs))
-    peers = [name for name in names if name != "kvloom"]
-
-    head = ["case", "metric", *names, *(f"kvloom / {peer}" for peer in peers)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for case in cases:
-        title = f"{case.name}: {case.concurrency} x {case.inputs} in / {case.outputs} out, {case.requests} requests"
-        for label, metric in METRICS:
-            medians = {name: median_of(runs, name, case.name, metric) for name in names}
-            ratios = [f"{medians['kvloom'] / medians[peer]:.2f}x" for peer in peers] if "kvloom" in medians else []
-            lines.append("| " + " | ".join([title, label, *(f"{medians[name]:.1f}" for name in names), *ratios]) + " |")
-            title = ""
-    starts = {
-        name: [run.start_seconds for run in runs if run.server == name and run.start_seconds is not None] for name in names
-    }
-    cells = [f"{statistics.median(starts[name]):.1f}" if starts[name] else "-" for name in names]
-    own = statistics.median(starts["kvloom"]) if starts.get("kvloom") else float("nan")
-    ratios = [f"{own / statistics.median(starts[peer]):.2f}x" if starts[peer] else "-" for peer in peers]
-    lines.append("| " + " | ".join(["start to healthy", "s", *cells, *ratios]) + " |")
-    failed = sum(run.summary.failed for run in runs)
-    return "\n".join([*lines, "", f"Medians of {rounds_of(runs)}; {failed} failed requests. Measured {describe()}."])
-
-
-def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path) -> None:
-    """One panel per metric, a group of bars per case, medians over rounds, as multiples of kvloom's figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    names = list(dict.fromkeys(run.server for run in runs))
-    panels = (("time to first token", "ttft"), ("time per output token", "tpot"), ("wall time", "wall"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
-    for axis, (title, metric) in zip(axes, panels):
-        for i, name in enumerate(names):
-            medians = [
-                median_of(runs, name, case.name, metric) / median_of(runs, "kvloom", case.name, metric) for case in cases
-            ]
-            places = [x + i * 0.8 / len(names) for x in range(len(cases))]
-            bars = axis.bar(places, medians, 0.76 / len(names), label=name)
-            axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
-        axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
-        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
-        axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
-        axis.margins(y=0.12)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def recorded(path: Path) -> list[Run]:
-    """Runs that an earlier measurement wrote. Raises SystemExit if the file holds none."""
+def recorded(path: Path) -> tuple[list[Run], dict[str, About]]:
+    """Runs that an earlier measurement wrote, and what it knew of the servers. Raises SystemExit if the file holds none."""
     try:
-        rows = json.loads(path.read_text())
-        return [Run(**{**row, "summary": Summary.from_dict(row["summary"])}) for row in rows]
+        content = json.loads(path.read_text())
+        rows, known = (content, {}) if isinstance(content, list) else (content["runs"], content["about"])
+        runs = [Run(**{**row, "summary": Summary.from_dict(row["summary"])}) for row in rows]
+        return runs, {name: About(**values) for name, values in known.items()}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise SystemExit(f"{path} does not hold recorded runs: {error}") from None
 
@@ -193,6 +94,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a peer that already runs")
     parser.add_argument("--kvloom", default="", help="further flags for kvloom serve")
+    several: dict[str, Any] = {"action": "append", "default": []}
+    parser.add_argument("--also", **several, metavar="kvloom-NAME=FLAGS", help="a further kvloom: 'kvloom-bf16=--weights bf16'")
+    parser.add_argument("--precision", **several, metavar="NAME=TEXT", help="of a server's weights: vllm=bf16; in every head")
+    parser.add_argument("--version", **several, metavar="NAME=COMMAND", help="prints a server's version and build flags")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="which of: %(default)s")
     parser.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
@@ -202,29 +107,72 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=Path, default=None, help="also draw the comparison into this PNG file")
     parser.add_argument("--markdown", type=Path, default=None, help="also write the table into this file")
+    add_publish(parser)
     return parser.parse_args(argv)
 
 
+def named(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """NAME=... of a flag that may be repeated. Raises SystemExit."""
+    found = {}
+    for text in texts:
+        name, _, rest = text.partition("=")
+        if not name or not rest or name in found:
+            raise SystemExit(f"--{option} {text!r} is not NAME=..., once for each name")
+        found[name] = rest
+    return found
+
+
 def servers(args: argparse.Namespace) -> list[Server]:
-    found = [Server("kvloom", command=f"{sys.executable} -m kvloom.server.cli serve smollm2 --port {{port}} {args.kvloom}")]
-    for option, field in (("start", "command"), ("url", "url")):
-        for text in getattr(args, option):
-            name, _, rest = text.partition("=")
-            if not name or not rest:
-                raise SystemExit(f"--{option} {text!r} is not NAME=...")
-            found.append(Server(name, **{field: rest}))
+    """What is measured: kvloom, further kvlooms, peers."""
+    ours = {"kvloom": args.kvloom, **named("also", args.also)}
+    if wrong := [name for name in ours if not name.startswith("kvloom")]:
+        raise SystemExit(f"--also {wrong[0]}=... is a kvloom; let its name begin with kvloom-")
+    serve = f"{sys.executable} -m kvloom.server.cli serve smollm2 --port {{port}} "
+    found = [Server(name, command=serve + flags) for name, flags in ours.items()]
+    found += [Server(name, command=command) for name, command in named("start", args.start).items()]
+    found += [Server(name, url=url) for name, url in named("url", args.url).items()]
     wanted = [name for name in args.only.split(",") if name]
     return [server for server in found if not wanted or server.name in wanted]
 
 
-def measure_all(args: argparse.Namespace, cases: Sequence[Case]) -> list[Run]:
+def known_of(args: argparse.Namespace, chosen: Sequence[Server]) -> dict[str, About]:
+    """Precision, command and version of every server. Raises SystemExit for a name that is none, or a command that fails."""
+    own = {} if "--weights" in args.kvloom else {"kvloom": OWN_PRECISION}
+    precision, versions = own | named("precision", args.precision), named("version", args.version)
+    names = [server.name for server in servers(argparse.Namespace(**{**vars(args), "only": ""}))]
+    if unknown := [name for name in {**precision, **versions} if name not in names]:
+        raise SystemExit(f"there is no server named {', '.join(unknown)}; there are {', '.join(names)}")
+    about = {}
+    for server in chosen:
+        ours = server.name.startswith("kvloom")
+        version = f"kvloom {__version__}, commit {commit()}" if ours else said(versions.get(server.name, ""))
+        command = (server.command or server.url or "").replace(sys.executable, "python")
+        about[server.name] = About(precision.get(server.name, ""), command, version)
+    return about
+
+
+def said(command: str) -> str:
+    """What a command prints of itself, in one line. Raises SystemExit if it cannot be run."""
+    if not command:
+        return ""
+    try:
+        run = subprocess.run(shlex.split(command), capture_output=True, text=True, timeout=120)
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        raise SystemExit(f"--version: {command} cannot be run: {error}") from None
+    return " ".join((run.stdout + run.stderr).split())[:500]
+
+
+def measure_all(args: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[Run], dict[str, About]]:
     """Every round of every server; what is measured so far is on disk after each."""
     runs: list[Run] = []
+    chosen = servers(args)
+    about = known_of(args, chosen)
     for seed in range(args.rounds):
-        for server in servers(args):
+        for server in chosen:
             runs += measure_server(server, cases, seed, args.out)
-            (args.out / "runs.json").write_text(json.dumps([asdict(run) for run in runs], indent=1))
-    return runs
+            content = {"about": {name: asdict(known) for name, known in about.items()}, "runs": [asdict(run) for run in runs]}
+            (args.out / "runs.json").write_text(json.dumps(content, indent=1))
+    return runs, about
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -237,13 +185,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     need(*([] if args.recorded else ["aiohttp"]), *(["matplotlib"] if args.plot else []))
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        runs = [run for file in args.recorded for run in recorded(file)] if args.recorded else measure_all(args, cases)
+        if args.recorded:
+            found = [recorded(file) for file in args.recorded]
+            runs = [run for part, _ in found for run in part]
+            about = {name: known for _, part in found for name, known in part.items()}
+        else:
+            runs, about = measure_all(args, cases)
     except StartError as error:
         raise SystemExit(str(error)) from None
-    text = table(runs, cases)
+    text = table(runs, cases, about)
     console.print(text, soft_wrap=True)
     if args.plot:
-        plot(runs, cases, args.plot)
+        plot(runs, cases, args.plot, about)
+    if args.publish:
+        publish(args.publish, *cells(runs, cases, about), note(runs, about))
     if args.markdown:
         args.markdown.write_text(
             f"# kvloom beside its peers\n\n{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n{text}\n"

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Table
 
 TIMES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2el"))
-COLUMNS = ("mean", "p50", "p90", "p99")
 LATE_MS = 50.0
 """p99 of the client's lag beyond which an open loop is no longer one."""
 KNOWN_SHARE = 0.05
@@ -29,11 +28,12 @@ def show(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
 
 def _single(console: Console, stage: Mapping[str, Any]) -> None:
     console.print(_counts(stage), soft_wrap=True)
-    table = Table("ms", *COLUMNS)
+    columns = ("mean", *(f"p{percentile:g}" for percentile in stage["percentiles"]))
+    table = Table("ms", *columns)
     for column in table.columns[1:]:
         column.justify = "right"
     for title, key in TIMES:
-        table.add_row(title, *(_number(stage[f"{column}_{key}_ms"]) for column in COLUMNS))
+        table.add_row(title, *(_number(stage[f"{column}_{key}_ms"]) for column in columns))
     console.print(table)
 
 
@@ -75,6 +75,8 @@ def remarks(stage: Mapping[str, Any]) -> list[str]:
         lines.append(f"the server says: mean {', '.join(told)}" if told else "the server's /metrics hold no times")
     if stage["tokens_from_chunks"]:
         lines.append(f"{stage['tokens_from_chunks']} answers came without usage: their tokens are chunks, counted")
+    if stage["ran_out"]:
+        lines.append(f"all {stage['num_prompts']} requests were sent before the time was up; give more with --num-requests")
     if stage["cancelled"]:
         lines.append(f"{stage['cancelled']} requests were ended by the client")
     return lines

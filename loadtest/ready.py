@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -17,6 +18,7 @@ from kvloom.loadtest.record import Job, Record
 PROBE_TOKENS = 8
 """Of a prompt that the test request sends: too few to fill a block of a cache."""
 LOOK_SECONDS = 5.0
+TENANT_HEADER = "X-KVLoom-Tenant"
 
 
 async def wait_until_ready(client: Client, seconds: float) -> None:
@@ -59,13 +61,24 @@ async def first_model(client: Client) -> str:
 
 
 async def check(client: Client, job: Job, tenants: Iterable[str]) -> None:
-    """Send the beginning of a job, once for every tenant with a key of its own. Raises BenchError if it is refused.
+    """Send the beginning of a job, as its tenant and as each with a key of its own. Raises BenchError if it is refused.
 
     A busy server (429) and an answer without text are no reason to stop.
     """
     probe = Job(prompt=job.prompt[:PROBE_TOKENS], output_tokens=1, extra=job.extra)
-    for tenant in ("", *tenants):
+    for tenant in dict.fromkeys(("", *tenants, job.tenant)):
         record = await client.send(replace(probe, tenant=tenant), Record(index=0))
         if record.error is not None and record.error_kind not in ("http_429", "empty"):
             whose = f" of tenant {tenant}" if tenant else ""
-            raise BenchError(f"{client.base_url} refused a test request{whose}: {record.error}")
+            hint = trust(client) if tenant and record.status in (400, 403) and TENANT_HEADER in record.error else ""
+            raise BenchError(f"{client.base_url} refused a test request{whose}: {record.error}{hint}")
+
+
+def trust(client: Client) -> str:
+    """The command with which a server takes tenants' names from us."""
+    address = urlsplit(client.base_url)
+    here = (
+        "127.0.0.1" if address.hostname in ("127.0.0.1", "localhost") else "::1" if address.hostname == "::1" else "OUR_ADDRESS"
+    )
+    command = f"kvloom serve {client.model or 'MODEL'} --port {address.port or 80} --trusted-proxies {here}"
+    return f"; this workload names its tenants: start the server with `{command}`, or give --tenant-key NAME=KEY for each"

@@ -6,7 +6,7 @@ afterwards; a figure is defined once, here or in `measures`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ class Job:
 
     prompt: Sequence[int] | str
     """Token ids, or text."""
+    messages: Sequence[Mapping[str, Any]] = ()
+    """A whole talk to send to the chat endpoint instead of the prompt, which then only tells its text."""
     output_tokens: int
     extra: dict[str, Any] = field(default_factory=dict)
     """More fields of the body, such as `kv` or `cache_salt`."""

@@ -1,10 +1,11 @@
 """`kvloom bench serve`: load on a running server, and what it made of it.
 
     kvloom bench serve --base-url http://127.0.0.1:8000 --workload random --input-len 512 --output-len 64 --concurrency 8
-    kvloom bench serve --base-url http://127.0.0.1:8000 --rate 1,2,4 --num-requests 64 --goodput ttft:500 tpot:50
+    kvloom bench serve --workload file --file prompts.jsonl --endpoint chat --stages 2@30s,4@1m --percentiles 50,90,99.9
+    kvloom bench serve --find-rate --slo ttft=500ms,tpot=50ms --slo-share 0.95
 
-Writes summary.json, requests.jsonl and a report into --out. What sends (`serve_run`) and what draws (`report`) is imported when
-the command line has been read: its help needs neither aiohttp nor matplotlib.
+Writes summary.json, requests.jsonl, requests.csv and a report into --out. What sends (`serve_run`) and what draws (`report`) is
+imported when the command line has been read: its help needs neither aiohttp nor matplotlib.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.loadtest.flags import FAILED, INTERRUPTED, USAGE_ERROR, complain, need
 from kvloom.loadtest.plan import Plan, parse
 from kvloom.loadtest.printout import failures, show
+from kvloom.loadtest.search import sentence
 
 if TYPE_CHECKING:
     from kvloom.loadtest.serve_run import Outcome
@@ -31,9 +33,12 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> int:
     from kvloom.loadtest.report.files import write_report
 
     show(console, outcome.stages)
+    if outcome.search:
+        console.print(sentence(outcome.search), soft_wrap=True)
     files = write_report(plan.out)
     console.print(
-        f"written to {plan.out}: summary.json, requests.jsonl, {', '.join(file.name for file in files)}", soft_wrap=True
+        f"written to {plan.out}: summary.json, requests.jsonl, requests.csv, {', '.join(file.name for file in files)}",
+        soft_wrap=True,
     )
     code = 0
     for stage in outcome.stages:

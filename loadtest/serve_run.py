@@ -9,10 +9,10 @@ import asyncio
 import datetime
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -29,24 +29,67 @@ from kvloom.loadtest.plan import Plan
 from kvloom.loadtest.progress import Meter
 from kvloom.loadtest.ready import check, first_model, wait_until_ready
 from kvloom.loadtest.scrape import Scraper
+from kvloom.loadtest.search import Search
 from kvloom.loadtest.summary import stage_summary
-from kvloom.loadtest.workloads import WORKLOADS
+from kvloom.loadtest.workloads import WORKLOADS, Workload
+from kvloom.loadtest.workloads.random_ids import RANDOM, RandomOptions
 
 WARMUP_SEED = 1_000_003
 """Added to the seed, so that warming up does not fill the cache with the prompts that are measured."""
 WARMUP_CONCURRENCY = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """All jobs of a run."""
+class Stage(NamedTuple):
+    """The jobs of one stage, and the seconds after its start at which each is due."""
 
-    warmup: list[Job]
-    stages: list[list[Job]]
-    due: list[list[float]]
-    """Seconds after the start of its stage at which each job is due."""
-    corpus: str
-    """Fingerprint of the text that prompts were made of."""
+    load: Load
+    jobs: list[Job]
+    due: list[float]
+
+
+class Work:
+    """Makes the jobs of a run. Raises ConfigError for a workload that cannot be made or sent."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Makes what is known before the first stage has ended, so that a mistake shows before anything is sent."""
+        self._plan = plan
+        self._workload = WORKLOADS[plan.workload]
+        try:
+            self._text = TextSource.load(plan.tokenizer)
+        except (ModelError, ModelNotFoundError) as error:
+            raise ConfigError(f"--tokenizer {plan.tokenizer}: {error}") from None
+        self.corpus = self._text.fingerprint
+        """Of the text that prompts were made of."""
+        self.stages = [self.stage(i, load) for i, load in enumerate(plan.loads)]
+        self.warmup = self._warmup()
+
+    def stage(self, index: int, load: Load) -> Stage:
+        """One stage."""
+        seed = self._plan.stage_seed(index)
+        jobs = self._build(self._workload, self._plan.options, seed, self._plan.requests(load))
+        try:
+            return Stage(load, jobs, due_times(load, jobs, seed))
+        except ValueError:
+            ways = "give --rate, --ramp-up, --concurrency or --stages"
+            raise ConfigError(f"workload {self._workload.name} has no times of its own; {ways}") from None
+
+    def _warmup(self) -> list[Job]:
+        """Requests of the same kind with other prompts; random ones if the workload has no others."""
+        workload, options = (self._workload, self._plan.options) if self._workload.endless else (RANDOM, RandomOptions())
+        return self._build(workload, options, self._plan.seed + WARMUP_SEED, self._plan.warmup) if self._plan.warmup else []
+
+    def _build(self, workload: Workload, options: Any, seed: int, count: int) -> list[Job]:
+        chat = self._plan.endpoint == "chat"
+        try:
+            jobs = workload.build(options, self._text, seed, count, chat=chat)
+            check_order(jobs)
+        except ConfigError:
+            raise
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"workload {workload.name}: {error}") from None
+        if not chat and any(job.messages for job in jobs):
+            raise ConfigError("the file holds messages, which the completions endpoint does not take; use --endpoint chat")
+        return jobs
 
 
 @dataclass(slots=True)
@@ -55,37 +98,10 @@ class Outcome:
 
     model: str = ""
     stages: list[dict[str, Any]] = field(default_factory=list)
+    search: dict[str, Any] | None = None
+    """What --find-rate found."""
     interrupted: bool = False
     lost: bool = False
-
-
-def build(plan: Plan) -> Work:
-    """Make the jobs of every stage. Raises ConfigError if the workload cannot be made or sent."""
-    workload = WORKLOADS[plan.workload]
-    try:
-        text = TextSource.load(plan.tokenizer)
-        stages = [workload.build(plan.options, text, plan.stage_seed(i), plan.count) for i in range(len(plan.loads))]
-        warmup = workload.build(plan.options, text, plan.seed + WARMUP_SEED, plan.warmup) if plan.warmup else []
-        for jobs in (*stages, warmup):
-            _check(plan, jobs)
-        due = [due_times(load, jobs, plan.stage_seed(i)) for i, (load, jobs) in enumerate(zip(plan.loads, stages))]
-    except ConfigError:
-        raise
-    except (ModelError, ModelNotFoundError) as error:
-        raise ConfigError(f"--tokenizer {plan.tokenizer}: {error}") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"workload {plan.workload}: {error}") from None
-    return Work(warmup, stages, due, text.fingerprint)
-
-
-def _check(plan: Plan, jobs: Sequence[Job]) -> None:
-    check_order(jobs)
-    if plan.loads[0].mode == "trace" and any(job.at is None for job in jobs):
-        raise ConfigError(f"workload {plan.workload} has no times of its own; give --rate, --ramp-up or --concurrency")
-    if plan.endpoint == "chat" and not all(isinstance(job.prompt, str) for job in jobs):
-        raise ConfigError(
-            f"workload {plan.workload} makes token ids, which the chat endpoint does not take; use --endpoint completions"
-        )
 
 
 class Bench:
@@ -105,19 +121,37 @@ class Bench:
             await wait_until_ready(client, plan.ready_timeout)
             self.outcome.model = plan.model or await first_model(client)
         async with self._client(self.outcome.model) as client:
-            first = (self._work.warmup or self._work.stages[0])[0]
+            first = (self._work.warmup or self._work.stages[0].jobs)[0]
             await check(client, first, plan.tenant_keys)
             await self._warm_up(client)
             self._outputs.begin()
-            for stage, load in enumerate(plan.loads):
-                if self.outcome.interrupted or self.outcome.lost:
-                    break
-                await self._stage(client, stage, load)
+            await (self._search(client) if plan.find_steps else self._all(client))
+
+    async def _all(self, client: Client) -> None:
+        """Stage after stage, until one ends early."""
+        for index, stage in enumerate(self._work.stages):
+            await self._stage(client, index, stage)
+            if self.outcome.interrupted or self.outcome.lost:
+                return
+
+    async def _search(self, client: Client) -> None:
+        """Stages at the rates that a search asks for."""
+        plan, first = self._plan, self._plan.loads[0]
+        assert first.rate is not None and plan.find_steps is not None
+        search = Search(first.rate, plan.slo_share, plan.find_steps)
+        while (rate := search.next()) is not None:
+            index = len(search.steps)
+            await self._stage(client, index, self._work.stage(index, replace(first, rate=rate)))
+            if self.outcome.interrupted or self.outcome.lost:
+                return
+            search.add(rate, self.outcome.stages[-1]["goodput_share"])
+            self.outcome.search = search.result()
+            self._console.print(f"step {index + 1}: rate {rate:g}, {search.steps[-1].share:.1%} of requests within the limits")
 
     def _client(self, model: str) -> Client:
         plan = self._plan
         return Client(plan.base_url, model, api_key=plan.api_key, tenant_keys=plan.tenant_keys, endpoint=plan.endpoint,
-                      extra_body=plan.extra_body, retries=plan.retries, timeout=plan.timeout)  # fmt: skip
+                      extra_body=plan.extra_body, headers=plan.headers, retries=plan.retries, timeout=plan.timeout)  # fmt: skip
 
     async def _warm_up(self, client: Client) -> None:
         jobs = self._work.warmup
@@ -129,15 +163,15 @@ class Bench:
         if run.lost:
             raise BenchError(f"the server at {client.base_url} went away while it was warmed up")
 
-    async def _stage(self, client: Client, stage: int, load: Load) -> None:
-        jobs, due = self._work.stages[stage], self._work.due[stage]
+    async def _stage(self, client: Client, index: int, stage: Stage) -> None:
+        load, jobs, due = stage
         scraper = Scraper(client, self._plan.scrape_interval)
         await scraper.begin()
         with Meter(self._console, load.name, len(jobs)) as meter:
 
             def ended(record: Any, started: float) -> None:
                 meter.add(record)
-                self._outputs.add(record, started, stage)
+                self._outputs.add(record, started, index)
 
             driver = Driver(client, jobs, due, load, on_end=ended)
             beside = [asyncio.create_task(work) for work in (scraper.watch(time.perf_counter()), meter.show(driver))]
@@ -146,15 +180,17 @@ class Bench:
             for task in beside:
                 task.cancel()
         server = await scraper.finish()
-        self._note(stage, run, server, scraper.timeline)
+        self._note(index, stage, run, server, scraper.timeline)
 
-    def _note(self, stage: int, run: StageRun, server: dict[str, Any] | None, timeline: list[dict[str, Any]]) -> None:
+    def _note(
+        self, index: int, stage: Stage, run: StageRun, server: dict[str, Any] | None, timeline: list[dict[str, Any]]
+    ) -> None:
         """Take the figures of a stage, and put them on disk."""
-        plan, load = self._plan, self._plan.loads[stage]
+        plan, load = self._plan, stage.load
         self.outcome.interrupted, self.outcome.lost = run.interrupted, run.lost
-        head = {"name": load.name, "stage": stage, "seed": plan.stage_seed(stage), "date": _now(), "backend": "openai",
+        head = {"name": load.name, "stage": index, "seed": plan.stage_seed(index), "date": _now(), "backend": "openai",
                 "model_id": self.outcome.model}  # fmt: skip
-        figures = stage_summary(run, load, plan.slo, max(self._work.due[stage]))
+        figures = stage_summary(run, load, plan.slo, max(stage.due), plan.percentiles)
         self.outcome.stages.append({**head, **figures, "server": server, "timeline": timeline})
         self._outputs.summarise(summary_of(plan, self.outcome, self._work.corpus))
 
@@ -173,21 +209,24 @@ def summary_of(plan: Plan, outcome: Outcome, corpus: str) -> dict[str, Any]:
         "seed": plan.seed,
         "same_prompts": plan.same_prompts,
         "mode": plan.loads[0].mode,
-        "loads": [load.name for load in plan.loads],
+        "loads": [stage["name"] for stage in outcome.stages],
+        "slo_share": plan.slo_share if plan.slo else None,
         "warmup": plan.warmup,
         "retries": plan.retries,
         "timeout": plan.timeout,
         "extra_body": dict(plan.extra_body),
+        "headers": sorted(plan.headers),
         "machine": describe(),
         "date": _now(),
         "definitions": DEFINITIONS,
     }
-    top = outcome.stages[0] if len(plan.loads) == len(outcome.stages) == 1 else {}
+    top = outcome.stages[0] if len(plan.loads) == len(outcome.stages) == 1 and not outcome.search else {}
     return {
         **top,
         "settings": settings,
         "interrupted": outcome.interrupted,
         "server_lost": outcome.lost,
+        "search": outcome.search,
         "stages": outcome.stages,
     }
 
@@ -227,7 +266,7 @@ def on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
 
 def bench(plan: Plan, console: Console) -> Outcome:
     """Run a plan and write its files and its report. Raises ConfigError, BenchError or OSError."""
-    work = build(plan)
+    work = Work(plan)
     with Outputs(plan.out, plan.workload, save_text=plan.save_text) as outputs:
         test = Bench(plan, work, outputs, console)
         try:

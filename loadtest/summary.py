@@ -17,11 +17,16 @@ from kvloom.loadtest.drive import StageRun
 from kvloom.loadtest.measures import Slo, Spread, median_interval, peak_concurrency, summarise, tpots
 from kvloom.loadtest.record import Record
 
+SHOWN = (50.0, 90.0, 99.0)
+"""Percentiles that every stage has, since plots and other tools look for them."""
 LIMIT_NAMES = ("ttft_ms", "tpot_ms", "e2el_ms")
 
 
-def stage_summary(run: StageRun, load: Load, slo: Slo | None, last_due: float = 0.0) -> dict[str, Any]:
-    """What the client measured in a stage. `last_due`: seconds after the start at which its last request was due."""
+def stage_summary(
+    run: StageRun, load: Load, slo: Slo | None, last_due: float = 0.0, percentiles: Sequence[float] = SHOWN
+) -> dict[str, Any]:
+    """What the client measured in a stage. `last_due`: seconds after the start at which its last request was due;
+    `percentiles`: which ones are to be shown of every time."""
     records = run.records
     good = [record for record in records if record.ok]
     total = summarise(records)
@@ -29,6 +34,8 @@ def stage_summary(run: StageRun, load: Load, slo: Slo | None, last_due: float = 
     met = sum(slo.met(record) for record in records) if slo else None
     return {
         "num_prompts": run.planned,
+        "ran_out": run.ran_out,
+        "percentiles": list(percentiles),
         "request_rate": _rate(load, run.planned, last_due),
         "burstiness": load.burstiness,
         "max_concurrency": load.limit,
@@ -48,10 +55,10 @@ def stage_summary(run: StageRun, load: Load, slo: Slo | None, last_due: float = 
         "slo": {name: getattr(slo, name) for name in LIMIT_NAMES} if slo else None,
         "output_throughput": _per(total.output_tokens, wall),
         "total_token_throughput": _per(total.prompt_tokens + total.output_tokens, wall),
-        **_times("ttft", total.ttft),
-        **_times("tpot", total.tpot),
-        **_times("itl", total.itl),
-        **_times("e2el", total.e2e),
+        **_times("ttft", [record.ttft for record in good], percentiles),
+        **_times("tpot", tpots(good), percentiles),
+        **_times("itl", [gap for record in good for gap in record.itl], percentiles),
+        **_times("e2el", [record.e2e for record in good], percentiles),
         "median_ttft_ms_ci95": _interval([record.ttft for record in good]),
         "median_tpot_ms_ci95": _interval(tpots(good)),
         "client_lag": _lag(records),
@@ -90,9 +97,11 @@ def _ms(seconds: float) -> float | None:
     return None if math.isnan(seconds) else seconds * 1e3
 
 
-def _times(name: str, spread: Spread) -> dict[str, float | None]:
-    figures = {"mean": spread.mean, "median": spread.p50, "std": spread.std, "p50": spread.p50, "p90": spread.p90,
-               "p99": spread.p99}  # fmt: skip
+def _times(name: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
+    spread = Spread.of(values)
+    figures = {"mean": spread.mean, "median": spread.p50, "std": spread.std}
+    for percentile in sorted({*SHOWN, *percentiles}):
+        figures[f"p{percentile:g}"] = float(np.percentile(values, percentile)) if values else math.nan
     return {f"{figure}_{name}_ms": _ms(value) for figure, value in figures.items()}
 
 

@@ -43,6 +43,7 @@ MEASUREMENTS = {
         "ceilings": ("kvloom.loadtest.quality.ceilings", "bytes read by formula and by counters, and what they allow"),
         "drafts": ("kvloom.loadtest.quality.drafts", "sparse drafting: is the output dense, and where does it pay"),
         "kvshare": ("kvloom.loadtest.quality.reuse", "what approximate reuse costs in quality and gains in time"),
+        "answers": ("kvloom.loadtest.quality.answer_changes", "how often weight modes change greedy answers"),
         "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
     },

@@ -7,6 +7,7 @@ Validation is 400, never 422: clients are built for that. Messages never hold a 
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -36,6 +37,8 @@ MAX_MESSAGE = 600
 """Characters of a message; the rest is cut, since it may quote what the client sent."""
 
 MAX_PARAM = 200
+REFUSAL_SECONDS = 0.25
+"""A 429 is told after so long: who does not mind Retry-After asks the more seldom, and does not take the loop from others."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -140,6 +143,8 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 
 async def _on_known(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, OverloadedError):
+        await asyncio.sleep(REFUSAL_SECONDS)
     return _answer(request, wire_error(error))
 
 

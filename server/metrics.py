@@ -161,6 +161,7 @@ class _EngineCollector(Collector):
             ("spec_decode_num_drafts", "Dense verifications of drafted tokens.", stats.drafts),
             ("spec_decode_num_draft_tokens", "Tokens drafted by sparse steps.", stats.drafted_tokens),
             ("spec_decode_num_accepted_tokens", "Drafted tokens that verification kept.", stats.accepted_tokens),
+            ("engine_internal_errors", "Requests and steps that failed inside the engine.", stats.internal_errors),
             ("engine_steps", "Steps of the engine.", stats.steps),
             ("engine_step_seconds", "Time spent in steps.", stats.step_seconds),
         )

@@ -54,7 +54,7 @@ class PromptEncoder:
     async def texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts."""
         for text in texts:
-            self._check_text(text)
+            self.check_text(text)
         found: list[list[int]] = []
         for piece in _pieces(texts):
             long = len(texts) > 1 or len(piece[0]) > INLINE_CHARACTERS
@@ -81,7 +81,7 @@ class PromptEncoder:
                 continue_final_message=continue_final_message,
                 variables=variables,
             )
-            self._check_text(text)
+            self.check_text(text)
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens)
             return ids
 
@@ -116,18 +116,19 @@ class PromptEncoder:
                 param,
             )
 
-    def close(self) -> None:
-        """End the threads."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-    def _check_text(self, text: str) -> None:
+    def check_text(self, text: str, param: str = "prompt") -> None:
+        """Raises ContextLengthError for a text that must be longer than the context, without encoding it."""
         least = self.tokenizer.least_tokens(text)
         if least >= self.max_model_len:
             raise ContextLengthError(
                 f"the text has {len(text)} characters, which are at least {least} tokens; this server's context is "
                 f"{self.max_model_len} tokens, prompt and output together; shorten the text",
-                "prompt",
+                param,
             )
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _chat_template(self) -> ChatTemplate:
         if self._template is None:

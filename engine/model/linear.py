@@ -8,8 +8,8 @@ choice of implementation (`make_linear`). The decoder knows only the protocol `L
     int4   codes of 4 bits with a scale and a minimum per 32 inputs (GGUF's Q4_1, or Q4_0)
     auto   the codes that a GGUF stores, untouched; int8 for what it does not store as such; fp32 models stay fp32
 
-A GGUF's own codes cost nothing beyond the file; rounding a finer checkpoint costs quality, which `docs/weights.md` reports.
-Quantised layers round activations to int8 too, per row and group of 32, and need a back end that can (`Kernels.quantized`).
+A GGUF's own codes cost nothing beyond the file; rounding a finer checkpoint costs quality: see `docs/bench-weights.md`.
+Quantised layers round activations to 15 bits, per row and group of 32, and need a back end that can (`Kernels.quantized`).
 """
 
 from __future__ import annotations

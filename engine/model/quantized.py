@@ -73,7 +73,7 @@ def _nonzero(scales: Tensor) -> Tensor:
 
 
 class QuantizedLinear:
-    """`Linear` on codes, multiplied by a back end with activations rounded to int8 per row and group of 32."""
+    """`Linear` on codes, multiplied by a back end with activations rounded to 15 bits per row and group of 32."""
 
     def __init__(self, quantized: QuantizedLinears, codes: Codes, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = codes.codes.shape

@@ -35,7 +35,8 @@ from kvloom.engine.state import StateMemory
 LOOK_UP_COST = 0.01
 """Work of looking a token of a prompt up, in rows of a full pass: what one look-up compares is bounded per token."""
 MOST_PASSES = 64
-"""Requests of tenants with nothing running that may start before one that waits for memory; then it comes first."""
+"""Requests of other tenants that may start before one that waits for memory; then it comes first, unless its own tenant has
+others running, which it waits for."""
 PATIENCE = 16
 """Steps for which a tenant's requests wait until slots or blocks are taken from who holds too many. Before that they come free
 of themselves, and go by credit; only who has nothing running is not kept waiting."""
@@ -438,7 +439,7 @@ class Scheduler:
                 return False
             return not full or self._victim(request, self.running, 0.0) is not None
 
-        while len(tried) < MOST_TRIES and all(request.passed < MOST_PASSES for request in tried):
+        while len(tried) < MOST_TRIES and not any(map(self._stops_others, tried)):
             request = self._waiting.head(may)
             if request is None:
                 return None
@@ -468,6 +469,7 @@ class Scheduler:
         if not self.cache.reserve(table, request.known):
             raise AssertionError("admission counted blocks that are not there")
         self._waiting.take(request)
+        request.passed = 0
         self._fairness.admitted(request, len(request.tokens) - match.tokens)
         self.queued_tokens -= request.known
         request.status = Status.RUNNING
@@ -483,6 +485,10 @@ class Scheduler:
         if not victims or request.tenant not in self._served:
             self._served[request.tenant] = self._steps
         return True
+
+    def _stops_others(self, request: Request) -> bool:
+        """Whether nobody may start any more before a request that waits for memory."""
+        return request.passed >= MOST_PASSES and all(other.tenant != request.tenant for other in self.running)
 
     def _pressing(self, request: Request) -> bool:
         """Whether others may have to make room for a request: its tenant has nothing running, or got nothing for long."""

@@ -55,9 +55,9 @@ class Shares:
         return self._newest(request.tenant, running, held, counts, limit, fresh)
 
     def last(self, running: Sequence[Request], fresh: Collection[Request] = ()) -> Request:
-        """Who gives way when memory runs out."""
+        """Who gives way when memory runs out; the first in order only if nobody else may."""
         held, first = self._held(running), min(running, key=self._key)
-        left = [other for other in running if other is not first and other not in fresh] or list(running)
+        left = [other for other in running if other is not first and other not in fresh] or [first]
         most = max((other.tenant for other in left), key=lambda tenant: self._burden(held, tenant))
         return max((other for other in left if other.tenant == most), key=self._key)
 

@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     llm = setup.engine(args, specs)
     note = f"In brackets: 95% intervals by bootstrap over blocks of {BLOCK} tokens. {setup.described(llm)}"
     columns = (*COLUMNS[:3], Column("context", "context"), Column("tokens", "n"), *COLUMNS[3:])
-    results = Results(columns, IDENTITY, "Agreement with dense decoding", args.json, args.markdown, note)
+    results = Results(columns, IDENTITY, "Agreement with dense decoding", args.json, args.markdown, args.publish, note)
     if args.resume:
         results.resume()
     return setup.finish(results, lambda: measure(llm, args, specs, results))

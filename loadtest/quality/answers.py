@@ -38,7 +38,7 @@ class Answers(NamedTuple):
         whole = all(score in (0.0, 1.0) for score in scores)
         blocks = [answer.trial.haystack for answer in self.answers]
         interval = wilson(sum(scores), len(scores)) if whole else bootstrap(scores, blocks)
-        return {"accuracy": self.accuracy, "accuracy_ci": list(interval), "trials": len(scores)}
+        return {"accuracy": self.accuracy, "accuracy_ci": interval, "trials": len(scores)}
 
 
 def ask(llm: LLM, trials: Sequence[Trial], kv: KVOptions, batch: int, done: Callable[[], None] = lambda: None) -> Answers:

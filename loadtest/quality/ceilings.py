@@ -32,7 +32,8 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection import METHODS, Geometry
 from kvloom.engine.selection.base import read_options
-from kvloom.loadtest.quality.results import Column, Row, table
+from kvloom.loadtest.figures import add_publish, publish
+from kvloom.loadtest.quality.results import Column, Row, cells, table
 from kvloom.loadtest.quality.setup import console
 from kvloom.loadtest.quality.spec import DENSE
 
@@ -199,6 +200,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = f"{table(COLUMNS, found)}\n\n{note}"
     if args.markdown is not None:
         args.markdown.write_text(text + "\n")
+    if args.publish is not None:
+        publish(args.publish, *cells(COLUMNS, found), note)
     console.print(text, soft_wrap=True, markup=False)
     return 0
 
@@ -210,6 +213,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", default="smollm2", help="that was measured (default: %(default)s)")
     parser.add_argument("--json", type=Path, required=True, help="rows of kvloom eval methods")
     parser.add_argument("--markdown", type=Path, help="write the table into this file")
+    add_publish(parser)
     return parser.parse_args(argv)
 
 

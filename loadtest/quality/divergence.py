@@ -21,7 +21,7 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality.decoding import Cost, Passage, follow
-from kvloom.loadtest.quality.intervals import bootstrap
+from kvloom.loadtest.quality.intervals import bootstrap, exponential
 
 BLOCK = 32
 """Tokens of a text that the bootstrap draws together."""
@@ -51,13 +51,13 @@ class Scores:
         return {
             "n": int(done.sum()),
             "kl_mean": float(kl.mean()),
-            "kl_mean_ci": list(bootstrap(kl, blocks)),
+            "kl_mean_ci": bootstrap(kl, blocks),
             "kl_p99": p99(kl),
-            "kl_p99_ci": list(bootstrap(kl, blocks, p99, resamples=400)),
+            "kl_p99_ci": bootstrap(kl, blocks, p99, resamples=400),
             "top1": float(same.mean()),
-            "top1_ci": list(bootstrap(same, blocks)),
+            "top1_ci": bootstrap(same, blocks),
             "ppl": float(np.exp(loss.mean())),
-            "ppl_ci": np.exp(bootstrap(loss, blocks)).tolist(),
+            "ppl_ci": exponential(bootstrap(loss, blocks)),
             "ppl_dense": float(np.exp(exact.mean())),
         }
 

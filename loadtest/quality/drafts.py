@@ -25,7 +25,8 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import Completion
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import METHODS
-from kvloom.loadtest.quality.results import Column, Row, table
+from kvloom.loadtest.figures import add_publish, publish
+from kvloom.loadtest.quality.results import Column, Row, cells, table
 from kvloom.loadtest.quality.setup import about, console, count, described
 from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.text import reference_text, windows
@@ -196,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for rows, row in measured(llm, text, args, report):
         report.add(rows, {**row, **about(llm)})
     console.print(f"{report.text()}\n\n{described(llm)}", soft_wrap=True, markup=False)
+    for kind, columns, rows in (("exact", IDENTITY_COLUMNS, report.identity), ("speed", SPEED_COLUMNS, report.speed)):
+        if args.publish is not None and rows:
+            publish(args.publish.with_stem(f"{args.publish.stem}-{kind}"), *cells(columns, rows), described(llm))
     return 0
 
 
@@ -248,6 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     parser.add_argument("--json", type=Path, help="write rows into this file")
     parser.add_argument("--markdown", type=Path, help="write the tables into this file")
+    add_publish(parser)
     parser.add_argument("--resume", action="store_true", help="add to the rows that --json holds already")
     args = parser.parse_args(argv)
     for method in args.methods.split(","):

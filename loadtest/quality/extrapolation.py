@@ -26,7 +26,7 @@ from kvloom.loadtest.corpus import windows
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.divergence import BLOCK
-from kvloom.loadtest.quality.intervals import bootstrap
+from kvloom.loadtest.quality.intervals import bootstrap, exponential
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import MethodSpec, check, parse_numbers, plan
 from kvloom.loadtest.quality.tasks import haystacks, trials
@@ -90,7 +90,7 @@ def perplexity(texts: Sequence[Losses], context: int) -> Row:
     parts = [loss[max(0, context - SCORED - 1) : context - 1] for loss in texts]
     blocks = np.concatenate([i * 1_000_000 + np.arange(len(part)) // BLOCK for i, part in enumerate(parts)])
     values = np.concatenate(parts)
-    return {"ppl": float(np.exp(values.mean())), "ppl_ci": np.exp(bootstrap(values, blocks)).tolist(), "n": len(values)}
+    return {"ppl": float(np.exp(values.mean())), "ppl_ci": exponential(bootstrap(values, blocks)), "n": len(values)}
 
 
 class Study:
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Perplexity over the last {SCORED} tokens of a context, {args.texts} texts; {args.haystacks} haystacks, 8 questions. "
         f"In brackets: 95% intervals, by bootstrap over blocks of {BLOCK} tokens and Wilson's. {setup.described(llm)}"
     )
-    results = Results(COLUMNS, IDENTITY, "Beyond the trained length", args.json, args.markdown, note)
+    results = Results(COLUMNS, IDENTITY, "Beyond the trained length", args.json, args.markdown, args.publish, note)
     if args.resume:
         results.resume()
     study = Study(llm, args, contexts)

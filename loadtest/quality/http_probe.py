@@ -70,7 +70,7 @@ class Agreement:
     kl_p99: float
     covered: float
     """Mean probability that the reference gives to the tokens it lists; the less, the looser the bound."""
-    kl_interval: Interval
+    kl_interval: Interval | None
     """95%, by bootstrap over windows."""
 
 

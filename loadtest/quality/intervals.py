@@ -2,6 +2,8 @@
 
 Neighbouring tokens of a text are alike, and so are questions about one haystack: values come with a block each, and the
 bootstrap draws whole blocks (Kunsch 1989). Counts of right answers use Wilson's interval (1927), which also holds at 0 and 1.
+
+One value, or one block of them, says nothing of how far the next one may lie: its interval is None, and no table prints one.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ def bootstrap(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
-) -> Interval:
-    """95% percentile interval of a statistic over values that are drawn block by block.
+) -> Interval | None:
+    """95% percentile interval of a statistic over values that are drawn block by block; None for a single block.
 
     values, blocks: [n]; equal numbers in `blocks` belong together; without blocks each value is its own. Raises ValueError if
     there are no values, or not one block per value.
@@ -46,6 +48,8 @@ def bootstrap(
     if len(data) == 0 or len(names) != len(data):
         raise ValueError(f"{len(data)} values with {len(names)} blocks; give at least one value, and a block for each")
     groups = [data[names == name] for name in np.unique(names)]
+    if len(groups) == 1:
+        return None
     draws = np.random.default_rng(seed).integers(0, len(groups), (resamples, len(groups)))
     if statistic is _mean:  # the mean needs no concatenation
         sums, counts = (np.array([f(group) for group in groups]) for f in (np.sum, len))
@@ -55,10 +59,17 @@ def bootstrap(
     return Interval(*(float(edge) for edge in np.percentile(found, (2.5, 97.5))))
 
 
-def wilson(right: float, count: int) -> Interval:
-    """95% interval of a share of `count` independent trials. Raises ValueError without trials."""
+def exponential(interval: Interval | None) -> Interval | None:
+    """The interval of exp(x), from that of x: of a perplexity, from that of a mean loss."""
+    return None if interval is None else Interval(math.exp(interval.low), math.exp(interval.high))
+
+
+def wilson(right: float, count: int) -> Interval | None:
+    """95% interval of a share of `count` independent trials; None for a single one. Raises ValueError without trials."""
     if count < 1 or not 0 <= right <= count:
         raise ValueError(f"{right} right of {count}; give at least one trial, and 0 to that many right")
+    if count == 1:
+        return None
     z, share = 1.959964, right / count
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
@@ -67,8 +78,10 @@ def wilson(right: float, count: int) -> Interval:
     return Interval(min(max(0.0, low), share), max(min(1.0, high), share))
 
 
-def ratio(above: npt.ArrayLike, below: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Interval of median(above) / median(below), both drawn anew: how sure a speed-up is."""
+def ratio(above: npt.ArrayLike, below: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
+    """Interval of median(above) / median(below), both drawn anew: how sure a speed-up is. None if either is a single value."""
+    if np.size(above) == 1 or np.size(below) == 1:
+        return None
     generator: Any = np.random.default_rng(seed)
     medians = []
     for values in (above, below):

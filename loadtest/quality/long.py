@@ -115,10 +115,10 @@ class Study:
         return {
             **self.row(spec),
             "divergence": float(np.median(same)),
-            "divergence_ci": list(bootstrap(same, statistic=lambda values: float(np.median(values)))),
+            "divergence_ci": bootstrap(same, statistic=lambda values: float(np.median(values))),
             "identical": sum(length == self.args.generate for length in same) / len(same),
             "recall": sum(right) / len(right),
-            "recall_ci": list(wilson(sum(right), len(right))),
+            "recall_ci": wilson(sum(right), len(right)),
             "facts": len(right),
             **cost.figures(),
         }
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     specs = plan(args.methods, args.budgets)
     llm = setup.engine(args, specs)
     note = f"In brackets: 95% intervals, by bootstrap over texts and Wilson's. {setup.described(llm)}"
-    results = Results(COLUMNS, IDENTITY, "Long generation", args.json, args.markdown, note)
+    results = Results(COLUMNS, IDENTITY, "Long generation", args.json, args.markdown, args.publish, note)
     if args.resume:
         results.resume()
     study = Study(llm, args)

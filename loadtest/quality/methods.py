@@ -81,7 +81,7 @@ def speed(found: Cost, exact: Cost) -> Row:
         ("attention_up", found.attention, exact.attention),
     ):
         row[name] = float(np.median(dense) / np.median(values))
-        row[f"{name}_ci"] = list(ratio(dense, values))
+        row[f"{name}_ci"] = ratio(dense, values)
     return row
 
 
@@ -90,7 +90,7 @@ def over(scores: Scores, baseline: Scores) -> Row:
     difference = scores.kl - baseline.kl
     windows, positions = np.indices(difference.shape)
     blocks = (windows * 1_000_000 + positions // BLOCK).ravel()
-    return {"kl_over_baseline": float(difference.mean()), "kl_over_baseline_ci": list(bootstrap(difference.ravel(), blocks))}
+    return {"kl_over_baseline": float(difference.mean()), "kl_over_baseline_ci": bootstrap(difference.ravel(), blocks)}
 
 
 class Study:
@@ -170,7 +170,7 @@ class Study:
             f"{name}_trials": figures["trials"],
             f"{name}_dense": dense.accuracy,
             f"{name}_over_dense": float(np.mean(changed)),
-            f"{name}_over_dense_ci": list(bootstrap(changed, [answer.trial.haystack for answer in found.answers])),
+            f"{name}_over_dense_ci": bootstrap(changed, [answer.trial.haystack for answer in found.answers]),
         }
 
 
@@ -217,7 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                           "give at least as many windows as --batch")  # fmt: skip
     specs = plan(args.methods, args.budgets)
     llm = setup.engine(args, specs)
-    results = Results(COLUMNS, IDENTITY, "Selection methods: quality beside speed", args.json, args.markdown, note(llm, args))
+    results = Results(
+        COLUMNS, IDENTITY, "Selection methods: quality beside speed", args.json, args.markdown, args.publish, note(llm, args)
+    )
     if args.resume:
         results.resume()
     study = Study(llm, args, results)

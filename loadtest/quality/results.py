@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError
+from kvloom.loadtest.figures import markdown, publish
 
 Row = dict[str, Any]
 
@@ -41,11 +42,15 @@ def cell(column: Column, row: Mapping[str, Any]) -> str:
     return show(value) + (f" ({show(interval[0])} to {show(interval[1])})" if interval else "")
 
 
-def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
-    """A Markdown table; columns that no row has a value for are left out."""
+def cells(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table as text; columns that no row has a value for are left out."""
     kept = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
-    lines = ["| " + " | ".join(column.title for column in kept) + " |", "|" + "---|" * len(kept)]
-    return "\n".join([*lines, *("| " + " | ".join(cell(column, row) for column in kept) + " |" for row in rows)])
+    return [column.title for column in kept], [[cell(column, row) for column in kept] for row in rows]
+
+
+def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+    """The same in Markdown."""
+    return markdown(*cells(columns, rows))
 
 
 @dataclass(slots=True)
@@ -58,6 +63,8 @@ class Results:
     title: str
     json: Path | None = None
     markdown: Path | None = None
+    publish: Path | None = None
+    """A result file for the documents (`loadtest.figures`)."""
     note: str = ""
     """Said under the table: model, machine, settings."""
     rows: list[Row] = field(default_factory=list)
@@ -94,6 +101,8 @@ class Results:
             _replace(self.json, json.dumps(self.rows, indent=1) + "\n")
         if self.markdown is not None:
             _replace(self.markdown, self.text() + "\n")
+        if self.publish is not None:
+            publish(self.publish, *cells(self.columns, self.rows), self.note)
 
     def text(self) -> str:
         """The Markdown."""

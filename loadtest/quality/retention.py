@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams, Status
+from kvloom.loadtest.figures import add_publish
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement
@@ -182,6 +183,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--text", type=Path, help="a text file to measure on (default: the Python reference)")
     made.add_argument("--json", type=Path, help="write rows into this file")
     made.add_argument("--markdown", type=Path, help="write the table into this file")
+    add_publish(made)
     made.add_argument("--resume", action="store_true", help="keep the rows that --json holds already for the same settings")
     return made.parse_args(argv)
 
@@ -200,7 +202,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = settings(args.settings)
     study = Study(args)
     results = Results(
-        COLUMNS, IDENTITY, "Retention: quality, speed and memory", args.json, args.markdown, note(study.dense, args)
+        COLUMNS,
+        IDENTITY,
+        "Retention: quality, speed and memory",
+        args.json,
+        args.markdown,
+        args.publish,
+        note(study.dense, args),
     )
     if args.resume:
         results.resume()

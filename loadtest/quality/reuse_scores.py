@@ -18,8 +18,9 @@ from kvloom.loadtest.quality.intervals import bootstrap, ratio, wilson
 from kvloom.loadtest.quality.results import Row
 from kvloom.loadtest.quality.reuse_runs import Sample, Times
 
-CONTROLS = ("random", "boundary")
-"""Policies that the others are compared with, prompt by prompt."""
+CONTROL = "random"
+"""The policy that the others are compared with, prompt by prompt."""
+LOWEST, TIED, APART = "lowest", "not told apart", "higher"
 NAIVE, EVERYTHING = "naive", "everything"
 """What every policy is at a ratio of 0 and of 1."""
 
@@ -63,12 +64,12 @@ def figures(samples: Sequence[Sample], times: Times | None = None) -> Row:
         "recompute_share": sum(sample.recomputed for sample in samples) / found,
         "matched_share": found / sum(sample.tokens for sample in samples),
         "kl_mean": float(kl.mean()),
-        "kl_mean_ci": list(bootstrap(kl, blocks)),
+        "kl_mean_ci": bootstrap(kl, blocks),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "top1": float(same.mean()),
-        "top1_ci": list(bootstrap(same, blocks)),
+        "top1_ci": bootstrap(same, blocks),
         "accuracy": right / len(samples),
-        "accuracy_ci": list(wilson(right, len(samples))),
+        "accuracy_ci": wilson(right, len(samples)),
         "accuracy_exact": exact / len(samples),
         "kl_prompts": [round(float(np.mean(sample.kl)), 7) for sample in samples],
     }
@@ -78,23 +79,35 @@ def figures(samples: Sequence[Sample], times: Times | None = None) -> Row:
             "ttft_ms": float(share) * 1e3,
             "ttft_exact_ms": float(dense) * 1e3,
             "speed_up": float(dense / share),
-            "speed_up_ci": list(ratio(times.exact, times.approximate)),
+            "speed_up_ci": ratio(times.exact, times.approximate),
         }
     return row
 
 
 def relate(rows: Sequence[Row]) -> None:
-    """Tell every row how it compares with the controls at its ratio and donors, and mark the best policy there."""
+    """Tell every row how its KL compares with naive reuse, with the control and with the lowest one at its ratio and donors."""
+    naive = {row["donors"]: row for row in rows if row["policy"] == NAIVE}
     for _, group in _groups(rows, "donors", "ratio"):
-        by_policy = {row["policy"]: row for row in group}
+        best = min(group, key=lambda row: row["kl_mean"])
+        control = next((row for row in group if row["policy"] == CONTROL), None)
         for row in group:
-            row["best"] = "best" if len(group) > 1 and row["kl_mean"] == min(r["kl_mean"] for r in group) else None
-            for control in CONTROLS:
-                other = by_policy.get(control)
-                if other is not None and other is not row and len(other["kl_prompts"]) == len(row["kl_prompts"]):
-                    difference = np.subtract(row["kl_prompts"], other["kl_prompts"])
-                    row[f"kl_less_{control}"] = float(difference.mean())
-                    row[f"kl_less_{control}_ci"] = list(bootstrap(difference))
+            row["best"] = None
+            _less(row, naive.get(row["donors"]), "kl_less_naive")
+            _less(row, control, f"kl_less_{CONTROL}")
+            if len(group) > 1 and _less(row, best, "kl_above_best"):
+                bounds = row["kl_above_best_ci"]
+                row["best"] = APART if bounds is not None and bounds[0] > 0 else TIED
+            elif len(group) > 1 and row is best:
+                row["best"] = LOWEST
+
+
+def _less(row: Row, other: Row | None, name: str) -> bool:
+    """Add the difference of KL to another row, prompt by prompt, with its interval; false if there is none to be had."""
+    if other is None or other is row or len(other["kl_prompts"]) != len(row["kl_prompts"]):
+        return False
+    difference = np.subtract(row["kl_prompts"], other["kl_prompts"])
+    row[name], row[f"{name}_ci"] = float(difference.mean()), bootstrap(difference)
+    return True
 
 
 class Trend(NamedTuple):

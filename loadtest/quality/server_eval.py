@@ -27,11 +27,12 @@ import numpy as np
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.corpus import TextSource
+from kvloom.loadtest.figures import add_publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.completions import Completions, Scored, all_of
-from kvloom.loadtest.quality.intervals import bootstrap, wilson
+from kvloom.loadtest.quality.intervals import bootstrap, exponential, wilson
 from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
@@ -80,7 +81,7 @@ def perplexity(scored: Sequence[Scored], texts: Sequence[str]) -> Row:
     return {
         "n": len(losses),
         "ppl": math.exp(sum(losses) / len(losses)),
-        "ppl_ci": np.exp(bootstrap(losses, blocks)).tolist(),
+        "ppl_ci": exponential(bootstrap(losses, blocks)),
         "bits_per_byte": sum(losses) / math.log(2) / size,
     }
 
@@ -97,10 +98,10 @@ def agreement(reference: Sequence[Scored], scored: Sequence[Scored]) -> Row:
     same = [float(likeliest(a) == likeliest(b)) for _, a, b in pairs]
     return {
         "kl_mean": float(np.mean(kl)),
-        "kl_mean_ci": list(bootstrap(kl, blocks)),
+        "kl_mean_ci": bootstrap(kl, blocks),
         "kl_p99": float(np.quantile(kl, 0.99)),
         "top1": float(np.mean(same)),
-        "top1_ci": list(bootstrap(same, blocks)),
+        "top1_ci": bootstrap(same, blocks),
         "ppl_dense": math.exp(-sum(v for one in reference for v in one.logprobs) / sum(len(one.logprobs) for one in reference)),
     }
 
@@ -123,7 +124,7 @@ class Study:
             row |= agreement(await self._score(reference), scored)
         if self._trials:
             right = await self._needle(server)
-            row |= {"needle": float(np.mean(right)), "needle_ci": list(wilson(sum(right), len(right)))}
+            row |= {"needle": float(np.mean(right)), "needle_ci": wilson(sum(right), len(right))}
             row["needle_trials"] = len(right)
             if reference is not None:
                 row["needle_dense"] = float(np.mean(await self._needle(reference)))
@@ -192,6 +193,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--json", type=Path, help="write rows into this file")
     add("--markdown", type=Path, help="write the table into this file")
+    add_publish(parser)
     args = parser.parse_args(argv)
     try:
         args.kv = json.loads(args.kv or "{}")
@@ -207,7 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     source = TextSource.load(args.tokenizer)
     note = f"Text: Python's reference, fingerprint {source.fingerprint}. In brackets: 95% intervals over texts. {describe()}."
     results = Results(
-        COLUMNS, ("base_url", "model", "options", "context"), "Quality of a server", args.json, args.markdown, note
+        COLUMNS,
+        ("base_url", "model", "options", "context"),
+        "Quality of a server",
+        args.json,
+        args.markdown,
+        args.publish,
+        note,
     )
     return setup.finish(results, lambda: asyncio.run(run(args, source, results)))
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.corpus import sections, windows
+from kvloom.loadtest.figures import add_publish
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import spec
 from kvloom.loadtest.quality.decoding import Passage
@@ -41,6 +42,7 @@ def parser(prog: str, about: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--json", type=Path, help="write rows into this file")
     made.add_argument("--markdown", type=Path, help="write the table into this file")
+    add_publish(made)
     made.add_argument("--resume", action="store_true", help="keep the rows that --json holds already for the same settings")
     return made
 
@@ -178,7 +180,7 @@ def finish(results: Results, measure: Callable[[], None]) -> int:
         if results.rows:
             results.write()
             console.print(results.text(), soft_wrap=True, markup=False)
-            for path in (results.json, results.markdown):
+            for path in (results.json, results.markdown, results.publish):
                 if path is not None:
                     console.print(f"written: {path}")
     return code

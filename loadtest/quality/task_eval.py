@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     note = (
         f"In brackets: 95% intervals (Wilson's; by bootstrap over haystacks where answers are shares). {setup.described(llm)}"
     )
-    results = Results(COLUMNS, IDENTITY, "Long-context tasks", args.json, args.markdown, note)
+    results = Results(COLUMNS, IDENTITY, "Long-context tasks", args.json, args.markdown, args.publish, note)
     if args.resume:
         results.resume()
     code = setup.finish(results, lambda: measure(llm, args, specs, results))

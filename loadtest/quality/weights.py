@@ -19,6 +19,7 @@ from rich.console import Console
 
 from kvloom.engine import LLM
 from kvloom.loadtest.engine_bench import add, median_seconds, random_tokens, weight_bytes
+from kvloom.loadtest.figures import add_publish, markdown, publish
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality.forced import Agreement, agreement, log_probabilities
 from kvloom.loadtest.quality.text import reference_text, windows
@@ -51,9 +52,9 @@ COLUMNS = (
 )
 
 
-def row(mode: str, llm: LLM, found: Agreement, perplexity: float) -> str:
-    """One line of the table; `perplexity` is the reference's."""
-    cells = (
+def row(mode: str, llm: LLM, found: Agreement, perplexity: float) -> list[str]:
+    """One row of the table; `perplexity` is the reference's."""
+    return [
         mode,
         f"{weight_bytes(llm) / 1e6:.0f}",
         f"{found.perplexity:.3f}",
@@ -63,28 +64,27 @@ def row(mode: str, llm: LLM, found: Agreement, perplexity: float) -> str:
         f"{found.top1:.1%}",
         f"{decode_ms(llm, 1):.1f}",
         f"{decode_ms(llm, 8):.1f}",
-    )
-    return "| " + " | ".join(cells) + " |"
+    ]
 
 
-def table(model: str, length: int, count: int) -> str:
-    """Measure every mode; a Markdown table."""
+def measure(model: str, length: int, count: int) -> tuple[list[list[str]], str]:
+    """Every mode: the rows of the table, and its note."""
     reference = LLM(model, dtype="fp32", weights="bf16", kv_memory="512MiB")
     texts = windows(reference.tokenizer.encode(reference_text()), length, count)
     wanted = [torch.cat(list(log_probabilities(reference, text))).half() for text in texts]
     base = agreement(reference, texts, wanted)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS), row("fp32", reference, base, base.perplexity)]
+    rows = [row("fp32", reference, base, base.perplexity)]
     del reference
     for mode in MODES:
         gc.collect()
         llm = LLM(model, weights=mode, kv_memory="512MiB")
         found = agreement(llm, texts, wanted)
-        lines.append(row(mode, llm, found, base.perplexity))
-        console.print(lines[-1])
+        rows.append(row(mode, llm, found, base.perplexity))
+        console.print(*rows[-1])
         del llm
     name = Path(model).name
     note = f"{name}, {base.tokens} tokens of the Python reference in {count} windows of {length}. Measured {describe()}."
-    return "\n".join([*lines, "", note])
+    return rows, note
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,11 +94,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
+    add_publish(parser)
     args = parser.parse_args(argv)
-    text = table(args.model, args.length, args.windows)
+    rows, note = measure(args.model, args.length, args.windows)
+    text = f"{markdown(COLUMNS, rows)}\n\n{note}"
     console.print(text, soft_wrap=True)
     if args.markdown:
         args.markdown.write_text(text + "\n")
+    if args.publish:
+        publish(args.publish, COLUMNS, rows, note)
     return 0
 
 

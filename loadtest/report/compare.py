@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent, ratio
 from kvloom.loadtest.report.figures import plots
+from kvloom.loadtest.report.plot import shorten
 from kvloom.loadtest.report.run import Run, Stage
-from kvloom.loadtest.report.single import definitions
+from kvloom.loadtest.report.single import definitions, origin
 from kvloom.loadtest.report.tables import METRICS, settings, tables
 from kvloom.loadtest.report.timeline import heaviest
 from kvloom.loadtest.report.verdict import verdict, warnings
@@ -39,9 +41,9 @@ def comparison(runs: Sequence[Run]) -> Document:
         for table in tables(run)
         if table.title == "Failures by kind"
     ]
-    shown = [beside(runs), *details]
+    shown = [*beside(runs), *details]
     title = "Load test: " + " beside ".join(run.title for run in runs)
-    return Document(title, lines, doubts, shown, plots(runs), definitions(first), [settings(run) for run in runs])
+    return Document(title, origin(runs), lines, doubts, shown, plots(runs), definitions(first), [settings(run) for run in runs])
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -80,24 +82,28 @@ def _common_loads(first: Run, run: Run) -> tuple[Stage | None, Stage | None]:
     return None, None
 
 
-def beside(runs: Sequence[Run]) -> Table:
-    """A row per load and figure, a column per run, and how many times the first run's figure each other one is."""
-    titles = [run.title for run in runs]
-    ratios = [f"{title} / {titles[0]}" for title in titles[1:]]
-    rows = []
-    loads = list(_by_load(runs))
-    quantiles = ("mean", "p50", "p90", "p99") if len(loads) == 1 else ("p50", "p99")
+def beside(runs: Sequence[Run]) -> list[Table]:
+    """A table per load, the highest first and the others folded: a row per figure, a column per run, and how many times the
+    first run's figure each other one is."""
+    loads = sorted(_by_load(runs), key=lambda pair: max((s.load or 0.0 for s in pair[1] if s is not None), default=0.0))[::-1]
+    found = [_at(load, stages, runs, quantiles=("mean", "p50", "p90", "p99") if len(loads) == 1 else ("p50", "p99"))
+             for load, stages in loads]  # fmt: skip
+    return [replace(table, folded=i > 0) for i, table in enumerate(table for table in found if table.rows)]
+
+
+def _at(load: str, stages: Sequence[Stage | None], runs: Sequence[Run], quantiles: Sequence[str]) -> Table:
+    titles, rows = [run.title for run in runs], []
     times = [(f"{name} {q}, ms", f"{q}_{key}_ms", ms) for key, name in METRICS.items() for q in quantiles]
-    for load, stages in loads:
-        for name, key, show in (*times, *RATES):
-            values = [None if stage is None else stage.number(key) for stage in stages]
-            if any(value is not None for value in values):
-                against = [NONE if key in COUNTS else ratio(value, values[0]) for value in values[1:]]
-                rows.append([load, name, *(show(value) for value in values), *against])
+    for name, key, show in (*times, *RATES):
+        values = [None if stage is None else stage.number(key) for stage in stages]
+        if any(value is not None for value in values):
+            against = [NONE if key in COUNTS else ratio(value, values[0]) for value in values[1:]]
+            rows.append([name, *(show(value) for value in values), *against])
     note = (
         f"Ratios are to {titles[0]}: below 1 is faster for times, above 1 for throughput. Failed requests are not averaged in."
     )
-    return Table("Side by side", ["load", "figure", *titles, *ratios], rows, note)
+    ratios = [f"{shorten(title, 20)} / {shorten(titles[0], 20)}" for title in titles[1:]]
+    return Table(f"Side by side at {load}", ["figure", *titles, *ratios], rows, note)
 
 
 def _by_load(runs: Sequence[Run]) -> Iterator[tuple[str, list[Stage | None]]]:

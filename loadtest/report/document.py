@@ -20,6 +20,8 @@ class Table:
     rows: Sequence[Sequence[str]]
     note: str = ""
     marked: frozenset[int] = frozenset()
+    folded: bool = False
+    """Whether a page shows it only when asked."""
 
     @property
     def texts(self) -> frozenset[int]:
@@ -32,6 +34,8 @@ class Document:
     """What a report says, in the order of reading."""
 
     title: str
+    origin: Sequence[str]
+    """What was measured on which machine, and when."""
     verdict: Sequence[str]
     """The result in a few sentences."""
     warnings: Sequence[str]

@@ -20,14 +20,16 @@ STYLE = """
 *{box-sizing:border-box}
 body{margin:0 auto;padding:1rem;max-width:76rem;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,sans-serif}
 h1{font-size:1.5rem;line-height:1.25;margin:.5rem 0 1rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .5rem}
-h3{font-size:1rem;margin:0}
-.verdict{background:var(--card);border-radius:.6rem;padding:.8rem 1rem .8rem 2rem;margin:0;font-size:1.05rem}
+h3{font-size:1rem;margin:0}.origin{color:var(--soft);font-size:.9rem;margin:.2rem 0;overflow-wrap:anywhere}
+.verdict{background:var(--card);border-radius:.6rem;padding:.8rem 1rem .8rem 2rem;margin:.8rem 0 1.6rem;font-size:1.05rem;
+ overflow-wrap:anywhere}
 .mind{background:var(--mind);border-left:4px solid var(--edge);padding:.6rem 1rem;margin:.8rem 0;overflow-wrap:anywhere}
 .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:.6rem}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.35rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th,td{padding:.35rem .55rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+th{white-space:normal;vertical-align:bottom}td:first-child{white-space:nowrap}th.long{overflow-wrap:anywhere;min-width:6rem}
 tr:last-child td{border-bottom:0}th{color:var(--soft);font-weight:600}
-th:first-child,td:first-child,th.text,td.text{text-align:left}td.long{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
+th:first-child,td:first-child,th.text,td.text{text-align:left}td.text:not(:first-child){white-space:normal;overflow-wrap:anywhere}td.long{white-space:normal;min-width:16rem;overflow-wrap:anywhere}
 tr.marked td{font-weight:700;background:var(--card)}
 .note,figcaption{color:var(--soft);font-size:.9rem;margin:.4rem 0}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,30rem),1fr));gap:1.5rem;align-items:start}
@@ -37,6 +39,8 @@ dt{font-weight:600}dd{margin:0 0 .5rem}summary{cursor:pointer;font-weight:600;ma
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LONG = 40
 """Characters from which a cell may break into lines."""
+LONG_WORD = 16
+"""Characters of a word, such as a run's name, from which a column's head may break within it."""
 
 
 class Images(NamedTuple):
@@ -58,12 +62,11 @@ def write(document: Document, images: Mapping[str, Images]) -> str:
 
 
 def _parts(document: Document, images: Mapping[str, Images]) -> Iterator[str]:
+    yield "".join(f'<p class="origin">{escape(line)}</p>' for line in document.origin)
     yield '<ul class="verdict">' + "".join(f"<li>{escape(line)}</li>" for line in document.verdict) + "</ul>"
     for line in document.warnings:
         yield f'<p class="mind"><strong>Mind:</strong> {escape(line)}</p>'
-    for table in document.tables:
-        yield f"<h2>{escape(table.title)}</h2>{_table(table)}"
-    yield '<h2>Plots</h2><div class="plots">'
+    yield '<div class="plots">'
     for plot in document.plots:
         if plot.name in images:
             yield f"<figure><h3>{escape(plot.title)}</h3><figcaption>{escape(plot.caption)}</figcaption>"
@@ -72,11 +75,17 @@ def _parts(document: Document, images: Mapping[str, Images]) -> Iterator[str]:
     for plot in document.plots:
         if plot.name not in images:
             yield f'<p class="note">{escape(plot.title)} is left out: {escape(plot.why)}.</p>'
-    yield "<h2>Definitions</h2><dl>"
-    yield "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in document.definitions.items()) + "</dl>"
+    for table in document.tables:
+        yield _folded(table.title, _table(table)) if table.folded else f"<h2>{escape(table.title)}</h2>{_table(table)}"
+    terms = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in document.definitions.items())
+    yield _folded("Definitions", f"<dl>{terms}</dl>")
     for table in document.settings:
         if table.rows:
-            yield f"<details><summary>{escape(table.title)}</summary>{_table(table)}</details>"
+            yield _folded(table.title, _table(table))
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<details><summary>{escape(title)}</summary>{content}</details>"
 
 
 def _picture(images: Images, text: str) -> str:
@@ -99,6 +108,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(tag: str, text: str, is_text: bool) -> str:
-    kinds = [name for name, given in (("text", is_text), ("long", tag == "td" and len(text) > LONG)) if given]
+    long = len(text) > LONG if tag == "td" else max(map(len, text.split()), default=0) > LONG_WORD
+    kinds = [name for name, given in (("text", is_text), ("long", long)) if given]
     attribute = f' class="{" ".join(kinds)}"' if kinds else ""
     return f"<{tag}{attribute}>{escape(text)}</{tag}>"

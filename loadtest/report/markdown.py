@@ -14,18 +14,19 @@ def write(document: Document, drawn: Collection[str]) -> str:
 
 def _parts(document: Document, drawn: Collection[str]) -> Iterator[str]:
     yield f"# {_escape(document.title)}"
+    yield "\n\n".join(_escape(line) for line in document.origin)
     yield "\n".join(f"- {_escape(line)}" for line in document.verdict)
     if document.warnings:
         yield "\n".join(f"> **Mind:** {_escape(line)}\n>" for line in document.warnings).removesuffix("\n>")
-    for part in document.tables:
-        yield f"## {_escape(part.title)}"
-        yield table(part)
     yield "## Plots"
     for plot in document.plots:
         if plot.name in drawn:
             yield f"### {_escape(plot.title)}\n\n{_escape(plot.caption)}\n\n![{_escape(plot.title)}]({plot.name}.png)"
     if left := [plot for plot in document.plots if plot.name not in drawn]:
         yield "\n".join(f"- {_escape(plot.title)} is left out: {_escape(plot.why)}." for plot in left)
+    for part in document.tables:
+        yield f"## {_escape(part.title)}"
+        yield table(part)
     yield "## Definitions"
     yield "\n".join(f"- **{_escape(name)}**: {_escape(text)}" for name, text in document.definitions.items())
     for part in document.settings:

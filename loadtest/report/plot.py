@@ -13,6 +13,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from kvloom.loadtest.report.theme import DPI, WIDTH, Theme, applied
 
+LONG_LABEL = 30
+"""Characters beyond which two labels do not fit beside each other under a plot."""
 Draw = Callable[[Figure, Theme], None]
 
 
@@ -67,7 +69,8 @@ def legend_below(figure: Figure, axis: Axes, columns: int = 2) -> None:
     """A legend that never hides data."""
     handles, labels = axis.get_legend_handles_labels()
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
+        across = 1 if max(map(len, labels)) > LONG_LABEL else min(columns, len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=across, frameon=False)
 
 
 def shorten(text: str, length: int = 28) -> str:

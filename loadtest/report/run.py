@@ -114,6 +114,8 @@ class Run:
     notes: Sequence[str] = field(default=())
     """What could not be read, and what ended the run."""
     name: str = ""
+    search: Mapping[str, Any] | None = None
+    """What a search for the highest rate found."""
 
     @property
     def rows(self) -> list[Row]:
@@ -147,8 +149,8 @@ def load_run(folder: Path, name: str = "") -> Run:
         notes.append(f"{lost} requests belong to stages without figures and are left out")
     if summary.get("server_lost"):
         notes.append("the server went away before the run was over")
-    settings = summary.get("settings") or {}
-    return Run(folder, settings, stages, bool(summary.get("interrupted", not summary)), tuple(notes), name)
+    settings, interrupted = summary.get("settings") or {}, bool(summary.get("interrupted", not summary))
+    return Run(folder, settings, stages, interrupted, tuple(notes), name, summary.get("search"))
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:

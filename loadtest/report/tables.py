@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kvloom.loadtest.report.bars import classes
@@ -10,7 +11,6 @@ from kvloom.loadtest.report.document import NONE, Table, amount, ms, percent
 from kvloom.loadtest.report.run import Run, Stage
 
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2el": "E2E"}
-QUANTILES = ("mean", "p50", "p90", "p99", "std")
 FEW = 100
 ERROR_LENGTH = 160
 
@@ -28,9 +28,7 @@ def stages(run: Run) -> Table:
     rates = ["requests/s", "output tok/s", "total tok/s"]
     head = ["load", "requests", "ok", "failed", "cancelled", "not sent", *rates, *times, "goodput req/s", "hit rate", "correct"]
     head.append("client lag p99 ms")
-    rows = [_stage_row(stage) for stage in run.stages]
-    kept = [i for i in range(len(head)) if i < 2 or any(row[i] != NONE for row in rows)]
-    return Table("Loads", [head[i] for i in kept], [[row[i] for i in kept] for row in rows])
+    return _told(Table("Loads", head, [_stage_row(stage) for stage in run.stages]))
 
 
 def _stage_row(stage: Stage) -> list[str]:
@@ -47,20 +45,27 @@ def _stage_row(stage: Stage) -> list[str]:
 def latency(run: Run) -> Table:
     """Every quantile of every time, over successful requests only."""
     rows = []
+    shown = sorted({number for stage in run.stages for number in stage.figures.get("percentiles") or (50, 90, 99)})
+    quantiles = ["mean", *(f"p{percentile:g}" for percentile in shown), "std"]
     for stage in run.stages:
         for key, name in METRICS.items():
-            cells = [ms(stage.figures.get(f"{quantile}_{key}_ms")) for quantile in QUANTILES]
+            cells = [ms(stage.figures.get(f"{quantile}_{key}_ms")) for quantile in quantiles]
             cells.append(_interval(stage.figures.get(f"median_{key}_ms_ci95")))
             if any(cell != NONE for cell in cells):
                 rows.append([stage.label, name, *cells])
     fewest = min((stage.completed for stage in run.stages if stage.completed), default=0)
     note = "Milliseconds, over successful requests only; failed ones are counted, never averaged in."
-    if 0 < fewest < FEW:
+    if fewest == 1:
+        note += " With one request every figure is that request's own."
+    elif 0 < fewest < FEW:
         note += f" With {fewest} requests p99 is little else than the slowest of them."
-    head = ["load", "ms", *QUANTILES, "p50, 95% interval"]
-    if all(row[-1] == NONE for row in rows):
-        head, rows = head[:-1], [row[:-1] for row in rows]
-    return Table("Latency", head, rows, note)
+    return _told(Table("Latency", ["load", "ms", *quantiles, "p50, 95% interval"], rows, note))
+
+
+def _told(table: Table) -> Table:
+    """The table without the columns that say nothing."""
+    kept = [i for i in range(len(table.head)) if any(row[i] != NONE for row in table.rows)]
+    return replace(table, head=[table.head[i] for i in kept], rows=[[row[i] for i in kept] for row in table.rows])
 
 
 def failures(run: Run) -> Table:
@@ -89,14 +94,14 @@ def beside_server(run: Run) -> Table:
                 client = "hit_rate" if key.endswith("hit_rate") else key
                 rows.append([stage.label, words(key), show(stage.figures.get(client)), show(value)])
     note = "The server's TTFT begins when a request has arrived and does not hold the way there and back."
-    return Table("The server's own figures", ["load", "figure", "client", "server"], rows, note)
+    return Table("The server's own figures", ["load", "figure", "client", "server"], rows, note, folded=True)
 
 
 def kv_totals(run: Run) -> Table:
     """Sums of `usage.kv` over successful requests: what the method did."""
     totals = [(stage, stage.figures.get("kv") or {}) for stage in run.stages]
     rows = [[stage.label, words(key).replace(".", ": "), amount(value)] for stage, kv in totals for key, value in kv.items()]
-    return Table("What the requests' usage says of the KV cache", ["load", "figure", "sum"], rows)
+    return Table("What the requests' usage says of the KV cache", ["load", "figure", "sum"], rows, folded=True)
 
 
 def by_class(run: Run, key: str, title: str) -> Table:

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 
 from kvloom.loadtest.report.document import amount, ms, percent
 from kvloom.loadtest.report.run import Run, Stage
+from kvloom.loadtest.search import sentence
 
+WANTED_SHARE = 0.95
+"""Of requests within the objectives, where a run does not say."""
 MOST_LAG = 0.1
 """Share of the mean TTFT that the client may be late by, at p99."""
 
@@ -17,7 +20,10 @@ def verdict(run: Run) -> list[str]:
     stages = [stage for stage in run.stages if stage.completed]
     if not stages:
         return [f"No request succeeded.{_failed(run)}"]
-    lines = [_speed(stages[0])] if len(stages) == 1 else _over_loads(stages)
+    share = float(run.settings.get("slo_share") or WANTED_SHARE)
+    lines = [_speed(stages[0])] if len(stages) == 1 else _over_loads(stages, share)
+    if run.search:
+        lines.insert(0, sentence(run.search))
     asked = sum(int(stage.number("num_prompts") or 0) for stage in run.stages)
     done = sum(stage.completed for stage in run.stages)
     lines.append(f"{done} of {asked} requests succeeded.{_failed(run)}")
@@ -35,7 +41,7 @@ def _speed(stage: Stage) -> str:
     )
 
 
-def _over_loads(stages: list[Stage]) -> list[str]:
+def _over_loads(stages: list[Stage], share: float) -> list[str]:
     best = max(stages, key=lambda stage: stage.number("output_throughput") or 0.0)
     ordered = sorted(stages, key=lambda stage: stage.load or 0.0)
     first, last = ordered[0], ordered[-1]
@@ -45,12 +51,12 @@ def _over_loads(stages: list[Stage]) -> list[str]:
         f"{ms(last.number('p50_ttft_ms'))} ms, TPOT from {ms(first.number('p50_tpot_ms'))} to "
         f"{ms(last.number('p50_tpot_ms'))} ms.",
     ]
-    met = [stage for stage in ordered if (stage.number("goodput_share") or 0.0) >= 0.99]
+    met = [stage for stage in ordered if (stage.number("goodput_share") or 0.0) >= share]
     if any(stage.number("request_goodput") is not None for stage in stages):
         lines.append(
-            f"The objectives hold for 99% of requests up to {met[-1].label}."
+            f"The objectives hold for {100 * share:.4g}% of requests up to {met[-1].label}."
             if met
-            else "No load met the objectives for 99% of requests."
+            else f"No load met the objectives for {100 * share:.4g}% of requests."
         )
     return lines
 

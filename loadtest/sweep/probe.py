@@ -55,7 +55,7 @@ class Prober:
             raise ProbeError(f"no answer of the needle probe could be checked; {stage['failed']} requests failed")
         completed = stage["completed"]
         return {"correct": stage["correct_rate"], "n": completed, "failed": stage["failed"],
-                "interval": list(wilson(stage["correct_rate"] * completed, completed))}  # fmt: skip
+                "interval": wilson(stage["correct_rate"] * completed, completed)}  # fmt: skip
 
     def _agreement(self, url: str, model: str, label: str) -> dict[str, Any]:
         """Perplexity, and how near the distributions are to the reference's."""

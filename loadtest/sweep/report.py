@@ -10,7 +10,7 @@ from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, p
 from kvloom.loadtest.report.figures import curves
 from kvloom.loadtest.report.files import write_document
 from kvloom.loadtest.report.run import load_run
-from kvloom.loadtest.report.single import definitions
+from kvloom.loadtest.report.single import definitions, origin
 from kvloom.loadtest.report.tables import settings as settings_table
 from kvloom.loadtest.report.verdict import warnings
 from kvloom.loadtest.sweep.pareto import QUALITIES, SPEEDS, Entry, Row, front, pareto_plot, precise, quality_of
@@ -48,6 +48,7 @@ def document(results: Sequence[Result], entries: Sequence[Entry], interrupted: b
     plots += [runs_beside(runs), *curves(sorted(runs, key=lambda run: run.title not in best))] if runs else []
     return Document(
         f"Sweep over {len(results)} combinations of settings",
+        origin(runs[:1]),
         list(_verdict(results, rows, fronts)),
         list(_warnings(results, entries, interrupted)),
         tables,
@@ -96,8 +97,9 @@ def agreement_table(entries: Sequence[Entry]) -> Table:
     for result, _ in entries:
         found = result.quality.get("agreement") or {}
         if "kl_mean" in found:
-            low, high = found["kl_interval"]
-            kls = [precise(found["kl_mean"]), f"{low:.3g} to {high:.3g}", precise(found["kl_p99"]), percent(found["covered"])]
+            bounds = found["kl_interval"]
+            interval = f"{bounds[0]:.3g} to {bounds[1]:.3g}" if bounds else NONE
+            kls = [precise(found["kl_mean"]), interval, precise(found["kl_p99"]), percent(found["covered"])]
             rows.append([result.label, amount(found["tokens"]), f"{found['perplexity']:.3f}", percent(found["top1"]), *kls])
     names = {str((result.quality.get("agreement") or {}).get("reference", "")) for result, _ in entries} - {""}
     head = ["settings", "tokens", "perplexity", "top-1 agreement", "KL mean", "KL mean, 95% interval", "KL p99", "mass listed"]

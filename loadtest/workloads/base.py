@@ -8,7 +8,7 @@ the prompts themselves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kvloom.engine.errors import ConfigError
@@ -33,14 +33,27 @@ class Workload:
     options: type
     """A frozen dataclass; the docstring of a field is its help on the command line (`engine.config.option_fields`)."""
     make: Build
+    endless: bool = True
+    """Whether other seeds make other prompts; if not, warming up must not use them up."""
 
-    def build(self, options: Any, text: TextSource, seed: int, count: int) -> list[Job]:
-        """`count` jobs. Raises ConfigError for options that cannot work."""
+    def build(self, options: Any, text: TextSource, seed: int, count: int, *, chat: bool = False) -> list[Job]:
+        """`count` jobs; `chat`: with text where token ids would be. Raises ConfigError for options that cannot work."""
         if count < 1:
             raise ConfigError(f"{count} requests were asked for; allowed: 1 or more")
         if not isinstance(options, self.options):
             raise ConfigError(f"the workload {self.name} takes {self.options.__name__}, not {type(options).__name__}")
-        return with_sharing(self.make(options, text, seed, count), text)
+        jobs = self.make(options, text, seed, count)
+        return with_sharing([_as_text(job, text) for job in jobs] if chat else jobs, text)
+
+
+def _as_text(job: Job, text: TextSource) -> Job:
+    """The job with text for its token ids, of as many tokens, or nearly: some neighbours merge when they are read again."""
+    if isinstance(job.prompt, str):
+        return job
+    said = ""
+    for _ in range(3):
+        said = text.decode(text.encode(said)[: len(job.prompt)] if said else job.prompt).replace("\ufffd", "")
+    return replace(job, prompt=said)
 
 
 def require(options: object, low: float, high: float, *names: str) -> None:

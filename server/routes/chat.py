@@ -23,7 +23,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Continue a conversation."""
     context = context_of(request)
     context.check_model(body.model)
-    arrival, sampling = arrive(request, CHAT), body.params()
+    arrival, sampling = arrive(request, CHAT), body.params(context.client.model.sampling)
     prompt = await context.prompts.chat(
         body.messages,
         add_generation_prompt=body.opens_turn,

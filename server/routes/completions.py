@@ -24,7 +24,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue texts or token ids."""
     context = context_of(request)
     context.check_model(body.model)
-    arrival, sampling = arrive(request, COMPLETION), body.params()
+    arrival, sampling = arrive(request, COMPLETION), body.params(context.client.model.sampling)
     prompts = await _encoded(context, body)
     echo = Echo(await _echoed(context, body, prompts), body.n, only=body.echo_only) if body.echo else None
     job = make_job(request, arrival, body, sampling, prompts, adjust=echo)

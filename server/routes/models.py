@@ -34,4 +34,5 @@ def _card(model: ModelInfo) -> dict[str, Any]:
         "owned_by": "kvloom",
         "root": model.root,
         "max_model_len": model.max_model_len,
+        "default_sampling": model.sampling._asdict(),
     }

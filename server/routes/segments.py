@@ -49,6 +49,8 @@ async def _texts(context: ServerContext, body: SegmentsBody) -> dict[str, list[i
         context.prompts.check(body.tokens, "tokens")
         return {"tokens": body.tokens}
     texts = {"text": body.text} if body.text is not None else {f"texts[{i}]": text for i, text in enumerate(body.texts or ())}
+    for name, text in texts.items():
+        context.prompts.check_text(text, name)
     return dict(zip(texts, await context.prompts.texts(list(texts.values()), add_special_tokens=False)))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kvloom.engine.request import MAX_LOGPROBS, SamplingParams
+from kvloom.engine.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.common import GenerationBody, StrictBody, Text
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.unsupported import OF_MESSAGES, refuse
@@ -92,9 +92,10 @@ class ChatBody(GenerationBody):
         """Whether the prompt ends with the opening of the assistant's turn: by default, unless a message is to be continued."""
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters. Raises InvalidRequestError."""
+    def params(self, defaults: SamplingDefaults) -> SamplingParams:
+        """Sampling parameters; `defaults` are the model's own. Raises InvalidRequestError."""
         return self.sampling(
+            defaults,
             max_tokens=self.token_limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             prompt_logprobs=self.prompt_logprobs,

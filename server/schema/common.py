@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvloom.engine.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingParams
+from kvloom.engine.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingDefaults, SamplingParams
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, refuse
 
@@ -205,16 +205,24 @@ class GenerationBody(StrictBody):
         return KVOptions() if self.kv is None else self.kv.options()
 
     def sampling(
-        self, *, max_tokens: int | None, default_tokens: int | None = None, logprobs: int | None, prompt_logprobs: int | None
+        self,
+        defaults: SamplingDefaults,
+        *,
+        max_tokens: int | None,
+        default_tokens: int | None = None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
     ) -> SamplingParams:
-        """The engine's form. Raises InvalidRequestError for a value out of bounds."""
+        """The engine's form; `defaults` stand in for what the body does not say. Raises InvalidRequestError for a value out
+        of bounds."""
+        said = self.model_fields_set
         return SamplingParams(
             n=self.n,
             max_tokens=max_tokens,
             default_tokens=default_tokens,
             min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
+            temperature=self.temperature if "temperature" in said else defaults.temperature,
+            top_p=self.top_p if "top_p" in said else defaults.top_p,
             top_k=self.top_k,
             min_p=self.min_p,
             presence_penalty=self.presence_penalty,

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kvloom.engine.request import MAX_LOGPROBS, SamplingParams
+from kvloom.engine.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.common import MAX_INT, GenerationBody, Text, TokenId
 from kvloom.server.schema.problem import problem
 
@@ -65,11 +65,12 @@ class CompletionBody(GenerationBody):
         """max_tokens 0: only the prompt is wanted. The engine generates one token all the same, which is dropped."""
         return self.token_limit == 0
 
-    def params(self) -> SamplingParams:
-        """Sampling parameters. Raises InvalidRequestError."""
+    def params(self, defaults: SamplingDefaults) -> SamplingParams:
+        """Sampling parameters; `defaults` are the model's own. Raises InvalidRequestError."""
         limit = None if self.token_limit is None else max(1, self.token_limit)
         echoed = self.logprobs if self.echo else None
         return self.sampling(
+            defaults,
             max_tokens=limit,
             default_tokens=DEFAULT_MAX_TOKENS,
             logprobs=self.logprobs,

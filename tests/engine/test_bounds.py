@@ -7,12 +7,13 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
-from kvloom.engine.bounds import Range, range_of, shown, wrong
+from kvloom.engine.bounds import Range, range_of, shown, told, wrong
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import Request
 from kvloom.engine.retention.razor import RazorOptions
@@ -155,3 +156,14 @@ def test_a_negative_seed_ranks_at_random(make_llm: MakeLLM) -> None:
     kv = KVOptions(reuse="approx", reuse_options={"policy": "random"})
     ends = [run(llm, kv, [*text(i, 30), *shared, *text(i + 9, 20)], seed=-5) for i in range(2)]
     assert ends == ["length", "length"] and llm.stats().share.tokens["stale"] > 0 and llm.stats().internal_errors == 0
+
+
+def test_the_documentation_holds_the_ranges() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "server.md").read_text()
+    options = {"": SamplingParams, "kv.kvshare.": RepairOptions} | {f"kv.{name}.": m.options for name, m in METHODS.items()}
+    missing = [
+        line for prefix, cls in options.items() for name, allowed in told(cls)
+        if name != "default_tokens"  # no field of a request: routes set it
+        and (line := f"| `{prefix}{name}` | {allowed} |") not in text
+    ]  # fmt: skip
+    assert not missing

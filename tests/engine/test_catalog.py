@@ -16,6 +16,7 @@ import pytest
 from kvloom.engine import catalog
 from kvloom.engine.catalog import BuiltinModel, ModelFiles, list_cached, resolve
 from kvloom.engine.errors import ModelError, ModelNotFoundError
+from kvloom.engine.request import SamplingDefaults
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4000  # about 1 MB: more than one chunk
 
@@ -60,7 +61,7 @@ def test_fetches_once(tiny: BuiltinModel, index: Index) -> None:
     assert list_cached() == ()
     seen: list[tuple[str, int, int]] = []
     files = resolve("tiny", lambda *step: seen.append(step))
-    assert files == ModelFiles(tiny.path, "gguf", "tiny")
+    assert files == ModelFiles(tiny.path, "gguf", "tiny", tiny.sampling)
     assert files.path.read_bytes() == CONTENT
     assert ("unpacking tiny", len(CONTENT), len(CONTENT)) in seen
     assert resolve("tiny") == files and index.downloads == 1
@@ -262,6 +263,6 @@ def test_hub_errors(hub: dict[str, Any]) -> None:
 def test_the_built_in_model() -> None:
     files = resolve("smollm2")
     model = next(m for m in catalog.builtin_models() if m.name == "smollm2")
-    assert files == ModelFiles(model.path, "gguf", "smollm2")
+    assert files == ModelFiles(model.path, "gguf", "smollm2", SamplingDefaults(temperature=0.2, top_p=0.9))
     assert files.path.stat().st_size == model.size and model in list_cached()
     assert files.path.read_bytes()[:4] == b"GGUF"

@@ -56,9 +56,10 @@ def test_greedy_text_equals_transformers(make_llm: MakeLLM, oracle: Any, config:
         for prompt, result in zip(batch, results):
             assert result.tokens == greedy(oracle, prompt, 64)
             assert result.finish_reason == "length"
-    if "kv_memory" in config:
+    if "kv_memory" in config:  # nothing of the first time is left; what is computed again after a preemption is no hit
         assert llm.stats().preemptions > 0
-    assert llm.stats().prefix_hit_tokens > 0
+    else:
+        assert llm.stats().prefix_hit_tokens > 0
 
 
 def test_log_probabilities_equal_transformers(make_llm: MakeLLM, oracle: Any) -> None:

@@ -328,7 +328,23 @@ def test_a_large_request_is_not_passed_for_good() -> None:
     assert len(large.tokens) > len(large.prompt)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+def test_a_large_request_stops_nobody_while_its_own_tenant_is_served() -> None:
+    rng = random.Random(12)
+    simulation = Simulation("fcfs", Machine(max_tokens=512, max_seqs=8, blocks=128))
+    long = [simulation.submit(Job(0.0, prompt(rng, BLOCK), 900, "a")) for _ in range(2)]
+    for _ in range(200):
+        simulation.step()
+    large = simulation.submit(Job(0.0, prompt(rng, 120 * BLOCK), 1, "a"))
+    for number in range(90):
+        short = simulation.submit(Job(0.0, prompt(rng, BLOCK), 1, f"t{number}"))
+        assert steps_until(simulation, short) <= 6
+    assert large.passed > 64 and not large.computed
+    while len(simulation.scheduler):
+        simulation.step()
+    assert all(len(r.tokens) == r.token_limit for r in (*long, large))
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(st.integers(0, 10**6), st.sampled_from(sorted(ORDERS)), st.integers(2, 5), st.integers(1, 8), st.integers(24, 90))
 def test_everybody_finishes_with_few_preemptions(seed: int, order: str, tenants: int, seqs: int, blocks: int) -> None:
     rng = random.Random(seed)

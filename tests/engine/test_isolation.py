@@ -218,7 +218,7 @@ def test_an_end_token_outside_the_vocabulary_is_no_end_token(make_llm: MakeLLM) 
     admission = core._admission
     again = EngineCore(
         EngineConfig(), core.runner, core.cache, core._statistics.kernels, admission.selectors, llm.tokenizer,
-        admission.domains, admission.limits, frozenset({*core._eos, 10**6, -1}), None, core.share,
+        admission.domains, admission.limits, frozenset({*core._eos, 10**6, -1}), core.states, None, core.share,
     )  # fmt: skip
     assert again._eos == core._eos
     llm.core = again

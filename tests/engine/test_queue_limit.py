@@ -76,7 +76,7 @@ def test_the_engine_counts_exactly(make_llm: Callable[..., LLM]) -> None:
     """Finished, aborted while waiting, aborted while running, refused: nothing stays counted."""
     llm = make_llm(max_num_seqs=2)
     client = ThreadEngineClient(lambda: Built(llm.core, llm.model, llm.tokenizer))
-    assert client._admission.most_tokens == QUEUED_CAPACITIES * llm.core.cache.capacity_tokens
+    assert client._queue_limit.most_tokens == QUEUED_CAPACITIES * llm.core.cache.capacity_tokens
 
     async def one(i: int) -> None:
         sampling = SamplingParams(max_tokens=20, ignore_eos=True)
@@ -92,13 +92,13 @@ def test_the_engine_counts_exactly(make_llm: Callable[..., LLM]) -> None:
     async def scenario() -> None:
         tasks = [asyncio.ensure_future(one(i)) for i in range(24)]
         await asyncio.sleep(0)
-        assert client._admission.requests == 24
+        assert client._queue_limit.requests == 24
         for task in tasks[20:]:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     asyncio.run(scenario())
-    assert (client._admission.tokens, client._admission.requests) == (0, 0)
+    assert (client._queue_limit.tokens, client._queue_limit.requests) == (0, 0)
     client.close()
 
 
@@ -194,10 +194,10 @@ def test_work_beside_requests_is_charged() -> None:
     from kvloom.engine.scheduling.fairness import Fairness
 
     fairness = Fairness(100.0, lambda tenant: 1.0)
-    fairness.charge("a", 50.0)
+    fairness.charge("a", 50.0, contended=False)
     assert fairness.credit("a") == 0, "nobody was kept waiting"
     fairness.arrived(Request(id="b", prompt=(1,), sampling=SamplingParams(), tenant="b"))
-    fairness.charge("a", 50.0)
+    fairness.charge("a", 50.0, contended=True)
     assert fairness.credit("a") == -50.0
     fairness.arrived(Request(id="a", prompt=(1,), sampling=SamplingParams(), tenant="a"))
     assert fairness.credit("a") == -50.0

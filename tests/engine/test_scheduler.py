@@ -227,7 +227,7 @@ def test_prompts_and_the_queue_have_their_share_of_steps_full_of_decode_rows() -
 
 
 def test_one_row_a_step_is_enough_for_all() -> None:
-    engine = Engine(blocks=100, max_tokens=1, max_seqs=4)
+    engine = Engine(blocks=100, max_tokens=1, max_seqs=8)
     for i in range(4):
         engine.add(3, output=30, first=100 * i)
     late = engine.add(3, output=1, first=900)

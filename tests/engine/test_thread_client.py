@@ -329,3 +329,25 @@ def test_health_tells_of_silence_that_is_too_long(make_llm: MakeLLM) -> None:
     client._watchdog.beat()
     assert client.health().ok
     client.close()
+
+
+def test_questions_do_not_keep_the_engine_from_its_own_work(make_llm: MakeLLM) -> None:
+    """Somebody who looks at /v1/kv again and again, more often than the engine waits before it calls itself idle."""
+    options = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0}'
+    client = client_of(make_llm(kvshare_options=options, segment_memory="64MiB"))
+    source = random.Random(0)
+    document = [source.randrange(3, 300) for _ in range(200)]
+    kv, one = KVOptions(reuse="approx"), SamplingParams(max_tokens=1)
+
+    async def scenario() -> bool:
+        for i in range(2):
+            await collect(client.generate([*([7 + i] * 60), *document, *([9 + i] * 80)], one, request_id=str(i), kv=kv))
+        for _ in range(2000):
+            await client.tenants()
+            if client.stats().share.healed_tokens:
+                return True
+            await asyncio.sleep(0.005)
+        return False
+
+    assert asyncio.run(scenario())
+    client.close()

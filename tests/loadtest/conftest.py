@@ -20,6 +20,8 @@ class FakeServer:
     models: tuple[str, ...] = ("fake",)
     keys: tuple[str, ...] = ()
     """Bearer tokens that are let in; none lets all in."""
+    trusting: bool = True
+    """Whether it takes tenants' names from us."""
     refusals: list[tuple[int, dict[str, str]]] = field(default_factory=list)
     """Status and headers of refusals, used up one by one by generation requests."""
     delay: float = 0.001
@@ -93,6 +95,9 @@ class FakeServer:
         body = await request.json()
         self.seen.append({**body, "headers": dict(request.headers)})
         self.on_request(len(self.seen))
+        if not self.trusting and "X-KVLoom-Tenant" in request.headers:
+            message = "X-KVLoom-Tenant is taken from trusted proxies only"
+            return web.json_response({"error": {"message": message}}, status=403)
         if self.refusals:
             status, headers = self.refusals.pop(0)
             return web.json_response({"error": {"message": f"status {status}, as told"}}, status=status, headers=headers)

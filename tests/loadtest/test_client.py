@@ -17,8 +17,8 @@ from aiohttp import web
 
 from kvloom.loadtest.client import Client, Job, Record, Turn, _wait
 from kvloom.loadtest.drive import closed_loop
-from kvloom.loadtest.measures import summarise
-from kvloom.loadtest.peers import CASES, Run, Server, jobs, parse, plot, recorded, servers, table
+from kvloom.loadtest.measures import Spread, Summary, summarise
+from kvloom.loadtest.peers import CASES, Run, Server, cells, jobs, known_of, note, parse, plot, recorded, servers, table
 
 Handler = Callable[[web.Request], "asyncio.Future[web.StreamResponse]"]
 
@@ -280,8 +280,8 @@ def test_recorded_runs_give_the_same_report(tmp_path: Path) -> None:
     ]
     file = tmp_path / "runs.json"
     file.write_text(json.dumps([asdict(run) for run in runs]))
-    assert recorded(file) == runs
-    assert "Medians of 2 rounds (peer c1: 1)" in table(recorded(file), CASES[:1])
+    assert str(recorded(file)) == str((runs, {}))  # one request has no deviation, and NaN is not NaN
+    assert "Medians of 2 rounds (peer c1: 1)" in table(recorded(file)[0], CASES[:1])
     plot(runs, CASES[:1], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     file.write_text("[1]")
@@ -294,3 +294,31 @@ def test_peers_come_from_commands_and_urls() -> None:
     assert servers(args) == [Server("a", command="run {port}"), Server("b", url="http://x")]
     with pytest.raises(SystemExit, match="NAME"):
         servers(parse(["--url", "nonsense"]))
+
+
+def test_every_column_of_a_comparison_says_its_precision_and_like_stands_beside_like(tmp_path: Path) -> None:
+    def summary(t: float) -> Summary:
+        return Summary(8, 0, t, 0, 0, 100 / t, *(Spread(t, t, t, t, 0.0) for _ in range(4)))
+
+    seconds = {"kvloom": 1.0, "kvloom-bf16": 2.0, "vllm": 4.0, "llama": 8.0}
+    runs = [Run(name, CASES[0].name, 0, None, summary(t)) for name, t in seconds.items()]
+    given = {"start": ["vllm=run {port}"], "url": ["llama=http://x"], "also": ["kvloom-bf16=--weights bf16"],
+             "precision": ["vllm=bf16", "kvloom-bf16=bf16", "llama=Q4_1"],
+             "version": ["vllm=echo 'vLLM 0.32 (CPU)'"]}  # fmt: skip
+    args = parse([word for flag, values in given.items() for value in values for word in (f"--{flag}", value)])
+    about = known_of(args, servers(args))
+    assert about["vllm"].precision == "bf16" and "--weights bf16" in about["kvloom-bf16"].command
+    head, rows = cells(runs, CASES[:1], about)
+    assert head[2:6] == ["kvloom (4-bit codes, int8 activations)", "kvloom-bf16 (bf16)", "vllm (bf16)", "llama (Q4_1)"]
+    assert head[6:] == ["kvloom / vllm", "kvloom / llama", "kvloom-bf16 / vllm"]
+    assert rows[0][6:] == ["0.25x", "0.12x", "0.50x"] and rows[-1][2:] == ["-"] * 7
+    said = note(runs, about)
+    assert "- vllm (bf16): `run {port}`; vLLM 0.32 (CPU)" in said and "commit" in said
+    content = {"about": {name: asdict(known) for name, known in about.items()}, "runs": [asdict(run) for run in runs]}
+    (tmp_path / "runs.json").write_text(json.dumps(content))
+    assert recorded(tmp_path / "runs.json") == (runs, about)
+    for wrong in (["--precision", "nobody=bf16"], ["--also", "other=--x"], ["--version", "kvloom=x", "--version", "kvloom=y"]):
+        with pytest.raises(SystemExit):
+            known_of(one := parse(wrong), servers(one))
+    of_its_own = parse(["--kvloom=--weights bf16"])
+    assert known_of(of_its_own, servers(of_its_own))["kvloom"].precision == ""

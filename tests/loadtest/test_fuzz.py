@@ -28,7 +28,7 @@ def test_no_request_harms_the_engine(folder: Path, number: int) -> None:
         fuzzer.batch()
     tally = fuzzer.tally
     assert tally.requests == 256 and sum(tally.ends.values()) == 256
-    assert tally.ends["length"] > 60 and tally.ends["refused"] > 5 and "error" not in tally.ends
+    assert tally.ends["length"] > 10 and tally.ends["refused"] > 5 and "error" not in tally.ends
 
 
 def test_what_the_engine_isolates_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.divergence import divergence
 from kvloom.loadtest.quality.heatmap import Grid, draw
-from kvloom.loadtest.quality.intervals import bootstrap, ratio, wilson
+from kvloom.loadtest.quality.intervals import Interval, bootstrap, exponential, ratio, wilson
 from kvloom.loadtest.quality.long import first_difference
-from kvloom.loadtest.quality.results import Column, Results, table
+from kvloom.loadtest.quality.results import Column, Results, cell, table
 from kvloom.loadtest.quality.spec import MethodSpec, parse_methods, parse_numbers, plan
 
 
@@ -56,6 +56,22 @@ def test_bootstrap_takes_other_statistics_and_refuses_nonsense() -> None:
     for wrong in (([], None), ([1.0, 2.0], [0])):
         with pytest.raises(ValueError, match="at least one value"):
             bootstrap(*wrong)
+
+
+def test_a_sample_of_one_has_no_interval() -> None:
+    for of_one in (
+        bootstrap([0.3]),
+        bootstrap([0.3, 0.5], [7, 7]),  # one block
+        bootstrap([0.3, 0.5], [7, 7], lambda values: float(np.median(values))),
+        exponential(bootstrap([0.3])),
+        wilson(1, 1),
+        ratio([2.0], [1.0, 1.1]),
+        ratio([2.0, 2.1], [1.0]),
+    ):
+        assert of_one is None
+    row = {"share": 0.5, "share_ci": bootstrap([0.5])}
+    assert cell(Column("share", "share", ".1%"), json.loads(json.dumps(row))) == "50.0%"
+    assert exponential(Interval(0.0, 1.0)) == (1.0, pytest.approx(np.e))
 
 
 def test_wilson() -> None:
@@ -138,7 +154,7 @@ def test_table_shows_intervals_and_leaves_out_empty_columns() -> None:
 
 def test_results_are_written_row_by_row_and_resumed(tmp_path: Path) -> None:
     file = tmp_path / "new" / "rows.json"
-    results = Results(COLUMNS, ("method",), "Title", file, tmp_path / "rows.md", "note")
+    results = Results(COLUMNS, ("method",), "Title", file, tmp_path / "rows.md", note="note")
     results.add({"method": "a", "kl": 1.0})
     results.add({"method": "b", "kl": 2.0})
     results.add({"method": "a", "kl": 3.0})

@@ -222,7 +222,9 @@ def test_a_single_request(tmp_path: Path) -> None:
     folder = bare_run(tmp_path, count=1)
     write_report(folder)
     assert "1 of 1 requests succeeded" in page(folder).text
-    assert "With 1 requests p99" in page(folder).text
+    text = page(folder).text
+    assert "With one request every figure is that request's own" in text
+    assert "interval" not in text and "interval" not in (folder / "report.md").read_text()
 
 
 def test_a_run_without_success_is_a_report_of_failures(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_figures() -> None:
     assert (row["accuracy"], row["accuracy_exact"]) == (0.5, 1.0)
     assert row["recompute_share"] == pytest.approx(200 / 900) and row["matched_share"] == 0.9
     assert row["speed_up"] == pytest.approx(2.0) and row["speed_up_ci"][0] <= 2.0 <= row["speed_up_ci"][1]
-    assert row["kl_prompts"] == [1.0, 0.5] and row["kl_mean_ci"] == [0.5, 1.0]
+    assert row["kl_prompts"] == [1.0, 0.5] and row["kl_mean_ci"] == (0.5, 1.0)
     assert "ttft_ms" not in figures([sample([0.0])], Times([], []))
 
 
@@ -153,9 +153,16 @@ def test_rows_are_compared_prompt_by_prompt() -> None:
     rows = [row("naive", 0.0, 9, 9), row("random", 0.1, 4, 6), row("blend", 0.1, 3, 5), row("blend", 0.3, 1, 5.5),
             row("everything", 1.0, 0, 0)]  # fmt: skip
     relate(rows)
-    assert [one["best"] for one in rows] == [None, None, "best", None, None]
-    assert rows[2]["kl_less_random"] == -1 and rows[2]["kl_less_random_ci"] == [-1, -1], "every prompt agrees"
-    assert "kl_less_boundary" not in rows[2] and "kl_less_random" not in rows[1]
+    assert [one["best"] for one in rows] == [None, "higher", "lowest", None, None]
+    assert rows[2]["kl_less_random"] == -1 and rows[2]["kl_less_random_ci"] == (-1, -1), "every prompt agrees"
+    assert rows[1]["kl_above_best"] == 1 and "kl_less_random" not in rows[1]
+    assert rows[3]["kl_less_naive"] == -5.75 and "kl_less_naive" not in rows[0]
+    tied = [row("blend", 0.1, 3, 5, 4), row("dhd", 0.1, 2, 6.5, 4), row("query", 0.1, 4, 6, 5)]
+    relate(tied)
+    assert [one["best"] for one in tied] == ["lowest", "not told apart", "higher"]
+    one_prompt = [row("blend", 0.1, 3), row("dhd", 0.1, 5)]
+    relate(one_prompt)
+    assert one_prompt[1]["best"] == "not told apart" and one_prompt[1]["kl_above_best_ci"] is None, "one prompt tells nothing"
     trend, other = trends(rows)
     assert (trend.policy, other.policy) == ("blend", "random")
     assert trend.of_means == pytest.approx(-1)
@@ -207,8 +214,9 @@ def test_eval_kvshare(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert naive["recompute_share"] == 0 and everything["recompute_share"] == 1
     assert {round(row["recompute_share"], 2) for row in (boundary, blend, random)} == {0.2}, "all policies cost the same"
     assert everything["kl_mean"] < 1e-5 < naive["kl_mean"]
-    assert [row["best"] for row in (boundary, blend, random)].count("best") == 1 and "kl_less_random" in blend
+    assert [row["best"] for row in (boundary, blend, random)].count("lowest") == 1 and "kl_less_random" in blend
     assert "| context | blend | 0.2 |" in page.read_text() and "Spearman" in page.read_text()
+    assert page.read_text().count("| lowest |") == 2
     paid = json.loads((tmp_path / "rows-charge.json").read_text())
     assert [(row["donors"], row["uses"]) for row in paid] == [(kind, uses) for kind in KINDS for uses in range(1, 9)]
 
@@ -216,6 +224,33 @@ def test_eval_kvshare(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(reuse_charge, "race", None)
     assert reuse.main([*argv, "--resume"]) == 0
     assert json.loads(rows.read_text()) == found and "Spearman" in page.read_text()
+
+
+def test_every_policy_shares_a_prompts_donors_and_full_pass(
+    llm: LLM, maker: Maker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(reuse, "donate", lambda llm, case, kind: done.append(f"donors {kind}"))
+    monkeypatch.setattr(reuse, "reference", lambda llm, use, tokens: done.append("full pass"))
+    monkeypatch.setattr(reuse, "race", lambda *_: None)
+
+    def stopped(*_: object) -> Sample:
+        done.append("policy")
+        if done.count("policy") == 8:  # in the third prompt
+            raise KeyboardInterrupt
+        return sample([1.0, 3.0])
+
+    monkeypatch.setattr(reuse, "compare", stopped)
+    args = reuse.parse(["--prompts", "4", "--kvshare-options", "{}", "--json", str(tmp_path / "rows.json")])
+    study = object.__new__(reuse.Study)
+    study.llm, study.args, study.maker, study._exact = llm, args, maker, {}
+    results = reuse.Results(reuse.COLUMNS, reuse.IDENTITY, "", args.json)
+    chosen = settings(("naive", "blend", "query"), (0.1,), 4)
+    with pytest.raises(KeyboardInterrupt):
+        reuse.run(study, chosen, ("context",), results)
+    assert done[:10] == ["donors context", "full pass", *["policy"] * 3] * 2
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["policy"], row["prompts"], row["n"]) for row in found] == [(p, 2, 4) for p in ("naive", "blend", "query")]
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from kvloom.loadtest.corpus import TextSource
+from kvloom.loadtest.outputs import COLUMNS, cells
 from kvloom.loadtest.plan import parse
+from kvloom.loadtest.record import Record
 from kvloom.loadtest.report import files
+from kvloom.loadtest.search import Search, sentence
 from kvloom.loadtest.serve_bench import main
 
 KEYS = {
@@ -164,10 +170,33 @@ def test_a_stage_without_any_completed_request_fails(bench: Any, server: Any, tm
         (["--rate", "1", "--tenant-key", "s3cret"], "TENANT=KEY"),
         (["--rate", "1", "--goodput", "ttft"], "MILLISECONDS"),
         (["--rate", "1", "--tokenizer", "nobody/knows/this"], "--tokenizer"),
-        (["--rate", "1", "--endpoint", "chat"], "token ids"),
         (["--rate", "1", "--base-url", "localhost"], "http://HOST:PORT"),
-        (["--rate", "1", "--num-requests", "0"], "1 or more"),
-        (["--rate", "1", "--burstiness", "0"], "more than 0"),
+        (["--rate", "1", "--num-requests", "0"], "1 to 1e+06"),
+        (["--rate", "1", "--burstiness", "0"], "0.001 to 1000"),
+        (["--rate", "1", "--timeout", "nan"], "--timeout is nan; allowed: 0.001 to 86400"),
+        (["--rate", "nan"], "--rate is 'nan'"),
+        (["--rate", "1e9"], "up to 100000"),
+        (["--rate", "1", "--goodput", "ttft:-5"], "MILLISECONDS"),
+        (["--rate", "1", "--slo", "ttft=0"], "more than 0"),
+        (["--rate", "1", "--slo", "ttft=5s", "--goodput", "tpot:5"], "give one of them"),
+        (["--rate", "1", "--percentiles", "50,101"], "up to 100"),
+        (["--rate", "1", "--percentiles", ""], "--percentiles"),
+        (["--rate", "1", "--header", "s3cret"], "NAME: VALUE"),
+        (["--rate", "1", "--header", "X-A: s3cret\r\nX-B: 1"], "on one line"),
+        (["--rate", "1", "--header", "Content-Length: 3"], "cannot set Content-Length"),
+        (["--stages", "2"], "RATE@TIME"),
+        (["--stages", "2@30s,c4@30s"], "all of rates"),
+        (["--stages", "inf@30s"], "must be a number"),
+        (["--stages", "2@0s"], "more than 0"),
+        (["--stages", "2@30 days"], "no time"),
+        (["--stages", "2@30s"], "--num-requests follows"),
+        (["--stages", "90000@1h"], "1,000,000 requests"),
+        (["--stages", "2@1s", "--rate", "1"], "exclude each other"),
+        (["--find-rate"], "--slo ttft=500ms"),
+        (["--find-rate", "--slo", "ttft=5s", "--concurrency", "2"], "rates of its own"),
+        (["--find-rate", "--slo", "ttft=5s", "--rate", "1,2"], "one rate"),
+        (["--find-rate", "--slo", "ttft=5s", "--find-steps", "0"], "1 to 50"),
+        (["--find-rate", "--slo", "ttft=5s", "--slo-share", "1.5"], "0.01 to 1"),
     ],
 )
 def test_wrong_flags_end_in_one_line(bench: Any, server: Any, capsys: Any, words: list[str], hint: str) -> None:
@@ -221,3 +250,117 @@ def test_reservations_are_said(bench: Any, server: Any, capsys: Any) -> None:
     server.usage = False
     assert bench("--concurrency", "3") == 0
     assert "6 answers came without usage" in capsys.readouterr().out
+
+
+def test_the_chat_endpoint_gets_text_for_token_ids(bench: Any, server: Any, tmp_path: Path, tiny: Path) -> None:
+    assert bench("--concurrency", "2", "--endpoint", "chat", "--input-len", "64") == 0
+    text = TextSource.load(str(tiny))
+    for body in server.seen[3:]:
+        (message,) = body["messages"]
+        assert message["role"] == "user" and "\ufffd" not in message["content"]
+        assert abs(len(text.encode(message["content"])) - 64) <= 6
+    assert summary(tmp_path)["completed"] == 6 and "prompt" not in server.seen[-1]
+
+
+def test_headers_are_sent_with_every_request_and_not_written_down(bench: Any, server: Any, tmp_path: Path) -> None:
+    assert bench("--concurrency", "2", "--header", "X-Route: left", "--header", "authorization: Bearer s3cret",
+                 "--api-key", "other") == 0  # fmt: skip
+    for body in server.seen:
+        assert body["headers"]["X-Route"] == "left"
+        keys = [value for name, value in body["headers"].items() if name.lower() == "authorization"]
+        assert keys == ["Bearer s3cret"], "one header, and the caller's"
+    assert summary(tmp_path)["settings"]["headers"] == ["X-Route", "authorization"]
+    assert "s3cret" not in (tmp_path / "out" / "summary.json").read_text()
+
+
+def test_percentiles_are_those_that_were_asked_for(bench: Any, tmp_path: Path, capsys: Any) -> None:
+    assert bench("--concurrency", "2", "--percentiles", "99.9,25") == 0
+    found = summary(tmp_path)
+    assert found["percentiles"] == [25.0, 99.9]
+    waits = [line["first_text"] - line["sent"] for line in rows(tmp_path)]
+    assert found["p25_ttft_ms"] == pytest.approx(float(np.percentile(waits, 25)) * 1e3, abs=0.01)
+    assert found["p25_ttft_ms"] <= found["p50_ttft_ms"] <= found["p99.9_ttft_ms"]
+    table = capsys.readouterr().out
+    assert "p25" in table and "p99.9" in table and "p90" not in table
+
+
+def test_a_line_per_request_for_a_spreadsheet(bench: Any, server: Any, tmp_path: Path) -> None:
+    server.on_request = lambda number: server.refusals.append((500, {})) if number == 5 else None
+    assert bench("--concurrency", "1") == 0
+    with (tmp_path / "out" / "requests.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["index"] for line in lines] == [str(row["index"]) for row in rows(tmp_path)]
+    for line, row in zip(lines, rows(tmp_path)):
+        assert line["error_kind"] == (row["error_kind"] or "") and line["output_tokens"] == str(row["output_tokens"])
+        if not row["error"]:
+            assert float(line["ttft_ms"]) == pytest.approx((row["first_text"] - row["sent"]) * 1e3, abs=0.01)
+        else:
+            assert not line["ttft_ms"] and "status 500" in line["error"]
+    record = Record(index=0, label="=1+1", error="@evil")
+    line = dict(zip(COLUMNS, cells({"label": "=1+1", "error": "@evil"}, record)))
+    assert (line["label"], line["error"]) == ("'=1+1", "'@evil")
+
+
+def test_stages_by_time(bench: Any, server: Any, tmp_path: Path) -> None:
+    plan = parse(["--stages", "2@30s,4@1m"])
+    assert [(load.name, plan.requests(load)) for load in plan.loads] == [("rate 2 for 30 s", 60), ("rate 4 for 60 s", 240)]
+    small = ["--input-len", "24", "--output-len", "4", "--warmup", "0"]
+    server.delay = 0.01
+    assert bench(*small, "--stages", "c2@400ms,c4@0.2s", "--num-requests", "400") == 0
+    first, second = summary(tmp_path)["stages"]
+    assert (first["name"], second["name"]) == ("concurrency 2 for 0.4 s", "concurrency 4 for 0.2 s")
+    for stage, seconds, limit in ((first, 0.4, 2), (second, 0.2, 4)):
+        mine = [row for row in rows(tmp_path) if row["stage"] == stage["stage"]]
+        assert 0 < stage["completed"] == stage["num_prompts"] == len(mine) < 400 and not stage["not_sent"]
+        assert all(row["scheduled"] <= seconds for row in mine) and stage["peak_concurrency"] <= limit
+        assert not stage["ran_out"]
+    assert bench(*small, "--stages", "c2@1h", "--num-requests", "6") == 0
+    assert summary(tmp_path)["ran_out"] and summary(tmp_path)["completed"] == 6
+
+
+def test_a_search_for_the_highest_rate(bench: Any, server: Any, tmp_path: Path, capsys: Any) -> None:
+    words = ("--find-rate", "--rate", "500", "--find-steps", "3", "--slo", "ttft=60s,e2el=1m")
+    assert bench(*words) == 0
+    found = summary(tmp_path)
+    assert [step["rate"] for step in found["search"]["steps"]] == [500, 1000, 2000]
+    assert found["search"]["rate"] == 2000 and found["search"]["too_much"] is None
+    assert [stage["request_rate"] for stage in found["stages"]] == [500, 1000, 2000]
+    assert found["settings"]["loads"] == ["rate 500", "rate 1000", "rate 2000"] and found["settings"]["slo_share"] == 0.95
+    prompts = [str(body["prompt"]) for body in server.seen[3:]]
+    assert len(set(prompts)) == 18, "every step has prompts of its own"
+    assert "2000 req/s keeps 95% of requests within the objectives" in capsys.readouterr().out
+
+
+def answers(limit: float, rate: float) -> float:
+    return 1.0 if rate <= limit else 0.2
+
+
+@pytest.mark.parametrize("limit", [5.3, 0.3, 40.0, 1.0])
+def test_a_search_ends_next_to_the_limit(limit: float) -> None:
+    search = Search(1.0, 0.95, 20)
+    while (rate := search.next()) is not None:
+        search.add(rate, answers(limit, rate))
+    found = search.result()
+    assert found["rate"] <= limit < found["too_much"] <= found["rate"] * 1.0501
+    assert len(found["steps"]) < 14 and f"is {found['rate']:g} req/s" in sentence(found)
+
+
+def test_a_search_is_bounded() -> None:
+    search = Search(1.0, 0.95, 4)
+    while (rate := search.next()) is not None:
+        search.add(rate, None)
+    assert [step.rate for step in search.steps] == [1, 0.5, 0.25, 0.125] and search.result()["rate"] is None
+    assert "No rate that was tried" in sentence(search.result())
+
+
+def test_a_server_that_trusts_nobody_is_told_how_to(server: Any, tiny: Path, capsys: Any) -> None:
+    server.trusting = False
+    for workload in ("tenants", "rag"):
+        words = ["--input-len", "160"] if workload == "tenants" else []
+        small = ["--num-requests", "6", "--warmup", "2", "--tokenizer", str(tiny), "--output-len", "4"]
+        code = main(["--base-url", server.url, "--workload", workload, "--concurrency", "2", *words, *small])
+        error = capsys.readouterr().err
+        port = server.url.rsplit(":", 1)[1]
+        assert code == 1 and f"`kvloom serve fake --port {port} --trusted-proxies 127.0.0.1`" in error, error
+        assert len(error.splitlines()) == 1 and all(not body.get("user") for body in server.seen[:-1])
+        server.seen.clear()

@@ -36,6 +36,18 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+LINES = [json.dumps({"prompt": f"What is {i} and {i}?", "output_len": 3 + i}) for i in range(30)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of 30 prompts for the workload of that name."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(LINES))
+    SMALL["file"] = {"file": str(path)}
+    return path
+
+
 @pytest.fixture(scope="module")
 def text(tiny: Path) -> TextSource:
     return TextSource(Tokenizer.from_folder(tiny))
@@ -394,3 +406,59 @@ def test_made_up_traces_look_like_the_published_ones(
         seen.update(made.hash_ids)
     assert hits / sum(len(r.hash_ids) for r in rows) == pytest.approx(reuse, abs=0.08)
     assert read_rows(write(tmp_path, *(r._asdict() for r in rows)), 512) == rows
+
+
+# file ----------------------------------------------------------------------------------------------------------------
+
+
+def test_own_prompts_in_their_order_or_the_seeds(text: TextSource) -> None:
+    jobs = make(text, "file", count=40, shuffle=False)
+    assert [job.prompt for job in jobs[:30]] == [f"What is {i} and {i}?" for i in range(30)]
+    assert [job.prompt for job in jobs[30:]] == [job.prompt for job in jobs[:10]], "from the start again"
+    assert [job.output_tokens for job in jobs[:3]] == [3, 4, 5]
+    assert sorted(str(job.prompt) for job in make(text, "file", count=30)) == sorted(str(job.prompt) for job in jobs[:30])
+    assert {job.output_tokens for job in make(text, "file", output_len=7)} == {7}
+
+
+def test_the_shapes_of_own_prompts(text: TextSource, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    path.write_text(json.dumps({"prompt": [5, 6, 7]}) + "\n\n" + json.dumps({"messages": talk, "max_tokens": 9}))
+    ids_, messages = make(text, "file", count=2, file=str(path), shuffle=False)
+    assert (ids_.prompt, ids_.output_tokens) == ((5, 6, 7), 64)
+    assert (list(messages.messages), messages.output_tokens, messages.prompt) == (talk, 9, "Be brief.")
+    path.write_text(json.dumps([{"id": "a", "conversations": [{"from": "human", "value": "Why?"},
+                                                             {"from": "gpt", "value": "Because it is so."}]}]))  # fmt: skip
+    (shared_,) = make(text, "file", count=1, file=str(path))
+    assert (shared_.prompt, shared_.output_tokens) == ("Why?", len(text.encode("Because it is so.")))
+
+
+@pytest.mark.parametrize(
+    ("content", "hint"),
+    [
+        ("", "holds no prompts"),
+        ("{", "line 1: no JSON"),
+        ('\n{"prompt": ""}', "line 2: there is neither"),
+        ('{"prompt": [1, -2]}', "line 1"),
+        ('{"prompt": "a", "output_len": 0}', "from 1 to"),
+        ('{"prompt": "a", "output_len": true}', "from 1 to"),
+        ('{"messages": ["a"]}', "with a role"),
+        ("[1", "array and is none"),
+        ('[{"conversations": []}]', "entry 1: conversations holds no question"),
+        ('[{"conversations": [{"from": "human"}]}]', "with a value"),
+        ("[" * 100_000, "array and is none"),
+        ("7", "a JSON int"),
+    ],
+)
+def test_own_prompts_that_are_none(text: TextSource, tmp_path: Path, content: str, hint: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=re.escape(hint)):
+        make(text, "file", file=str(path))
+
+
+def test_own_prompts_need_a_file(text: TextSource, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--file"):
+        make(text, "file", file="")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        make(text, "file", file=str(tmp_path / "absent.jsonl"))

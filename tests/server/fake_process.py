@@ -28,7 +28,7 @@ def start(config, progress):
     die, generate = engine.tokenizer.encode("die"), engine.generate
 
     def deadly(prompt, *args, **kwargs):
-        if prompt == die:
+        if list(prompt) == die:
             engine.dead = "told to die"
         return generate(prompt, *args, **kwargs)
 

@@ -223,6 +223,24 @@ def test_overload_is_429_with_retry_after(serving, fake):
             assert response.json()["error"]["code"] == "overloaded"
 
 
+def test_who_is_refused_waits_a_moment(serving, fake, monkeypatch):
+    from kvloom.engine.errors import OverloadedError
+    from kvloom.server import errors
+
+    pauses, sleep = [], errors.asyncio.sleep
+
+    async def counted(seconds):
+        pauses.append(seconds)
+        await sleep(0)
+
+    engine = fake.FakeEngine()
+    engine.refuse = OverloadedError("too much waits")
+    with serving(engine).client() as client:
+        monkeypatch.setattr(errors.asyncio, "sleep", counted)
+        assert client.post(CHAT, json={"messages": USER}).status_code == 429
+    assert errors.REFUSAL_SECONDS in pauses
+
+
 def test_overload_is_retried_by_openai(serving, fake):
     from kvloom.engine.errors import OverloadedError
 

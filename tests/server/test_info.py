@@ -117,8 +117,15 @@ def test_kv(served):
     assert body["blocks"]["local"]["total"] == 40
     assert body["tenants"][""] == {
         "cached_blocks": 20, "in_use_blocks": 10, "segment_bytes": 1024, "tokens": {"prefix": 10, "stale": 60},
+        "reuse_checks": "passed",
     }  # fmt: skip
-    assert body["tenants"]["alice"] == {"cached_blocks": 0, "in_use_blocks": 0, "segment_bytes": 3072, "tokens": {"fresh": 18}}
+    assert body["tenants"]["alice"] == {
+        "cached_blocks": 0,
+        "in_use_blocks": 0,
+        "segment_bytes": 3072,
+        "tokens": {"fresh": 18},
+        "reuse_checks": "passed",
+    }
     assert body["selection_state"] == {"bytes": 768, "capacity_bytes": 3 << 20}
     assert body["requests"]["replayed_tokens"] == 5
     share = body["kvshare"]
@@ -198,3 +205,27 @@ def test_access_line_can_be_off(serving, fake, caplog):
     with serving(fake.FakeEngine(), access_log=False).client() as client:
         client.post("/v1/completions", json={"prompt": "a", "max_tokens": 1})
     assert not caplog.messages
+
+
+def test_the_models_own_sampling_stands_in_for_what_a_request_does_not_say(serving, fake):
+    from dataclasses import replace
+
+    from kvloom.engine.request import SamplingDefaults
+
+    engine = fake.FakeEngine()
+    engine.model = replace(engine.model, sampling=SamplingDefaults(temperature=0.2, top_p=0.9))
+    chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    asked = [{}, {"temperature": 0.7}, {"top_p": 1.0}, {"temperature": None, "top_p": None}]
+    with serving(engine).client() as client:
+        assert client.get("/v1/models").json()["data"][0]["default_sampling"] == {"temperature": 0.2, "top_p": 0.9}
+        for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hi", "max_tokens": 2})):
+            engine.calls.clear()
+            assert all(client.post(path, json={**body, **more}).status_code == 200 for more in asked)
+            used = [(call["sampling"].temperature, call["sampling"].top_p) for call in engine.calls]
+            assert used == [(0.2, 0.9), (0.7, 0.9), (0.2, 1.0), (0.2, 0.9)]
+
+
+def test_without_a_recommendation_sampling_is_openais(served):
+    assert served.client().get("/v1/models").json()["data"][0]["default_sampling"] == {"temperature": 1.0, "top_p": 1.0}
+    served.openai().completions.create(model="echo-model", prompt="hi", max_tokens=1)
+    assert (served.engine.calls[-1]["sampling"].temperature, served.engine.calls[-1]["sampling"].top_p) == (1.0, 1.0)

@@ -22,6 +22,7 @@ def text(seed: int, length: int) -> list[int]:
     return [source.randrange(3, 300) for _ in range(length)]
 
 
+OPERATOR = {"Authorization": "Bearer root"}
 DOCUMENT = text(1, 200)
 
 
@@ -39,7 +40,7 @@ def running(tiny, tmp_path, serving):
     )  # fmt: skip
     engine = ThreadEngineClient.start(config)
     try:
-        yield serving(engine, trusted_proxies=("127.0.0.1/32",))
+        yield serving(engine, trusted_proxies=("127.0.0.1/32",), admin_key=("root",))
     finally:
         engine.close()
 
@@ -86,7 +87,7 @@ def test_segments_are_uploaded_explained_and_purged(running):
         short = client.get("/v1/kv/explain", params={"prompt": "hello"}).json()
         assert short["runs"] == [] and short["cached_tokens"] == 0
         assert complete(running, prompt(6), tenant="bob", explain=True).usage.kv["reused_tokens"] > 100
-        state = client.get("/v1/kv").json()
+        state = client.get("/v1/kv", headers=OPERATOR).json()
         assert state["kvshare"]["segments"]["count"] >= 1 and state["tenants"]["alice"]["segment_bytes"] > 0
         assert client.delete("/v1/kv/segments").json()["deleted"] >= 1
         assert client.post("/v1/kv/explain", json={"prompt": prompt(7)}).json()["runs"] == []
@@ -95,7 +96,7 @@ def test_segments_are_uploaded_explained_and_purged(running):
 def test_idle_servers_heal(running, until):
     complete(running, prompt(1))
     complete(running, [*prompt(2), *text(300, 100)])
-    with running.client() as client:
+    with running.client(**OPERATOR) as client:
         until(lambda: client.get("/v1/kv").json()["kvshare"]["left"]["healed_tokens"] > 0)
         assert client.get("/v1/kv").json()["kvshare"]["errands"] == 0
     again = complete(running, [*prompt(2), *text(300, 100), *text(9, 20)])
@@ -105,7 +106,7 @@ def test_idle_servers_heal(running, until):
 def test_metrics(running):
     complete(running, prompt(1))
     complete(running, prompt(2))
-    with running.client() as client:
+    with running.client(**OPERATOR) as client:
         body = client.get("/metrics").text
     values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in body.splitlines() if not line.startswith("#")}
     label = 'engine="0",model_name="echo-model"'

@@ -170,8 +170,9 @@ def find(
             runs += _chains(store, tokens, begin, end, domain, walls)
         else:
             runs += _joined(_pieces(store, tokens, begin, end, domain, walls))
-    repeats = periodic(tokens[begin:end]) if runs else np.zeros(0, bool)
-    repeats = np.concatenate([np.zeros(begin, bool), repeats, np.zeros(len(tokens) - begin - len(repeats), bool)])
+    repeats = np.zeros(len(tokens), bool)
+    if runs:
+        repeats[begin:end] = periodic(tokens[begin:end])
     told, runs = _without(runs, repeats)
     chosen, dropped = _choose(runs, min_match, short_match)
     broken = [Broken(at, why) for run in chosen for at, why in _ends(run, tokens, begin, end, walls, repeats)]

@@ -35,6 +35,7 @@ def words(seed: int, length: int) -> list[int]:
     return [source.randrange(3, 300) for _ in range(length)]
 
 
+SPECIAL = 1
 POPULAR, EVIL = words(1, 260), words(66, 90)
 PLACEMENTS = {
     "in front": [*EVIL, *POPULAR],
@@ -45,13 +46,13 @@ PLACEMENTS = {
     "copies behind each other": [*POPULAR[:120], *POPULAR[:120], *POPULAR[60:160]],
     "from its middle": POPULAR[70:],
     "cut elsewhere": [*EVIL[:40], *POPULAR[17:]],
-    "behind a special token": [*EVIL, 1, *POPULAR],
+    "behind a special token": [*EVIL, SPECIAL, *POPULAR],
     "itself, then words": [*POPULAR[:150], *EVIL],
 }
 
 FROM_THE_START = {"itself, then words": 150, "inside": 130, "one token changed": 100, "between two copies": 120,
                   "copies behind each other": 120, "from its middle": 190}  # fmt: skip
-"""Tokens of the popular text that an upload begins with: as many may be reused, and no more."""
+"""Tokens of the popular text that what is planted begins with: as many may be reused, and no more."""
 
 
 @pytest.fixture
@@ -82,7 +83,9 @@ def ask(llm: LLM, tenant: str, prompt: list[int], share: str = "none") -> dict[s
 def see(llm: LLM, text: list[int]) -> None:
     """Two prompts that share a text, from two tenants of the group, and the idle engine's work after them."""
     for tenant, seed in (("mallory", 501), ("mallet", 502)):
-        ask(llm, tenant, [*words(seed, 20), *text, *words(seed + 2, 20)], share="group")
+        ask(
+            llm, tenant, [*words(seed, 20), SPECIAL, *text, SPECIAL, *words(seed + 2, 20)], share="group"
+        )  # cut as an upload is
     llm.settle()
 
 
@@ -176,7 +179,9 @@ def test_hijack(
     for at in starts(llm, prompt):
         computed_alone(llm, prompt[at : 23 + len(POPULAR)], alone)
     rows = check_reuse(llm, monkeypatch, prompt, alone)
-    if way == "upload":
+    if way == "sightings" and name == "behind a special token":  # two texts, each compiled alone: the popular one is its own
+        assert rows > 200
+    else:
         assert rows == FROM_THE_START.get(name, 0)
     llm.core.check()
     llm.core.share.store.check()

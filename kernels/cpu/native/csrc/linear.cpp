@@ -21,21 +21,21 @@ Activations activations(Arena& arena, int64_t rows, int64_t inputs) {
     a.scale = cut.take<float>(rows * groups);
     a.scaled_sum = cut.take<float>(rows * groups);
     a.start = cut.take<int32_t>(rows * groups);
-    a.codes = cut.take<int8_t>(rows * inputs);
+    a.codes = cut.take<Code>(rows * groups * kGroupCodes);
     if (a.scale) return a;
   }
 }
 
 Activations from_row(const Activations& a, int64_t row, int64_t groups) {
   const int64_t at = row * groups;
-  return {a.codes + at * kGroupInputs, a.scale + at, a.scaled_sum + at, a.start + at};
+  return {a.codes + at * kGroupCodes, a.scale + at, a.scaled_sum + at, a.start + at};
 }
 
 template <class T> void quantise_row(const T* x, int64_t inputs, int32_t offset, const Activations& to) {
   alignas(64) float wide[kGroupInputs];
   for (int64_t g = 0; g < inputs / kGroupInputs; g++) {
     widen(x + g * kGroupInputs, kGroupInputs, wide);
-    quantise_group(wide, offset, to.codes + g * kGroupInputs, to.scale + g, to.scaled_sum + g, to.start + g);
+    quantise_group(wide, offset, to.codes + g * kGroupCodes, to.scale + g, to.scaled_sum + g, to.start + g);
   }
 }
 
@@ -82,26 +82,31 @@ template <Format F, int R, int P, class... Rest> void tile_of(int64_t count, con
   else if constexpr (R > 1) tile_of<F, R - 1, P>(count, rest...);
 }
 
-// Nibbles of P panels as bytes, in the order the inner loop reads them.
-template <Format F, int P> const uint8_t* unpack(const uint8_t* panel, int64_t groups) {
+// Nibbles of P panels as bytes, in the order the inner loop reads them; null where that would save nothing.
+template <Format F, int P> const uint8_t* unpack([[maybe_unused]] const uint8_t* panel, [[maybe_unused]] int64_t groups) {
+#ifdef KVLOOM_VNNI
+  if (!Weights<F>::kNibbles) return nullptr;
   const int64_t panel_bytes = Weights<F>::panel_bytes(groups);
   auto* to = static_cast<uint8_t*>(panel_arena.reserve(groups * P * kSteps * 64));
   for (int64_t g = 0; g < groups; g++)
     for (int p = 0; p < P; p++)
       for (int s = 0; s < kSteps / 2; s++) {
-        const Codes both = load_codes(panel + p * panel_bytes + g * Weights<F>::kCodeBytes + s * 64);
+        const Stored both = load_stored(panel + p * panel_bytes + g * Weights<F>::kCodeBytes + s * 64);
         uint8_t* at = to + ((g * P + p) * kSteps + s) * 64;
-        store_codes(at, low_nibbles(both));
-        store_codes(at + kSteps / 2 * 64, high_nibbles(both));
+        store_unpacked(at, low_nibbles(both));
+        store_unpacked(at + kSteps / 2 * 64, high_nibbles(both));
       }
   return to;
+#else
+  return nullptr;
+#endif
 }
 
 // Rows [row, end) against panels [first, first + P).
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs, panel_bytes = Weights<F>::panel_bytes(groups);
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * panel_bytes;
-  const uint8_t* unpacked = Weights<F>::kNibbles && end - row > kRows ? unpack<F, P>(panel, groups) : nullptr;
+  const uint8_t* unpacked = end - row > kRows ? unpack<F, P>(panel, groups) : nullptr;
   while (row < end) {
     const int64_t rest = end - row;
     const int64_t count = rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);

@@ -1,4 +1,4 @@
-// Quantised weights and activations: their layout in memory and the int8 inner loop.
+// Quantised weights and activations: their layout in memory and the loop over groups.
 //
 // Weights come in panels of 16 outputs and groups of 32 inputs; w = scale * (code - offset) + min, with one scale (and, in
 // Q4, one min) per output and group, kept in fp16 as GGUF stores them. A panel, padded to 64 bytes, is
@@ -8,21 +8,22 @@
 // int8 codes (stored unsigned, offset 128): 8 registers; byte 4 o + i of register s is input 4 s + i of output o.
 // int4 codes: 4 registers; register s holds in its low nibbles what int8 register s would, in its high nibbles s + 4.
 //
-// Activations are rounded to int8 once per call, with one scale per row and group of 32 (the scheme of llama.cpp's Q8_1).
-// Products of a group are exact in int32; groups are added in fp32, in order.
+// Activations are rounded once per call to 15-bit codes, with one scale per row and group of 32: 127 * 128 stands for the
+// group's largest magnitude. Products of a group are exact in int32; groups are added in fp32, in order.
 #pragma once
 
 #include "dispatch.h"
+#include "dot.h"
 
 namespace kvloom {
 
-constexpr int kPanel = 16, kGroupInputs = 32, kSteps = kGroupInputs / 4;
-
-// Rows and panels in registers: 6 x 2 integer and 6 x 2 float accumulators. Without the instruction, blocking gains nothing.
-#ifdef KVLOOM_VNNI
-constexpr int kRows = 6, kPanels = 2;
+// Rows and panels in registers.
+#if defined(KVLOOM_VNNI)
+constexpr int kRows = 6, kPanels = 2;  // 6 x 2 integer and 6 x 2 float accumulators
+#elif defined(KVLOOM_AVX2)
+constexpr int kRows = 3, kPanels = 1;
 #else
-constexpr int kRows = 1, kPanels = 1;
+constexpr int kRows = 1, kPanels = 1;  // without the instructions, blocking gains nothing
 #endif
 
 enum Format : int32_t { kQ4 = 0, kQ4Symmetric = 1, kQ8 = 2 };  // mirrored in linear.py
@@ -42,78 +43,72 @@ template <class F> inline auto with_format(int32_t format, F f) {
   }
 }
 
+constexpr int kGroupCodes = kPlanes * kGroupInputs;
+
 struct Activations {  // of `rows` rows, `groups` groups each
-  int8_t* codes;      // [rows][groups * 32]
+  Code* codes;        // [rows][groups][kGroupCodes], see dot.h
   float* scale;       // [rows][groups]
   float* scaled_sum;  // scale * sum of codes: what a min is multiplied by
   int32_t* start;     // -offset * sum of codes: where the integer sum of a group begins
 };
 
-inline void quantise_group(const float* x, int32_t offset, int8_t* codes, float* scale, float* scaled_sum, int32_t* start) {
-#ifdef KVLOOM_AVX512
-  const vec a = load(x), b = load(x + kLanes);
-  const float most = max_lane(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-  const float d = most / 127.0f;
-  const vec inverse = splat(d > 0.0f ? 1.0f / d : 0.0f);
-  const __m512i ia = _mm512_cvtps_epi32(a * inverse), ib = _mm512_cvtps_epi32(b * inverse);
-  _mm_storeu_si128((__m128i*)codes, _mm512_cvtsepi32_epi8(ia));
-  _mm_storeu_si128((__m128i*)(codes + kLanes), _mm512_cvtsepi32_epi8(ib));
-  const int32_t total = _mm512_reduce_add_epi32(_mm512_add_epi32(ia, ib));
+// Codes of one group as its target wants them; returns their sum. Every |x * inverse| is at most kMostCode.
+inline int32_t place_codes(const float* x, float inverse, Code* codes) {
+#if defined(KVLOOM_VNNI)
+  int32_t total = 0;
+  for (int i = 0; i < kGroupInputs; i += kLanes) {
+    const __m512i c = _mm512_cvtps_epi32(load(x + i) * splat(inverse));
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(c, isplat(kPlane / 2)), 7);
+    _mm_storeu_si128((__m128i*)(codes + i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i*)(codes + kGroupInputs + i), _mm512_cvtepi32_epi8(_mm512_sub_epi32(c, _mm512_slli_epi32(high, 7))));
+    total += _mm512_reduce_add_epi32(c);
+  }
+  return total;
+#elif defined(KVLOOM_AVX2)
+  __m256i total = _mm256_setzero_si256();
+  for (int i = 0; i < kGroupInputs; i += 16) {
+    __m256i half[2];
+    for (int h = 0; h < 2; h++) {
+      half[h] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8 * h), _mm256_set1_ps(inverse)));
+      total = _mm256_add_epi32(total, half[h]);
+      half[h] = _mm256_shuffle_epi32(half[h], 0xd8);  // 0 2 1 3 of every four
+    }
+    _mm256_storeu_si256((__m256i*)(codes + i), _mm256_permute4x64_epi64(_mm256_packs_epi32(half[0], half[1]), 0xd8));
+  }
+  int32_t lanes[8], sum = 0;
+  _mm256_storeu_si256((__m256i*)lanes, total);
+  for (int32_t lane : lanes) sum += lane;
+  return sum;
 #else
-  float most = 0.0f;
-  for (int i = 0; i < kGroupInputs; i++) most = most < std::fabs(x[i]) ? std::fabs(x[i]) : most;
-  const float d = most / 127.0f, inverse = d > 0.0f ? 1.0f / d : 0.0f;
   int32_t total = 0;
   for (int i = 0; i < kGroupInputs; i++) {
-    codes[i] = int8_t(std::lrint(x[i] * inverse));
+    codes[i] = Code(std::lrint(x[i] * inverse));
     total += codes[i];
   }
+  return total;
 #endif
+}
+
+inline float largest_magnitude(const float* x) {  // of a group
+#ifdef KVLOOM_AVX512
+  return max_lane(_mm512_max_ps(_mm512_abs_ps(load(x)), _mm512_abs_ps(load(x + kLanes))));
+#else
+  float lanes[8] = {};
+  for (int i = 0; i < kGroupInputs; i += 8)
+    for (int j = 0; j < 8; j++) lanes[j] = lanes[j] < std::fabs(x[i + j]) ? std::fabs(x[i + j]) : lanes[j];
+  float most = 0.0f;
+  for (float lane : lanes) most = most < lane ? lane : most;
+  return most;
+#endif
+}
+
+inline void quantise_group(const float* x, int32_t offset, Code* codes, float* scale, float* scaled_sum, int32_t* start) {
+  const float d = largest_magnitude(x) / float(kMostCode);
+  const int32_t total = place_codes(x, d > 0.0f ? 1.0f / d : 0.0f, codes);
   *scale = d;
   *scaled_sum = d * float(total);
   *start = -offset * total;
 }
-
-#ifdef KVLOOM_VNNI
-using isum = __m512i;
-inline isum isplat(int32_t x) { return _mm512_set1_epi32(x); }
-inline vec to_vec(isum x) { return _mm512_cvtepi32_ps(x); }
-inline isum dot4(isum acc, __m512i weights, const int8_t* x) {
-  int32_t four;
-  std::memcpy(&four, x, 4);
-  return _mm512_dpbusd_epi32(acc, weights, _mm512_set1_epi32(four));
-}
-using Codes = __m512i;
-inline Codes load_codes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline Codes low_nibbles(Codes c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
-inline Codes high_nibbles(Codes c) { return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15)); }
-inline void store_codes(uint8_t* p, Codes c) { _mm512_storeu_si512(p, c); }
-#else
-using isum = ivec;
-typedef uint8_t Codes __attribute__((vector_size(64)));
-inline isum isplat(int32_t x) { return x - isum{}; }
-inline vec to_vec(isum x) {
-#ifdef KVLOOM_AVX512
-  return _mm512_cvtepi32_ps(x);
-#else
-  return __builtin_convertvector(x, vec);
-#endif
-}
-inline isum dot4(isum acc, Codes weights, const int8_t* x) {
-  int32_t sums[kPanel];
-  std::memcpy(sums, &acc, sizeof sums);
-  uint8_t w[64];
-  std::memcpy(w, &weights, sizeof w);
-  for (int o = 0; o < kPanel; o++)
-    sums[o] += int(w[4 * o]) * x[0] + int(w[4 * o + 1]) * x[1] + int(w[4 * o + 2]) * x[2] + int(w[4 * o + 3]) * x[3];
-  std::memcpy(&acc, sums, sizeof sums);
-  return acc;
-}
-inline Codes load_codes(const uint8_t* p) { Codes c; std::memcpy(&c, p, sizeof c); return c; }
-inline Codes low_nibbles(Codes c) { return c & 15; }
-inline Codes high_nibbles(Codes c) { return c >> 4; }
-inline void store_codes(uint8_t* p, Codes c) { std::memcpy(p, &c, sizeof c); }
-#endif
 
 // R rows times P neighbouring panels over all groups: out[R][P][16]. x: the first row's activations.
 // unpacked: null, or the panels' nibbles as bytes, [groups][P][8][64].
@@ -122,53 +117,55 @@ void multiply(const uint8_t* panel, const uint8_t* unpacked, const Activations& 
   using W = Weights<F>;
   const int64_t panel_bytes = W::panel_bytes(groups);
   const f16* scales = reinterpret_cast<const f16*>(panel + groups * W::kCodeBytes);
-  vec acc[R][P];
+  fsum acc[R][P];
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) acc[r][p] = zero();
+    for (int p = 0; p < P; p++) acc[r][p] = fzero();
   for (int64_t g = 0; g < groups; g++) {
     const uint8_t* group = panel + g * W::kCodeBytes;
     isum sums[R][P];
     for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) sums[r][p] = isplat(x.start[r * groups + g]);
-    const int8_t* codes = x.codes + g * kGroupInputs;
-    const int64_t row = groups * kGroupInputs;
-    if (!W::kNibbles || unpacked) {
-#pragma GCC unroll 8
-      for (int s = 0; s < kSteps; s++) {
-        Codes w[P];
-        for (int p = 0; p < P; p++)
-          w[p] = load_codes(W::kNibbles ? unpacked + ((g * P + p) * kSteps + s) * 64
-                                        : group + p * panel_bytes + s * 64);
+      for (int p = 0; p < P; p++) sums[r][p] = isplat(kPlanes > 1 ? 0 : x.start[r * groups + g]);
+    const int64_t row = groups * kGroupCodes;
+    for (int plane = 0; plane < kPlanes; plane++) {
+      const Code* codes = x.codes + g * kGroupCodes + plane * kGroupInputs;
+      if (plane > 0)
         for (int r = 0; r < R; r++)
-          for (int p = 0; p < P; p++) sums[r][p] = dot4(sums[r][p], w[p], codes + r * row + 4 * s);
-      }
-    } else {
-#pragma GCC unroll 4
-      for (int s = 0; s < kSteps / 2; s++) {
-        Codes w[P];
-        for (int p = 0; p < P; p++) {
-          w[p] = load_codes(group + p * panel_bytes + s * 64);
-          const Codes low = low_nibbles(w[p]), high = high_nibbles(w[p]);
-          for (int r = 0; r < R; r++) {
-            sums[r][p] = dot4(sums[r][p], low, codes + r * row + 4 * s);
-            sums[r][p] = dot4(sums[r][p], high, codes + r * row + 4 * (s + kSteps / 2));
-          }
+          for (int p = 0; p < P; p++) sums[r][p] = next_plane(sums[r][p], x.start[r * groups + g]);
+      if (!W::kNibbles || unpacked) {
+#pragma GCC unroll 8
+        for (int s = 0; s < kSteps; s++) {
+          Weights4 w[P];
+          for (int p = 0; p < P; p++)
+            w[p] = whole(load_stored(W::kNibbles ? unpacked + ((g * P + p) * kSteps + s) * 64
+                                                 : group + p * panel_bytes + s * 64));
+          for (int r = 0; r < R; r++)
+            for (int p = 0; p < P; p++) sums[r][p] = dot4(sums[r][p], w[p], codes + r * row + 4 * s);
         }
+      } else {
+#pragma GCC unroll 4
+        for (int s = 0; s < kSteps / 2; s++)
+          for (int p = 0; p < P; p++) {
+            const Stored both = load_stored(group + p * panel_bytes + s * 64);
+            const Weights4 low = low_nibbles(both);
+            for (int r = 0; r < R; r++) sums[r][p] = dot4(sums[r][p], low, codes + r * row + 4 * s);
+            const Weights4 high = high_nibbles(both);
+            for (int r = 0; r < R; r++) sums[r][p] = dot4(sums[r][p], high, codes + r * row + 4 * (s + kSteps / 2));
+          }
       }
     }
     for (int p = 0; p < P; p++) {
       const f16* at = scales + p * panel_bytes / 2 + g * W::kScales;
-      const vec scale = load(at);
+      const fsum scale = load_halves(at);
       for (int r = 0; r < R; r++)
-        acc[r][p] = fma(to_vec(sums[r][p]), scale * splat(x.scale[r * groups + g]), acc[r][p]);
+        acc[r][p] = add_product(to_float(sums[r][p]), times(scale, x.scale[r * groups + g]), acc[r][p]);
       if constexpr (W::kHasMin) {
-        const vec min = load(at + kPanel);
-        for (int r = 0; r < R; r++) acc[r][p] = fma(min, splat(x.scaled_sum[r * groups + g]), acc[r][p]);
+        const fsum min = load_halves(at + kPanel);
+        for (int r = 0; r < R; r++) acc[r][p] = add_product(min, x.scaled_sum[r * groups + g], acc[r][p]);
       }
     }
   }
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) store(out + (r * P + p) * kPanel, acc[r][p]);
+    for (int p = 0; p < P; p++) store_sum(out + (r * P + p) * kPanel, acc[r][p]);
 }
 
 }  // namespace kvloom
