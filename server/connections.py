@@ -302,6 +302,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         elif self._message_bytes > self._guard.limits.message_bytes:
             self.transport.close()
 
+    def send_400_response(self, msg: str) -> None:
+        """Tell of a message that is no HTTP in the shape that every error has."""
+        response = WireError(400, f"{msg} The connection is closed.", code="invalid_http").response({"Connection": "close"})
+        head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
+        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(response.body))
+        self.transport.close()
+
     # What the parser calls -------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:

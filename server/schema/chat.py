@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
 from kvloom.engine.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
-from kvloom.server.schema.common import GenerationBody, StrictBody, Text
+from kvloom.server.schema.common import GenerationBody, StrictBody, Text, unicode_text
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.unsupported import OF_MESSAGES, refuse
 
@@ -62,7 +62,15 @@ class Message(StrictBody):
         return content + len(self.reasoning_content or self.reasoning or "")
 
 
-TemplateVariables = dict[Text, bool | int | float | Text]
+def _scalar(value: Any) -> Any:
+    """Union types would tell of each of their members; this tells of the value."""
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("must be true, false, a number or a string")
+    return unicode_text(value) if isinstance(value, str) else value
+
+
+Scalar = Annotated[Any, AfterValidator(_scalar), WithJsonSchema({"type": ["boolean", "number", "string"]})]
+TemplateVariables = dict[Text, Scalar]
 """Variables of the model's chat template, such as enable_thinking."""
 
 

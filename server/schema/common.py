@@ -32,7 +32,8 @@ TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _unicode(text: str) -> str:
+def unicode_text(text: str) -> str:
+    """The text. Raises ValueError if it holds half of a surrogate pair, which JSON can write and nothing can encode."""
     if not text.isascii():
         try:
             text.encode()
@@ -41,7 +42,7 @@ def _unicode(text: str) -> str:
     return text
 
 
-Text = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[str, AfterValidator(unicode_text)]
 """A string that can be encoded: JSON can also hold halves of surrogate pairs."""
 
 

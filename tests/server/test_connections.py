@@ -228,3 +228,14 @@ def test_few_file_descriptors_are_told_of(serving, until, monkeypatch, caplog):
     with running.connect() as connection:
         everything(connection)
     until(lambda: any("file descriptors" in message for message in caplog.messages))
+
+
+@pytest.mark.parametrize(
+    "head", [b"GARBAGE\r\n\r\n", HEAD + b"Content-Length: +48\r\n\r\n", HEAD + b"Content-Length: -1\r\n\r\n"]
+)
+def test_what_is_no_http_is_told_in_the_shape_of_every_error(serving, head):
+    with serving().connect() as connection:
+        connection.sendall(head)
+        status, _, body = everything(connection).partition(b"\r\n\r\n")
+    assert status.startswith(b"HTTP/1.1 400") and b"application/json" in status
+    assert json.loads(body)["error"]["code"] == "invalid_http"
