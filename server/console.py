@@ -94,7 +94,8 @@ def base_url(options: ServerOptions, port: int) -> str:
 
 def curl_line(options: ServerOptions, url: str, model: str) -> str:
     """A shell command that asks the server something. It names no key: a terminal's scrollback is no place for one."""
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "What is a KV cache?"}], "max_tokens": 100})
+    asked = [{"role": "user", "content": "What is the capital of France?"}]
+    body = json.dumps({"model": model, "messages": asked, "max_tokens": 40, "temperature": 0})
     quoted = body.replace("'", "'\\''")
     key = " -H 'Authorization: Bearer YOUR_KEY'" if (options.api_key or options.tenant_keys) else ""
     insecure = " -k" if url.startswith("https") else ""
