@@ -15,7 +15,7 @@ import torch
 from kvloom import kernels
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.calibration import store as calibrations
-from kvloom.engine.catalog import ModelFiles, resolve
+from kvloom.engine.catalog import ModelFiles, packed_folder, resolve
 from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
@@ -80,6 +80,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         config.model.weights,
         progress=lambda done, total: progress("loading layers", done, total),
         head_groups=retention.head_groups,
+        packed_folder=packed_folder(),
     )
     tokenizer = load_tokenizer(files.path)
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)

@@ -110,6 +110,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("KVLOOM_CACHE") or platformdirs.user_cache_dir("kvloom")).expanduser()
 
 
+def packed_folder() -> Path:
+    """Where weights are kept as they were packed: see `engine.model.packed_cache`."""
+    return cache_folder() / "packed"
+
+
 def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
     """The files of a model: a built-in name, a local folder, a .gguf file, or a Hugging Face repo id (org/name).
 

@@ -70,7 +70,7 @@ def measure_ceilings(kernels: Kernels) -> Ceilings:
     ]
     if kernels.quantized is not None:
         codes, scales = torch.ones(81_920, 1152, dtype=torch.int8), torch.ones(81_920, 36)
-        multiply = kernels.quantized.pack(8, codes, scales, None, None)
+        multiply = kernels.quantized.linear(kernels.quantized.pack(8, codes, scales, None), None)
         row, out = torch.ones(1, 1152, dtype=torch.bfloat16), torch.empty(1, 81_920)
         readers.append((codes.nbytes + 2 * scales.numel(), lambda: multiply(row, out)))
     read = max(size / median_seconds(reader, 9) for size, reader in readers) / 1e9

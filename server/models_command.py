@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import time
+
 from kvloom.engine import catalog
 from kvloom.server.console import LoadingBars
 
 
 def list_models() -> int:
-    """Print the built-in models and whether each is on this machine."""
+    """Print the built-in models and whether each is on this machine, and the packed weights that are kept."""
+    from kvloom.engine.model.packed_cache import list_packed  # imports torch
+
     cached = {model.name for model in catalog.list_cached()}
     print(f"cache folder: {catalog.cache_folder()}")
     for model in catalog.builtin_models():
         state = "in the cache" if model.name in cached else "not fetched yet"
         print(f"{model.name:<12} {model.size / 1e6:>7.0f} MB  {state:<16} {model.title} ({model.licence})")
+    packed = list_packed(catalog.packed_folder())
+    if packed:
+        print(f"packed weights, for a quick start (may be deleted): {catalog.packed_folder()}")
+    for file in packed:
+        print(f"{file.size / 1e6:>7.0f} MB  last used {time.strftime('%Y-%m-%d', time.localtime(file.used))}  {file.name}")
     return 0
 
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from kvloom.engine.config import WeightMode
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.model.packed_cache import PackedCache
 from kvloom.engine.model.quantized import GROUP, Codes, QuantizedLinear, round_to_int4, round_to_int8, unpack
 from kvloom.engine.model.weights import QuantizedRows, WeightSource
-from kvloom.kernels.interface import Kernels
+from kvloom.kernels.interface import Kernels, PackedWeight, QuantizedLinears
 
 
 class Linear(Protocol):
@@ -130,15 +131,39 @@ class PackedLinear:
         return y if out is None or out.dtype == y.dtype else out.copy_(y)
 
 
-def make_linear(weight: LinearWeight, bias: Tensor | None, mode: WeightMode, dtype: torch.dtype, kernels: Kernels) -> Linear:
-    """The projection in the given mode; bias: [out] in `dtype`. Raises ConfigError for a mode that is not available."""
-    if mode == "auto" and (kernels.quantized is None or dtype == torch.float32):
-        mode = "bf16"
-    if mode == "bf16" or weight.shape[1] % GROUP:
+def quantizes(mode: WeightMode, dtype: torch.dtype, kernels: Kernels) -> bool:
+    """Whether linear layers of that mode hold codes."""
+    return mode != "bf16" and not (mode == "auto" and (kernels.quantized is None or dtype == torch.float32))
+
+
+def make_linear(
+    weight: LinearWeight,
+    bias: Tensor | None,
+    mode: WeightMode,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    cache: PackedCache | None = None,
+) -> Linear:
+    """The projection in the given mode; bias: [out] in `dtype`; cache: where its packed form may be, and goes if it is not.
+
+    Raises ConfigError for a mode that is not available.
+    """
+    if not quantizes(mode, dtype, kernels) or weight.shape[1] % GROUP:
         return _dense(weight, bias, dtype)
     if kernels.quantized is None:
         raise ConfigError(f"weights={mode} needs the native back end, but {kernels.name} runs here; use weights=bf16 or auto")
-    return QuantizedLinear(kernels.quantized, _codes(weight, mode), bias)
+    return QuantizedLinear(kernels.quantized, _packed(weight, mode, kernels.quantized, cache), bias)
+
+
+def _packed(weight: LinearWeight, mode: WeightMode, quantized: QuantizedLinears, cache: PackedCache | None) -> PackedWeight:
+    name = " ".join(weight.names)
+    if cache is not None and (found := cache.matrix(name)) is not None:
+        return found
+    codes = _codes(weight, mode)
+    packed = quantized.pack(codes.bits, codes.codes, codes.scales, codes.mins)
+    if cache is not None:
+        cache.keep(name, packed)
+    return packed
 
 
 def _codes(weight: LinearWeight, mode: WeightMode) -> Codes:

@@ -24,9 +24,10 @@ from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
 from kvloom.engine.model.heads import Heads, output_columns, projection_rows
 from kvloom.engine.model.hf_config import read_hf_config
-from kvloom.engine.model.linear import Linear, LinearWeight, make_linear
+from kvloom.engine.model.linear import Linear, LinearWeight, make_linear, quantizes
 from kvloom.engine.model.load_gguf import GGUFWeights
 from kvloom.engine.model.load_safetensors import SafetensorsWeights
+from kvloom.engine.model.packed_cache import PackedCache, PackedKey
 from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, WeightSource, check_weights, layer_prefix, settle_head
 from kvloom.kernels.interface import Kernels
 
@@ -55,9 +56,11 @@ def load_model(
     max_model_len: int | None = None,
     progress: Progress | None = None,
     head_groups: Callable[[ModelConfig, str], Sequence[Heads] | None] = lambda config, fingerprint: None,
+    packed_folder: Path | None = None,
 ) -> LoadedModel:
     """path: a folder (config.json, *.safetensors) or a .gguf file; max_model_len: positions to prepare for, at most the
-    model's own; head_groups: from config and fingerprint, the KV heads of every group in every layer, None for one group.
+    model's own; head_groups: from config and fingerprint, the KV heads of every group in every layer, None for one group;
+    packed_folder: where packed weights are kept from one start to the next, None for nowhere.
 
     Raises ModelError if files are absent, damaged or unsupported, ConfigError if a setting does not fit the model.
     """
@@ -69,8 +72,14 @@ def load_model(
         fingerprint = _fingerprint(config, files)
     config = _limit_context(config, max_model_len)
     groups = head_groups(config, fingerprint)
-    decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups).decoder(progress)
+    cache = None
+    if packed_folder is not None and kernels.quantized is not None and quantizes(weights, TORCH_DTYPES[dtype], kernels):
+        parts = (fingerprint, weights, dtype, repr(groups), kernels.quantized.layout)
+        cache = PackedCache(packed_folder, PackedKey(path.name, files, parts))
+    decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups, cache).decoder(progress)
     log.info("loaded %s (%s, %s) in %.2f s", path.name, config.architecture, config.dtype, time.perf_counter() - started)
+    if cache is not None:
+        cache.save()
     return LoadedModel(decoder=decoder, config=config, fingerprint=fingerprint)
 
 
@@ -113,13 +122,14 @@ class _Assembly:
         mode: WeightMode,
         kernels: Kernels,
         groups: Sequence[Heads] | None = None,
+        cache: PackedCache | None = None,
     ) -> None:
         self.config, self.source, self.dtype, self.mode, self.kernels = config, source, dtype, mode, kernels
-        self.groups = groups
+        self.groups, self.cache = groups, cache
 
     def decoder(self, progress: Progress | None) -> Decoder:
         config = self.config
-        embedding = self.read(EMBEDDING, self.dtype)
+        embedding = self.embedding()
         layers = []
         for index in range(config.layers):
             layers.append(self.layer(layer_prefix(index), None if self.groups is None else self.groups[index]))
@@ -134,6 +144,14 @@ class _Assembly:
             final_norm=self.read(FINAL_NORM, torch.float32),
             head=self.head(embedding),
         )
+
+    def embedding(self) -> Tensor:
+        found = None if self.cache is None else self.cache.tensor(EMBEDDING)
+        if found is None:
+            found = self.read(EMBEDDING, self.dtype)
+            if self.cache is not None:
+                self.cache.keep(EMBEDDING, found)
+        return found
 
     def layer(self, prefix: str, heads: Heads | None = None) -> Layer:
         config = self.config
@@ -154,13 +172,13 @@ class _Assembly:
     def head(self, embedding: Tensor) -> Linear:
         tied = self.config.tied_embeddings
         weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), embedding if tied else None, sensitive=True)
-        return make_linear(weight, None, self.mode, self.dtype, self.kernels)
+        return make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache)
 
     def linear(self, parts: list[str], biased: bool, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
         weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts), rows=rows, columns=columns)
         bias = torch.cat([self.read(part + ".bias", self.dtype) for part in parts]) if biased else None
         bias = bias[rows] if bias is not None and rows is not None else bias
-        return make_linear(weight, bias, self.mode, self.dtype, self.kernels)
+        return make_linear(weight, bias, self.mode, self.dtype, self.kernels, self.cache)
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.source.shape(name), dtype=dtype)

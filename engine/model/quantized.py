@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.model.weights import QuantizedRows
-from kvloom.kernels.interface import QuantizedLinears
+from kvloom.kernels.interface import PackedWeight, QuantizedLinears
 
 GROUP = 32
 
@@ -73,14 +73,11 @@ def _nonzero(scales: Tensor) -> Tensor:
 
 
 class QuantizedLinear:
-    """`Linear` on codes, multiplied by a back end with activations rounded to 15 bits per row and group of 32."""
+    """`Linear` on packed codes, multiplied by a back end with activations rounded to 15 bits per row and group of 32."""
 
-    def __init__(self, quantized: QuantizedLinears, codes: Codes, bias: Tensor | None = None) -> None:
-        self.out_features, self.in_features = codes.codes.shape
-        self.nbytes = codes.codes.numel() * codes.bits // 8 + 2 * codes.scales.numel() * (1 if codes.mins is None else 2)
-        self._multiply: Callable[[Tensor, Tensor], Tensor] = quantized.pack(
-            codes.bits, codes.codes, codes.scales, codes.mins, bias
-        )
+    def __init__(self, quantized: QuantizedLinears, packed: PackedWeight, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features, self.nbytes = packed.outputs, packed.inputs, packed.data.nbytes
+        self._multiply: Callable[[Tensor, Tensor], Tensor] = quantized.linear(packed, bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:

@@ -172,9 +172,12 @@ def test_the_contracts_pack_reads_all_three_formats(kernels: NativeKernels) -> N
         (8, codes8, scales8, None, codes8 * scales8.repeat_interleave(32, 1)),
     ]
     for bits, codes, scales, mins, dense in cases:
-        out = kernels.quantized.pack(bits, codes, scales, mins, bias)(x, torch.empty(3, 20))
+        packed = kernels.quantized.pack(bits, codes, scales, mins)
+        out = kernels.quantized.linear(packed, bias)(x, torch.empty(3, 20))
         assert close(out, rounded(x) @ dense.double().T + 1)
     with pytest.raises(ValueError, match="mins"):
-        kernels.quantized.pack(8, codes8, scales8, scales8, None)
+        kernels.quantized.pack(8, codes8, scales8, scales8)
     with pytest.raises(ValueError, match="allowed: 4, 8"):
-        kernels.quantized.pack(5, codes4, scales4, None, None)
+        kernels.quantized.pack(5, codes4, scales4, None)
+    with pytest.raises(ValueError, match="20 x 64 need"):
+        kernels.quantized.linear(packed._replace(data=packed.data[:-1]), None)

@@ -11,26 +11,16 @@ A row's result does not depend on the other rows of the call.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
+
+from kvloom.kernels.interface import PackedWeight
 
 from .backend import NativeKernels
 from .library import DTYPES, LINEAR, PACK, Library
 
 GROUP = 32
 _Q4, _Q4_SYMMETRIC, _Q8 = range(3)  # csrc/quant.h: Format
-
-
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight matrix in the layout of csrc/quant.h. data: uint8, opaque; equal on every machine."""
-
-    data: Tensor
-    outputs: int
-    inputs: int
-    format: int
 
 
 def pack_int4(kernels: NativeKernels, codes: Tensor, scales: Tensor, mins: Tensor | None = None) -> PackedWeight:
@@ -62,6 +52,11 @@ class QuantLinear:
     def __init__(self, kernels: NativeKernels, packed: PackedWeight, bias: Tensor | None = None) -> None:
         if bias is not None and (bias.shape != (packed.outputs,) or not bias.is_contiguous() or bias.dtype not in DTYPES):
             raise ValueError(f"bias must be contiguous [{packed.outputs}]; got {tuple(bias.shape)}, {bias.dtype}")
+        expected = kernels.library.linear_bytes(packed.inputs, packed.outputs, packed.format)
+        if packed.inputs % GROUP or packed.data.numel() != expected or not packed.data.is_contiguous():
+            raise ValueError(
+                f"packed weights have {packed.data.numel()} bytes; {packed.outputs} x {packed.inputs} need {expected}"
+            )
         self.packed = packed
         self.bias = bias
         self._run = kernels.library.linear
