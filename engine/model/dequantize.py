@@ -1,14 +1,17 @@
 """GGUF block formats to floating point, in torch.
 
-Owns the bit layouts (those of ggml's block_q* structs; `gguf.quants` is the oracle in the tests, and too slow to load a model
-with). Works on slices of rows that fit the cache, computes in fp32 and rounds once to the type of `out`.
+Owns the bit layouts of the common formats (ggml's block_q* structs; `gguf.quants` is the oracle in the tests). The rarer ones
+(`BY_PACKAGE`) are left to `gguf.quants`, which takes two to five times as long. Works on slices of rows that fit the cache,
+computes in fp32 and rounds once to the type of `out`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from gguf import quants
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from torch import Tensor
 
@@ -108,7 +111,19 @@ def _q6_k(b: Tensor) -> Tensor:
     return (low | high << 4).reshape(-1, 16, 16).float().sub_(32).mul_(scale.unsqueeze(-1)).flatten(1)
 
 
+def _by_package(kind: GGMLQuantizationType) -> Callable[[Tensor], Tensor]:
+    def decode(b: Tensor) -> Tensor:
+        with np.errstate(all="ignore"):  # scales that are no numbers stay so, as in the other decoders
+            return torch.from_numpy(quants.dequantize(b.numpy(), kind))
+
+    return decode
+
+
 _K = GGMLQuantizationType
+
+_RARE = "Q2_K Q3_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4"
+BY_PACKAGE = tuple(_K[name] for name in _RARE.split() if name in _K.__members__)
+"""Formats of fewer than 5 bits that no kernel multiplies: loaded by decoding, as far as the installed package knows them."""
 
 SUPPORTED: dict[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
     _K.F32: lambda raw: raw.view(torch.float32),
@@ -122,4 +137,5 @@ SUPPORTED: dict[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {
     _K.Q4_K: _q4_k,
     _K.Q5_K: _q5_k,
     _K.Q6_K: _q6_k,
+    **{kind: _by_package(kind) for kind in BY_PACKAGE},
 }

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.model.dequantize import SUPPORTED, dequantize
+from kvloom.engine.model.config import ModelConfig, log
+from kvloom.engine.model.dequantize import BY_PACKAGE, SUPPORTED, dequantize
 from kvloom.engine.model.gguf_config import config_from_gguf
 from kvloom.engine.model.gguf_file import GGUFFile, GGUFTensor
 from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, QuantizedRows, QuantKind, layer_prefix
@@ -107,6 +107,8 @@ def _check_kinds(file: GGUFFile) -> None:
         if tensor.kind not in SUPPORTED:
             allowed = ", ".join(kind.name for kind in SUPPORTED)
             raise ModelError(f"{file.path}: tensor {tensor.name} is of type {tensor.kind.name}; supported: {allowed}")
+    if decoded := sorted({tensor.kind.name for tensor in file.tensors.values() if tensor.kind in BY_PACKAGE}):
+        log.info("%s: %s are decoded when loaded, and take more memory than in the file", file.path.name, ", ".join(decoded))
 
 
 def _canonical(name: str) -> str:

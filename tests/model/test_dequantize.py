@@ -41,4 +41,6 @@ def test_rounds_once_to_the_type_of_out(kind) -> None:
 
 def test_names() -> None:
     names = {kind.name for kind in SUPPORTED}
-    assert names == {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
+    assert names >= {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"}
+    assert names >= {"Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "IQ2_XS", "IQ3_S", "TQ1_0", "MXFP4"}
+    assert not names & {"I8", "I32", "F64", "Q8_1", "Q8_K"}
