@@ -290,6 +290,7 @@ def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: 
         vocab_size=loaded.config.vocab_size,
         dtype=options.dtype,
         weights=options.weights,
+        weights_held=loaded.weights_held,
         backend=backend,
         created=int(time.time()),
         settings=config.changed(),

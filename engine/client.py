@@ -28,6 +28,8 @@ class ModelInfo:
     """Engine settings that are not at their default, by their flat name."""
     sampling: SamplingDefaults = OPENAI_SAMPLING
     """What requests that do not say are sampled with."""
+    weights_held: str = ""
+    """What the mode `weights` came to and why: layers int4 (the file's codes), head int8 (rounded from BF16)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,7 +47,8 @@ class ModelOptions:
     dtype: DType = "bf16"
     """Compute and KV type: bf16, fp16 or fp32; also bfloat16, float16, half, float32, and auto (bf16)."""
     weights: WeightMode = "auto"
-    """How linear layers are stored: bf16 (that is, dtype), int8, int4, or auto (the fastest within 1% perplexity)."""
+    """How linear layers are stored: bf16 (that is, dtype), int8, int4, or auto: the 4- or 8-bit codes of a GGUF as they are, 8
+    bits for what is not stored so, and dtype where that is fp32 or the backend multiplies no codes."""
     max_model_len: Tokens | None = None
     """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
     only with a selection that goes beyond it: token_select with re-indexed positions."""

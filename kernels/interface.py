@@ -103,6 +103,8 @@ class PackedWeight(NamedTuple):
     inputs: int
     format: int
     """The back end's own number for what the codes are."""
+    bits: int
+    """Of a code: 4 or 8."""
 
 
 class QuantizedLinears(Protocol):

@@ -59,7 +59,8 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
     print(
         f"\nkvloom serves {model.name} at {url}\n"
-        f"  model     {model.root} ({model.dtype}, weights {model.weights}, {model.backend} kernels)\n"
+        f"  model     {model.root} ({model.dtype}, {model.backend} kernels)\n"
+        f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  context   {model.max_model_len} tokens\n"
         f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n"
         f"  state     {stats.selection_capacity / (1 << 20):.4g} MiB for selection methods\n"

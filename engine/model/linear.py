@@ -34,6 +34,8 @@ class Linear(Protocol):
     out_features: int
     nbytes: int
     """Bytes of weights that one call reads."""
+    form: str
+    """How they are held: int4, int8, or a dtype."""
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: [rows, in_features] in the model's dtype. Returns [rows, out_features].
@@ -100,7 +102,7 @@ class DenseLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.out_features, self.in_features = weight.shape
-        self.nbytes = weight.nbytes
+        self.nbytes, self.form = weight.nbytes, str(weight.dtype).removeprefix("torch.")
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None or out.dtype != x.dtype:
@@ -117,7 +119,7 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out, in] bf16, not kept."""
         self.out_features, self.in_features = weight.shape
-        self.nbytes = weight.nbytes
+        self.nbytes, self.form = weight.nbytes, "bfloat16"
         self._bias = bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight)
 

@@ -23,6 +23,7 @@ from kvloom.engine.files import naming
 from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
 from kvloom.engine.model.heads import Heads, output_columns, projection_rows
+from kvloom.engine.model.held import Held
 from kvloom.engine.model.hf_config import read_hf_config
 from kvloom.engine.model.linear import Linear, LinearWeight, make_linear, quantizes
 from kvloom.engine.model.load_gguf import GGUFWeights
@@ -46,6 +47,8 @@ class LoadedModel:
     fingerprint: str
     """Hex digest of config and weights, the same wherever the files lie. Independent of dtype and weights mode, which
     change stored KV too: a cache domain must name them beside it."""
+    weights_held: str
+    """What the weights mode came to, in words; see `engine.model.held`."""
 
 
 def load_model(
@@ -76,11 +79,12 @@ def load_model(
     if packed_folder is not None and kernels.quantized is not None and quantizes(weights, TORCH_DTYPES[dtype], kernels):
         parts = (fingerprint, weights, dtype, repr(groups), kernels.quantized.layout)
         cache = PackedCache(packed_folder, PackedKey(path.name, files, parts))
-    decoder = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups, cache).decoder(progress)
+    assembly = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups, cache)
+    decoder = assembly.decoder(progress)
     log.info("loaded %s (%s, %s) in %.2f s", path.name, config.architecture, config.dtype, time.perf_counter() - started)
     if cache is not None:
         cache.save()
-    return LoadedModel(decoder=decoder, config=config, fingerprint=fingerprint)
+    return LoadedModel(decoder=decoder, config=config, fingerprint=fingerprint, weights_held=str(assembly.held))
 
 
 def fingerprint_of(path: Path) -> str:
@@ -126,6 +130,7 @@ class _Assembly:
     ) -> None:
         self.config, self.source, self.dtype, self.mode, self.kernels = config, source, dtype, mode, kernels
         self.groups, self.cache = groups, cache
+        self.held = Held()
 
     def decoder(self, progress: Progress | None) -> Decoder:
         config = self.config
@@ -172,13 +177,17 @@ class _Assembly:
     def head(self, embedding: Tensor) -> Linear:
         tied = self.config.tied_embeddings
         weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), embedding if tied else None, sensitive=True)
-        return make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache)
+        made = make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache)
+        self.held.note("head", made, weight)
+        return made
 
     def linear(self, parts: list[str], biased: bool, *, rows: Tensor | None = None, columns: Tensor | None = None) -> Linear:
         weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts), rows=rows, columns=columns)
         bias = torch.cat([self.read(part + ".bias", self.dtype) for part in parts]) if biased else None
         bias = bias[rows] if bias is not None and rows is not None else bias
-        return make_linear(weight, bias, self.mode, self.dtype, self.kernels, self.cache)
+        made = make_linear(weight, bias, self.mode, self.dtype, self.kernels, self.cache)
+        self.held.note("layers", made, weight)
+        return made
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.source.shape(name), dtype=dtype)

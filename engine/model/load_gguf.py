@@ -56,6 +56,9 @@ class GGUFWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def kind(self, name: str) -> str:
+        return self._tensors[name].kind.name
+
     def tensor(self, name: str) -> Tensor:
         out = torch.empty(self.shape(name), dtype=torch.float32)
         self.read_into(name, out)

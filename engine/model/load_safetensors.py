@@ -35,6 +35,9 @@ class SafetensorsWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._files[name].get_slice(name).get_shape())
 
+    def kind(self, name: str) -> str:
+        return str(self._files[name].get_slice(name).get_dtype())
+
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._files[name].get_tensor(name)
         return tensor

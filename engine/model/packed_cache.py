@@ -110,7 +110,7 @@ class PackedCache:
         if (found := self._found.get(_MATRIX + name)) is None:
             return None
         entry, data = found
-        return PackedWeight(data, entry["outputs"], entry["inputs"], entry["format"])
+        return PackedWeight(data, entry["outputs"], entry["inputs"], entry["format"], entry["bits"])
 
     def tensor(self, name: str) -> Tensor | None:
         """The plain tensor of this name, if it was found; mapped, so do not write."""
@@ -122,7 +122,7 @@ class PackedCache:
         if isinstance(made, Tensor):
             self._made.append(({"name": name}, made))
         else:
-            shape = {"outputs": made.outputs, "inputs": made.inputs, "format": made.format}
+            shape = {"outputs": made.outputs, "inputs": made.inputs, "format": made.format, "bits": made.bits}
             self._made.append(({"name": _MATRIX + name, **shape}, made.data))
 
     def save(self) -> None:

@@ -77,6 +77,7 @@ class QuantizedLinear:
 
     def __init__(self, quantized: QuantizedLinears, packed: PackedWeight, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features, self.nbytes = packed.outputs, packed.inputs, packed.data.nbytes
+        self.form = f"int{packed.bits}"
         self._multiply: Callable[[Tensor, Tensor], Tensor] = quantized.linear(packed, bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:

@@ -17,6 +17,8 @@ from kvloom.engine.errors import ModelError
 from kvloom.engine.model.config import ModelConfig, log
 
 QuantKind = Literal["Q4_0", "Q4_1", "Q8_0"]
+CODE_BITS: dict[str, int] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
+"""Bits of a code of each."""
 
 _ROWS = 1024  # compared at a time
 
@@ -47,6 +49,10 @@ class WeightSource(Protocol):
         ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def kind(self, name: str) -> str:
+        """The type it is stored in, such as Q4_1 or BF16."""
+        ...
 
     def tensor(self, name: str) -> Tensor:
         """The tensor in the checkpoint's type (fp32 if it is quantised); may be a memory-mapped view, so do not write."""

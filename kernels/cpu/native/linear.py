@@ -99,4 +99,4 @@ def _pack(library: Library, codes: Tensor, scales: Tensor, mins: Tensor | None, 
     library.linear_pack(PACK.pack(
         codes.data_ptr(), scales.data_ptr(), 0 if mins is None else mins.data_ptr(), data.data_ptr(), inputs, outputs, layout
     ))  # fmt: skip
-    return PackedWeight(data, outputs, inputs, layout)
+    return PackedWeight(data, outputs, inputs, layout, 8 if layout == _Q8 else 4)

@@ -1,0 +1,58 @@
+"""What a weights mode came to is said in words, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf.constants import GGMLQuantizationType
+from gguf.quants import quantize
+
+from kvloom.engine.model import packed_cache
+from kvloom.engine.model.load import load_model
+from kvloom.kernels import load
+from kvloom.kernels.reference import ReferenceKernels
+
+
+@pytest.fixture(scope="module")
+def native() -> Any:
+    try:
+        return load("native")
+    except Exception as reason:
+        pytest.skip(f"no native back end: {reason}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "told"),
+    [
+        ("Q4_1", "auto", "layers int4 (the file's codes), head int8 (rounded from F32)"),
+        ("Q8_0", "auto", "layers int8 (the file's codes), head int8 (rounded from F32)"),
+        ("Q5_0", "auto", "layers int8 (rounded from Q5_0), head int8 (rounded from F32)"),
+        ("Q8_0", "int4", "layers int4 (rounded from Q8_0), head int8 (rounded from F32)"),
+        ("Q4_1", "int8", "layers int4 (the file's codes), head int8 (rounded from F32)"),
+        ("Q4_1", "bf16", "layers and head bfloat16"),
+    ],
+)
+def test_what_became_of_it(
+    write_gguf: Callable[..., Path], native: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, mode: Any, told: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(packed_cache, "LEAST_BYTES", 0)
+    path = write_gguf(kind)
+    for _ in range(2):  # the second time from the cache
+        assert load_model(path, "bf16", native, mode, packed_folder=tmp_path / "packed").weights_held == told
+
+
+def test_mixed_layers(write_gguf: Callable[..., Path], native: Any) -> None:
+    other = (quantize(np.ones((32, 64), np.float32), GGMLQuantizationType.Q8_0), "Q8_0")
+    path = write_gguf("Q4_0", tensors={"blk.0.attn_v.weight": other})
+    told = "layers int4 (the file's codes) and int8 (rounded from Q4_0, Q8_0), head int8 (rounded from F32)"
+    assert load_model(path, "bf16", native).weights_held == told
+
+
+def test_where_nothing_is_rounded(write_gguf: Callable[..., Path], native: Any) -> None:
+    assert load_model(write_gguf("Q4_1"), "fp32", native).weights_held == "layers and head float32"
+    assert load_model(write_gguf("Q4_1"), "bf16", ReferenceKernels()).weights_held == "layers and head bfloat16"
