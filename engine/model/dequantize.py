@@ -122,7 +122,7 @@ def _by_package(kind: GGMLQuantizationType) -> Callable[[Tensor], Tensor]:
 _K = GGMLQuantizationType
 
 _RARE = "Q2_K Q3_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4"
-BY_PACKAGE = tuple(_K[name] for name in _RARE.split() if name in _K.__members__)
+BY_PACKAGE = tuple(kind for kind in GGMLQuantizationType if kind.name in _RARE.split())
 """Formats of fewer than 5 bits that no kernel multiplies: loaded by decoding, as far as the installed package knows them."""
 
 SUPPORTED: dict[GGMLQuantizationType, Callable[[Tensor], Tensor]] = {

@@ -107,15 +107,13 @@ class PackedCache:
 
     def matrix(self, name: str) -> PackedWeight | None:
         """The packed matrix of this name, if it was found; mapped, so do not write."""
-        if (found := self._found.get(_MATRIX + name)) is None:
-            return None
-        entry, data = found
-        return PackedWeight(data, entry["outputs"], entry["inputs"], entry["format"], entry["bits"])
+        found = self._found.get(_MATRIX + name)
+        return found if isinstance(found, PackedWeight) else None
 
     def tensor(self, name: str) -> Tensor | None:
         """The plain tensor of this name, if it was found; mapped, so do not write."""
         found = self._found.get(name)
-        return None if found is None else found[1]
+        return found if isinstance(found, Tensor) else None
 
     def keep(self, name: str, made: PackedWeight | Tensor) -> None:
         """Note what was made, for `save`."""
@@ -166,7 +164,7 @@ def list_packed(folder: Path) -> list[CachedFile]:
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, key: PackedKey) -> dict[str, tuple[dict[str, Any], Tensor]]:
+def _read(path: Path, key: PackedKey) -> dict[str, PackedWeight | Tensor]:
     """Entries of a file by name. Raises FileNotFoundError, and OSError or ValueError with the reason not to use it."""
     _check_owner(path.parent.stat(), "its folder")
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
@@ -178,7 +176,7 @@ def _read(path: Path, key: PackedKey) -> dict[str, tuple[dict[str, Any], Tensor]
         raise ValueError("it holds other weights")
     if directory["sources"] != key.sources():
         raise ValueError("the model's files have changed since")
-    found = {entry["name"]: (entry, _entry(data, entry)) for entry in directory["entries"]}
+    found = {entry["name"]: _entry(data, entry) for entry in directory["entries"]}
     with contextlib.suppress(OSError):
         os.utime(path)
     return found
@@ -194,7 +192,7 @@ def _check_owner(status: os.stat_result, what: str) -> None:
 def _directory(data: np.ndarray) -> dict[str, Any]:
     if len(data) < _FOOTER.size:
         raise ValueError("it is truncated")
-    size, digest, magic = _FOOTER.unpack_from(data, len(data) - _FOOTER.size)
+    size, digest, magic = _FOOTER.unpack(data[len(data) - _FOOTER.size :].tobytes())
     begin = len(data) - _FOOTER.size - size
     if magic != _MAGIC or size > _MOST_DIRECTORY or begin < 0:
         raise ValueError("it is truncated or damaged")
@@ -205,11 +203,14 @@ def _directory(data: np.ndarray) -> dict[str, Any]:
     return directory
 
 
-def _entry(data: np.ndarray, entry: dict[str, Any]) -> Tensor:
+def _entry(data: np.ndarray, entry: dict[str, Any]) -> PackedWeight | Tensor:
     raw = data[entry["offset"] : entry["offset"] + entry["bytes"]]
     if len(raw) != entry["bytes"] or _sums(raw) != entry["sums"]:
         raise ValueError(f"{entry['name']} is damaged in it")
-    return torch.from_numpy(raw).view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    tensor = torch.from_numpy(raw).view(_DTYPES[entry["dtype"]]).view(entry["shape"])
+    if not entry["name"].startswith(_MATRIX):
+        return tensor
+    return PackedWeight(tensor, entry["outputs"], entry["inputs"], entry["format"], entry["bits"])
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

@@ -66,3 +66,13 @@ def test_a_conversation(llm: LLM) -> None:
     assert "Paris" in answer.text
     assert answer.finish_reason == "stop"
     assert "<|" not in answer.text
+
+
+def test_a_first_question_is_answered_right_at_default_settings() -> None:
+    """Twenty seeds with the sampling of the model's card, which the server uses where a request says nothing."""
+    llm, default = LLM("smollm2", kv_memory="64MiB"), resolve("smollm2").sampling
+    asked = [[{"role": "user", "content": "What is the capital of Japan?"}]] * 20
+    sampling = [
+        SamplingParams(temperature=default.temperature, top_p=default.top_p, max_tokens=16, seed=seed) for seed in range(20)
+    ]
+    assert {done.text for done in llm.chat(asked, sampling)} == {"The capital of Japan is Tokyo."}

@@ -139,6 +139,22 @@ def test_a_change_that_sampling_misses_is_seen_by_the_files_time(
     assert torch.equal(logits(path, native, folder), logits(path, native, None))
 
 
+def test_a_file_with_other_fields_is_made_anew(
+    write_gguf: Callable[..., Path], native: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, write = write_gguf("Q8_0"), packed_cache._write
+
+    def names_alone(file: Any, key: PackedKey, made: list[tuple[dict[str, Any], torch.Tensor]]) -> None:
+        write(file, key, [({"name": entry["name"]}, tensor) for entry, tensor in made])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(packed_cache, "_write", names_alone)
+        wanted = logits(path, native, folder)
+    assert torch.equal(logits(path, native, folder), wanted)
+    reads_no_weights(monkeypatch)
+    assert torch.equal(logits(path, native, folder), wanted)
+
+
 @pytest.mark.parametrize("what", ["file", "folder"])
 def test_what_others_may_write_is_not_used(
     write_gguf: Callable[..., Path], native: Any, folder: Path, caplog: pytest.LogCaptureFixture, what: str

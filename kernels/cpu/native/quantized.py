@@ -17,17 +17,19 @@ if TYPE_CHECKING:
     from .backend import NativeKernels
 
 
+@functools.cache
+def _layout() -> str:
+    """Changes with the sources that lay weights out; the layout is the same on every machine."""
+    sources = (SOURCES / "quant.h", SOURCES / "linear.cpp")
+    return "native " + hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+
+
 class NativeQuantized:
     """Packs codes for the library's integer dot products."""
 
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
-
-    @functools.cached_property
-    def layout(self) -> str:
-        """Changes with the sources that lay weights out; the layout is the same on every machine."""
-        sources = (SOURCES / "quant.h", SOURCES / "linear.cpp")
-        return "native " + hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+        self.layout = _layout()
 
     def pack(self, bits: int, codes: Tensor, scales: Tensor, mins: Tensor | None) -> PackedWeight:
         """See the contract."""
