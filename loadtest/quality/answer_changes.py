@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
+from kvloom.loadtest.figures import add_publish, publish
 from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality.intervals import Interval, wilson
 from kvloom.loadtest.quality.questions import questions
@@ -92,15 +93,21 @@ def _figures(found: Changes) -> dict[str, Any]:
     return {"differ": found.share, "interval": interval, "at_once": found.at_once, "median": middle}
 
 
-def table(found: Sequence[dict[str, Any]], note: str) -> str:
-    """Markdown."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+def cells_of(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table's cells as they are shown, a tuple per row."""
+    made: list[tuple[str, ...]] = []
     for row in found:
         interval = "-" if row["interval"] is None else " to ".join(f"{end:.1%}" for end in row["interval"])
         cells = (row["weights"], row["against"], f"{row['differ']:.1%}", interval, f"{row['at_once']:.1%}",
                  str(row["median"] or "-"))  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", note])
+        made.append(cells)
+    return made
+
+
+def table(found: Sequence[dict[str, Any]], note: str) -> str:
+    """Markdown."""
+    head, *lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *cells_of(found))]
+    return "\n".join([head, "|" + "---|" * len(COLUMNS), *lines, "", note])
 
 
 def main(argv: Sequence[str] | None = None, measure: Callable[..., Iterator[Any]] = answers_by_mode) -> int:
@@ -117,6 +124,8 @@ def main(argv: Sequence[str] | None = None, measure: Callable[..., Iterator[Any]
     console.print(text, soft_wrap=True, markup=False)
     if args.markdown:
         args.markdown.write_text(text + "\n", encoding="utf-8")
+    if args.publish:
+        publish(args.publish, COLUMNS, cells_of(found), note)
     if args.json:
         args.json.write_text(
             json.dumps({"note": note, "rows": found, "questions": asked, "answers": answers}), encoding="utf-8"
@@ -131,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=count, default=16, help="most tokens of an answer (default: %(default)s)")
     parser.add_argument("--every", type=count, default=1, help="ask only every n-th question (default: %(default)s)")
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
+    add_publish(parser)
     parser.add_argument("--json", type=Path, help="write figures, questions and answers into this file")
     return parser
 

@@ -45,7 +45,25 @@ def test_answers_are_greedy_and_one_per_question(make_llm: Callable[..., LLM]) -
 
 def test_the_command_asks_and_writes(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, page = tmp_path / "answers.json", tmp_path / "answers.md"
-    assert main([str(tiny), "--every", "100", "--tokens", "3", "--json", str(out), "--markdown", str(page)]) == 0
+    result = tmp_path / "figures" / "answers.json"
+    assert (
+        main(
+            [
+                str(tiny),
+                "--every",
+                "100",
+                "--tokens",
+                "3",
+                "--json",
+                str(out),
+                "--markdown",
+                str(page),
+                "--publish",
+                str(result),
+            ]
+        )
+        == 0
+    )
     written = json.loads(out.read_text())
     assert list(written["answers"]) == ["fp32", "bf16", "auto"] and len(written["questions"]) == 3
     assert [(row["weights"], row["against"]) for row in written["rows"]] == [
@@ -53,6 +71,7 @@ def test_the_command_asks_and_writes(tiny: Path, tmp_path: Path, capsys: pytest.
         ("auto", "bf16"),
         ("auto", "fp32"),
     ]
+    assert [row[:2] for row in json.loads(result.read_text())["rows"]] == [["bf16", "fp32"], ["auto", "bf16"], ["auto", "fp32"]]
     assert "| auto | bf16 |" in page.read_text() and "| auto | bf16 |" in capsys.readouterr().out
 
 
