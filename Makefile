@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m kvloom.loadtest.demo
 
 test: setup lint types figures-check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

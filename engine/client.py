@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -224,6 +225,11 @@ class EngineClient(Protocol):
         Raises InvalidRequestError (before the first output) if it can never be served, OverloadedError if too much waits,
         EngineDeadError if the engine has ended or ends.
         """
+        ...
+
+    def reserve(self, tenant: str, tokens: int) -> AbstractContextManager[object]:
+        """Room for a prompt of about so many tokens that is still being encoded. Raises OverloadedError if too much waits
+        already: then there is no use in encoding it."""
         ...
 
     def abort(self, request_id: str) -> None:

@@ -96,6 +96,9 @@ class SchedulerOptions:
     """Most requests running at once."""
     max_batched_tokens: Tokens = 1024
     """Token budget of one step: decodes first, prompts in chunks with the rest."""
+    step_time_ms: Milliseconds = 100
+    """While answers are being generated, prompts get so many rows of a step that it takes about so long (at least a quarter of
+    that); 0 for as many as max_batched_tokens. Beside another tenant's answers they get a share of the time by weight."""
     max_queued_tokens: Tokens | None = None
     """Refuse new requests (429) while this many prompt tokens wait to be computed; the default is four times what the KV cache
     holds. A named tenant may fill its weight times what is left for others."""
@@ -110,6 +113,8 @@ class SchedulerOptions:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 1 or more")
         if self.max_wait_ms < 0:
             raise ConfigError(f"max_wait_ms is {self.max_wait_ms}; allowed: 0 (first come, first served) or more")
+        if not 0 <= self.step_time_ms <= 60_000:
+            raise ConfigError(f"step_time_ms is {self.step_time_ms}; allowed: 0 (no limit) to 60000")
         if self.max_queued_tokens is not None and self.max_queued_tokens < 1:
             raise ConfigError(f"max_queued_tokens is {self.max_queued_tokens}; allowed: 1 or more")
 

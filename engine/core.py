@@ -6,6 +6,7 @@ Single-threaded and synchronous; `thread_client` drives it from a thread of its 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,6 +112,7 @@ class EngineCore:
             order,
             max_seqs=config.scheduler.max_num_seqs,
             max_tokens=config.scheduler.max_batched_tokens,
+            step_seconds=config.scheduler.step_time_ms / 1000 or math.inf,
             reuse=share,
             states=self.states,
             weight=lambda tenant: tenants.get(tenant).weight,
@@ -278,6 +280,7 @@ class EngineCore:
                 computed = self._compute(plan)
                 self._failures = 0
                 self._publish(plan, computed, outputs)
+            self._scheduler.stepped()
         except Blamed as failure:
             outputs += self._fail(failure.request)
         except Exception:

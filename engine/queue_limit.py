@@ -75,12 +75,18 @@ class QueueLimit:
 
 
 class Place:
-    """One request's place among those that wait."""
+    """One request's place among those that wait; as a context, left at its end."""
 
     def __init__(self, limit: QueueLimit, tenant: str, tokens: int) -> None:
         self._limit: QueueLimit | None = limit
         self._tenant = tenant
         self._tokens = tokens
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.leave()
 
     def leave(self) -> None:
         """It waits no more. Further calls change nothing."""

@@ -27,7 +27,7 @@ from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import EngineDeadError, KVLoomError
 from kvloom.engine.isolation import no_internals
 from kvloom.engine.questions import Question, Questions
-from kvloom.engine.queue_limit import QUEUED_CAPACITIES, QueueLimit
+from kvloom.engine.queue_limit import QUEUED_CAPACITIES, Place, QueueLimit
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
 from kvloom.engine.watchdog import Watchdog
 
@@ -140,6 +140,10 @@ class ThreadEngineClient:
         finally:
             if not done:
                 self.abort(request_id)
+
+    def reserve(self, tenant: str, tokens: int) -> Place:
+        """See `EngineClient.reserve`."""
+        return self._queue_limit.enter(tenant, tokens)
 
     def abort(self, request_id: str) -> None:
         """See `EngineClient.abort`."""

@@ -6,6 +6,7 @@ everywhere. `python -m kvloom.loadtest.simulate_scheduler` prints how long hot a
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,6 +47,8 @@ class Machine:
     blocks: int = 4096
     max_seqs: int = 32
     max_tokens: int = 512
+    longest_step: float = math.inf
+    """Beside streams, in seconds."""
 
 
 class Simulation:
@@ -68,6 +71,7 @@ class Simulation:
             ORDERS[order],
             max_seqs=machine.max_seqs,
             max_tokens=machine.max_tokens,
+            step_seconds=machine.longest_step,
             weight=weight,
             max_wait=max_wait,
             estimator=estimator,
@@ -121,6 +125,7 @@ class Simulation:
             self.scheduler.completed(chunk)
             if samples:
                 chunk.request.tokens.append(1)
+        self.scheduler.stepped()
         for request in list(self.scheduler.running):
             if len(request.tokens) == request.token_limit:
                 self.scheduler.finish(request)

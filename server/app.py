@@ -25,7 +25,7 @@ from kvloom.version import __version__
 
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
-    encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len)
+    encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len, client.reserve)
     context = ServerContext(client, options, Metrics(client), encoder)
 
     @asynccontextmanager

@@ -29,6 +29,7 @@ from kvloom.engine.errors import (
     OverloadedError,
 )
 from kvloom.server.methods import methods_of
+from kvloom.server.refusals import Refusals
 from kvloom.server.schema.problem import KIND
 
 log = logging.getLogger("kvloom.server")
@@ -37,8 +38,6 @@ MAX_MESSAGE = 600
 """Characters of a message; the rest is cut, since it may quote what the client sent."""
 
 MAX_PARAM = 200
-REFUSAL_SECONDS = 0.25
-"""A 429 is told after so long: who does not mind Retry-After asks the more seldom, and does not take the loop from others."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -114,6 +113,7 @@ def sse_error(error: BaseException) -> bytes:
 
 def install(app: FastAPI) -> None:
     """Answer every exception of `app` in the one shape."""
+    app.state.refusals = Refusals()
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(KVLoomError, _on_known)
@@ -144,7 +144,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
 
 async def _on_known(request: Request, error: Exception) -> JSONResponse:
     if isinstance(error, OverloadedError):
-        await asyncio.sleep(REFUSAL_SECONDS)
+        await asyncio.sleep(request.app.state.refusals.delay(getattr(request.state, "tenant", "")))
     return _answer(request, wire_error(error))
 
 

@@ -2,7 +2,8 @@
 
 Encoding takes about a millisecond per KiB of text: one short prompt is encoded where it is, since handing work to a thread
 costs more; long ones, and many, go to a small pool, in pieces, on which tenants take turns. Its threads give way to the
-engine's where cores are few. A text that cannot fit the context is refused before it is encoded.
+engine's where cores are few. A text that cannot fit the context is refused before it is encoded, and so is a long one while
+too much of its tenant's waits to be computed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
@@ -25,6 +27,8 @@ INLINE_TOKENS = 2048
 PIECE_CHARACTERS = 128 * 1024
 """Texts are encoded so many characters at a time, or one at a time if it is longer."""
 PIECE_TEXTS = 256
+CHARACTERS_PER_TOKEN = 6
+"""About, or a little more: what a text takes of the queue until its tokens are counted."""
 THREADS = 2
 NICENESS = 10
 MAX_DECODED = 65536
@@ -36,11 +40,19 @@ T = TypeVar("T")
 class PromptEncoder:
     """A tokenizer and its chat template, for use from the event loop."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int, max_model_len: int) -> None:
-        """vocab_size: the model's, which may be more than its tokenizer's: padding of the embedding has ids without text."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        vocab_size: int,
+        max_model_len: int,
+        reserve: Callable[[str, int], AbstractContextManager[object]],
+    ) -> None:
+        """vocab_size: the model's, which may be more than its tokenizer's: padding of the embedding has ids without text.
+        reserve: see `EngineClient.reserve`."""
         self.tokenizer = tokenizer
         self._vocab_size = vocab_size
         self.max_model_len = max_model_len
+        self._reserve = reserve
         self._pool = FairPool(THREADS, _give_way)
         self._tenant = ""
         self._template = functools.cache(lambda: template_of(tokenizer))
@@ -61,9 +73,10 @@ class PromptEncoder:
         for text in texts:
             self.check_text(text)
         found: list[list[int]] = []
-        for piece in _pieces(texts):
-            long = len(texts) > 1 or len(piece[0]) > INLINE_CHARACTERS
-            found += await self._run(long, lambda piece=piece: self.tokenizer.encode_batch(piece, add_special_tokens))  # type: ignore[misc]
+        with self._room(sum(map(len, texts))):
+            for piece in _pieces(texts):
+                long = len(texts) > 1 or len(piece[0]) > INLINE_CHARACTERS
+                found += await self._run(long, lambda piece=piece: self.tokenizer.encode_batch(piece, add_special_tokens))  # type: ignore[misc]
         return found
 
     async def chat(
@@ -91,7 +104,8 @@ class PromptEncoder:
             return ids
 
         characters = sum(64 + message.length() for message in messages)
-        return await self._run(characters > INLINE_CHARACTERS, encode)
+        with self._room(characters):
+            return await self._run(characters > INLINE_CHARACTERS, encode)
 
     async def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True, open_end: bool = False) -> str:
         """Text of token ids; `open_end` leaves out a character that is not complete at the end. Raises InvalidRequestError for
@@ -134,6 +148,11 @@ class PromptEncoder:
     def close(self) -> None:
         """End the threads."""
         self._pool.close()
+
+    def _room(self, characters: int) -> AbstractContextManager[object]:
+        """Room in the queue for a text while it is encoded. Raises OverloadedError if it is long and there is none."""
+        long = characters > INLINE_CHARACTERS
+        return self._reserve(self._tenant, characters // CHARACTERS_PER_TOKEN) if long else contextlib.nullcontext()
 
     async def _run(self, long: bool, work: Callable[[], T]) -> T:
         return await self._pool.run(self._tenant, work) if long else work()

@@ -34,6 +34,7 @@ from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.isolation import blame
 from kvloom.engine.request import Request
 from kvloom.engine.scheduling.order import first_come
+from kvloom.engine.scheduling.pace import StepCost
 from kvloom.engine.scheduling.queue import Candidate
 
 WINDOW = 64
@@ -89,28 +90,6 @@ def hit_level(hit: float) -> float:
     return 0.0 if hit < 0.4 else 0.5 if hit < 0.75 else 1.0
 
 
-class Speed:
-    """Rows per second of steps that compute prompts, a moving average. 0 until there has been one."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.rows_per_second = 0.0
-        self._clock = clock
-        self._rows = 0
-        self._since = 0.0
-
-    def begin(self, rows: int) -> None:
-        """A step with that many rows starts; 0 if it computes no prompt."""
-        self._rows, self._since = rows, self._clock()
-
-    def end(self) -> None:
-        """It has been computed. Further calls change nothing."""
-        seconds = self._clock() - self._since
-        if self._rows and seconds > 0:
-            now = self._rows / seconds
-            self.rows_per_second += (now - self.rows_per_second) * (0.2 if self.rows_per_second else 1.0)
-        self._rows = 0
-
-
 @dataclass(frozen=True, slots=True)
 class Surroundings:
     """What lanes see of the engine. `tables` and `running` are the scheduler's own and change under way."""
@@ -119,7 +98,7 @@ class Surroundings:
     tables: Mapping[Request, BlockTable]
     running: Sequence[Request]
     estimator: Estimator
-    speed: Speed
+    cost: StepCost
     clock: Callable[[], float]
     max_wait: float
     """Seconds."""
@@ -277,10 +256,10 @@ class ScoredLane:
         if table is not None and table.published > self._shared_block(note):
             self._estimate(request)  # it can be found by now, and there may be more to wait for
             producer = self._producer(note)
-        if producer is None or not self._around.speed.rows_per_second:
+        if producer is None or not self._around.cost.rows_per_second:
             return False
         if note.held_until is None:
-            note.held_until = now + producer.pending / self._around.speed.rows_per_second
+            note.held_until = now + producer.pending / self._around.cost.rows_per_second
         return now < note.held_until
 
     def _shared_block(self, note: _Note) -> int:

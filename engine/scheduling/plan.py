@@ -47,6 +47,11 @@ class Chunk:
         request = self.request
         return self.count == 1 and self.samples and self.start >= max(len(request.prompt), request.prefill)
 
+    @property
+    def prefills(self) -> bool:
+        """Whether these rows bring a prompt, or what is computed like one, forward or up to date."""
+        return self.refresh or of_prompt(self) or (self.count > 1 and not self.request.verifying)
+
 
 class Reuse(Protocol):
     """Brings KV from elsewhere than the prefix index, and repairs it (`engine.reuse.kvshare`)."""
@@ -76,6 +81,20 @@ class StepPlan(NamedTuple):
 def of_prompt(chunk: Chunk) -> bool:
     """Whether a chunk begins in its request's prompt and brings it forward."""
     return chunk.start < len(chunk.request.prompt) and not chunk.refresh
+
+
+def prefills(request: Request) -> bool:
+    """Whether a request's next rows are those of a prompt, or of what is computed like one, and not just its next token."""
+    return not request.verifying and (request.pending > 1 or request.computed < len(request.prompt))
+
+
+def least(request: Request) -> int:
+    """The fewest rows of a request that a step can take: the smallest budget of which `fitting` makes any use."""
+    pending = request.pending
+    grid, tail = (0, 0) if request.selector is None else (request.selector.grid, request.selector.tail)
+    if request.verifying or pending <= tail:
+        return pending
+    return min(pending, grid - request.computed % grid) if grid else 1
 
 
 def fitting(request: Request, budget: int) -> int:

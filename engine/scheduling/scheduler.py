@@ -11,6 +11,7 @@ Who is admitted next is the business of `queue`: lanes per tenant, credit (`fair
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.isolation import Blamed
 from kvloom.engine.replay import rewind
 from kvloom.engine.request import Request, Status
-from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Speed, Surroundings
+from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Key, Order
-from kvloom.engine.scheduling.plan import Chunk, Reuse, StepPlan, fitting, of_prompt
+from kvloom.engine.scheduling.pace import Pace
+from kvloom.engine.scheduling.plan import Chunk, Reuse, StepPlan, fitting, of_prompt, prefills
 from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
 from kvloom.engine.scheduling.shares import MOST_VICTIMS, Shares
@@ -56,6 +58,7 @@ class Scheduler:
         *,
         max_seqs: int,
         max_tokens: int,
+        step_seconds: float = math.inf,
         reuse: Reuse | None = None,
         states: StateMemory | None = None,
         weight: Callable[[str], float] = lambda tenant: 1.0,
@@ -63,8 +66,9 @@ class Scheduler:
         estimator: Estimator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """weight: a tenant's share of the work while others wait. With an order that scores, `max_wait` is in seconds, and
-        `estimator` says what a waiting request will cost (default: by its exact prefix). clock: what `arrival` is read from."""
+        """step_seconds: how long a step with prompts may take beside streams (`pace`). weight: a tenant's share of the work
+        while others wait. With an order that scores, `max_wait` is in seconds, and `estimator` says what a waiting request will
+        cost (default: by its exact prefix). clock: what `arrival` is read from."""
         self.cache = cache
         self.running: list[Request] = []
         self.preemptions = 0
@@ -82,7 +86,7 @@ class Scheduler:
         """Whom a part of `schedule` is about, and who is to blame if it fails."""
         self._queue_left_out = 0
         """Steps in a row that left no row for who waits, and had no prompt in them."""
-        self._speed = Speed(clock)
+        self._pace = Pace(step_seconds, weight, clock)
         self._fairness = Fairness(QUANTUM_STEPS * max_tokens, weight)
         self._shares = Shares(weight, order.key, lambda request: len(self._tables[request].blocks))
         self._steps = 0
@@ -91,7 +95,7 @@ class Scheduler:
         self._fresh: set[Request] = set()
         """Began in this step: what they compute may have been published already, so they stay."""
         around = Surroundings(
-            cache, self._tables, self.running, estimator or PrefixEstimator(cache), self._speed, clock, max_wait
+            cache, self._tables, self.running, estimator or PrefixEstimator(cache), self._pace.cost, clock, max_wait
         )
 
         def lane(tenant: str) -> Lane:
@@ -119,7 +123,7 @@ class Scheduler:
 
     def charge_time(self, tenant: str, seconds: float) -> None:
         """The same for time spent on a tenant, as if it had computed rows of prompts."""
-        self.charge(tenant, seconds * self._speed.rows_per_second)
+        self.charge(tenant, seconds * self._pace.cost.rows_per_second)
 
     def table(self, request: Request) -> BlockTable:
         """Where a request's KV is."""
@@ -154,6 +158,7 @@ class Scheduler:
         self._considered, self._admitted = None, []
         self._fresh.clear()
         self._steps += 1
+        self._pace.begin(self.running)
         try:
             self._plan(plan)
         except Exception as error:
@@ -162,8 +167,12 @@ class Scheduler:
                 raise
             raise Blamed(self._considered) from error
         self._take_turns(plan)
-        self._speed.begin(plan.rows if any(chunk.count > 1 for chunk in plan.chunks) else 0)
+        self._pace.planned(plan)
         return plan
+
+    def stepped(self) -> None:
+        """The step is over: all that it takes has been done. The next ones are sized by how long that was."""
+        self._pace.end()
 
     def take_back(self, plan: StepPlan) -> None:
         """The last plan will not be computed: those it admitted wait again, and nothing of them can be found."""
@@ -181,11 +190,18 @@ class Scheduler:
         if held and not self._admitted:
             budget = self._run_on(plan, budget)
         if self._reuse is not None and budget > 0:
-            for chunk in self._reuse.refresh(plan, budget):
-                budget -= chunk.count
-                if budget < 0:  # more than was asked for: a step's buffers have no room for it
-                    break
-                plan.chunks.append(chunk)
+            self._refresh(self._reuse, plan, budget)
+
+    def _refresh(self, reuse: Reuse, plan: StepPlan, budget: int) -> None:
+        """Rows that bring reused KV up to date, of those whose streams are in the plan."""
+        rows = {chunk: self._pace.rows(chunk.request) for chunk in plan.chunks}
+        able = StepPlan([chunk for chunk in plan.chunks if rows[chunk]], [])
+        for chunk in reuse.refresh(able, min(budget, max(rows.values(), default=0))):
+            budget -= chunk.count
+            if budget < 0:  # more than was asked for: a step's buffers have no room for it
+                break
+            self._pace.spend(chunk.request, chunk.count)
+            plan.chunks.append(chunk)
 
     def _run_on(self, plan: StepPlan, budget: int) -> int:
         """Chunks of running requests that have none yet: decodes and who was left out, then prompts by their tenants' shares.
@@ -206,16 +222,21 @@ class Scheduler:
         self._considered = None
         return budget
 
-    def _rooms(self, prompts: list[Request], budget: int) -> dict[str, int]:
+    def _rooms(self, prompts: list[Request], budget: int) -> Counter[str]:
         """Rows of this step for the prompts of every tenant."""
-        demand: Counter[str] = Counter()
+        demand, most = Counter[str](), 0
         for request in prompts:
-            demand[request.tenant] += request.pending
-        return self._shares.split(budget, demand)
+            if rows := self._pace.rows(request):
+                demand[request.tenant] += request.pending
+                most = max(most, rows)
+        return Counter(self._shares.split(min(budget, most), demand))
 
     def _go_on(self, request: Request, budget: int, room: int, plan: StepPlan) -> int:
         """A running request's rows of this step, at most `room`, which is what its tenant has of the `budget`. Returns how much
         of that it took."""
+        if prefills(request):
+            most = self._pace.rows(request)
+            budget, room = min(budget, most), min(room, most)
         if budget <= 0 or room <= 0 or request.status is not Status.RUNNING:  # it was preempted for the sake of another one
             return 0
         self._considered = request
@@ -226,6 +247,8 @@ class Scheduler:
             chunk = self._chunk(request, left)
         if chunk is None or not self._reserve(request, chunk.stop, plan):
             return min(work, budget - 1)
+        if chunk.prefills:
+            self._pace.spend(request, chunk.count)
         plan.chunks.append(chunk)
         return min(work, budget - 1) + chunk.count
 
@@ -235,17 +258,18 @@ class Scheduler:
         busy = {request.tenant for request in self.running}
         if budget <= 0 or plan.preempted or not any(request.pending > 1 for request in self.running):
             return 0
-        admitted = self._admit(plan, lambda request: request.tenant not in busy)
+        admitted = self._admit(plan, lambda request: request.tenant not in busy and self._paced(request))
         if admitted is None:
             return 0
         busy = {request.tenant for request in self.running if request.pending > 1}
         demand = dict.fromkeys({*busy, admitted.tenant}, budget)
-        return self._begin(admitted, self._shares.split(budget, demand)[admitted.tenant], plan, alone=True) or 0
+        share = self._shares.split(min(budget, self._pace.rows(admitted)), demand)[admitted.tenant]
+        return self._begin(admitted, share, plan, alone=True) or 0
 
     def _welcome(self, plan: StepPlan, budget: int) -> int:
         """Admit requests, and chunks of them, as long as budget lasts. Returns the rows that are left."""
         running = len(plan.chunks)
-        while budget > 0 and not plan.preempted and (admitted := self._admit(plan)) is not None:
+        while budget > 0 and not plan.preempted and (admitted := self._admit(plan, self._paced)) is not None:
             begun = self._begin(admitted, budget, plan, alone=len(plan.chunks) == running)
             if begun is None:
                 break
@@ -253,10 +277,14 @@ class Scheduler:
         self._considered = None
         return budget
 
+    def _paced(self, request: Request) -> bool:
+        """Whether the step that is planned takes anything of a prompt."""
+        return self._pace.rows(request) > 0
+
     def _begin(self, admitted: Request, budget: int, plan: StepPlan, *, alone: bool) -> int | None:
         """The first rows of a request that has been admitted. Returns how much of the budget that took; None if it needs more
         room. alone: nobody else was admitted in this step."""
-        work = 0
+        work, budget = 0, min(budget, self._pace.rows(admitted))
         if admitted.unprepared:
             if admitted.computed and not alone:  # what it begins with may be computed in this very step: wait for it
                 return 0
@@ -264,6 +292,7 @@ class Scheduler:
         chunk = self._chunk(admitted, budget - work)
         if chunk is None:  # it keeps its blocks, and comes first in the next step
             return None
+        self._pace.spend(admitted, chunk.count)
         plan.chunks.append(chunk)
         # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
         # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
@@ -291,7 +320,6 @@ class Scheduler:
     def completed(self, chunk: Chunk, *, saw_everything: bool = True) -> None:
         """The chunk's KV is stored, and published as far as it is exact. saw_everything: its rows, if they are decode rows."""
         request = chunk.request
-        self._speed.end()
         self._fairness.computed(request, chunk.start, chunk.count)
         if chunk.refresh:
             assert request.repair is not None and chunk.positions is not None

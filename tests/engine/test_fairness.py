@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 
@@ -161,11 +162,12 @@ def test_a_priority_takes_nothing_from_other_tenants() -> None:
     st.integers(1, 4),
     st.integers(8, 20),
     st.sets(st.integers(0, 39), max_size=5),
+    st.sampled_from((math.inf, 0.03, 0.001)),
 )
 def test_every_request_is_admitted_in_the_end_whatever_comes(
-    jobs: list[tuple[str, int, int, int, int]], order: str, seqs: int, blocks: int, aborts: set[int]
+    jobs: list[tuple[str, int, int, int, int]], order: str, seqs: int, blocks: int, aborts: set[int], longest: float
 ) -> None:
-    machine = Machine(max_tokens=24, max_seqs=seqs, blocks=blocks, rows_per_second=1000)
+    machine = Machine(max_tokens=24, max_seqs=seqs, blocks=blocks, rows_per_second=1000, longest_step=longest)
     simulation = Simulation(order, machine, weight={"a": 1.0, "b": 3.0, "c": 0.1}.__getitem__, max_wait=0.1)
     made: list[Request] = []
     queue = sorted((when * 0.01, i, job) for i, (*job, when) in enumerate(jobs))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import tokenizers
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo, ShareStats, TenantStats
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, KVLoomError
+from kvloom.engine.queue_limit import QueueLimit
 from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
 from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
 from kvloom.engine.text.tokenizer import TokenizerSettings
@@ -61,6 +63,7 @@ class FakeEngine:
                                weights="bf16", backend="fake", created=1700000000)  # fmt: skip
         self.tokenizer = make_tokenizer()
         self.step_seconds = step_seconds
+        self.limit = QueueLimit(1 << 30)
         self.refuse: KVLoomError | None = None
         """Raised instead of the first output."""
         self.fail_after: int | None = None
@@ -176,6 +179,11 @@ class FakeEngine:
             "alice": TenantStats(segment_bytes=3072, tokens={"fresh": 18}),
         }
         return {name: known.get(name, TenantStats()) for name in (known if names is None else names)}
+
+    def reserve(self, tenant: str, tokens: int) -> AbstractContextManager[object]:
+        """Nothing is counted unless a test puts a limit of its own here."""
+        self._check()
+        return self.limit.enter(tenant, tokens)
 
     def abort(self, request_id: str) -> None:
         """Closing the iterator is all that is needed here."""

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from kvloom.server.refusals import FIRST_SECONDS, GAP_SECONDS, LONGEST_SECONDS, Refusals
+
 USER = [{"role": "user", "content": "hi"}]
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -238,7 +240,18 @@ def test_who_is_refused_waits_a_moment(serving, fake, monkeypatch):
     with serving(engine).client() as client:
         monkeypatch.setattr(errors.asyncio, "sleep", counted)
         assert client.post(CHAT, json={"messages": USER}).status_code == 429
-    assert errors.REFUSAL_SECONDS in pauses
+    assert any(0.9 * FIRST_SECONDS < pause <= FIRST_SECONDS for pause in pauses)
+
+
+def test_refusals_of_a_tenant_are_told_one_after_the_other():
+    now = 100.0
+    refusals = Refusals(lambda: now)
+    delays = [refusals.delay("a") for _ in range(100)]
+    assert delays[0] == pytest.approx(FIRST_SECONDS) and delays[1] == pytest.approx(FIRST_SECONDS + GAP_SECONDS)
+    assert delays == sorted(delays) and max(delays) == pytest.approx(LONGEST_SECONDS)
+    assert refusals.delay("b") == pytest.approx(FIRST_SECONDS), "another tenant's come beside them"
+    now += LONGEST_SECONDS + 1.0
+    assert refusals.delay("a") == pytest.approx(FIRST_SECONDS)
 
 
 def test_overload_is_retried_by_openai(serving, fake):

@@ -7,14 +7,17 @@ import pytest
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError, OverloadedError
 from kvloom.engine.questions import WAITING_OF_TENANT
+from kvloom.engine.queue_limit import QueueLimit
 from kvloom.server import fair_pool
 from kvloom.server.fair_pool import FairPool
 from kvloom.server.prompts import INLINE_CHARACTERS, MAX_DECODED, PIECE_CHARACTERS, PIECE_TEXTS, THREADS, PromptEncoder, _pieces
 
+FREE = QueueLimit(1 << 30).enter
+
 
 @pytest.fixture
 def encoder(fake):
-    made = PromptEncoder(fake.make_tokenizer(), 323, 4096)
+    made = PromptEncoder(fake.make_tokenizer(), 323, 4096, FREE)
     yield made
     made.close()
 
@@ -73,6 +76,30 @@ def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(serving, fake
     assert not spy.batches and not engine.calls
 
 
+def test_long_texts_are_not_encoded_for_a_queue_that_is_full(serving, fake):
+    engine = fake.FakeEngine()
+    spy = engine.tokenizer = Spy(engine.tokenizer)
+    engine.limit = QueueLimit(1000)
+    text = "hello " * 500
+    bodies = (
+        ("/v1/completions", {"prompt": text, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": ["a"] * 100 + [text], "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}], "max_tokens": 1}),
+    )
+    with serving(engine).client() as client:
+        with engine.limit.enter("", 900):  # what waits
+            for path, body in bodies:
+                response = client.post(path, json=body)
+                assert response.status_code == 429 and response.headers["retry-after"], path
+            assert client.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1}).status_code == 200, (
+                "short ones are"
+            )
+        assert all(len(text) < INLINE_CHARACTERS for batch in spy.batches for text in batch)
+        for path, body in bodies:
+            assert client.post(path, json=body).status_code == 200, path
+    assert (engine.limit.tokens, engine.limit.requests) == (0, 0), "the room goes back once the tokens are counted"
+
+
 def test_many_short_texts_are_encoded_in_pieces_on_the_pool(serving, fake):
     engine = fake.FakeEngine()
     spy = engine.tokenizer = Spy(engine.tokenizer)
@@ -86,7 +113,7 @@ def test_many_short_texts_are_encoded_in_pieces_on_the_pool(serving, fake):
 
 def test_long_texts_leave_the_loop_and_short_ones_do_not(fake):
     spy = Spy(fake.make_tokenizer())
-    encoder = PromptEncoder(spy, 323, 1 << 20)
+    encoder = PromptEncoder(spy, 323, 1 << 20, FREE)
     asyncio.run(encoder.text("hi"))
     assert spy.threads == {threading.current_thread().name}
     spy.threads.clear()

@@ -105,7 +105,7 @@ def test_a_look_up_is_charged(make_llm: MakeLLM) -> None:
     llm.core.step()
     fairness = llm.core._scheduler._fairness
     before = fairness.credit("t"), fairness.credit("u")
-    llm.core._scheduler._speed.rows_per_second = 100.0
+    llm.core._scheduler._pace.cost.rows_per_second = 100.0
     llm.core.charge("u", 0.03)  # what it took to answer a question
     llm.core.charge("nobody", 0.03)
     assert fairness.credit("t") == before[0] and fairness.credit("u") == pytest.approx(before[1] - 3)

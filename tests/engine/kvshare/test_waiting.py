@@ -83,7 +83,7 @@ def test_what_is_being_computed_is_waited_for(make_llm: MakeLLM) -> None:
     for scheduler in ("fcfs", "cache_aware"):
         llm = make_llm(kvshare_options=OPTIONS, scheduler=scheduler, max_batched_tokens=64, max_num_seqs=8)
         run(llm, request("warm", text(20, 300)))
-        llm.core._scheduler._speed.rows_per_second = 1e-3  # at the real speed a hold of one prefill is too short to test
+        llm.core._scheduler._pace.cost.rows_per_second = 1e-3  # at the real speed a hold of one prefill is too short to test
         requests = [request(str(i), [*text(30 + i, 10), *DOCUMENT, *text(40 + i, 30)]) for i in range(2)]
         llm.core.add(requests[0])
         llm.core.step()

@@ -1,0 +1,174 @@
+"""Streams do not wait for prompts: while something decodes, a step's rows of prompts are sized by time, not by count.
+
+    step       prompts get what decoding leaves of `step_seconds`, and a quarter of it in any case
+    tenants    beside streams of others, a tenant's prompts get FAVOUR * w / w' of the time that passes without them: w is its
+               weight, w' the mean weight of the others. Up to BURST_SECONDS of that are saved up, and a piece may be overdrawn
+    cost       of rows [s, s + n) of a sequence: a n + b n (s + n / 2) seconds, fitted to the steps that were measured
+
+With nobody decoding a step is as large as its budget. A stream that ended less than RECENT_SECONDS ago still counts for others:
+whoever comes back for the next answer does not find a step of seconds under way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+from kvloom.engine.request import Request
+from kvloom.engine.scheduling.plan import StepPlan, least, prefills
+
+MOST_ROWS = 2**31
+"""As many as there is room for."""
+FAVOUR = 0.25
+"""Time for the prompts of a tenant in that of a stream of another one of the same weight."""
+BURST_SECONDS = 0.5
+RECENT_SECONDS = 1.0
+LEAST_ROWS = 16
+"""A piece of a prompt has at least so many rows: fewer cost hardly less."""
+LEAST_SHARE = 0.25
+"""Of a step's time, for prompts beside more streams than fit it."""
+FORGET = 0.9
+"""What a measured step counts once another has been."""
+OUTLIER = 4.0
+"""A step that took more than so many times what was expected counts for that: something else had the machine."""
+
+
+@dataclass(slots=True)
+class StepCost:
+    """What steps take, from those measured. Seconds; 0 until there has been one."""
+
+    rows_per_second: float = 0.0
+    """Of steps that compute prompts, a moving average."""
+    base: float = 0.0
+    """A step without rows of prompts, a moving average."""
+    per_row: float = 0.0
+    per_pair: float = 0.0
+    """For a row of a prompt, and for each position that it sees."""
+    _sums: tuple[float, ...] = (0.0,) * 5
+    """Of the measured steps, each by its weight: 1, x, x * x, y, x * y; y: seconds per row, x: positions that a row sees."""
+
+    def rows(self, seconds: float, start: int) -> float:
+        """Rows of a prompt from position `start` on that take so long."""
+        first = self.per_row + self.per_pair * start
+        if first <= 0:
+            return math.inf
+        if self.per_pair == 0:
+            return seconds / first
+        return (math.sqrt(first * first + 2 * self.per_pair * seconds) - first) / self.per_pair
+
+    def seconds(self, rows: float, start: int) -> float:
+        """What that many take."""
+        return self.per_row * rows + self.per_pair * rows * (start + rows / 2)
+
+    def plain(self, seconds: float) -> None:
+        """A step without rows of prompts took so long."""
+        self.base += (min(seconds, OUTLIER * self.base or seconds) - self.base) * (0.2 if self.base else 1.0)
+
+    def prompts(self, rows: int, pairs: float, seconds: float, *, beside: bool) -> float:
+        """A step with so many rows of prompts, and positions seen by them, took so long. Returns what they took of it.
+
+        beside: whether it decoded as well."""
+        expected = self.per_row * rows + self.per_pair * pairs
+        took = max(0.0, seconds - self.base if beside else seconds)
+        if expected:
+            took = min(took, OUTLIER * expected)
+        if seconds > 0:
+            self.rows_per_second += (rows / seconds - self.rows_per_second) * (0.2 if self.rows_per_second else 1.0)
+        self._fit(pairs / rows, took / rows, min(1.0, rows / LEAST_ROWS))
+        return took
+
+    def _fit(self, x: float, y: float, weight: float) -> None:
+        """Least squares with neither coefficient below 0."""
+        now = (1.0, x, x * x, y, x * y)
+        self._sums = s, sx, sxx, sy, sxy = tuple(FORGET * old + weight * new for old, new in zip(self._sums, now))
+        self.per_row, self.per_pair = sy / s, 0.0
+        spread = s * sxx - sx * sx
+        if spread > 1e-3 * s * sxx:  # contexts that differ enough to tell
+            a, b = (sxx * sy - sx * sxy) / spread, (s * sxy - sx * sy) / spread
+            if a > 0 and b > 0:
+                self.per_row, self.per_pair = a, b
+
+
+class Pace:
+    """How many rows of a prompt a step takes."""
+
+    def __init__(self, step_seconds: float, weight: Callable[[str], float], clock: Callable[[], float]) -> None:
+        """step_seconds: how long a step with prompts beside streams may take; infinite: as long as it takes. weight: of a
+        tenant, > 0."""
+        self.cost = StepCost()
+        self._step_seconds, self._weight, self._clock = step_seconds, weight, clock
+        self._streams: Collection[str] = ()
+        """Tenants of whom something decodes now."""
+        self._seen: dict[str, float] = {}
+        """Tenants of whom something decoded lately, and when it last did."""
+        self._saved: dict[str, float] = {}
+        """Seconds that the prompts of a tenant may take beside streams of others; BURST_SECONDS where there is none."""
+        self._began = self._ended = clock()
+        self._left = 0.0
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        """Seconds that the prompts of this step are expected to take, by tenant."""
+        self._rows, self._decodes = 0, False
+        self._pairs = 0.0
+        """Of the step that was planned: rows of prompts, positions that they see, and whether anything decodes."""
+
+    def begin(self, running: Collection[Request]) -> None:
+        """A step is to be planned, with these running."""
+        self._began = self._clock()
+        self._streams = {request.tenant for request in running if not request.internal and not prefills(request)}
+        self._seen |= dict.fromkeys(self._streams, self._began)
+        self._seen = {tenant: when for tenant, when in self._seen.items() if self._began - when < RECENT_SECONDS}
+        self._left = max(self._step_seconds - self.cost.base, LEAST_SHARE * self._step_seconds)
+        self._spent.clear()
+
+    def rows(self, request: Request) -> int:
+        """Most rows that the step being planned takes of a request's prompt: at least a piece that can be computed, or 0."""
+        tenant = request.tenant
+        if tenant not in self._streams and not any(other != tenant for other in self._seen):
+            return MOST_ROWS
+        seconds = self._left
+        if self._others(tenant):
+            seconds = min(seconds, self._saved.get(tenant, BURST_SECONDS) - self._spent[tenant])
+        if seconds <= 0:
+            return 0
+        return int(min(MOST_ROWS, max(LEAST_ROWS, least(request), self.cost.rows(seconds, request.computed))))
+
+    def spend(self, request: Request, rows: int) -> None:
+        """The step takes so many of them."""
+        seconds = self.cost.seconds(rows, request.computed)
+        self._left -= seconds
+        self._spent[request.tenant] += seconds
+
+    def planned(self, plan: StepPlan) -> None:
+        """What the step computes is certain."""
+        prompts = [chunk for chunk in plan.chunks if chunk.prefills]
+        self._rows = sum(chunk.count for chunk in prompts)
+        self._pairs = sum((chunk.count * (chunk.start + chunk.count / 2) for chunk in prompts), 0.0)
+        self._decodes = len(plan.chunks) > len(prompts)
+
+    def end(self) -> None:
+        """The step is over: all that was done for it, until now."""
+        now, took = self._clock(), 0.0
+        if self._rows:
+            took = self.cost.prompts(self._rows, self._pairs, now - self._began, beside=self._decodes)
+        elif self._decodes:
+            self.cost.plain(now - self._began)
+        self._settle(took, max(0.0, now - self._ended - took))
+        self._ended = now
+
+    def _settle(self, took: float, rest: float) -> None:
+        """Prompts took so long, and so much time has passed beside."""
+        planned = sum(self._spent.values())
+        for tenant in {*self._saved, *self._spent}:
+            others, saved = self._others(tenant), self._saved.pop(tenant, BURST_SECONDS)
+            if others and planned:
+                saved -= took * self._spent[tenant] / planned
+            mean = sum(map(self._weight, others)) / len(others) if others else self._weight(tenant)
+            saved += rest * FAVOUR * self._weight(tenant) / mean
+            if saved < BURST_SECONDS:
+                self._saved[tenant] = saved
+
+    def _others(self, tenant: str) -> list[str]:
+        """Of whom something decodes now, beside a tenant."""
+        return [other for other in self._streams if other != tenant]
