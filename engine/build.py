@@ -21,7 +21,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.limits import Limits
-from kvloom.engine.memory import MIB, default_kv_memory
+from kvloom.engine.memory import MIB, check_kv_memory, default_kv_memory, size
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads
@@ -48,8 +48,9 @@ from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")
 
+SEGMENT_PART = 2
 STATE_PART = 8
-"""By default, selection state may take this part of the KV cache's memory, beside it."""
+"""By default, segments of approximate reuse and selection state may take these parts of the KV cache's memory, beside it."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something takes time."""
@@ -70,7 +71,7 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     progress = progress or (lambda stage, done, total: None)
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
     files = resolve(config.model.model, progress)
-    backend = _backend(config.model.backend, torch.get_num_threads())
+    backend = _backend(config.model.backend, torch.get_num_threads(), progress)
     kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
     retention = _Retention(config)
     loaded = load_model(
@@ -113,15 +114,15 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
-    states = StateMemory(_state_bound(config, cache), razor)
+    states = StateMemory(_state_bound(config, cache.bytes), razor)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
     return Built(core, _info(config, files, loaded, length, backend.name), tokenizer)
 
 
-def _backend(name: str, threads: int) -> Kernels:
+def _backend(name: str, threads: int, progress: Progress) -> Kernels:
     """The kernels of that name. Raises ConfigError if they cannot be had on this machine."""
     try:
-        return kernels.load(name, threads=threads)
+        return kernels.load(name, threads=threads, progress=progress)
     except Exception as error:  # no compiler, a compiler that fails, an absent package
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
@@ -192,7 +193,11 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
     model, dtype = loaded.config, loaded.decoder.dtype
     spec = GroupSpec.everything(model.layers, model.kv_heads)
     block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
-    memory = default_kv_memory() if config.cache.kv_memory is None else config.cache.kv_memory
+    memory = config.cache.kv_memory
+    if memory is None:
+        memory = default_kv_memory()
+    else:
+        check_kv_memory(memory, 0 if razor else _segment_bound(config, memory), _state_bound(config, memory))
     if razor is not None:
         return razor.make_cache(memory, config.model.max_model_len or model.max_position, config.cache.block_size)
     if memory < 2 * block:
@@ -203,10 +208,16 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
 
 
-def _state_bound(config: EngineConfig, cache: CacheManager) -> int:
+def _state_bound(config: EngineConfig, kv_bytes: int) -> int:
     """Most bytes of what selection methods and retention remember of requests."""
     asked = config.selection.selection_memory
-    return max(MIB, cache.bytes // STATE_PART) if asked is None else asked
+    return max(MIB, kv_bytes // STATE_PART) if asked is None else asked
+
+
+def _segment_bound(config: EngineConfig, kv_bytes: int) -> int:
+    """Most bytes of segments that approximate reuse keeps."""
+    asked = config.cache.segment_memory
+    return kv_bytes // SEGMENT_PART if asked is None else asked
 
 
 def _share(
@@ -228,8 +239,7 @@ def _share(
             f"reuse is approx, but nobody has checked what that does to this model's answers; run kvloom calibrate kvshare "
             f"{config.model.model} first, or say that you know with --kvshare-options '{{\"verified\": true}}'"
         )
-    memory = config.cache.segment_memory
-    capacity = cache.storage.blocks * cache.storage.block_bytes // 2 if memory is None else memory
+    capacity = _segment_bound(config, cache.storage.blocks * cache.storage.block_bytes)
     return KVShare(
         options,
         SegmentStore(capacity, lambda name: tenants.get(name).segment_bytes, lambda name: tenants.get(name).weight),
@@ -266,11 +276,9 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
     if asked is None:
         if trained > capacity:
             log.warning(
-                "the cache holds %d tokens, so max_model_len is %d instead of the model's %d",
-                capacity,
-                capacity,
-                trained,
-            )
+                "kv_memory holds %d tokens, so max_model_len is %d instead of the model's %d, which takes about %s",
+                capacity, capacity, trained, size(cache.bytes * trained // capacity),
+            )  # fmt: skip
         return min(trained, capacity)
     if asked < 2:
         raise ConfigError(f"max_model_len is {asked}; allowed for this model: 2 to {trained}")

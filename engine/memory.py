@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
+
+from kvloom.engine.errors import ConfigError
+
+log = logging.getLogger("kvloom.engine")
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -35,3 +40,26 @@ def _group(root: Path) -> int:
 def default_kv_memory() -> int:
     """A quarter of what is available, at most 4 GiB."""
     return min(4 * GIB, available_memory() // 4)
+
+
+def size(count: int) -> str:
+    """Bytes as people read them: 1.5 GiB, 300 MiB, 23,040 bytes."""
+    if count < MIB:
+        return f"{count:,} bytes"
+    return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.0f} MiB"
+
+
+def check_kv_memory(asked: int, segments: int, selection: int) -> None:
+    """Compare a KV cache with what this machine has left, the model being loaded; bytes.
+
+    segments, selection: most that approximate reuse and selection methods may take beside it, as they come. Raises ConfigError
+    if the cache alone does not fit, and warns if all of it does not.
+    """
+    free, total = available_memory(), asked + segments + selection
+    if total <= free:
+        return
+    parts = f"{size(asked)} for the KV cache, up to {size(segments)} for segments and {size(selection)} for selection state"
+    found = f"{parts} make {size(total)}, and {size(free)} are free; give at most {int(free * asked / total / MIB)}MiB"
+    if asked > free:
+        raise ConfigError(f"kv_memory does not fit this machine with the model loaded: {found}, or leave it out")
+    log.warning("memory can run out when all of it is in use: %s, or lower segment_memory or selection_memory", found)

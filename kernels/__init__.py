@@ -7,6 +7,7 @@ back ends keep the contract of `interface`; `reference` defines it.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
 from kvloom.kernels.warm import warm
@@ -19,10 +20,16 @@ BACKENDS = ("native", "numba", "reference")
 _log = logging.getLogger(__name__)
 
 
-def load(backend: str = "auto", device: str = "cpu", threads: int | None = None) -> Kernels:
+def load(
+    backend: str = "auto",
+    device: str = "cpu",
+    threads: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Kernels:
     """The kernels named, or with "auto" the first of BACKENDS that works here.
 
-    threads: at most this many, None for one per core; the reference leaves threads to torch.
+    threads: at most this many, None for one per core; the reference leaves threads to torch. progress: called with (stage,
+    done, total) while a compiler runs.
     Raises ValueError for an unknown name, or a device the back end does not serve; what the back end raises if it was named
     and cannot be had (`native.NativeUnavailable`, ImportError).
     """
@@ -31,10 +38,10 @@ def load(backend: str = "auto", device: str = "cpu", threads: int | None = None)
     if device != "cpu" and backend not in ("auto", "reference"):
         raise ValueError(f"the {backend} back end runs on cpu, not on {device!r}; use reference there")
     if backend != "auto":
-        return _make(backend, threads)
+        return _make(backend, threads, progress)
     for name in BACKENDS if device == "cpu" else ("reference",):
         try:
-            return _make(name, threads)
+            return _make(name, threads, progress)
         except Exception as error:
             if name == "reference" or isinstance(error, ValueError):
                 raise
@@ -42,11 +49,11 @@ def load(backend: str = "auto", device: str = "cpu", threads: int | None = None)
     raise AssertionError("the reference back end always loads")
 
 
-def _make(name: str, threads: int | None) -> Kernels:
+def _make(name: str, threads: int | None, progress: Callable[[str, int, int], None] | None) -> Kernels:
     if name == "native":
         from kvloom.kernels.cpu.native import load as load_native
 
-        return load_native(threads)
+        return load_native(threads, progress=progress)
     if name == "numba":
         from kvloom.kernels.cpu.backend import NumbaKernels
 

@@ -28,11 +28,15 @@ def _progress(what: str, seconds: float) -> None:
         _say(f"numba   {what} compiled in {seconds:.0f} s")
 
 
+def _compiling(stage: str, done: int, total: int) -> None:
+    _say(f"native  {stage}: {done} of {total} files")
+
+
 def _prepare(name: str, dtypes: Sequence[torch.dtype]) -> Kernels | None:
     """Load one back end and run all of its operations; None, with a line saying why, if it cannot be had."""
     start = time.perf_counter()
     try:
-        kernels = load(name)
+        kernels = load(name, progress=_compiling)
         warm(kernels, dtypes, _progress)
     except Exception as error:  # a missing compiler, a missing package: the next back end serves instead
         _say(f"{name:7} not available: {error}")

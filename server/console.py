@@ -16,6 +16,8 @@ from kvloom.engine.client import EngineClient, EngineStats, ModelInfo
 from kvloom.server.options import ServerOptions
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
+FIRST_QUESTION = "What is the capital of Japan?"
+"""The built-in model answers it rightly as it is served; README asks the same."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -95,8 +97,7 @@ def base_url(options: ServerOptions, port: int) -> str:
 
 def curl_line(options: ServerOptions, url: str, model: str) -> str:
     """A shell command that asks the server something. It names no key: a terminal's scrollback is no place for one."""
-    asked = [{"role": "user", "content": "What is the capital of France?"}]
-    body = json.dumps({"model": model, "messages": asked, "max_tokens": 40, "temperature": 0})
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": FIRST_QUESTION}]})
     quoted = body.replace("'", "'\\''")
     key = " -H 'Authorization: Bearer YOUR_KEY'" if (options.api_key or options.tenant_keys) else ""
     insecure = " -k" if url.startswith("https") else ""

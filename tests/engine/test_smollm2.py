@@ -12,6 +12,7 @@ import torch
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.catalog import resolve
+from kvloom.server.console import FIRST_QUESTION
 
 TEXT = topics.topics["for"] + topics.topics["yield"]
 PROMPTS = ("Once upon a time, in a village by the sea,", "def fibonacci(n):\n", "The three laws of thermodynamics are")
@@ -71,7 +72,7 @@ def test_a_conversation(llm: LLM) -> None:
 def test_a_first_question_is_answered_right_at_default_settings() -> None:
     """Twenty seeds with the sampling of the model's card, which the server uses where a request says nothing."""
     llm, default = LLM("smollm2", kv_memory="64MiB"), resolve("smollm2").sampling
-    asked = [[{"role": "user", "content": "What is the capital of Japan?"}]] * 20
+    asked = [[{"role": "user", "content": FIRST_QUESTION}]] * 20
     sampling = [
         SamplingParams(temperature=default.temperature, top_p=default.top_p, max_tokens=16, seed=seed) for seed in range(20)
     ]

@@ -155,6 +155,17 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     assert len(log.read_text().split()) == len(list(SOURCES.glob("*.cpp"))) + 1, "one of them built, the other waited"
 
 
+def test_a_compiler_at_work_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", _compiler(tmp_path, 'while [ "$1" != -o ]; do shift; done; echo made > "$2"'))
+    told: list[tuple[int, int]] = []
+    build(progress=lambda stage, done, total: told.append((done, total)))
+    files = len(list(SOURCES.glob("*.cpp")))
+    assert told == [(done, files) for done in range(files + 1)]
+    build(progress=lambda stage, done, total: told.append((done, total)))
+    assert len(told) == files + 1, "what is in the cache takes no time, and no line"
+
+
 def test_no_compiler_and_nothing_built_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))

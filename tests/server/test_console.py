@@ -3,10 +3,11 @@
 import json
 import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from kvloom.server.console import LoadingBars, banner
+from kvloom.server.console import LoadingBars, banner, base_url, curl_line
 from kvloom.server.options import ServerOptions
 
 
@@ -44,3 +45,8 @@ def test_banner_names_what_is_not_the_default(fake, capsys):
     engine.model = replace(engine.model, settings={"selection": "tidal_decode", "max_num_seqs": 4})
     banner(engine, ServerOptions(), 80)
     assert "  settings  --selection tidal_decode --max-num-seqs 4\n" in capsys.readouterr().err
+
+
+def test_readme_asks_what_the_server_says_to_ask():
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    assert "\n$ " + curl_line(ServerOptions(), base_url(ServerOptions(), 8000), "smollm2") + "\n" in readme

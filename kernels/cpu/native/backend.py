@@ -13,18 +13,18 @@ from torch import Tensor
 from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Rows
 from kvloom.kernels.reference import check_pool
 
-from .build import build
+from .build import Progress, build
 from .library import ATTEND, DTYPES, MERGE, NORM, POOL, ROTATE, ROTATE_STORE, SELECT, STORE, Library
 from .plan import NativePlan, make_plan
 from .quantized import NativeQuantized
 
 
-def load(threads: int | None = None, *, generic: bool = False) -> NativeKernels:
+def load(threads: int | None = None, *, generic: bool = False, progress: Progress | None = None) -> NativeKernels:
     """This machine's native back end. threads: OpenMP threads per call, torch's number unless given.
 
     generic: the build without processor-specific code, for tests. Raises NativeUnavailable with the reason.
     """
-    return NativeKernels(Library(build(generic=generic)), threads or torch.get_num_threads())
+    return NativeKernels(Library(build(generic=generic, progress=progress)), threads or torch.get_num_threads())
 
 
 class NativeKernels:

@@ -14,8 +14,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import platformdirs
@@ -27,11 +27,15 @@ SOURCES = Path(__file__).parent / "csrc"
 COMMON_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 
 
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, files done, files in all) while the library is compiled."""
+
+
 class NativeUnavailable(Exception):
     """The library cannot be had here; the message says why. Callers fall back to another back end."""
 
 
-def build(*, generic: bool = False) -> Path:
+def build(*, generic: bool = False, progress: Progress | None = None) -> Path:
     """The shared library for this machine, built if the cache has none.
 
     generic: no processor-specific code at all, as on a machine without vector extensions; for tests.
@@ -47,7 +51,7 @@ def build(*, generic: bool = False) -> Path:
     if not _usable(target):
         with _locked(folder):
             if not _usable(target):  # another process may have built it while this one waited
-                _compile(compiler, flags, target)
+                _compile(compiler, flags, target, progress or (lambda stage, done, total: None))
     return target
 
 
@@ -140,16 +144,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, flags: list[str], target: Path) -> None:
+def _compile(compiler: str, flags: list[str], target: Path, progress: Progress) -> None:
     """Compiles every source, links, and moves the library into place in one step."""
+    stage = "compiling kernels, once on this machine"
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
         jobs = [
             [compiler, *flags, "-c", str(source), "-o", str(made)]
             for source, made in zip(sorted(SOURCES.glob("*.cpp")), objects)
         ]
+        progress(stage, 0, len(jobs))
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            list(pool.map(_run, jobs))
+            for done, job in enumerate(as_completed([pool.submit(_run, job) for job in jobs]), 1):
+                job.result()
+                progress(stage, done, len(jobs))
         library = Path(scratch) / target.name
         _run([compiler, "-shared", *map(str, objects), _openmp(), "-o", str(library)])
         library.chmod(0o755)
