@@ -226,7 +226,7 @@ def test_rag_shuffled_repeats_documents_but_no_prefix(text: TextSource) -> None:
     assert len(again) == 12
     for job in again:
         documents = len(text.encode(str(job.prompt).split("\n\nQuestion: ")[0]))
-        assert job.reusable_tokens < 0.5 * documents
+        assert job.reusable_tokens < 0.6 * documents  # the first document may be the same by chance
         assert job.reusable_anywhere > 0.8 * documents
     whole = sum(len(ids(text, job)) for job in again)
     assert sum(job.reusable_tokens for job in again) < 0.2 * whole
