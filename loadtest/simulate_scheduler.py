@@ -48,7 +48,9 @@ class Machine:
     max_seqs: int = 32
     max_tokens: int = 512
     longest_step: float = math.inf
-    """Beside streams, in seconds."""
+    """Of prompts beside streams, in seconds."""
+    stream_seconds: float = 0.0
+    """What each row that decodes adds."""
 
 
 class Simulation:
@@ -115,7 +117,8 @@ class Simulation:
                 if not request.preemptions:
                     self.admitted.append(request)
         self._waiting.update(request.tenant for request in plan.preempted)
-        self.now += self.machine.step_seconds + plan.rows / self.machine.rows_per_second
+        decodes = sum(chunk.decodes for chunk in plan.chunks)
+        self.now += self.machine.step_seconds + plan.rows / self.machine.rows_per_second + decodes * self.machine.stream_seconds
         if all(self._waiting.values()):
             for chunk in plan.chunks:
                 decodes = chunk.start >= len(chunk.request.prompt)

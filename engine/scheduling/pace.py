@@ -1,6 +1,6 @@
 """Streams do not wait for prompts: while something decodes, a step's rows of prompts are sized by time, not by count.
 
-    step       prompts get what decoding leaves of `step_seconds`, and a quarter of it in any case
+    step       prompts get `step_seconds` of a step beside decoding, or as much as that takes itself if it is more
     tenants    beside streams of others, a tenant's prompts get FAVOUR * w / w' of the time that passes without them: w is its
                weight, w' the mean weight of the others. Up to BURST_SECONDS of that are saved up, and a piece may be overdrawn
     cost       of rows [s, s + n) of a sequence: a n + b n (s + n / 2) seconds, fitted to the steps that were measured
@@ -27,8 +27,9 @@ BURST_SECONDS = 0.5
 RECENT_SECONDS = 1.0
 LEAST_ROWS = 16
 """A piece of a prompt has at least so many rows: fewer cost hardly less."""
-LEAST_SHARE = 0.25
-"""Of a step's time, for prompts beside more streams than fit it."""
+PROBE_STEPS = 16
+"""After so many steps with prompts, or two where many more or fewer decode than before, one has none: what decoding alone takes
+is measured anew."""
 FORGET = 0.9
 """What a measured step counts once another has been."""
 OUTLIER = 4.0
@@ -46,6 +47,8 @@ class StepCost:
     per_row: float = 0.0
     per_pair: float = 0.0
     """For a row of a prompt, and for each position that it sees."""
+    _streams: int = 0
+    """Requests that decoded when `base` was measured."""
     _sums: tuple[float, ...] = (0.0,) * 5
     """Of the measured steps, each by its weight: 1, x, x * x, y, x * y; y: seconds per row, x: positions that a row sees."""
 
@@ -62,9 +65,15 @@ class StepCost:
         """What that many take."""
         return self.per_row * rows + self.per_pair * rows * (start + rows / 2)
 
-    def plain(self, seconds: float) -> None:
-        """A step without rows of prompts took so long."""
-        self.base += (min(seconds, OUTLIER * self.base or seconds) - self.base) * (0.2 if self.base else 1.0)
+    def plain(self, seconds: float, streams: int) -> None:
+        """A step without rows of prompts took so long, for so many requests."""
+        if self.outgrown(streams):
+            self.base, self._streams = seconds, streams
+        self.base += 0.5 * (min(seconds, OUTLIER * self.base) - self.base)
+
+    def outgrown(self, streams: int) -> bool:
+        """Whether `base` is of so many fewer, or more, that it says nothing of these."""
+        return not 2 * self._streams / 3 <= streams <= 3 * self._streams / 2
 
     def prompts(self, rows: int, pairs: float, seconds: float, *, beside: bool) -> float:
         """A step with so many rows of prompts, and positions seen by them, took so long. Returns what they took of it.
@@ -95,7 +104,7 @@ class Pace:
     """How many rows of a prompt a step takes."""
 
     def __init__(self, step_seconds: float, weight: Callable[[str], float], clock: Callable[[], float]) -> None:
-        """step_seconds: how long a step with prompts beside streams may take; infinite: as long as it takes. weight: of a
+        """step_seconds: how long prompts may take of a step beside streams; infinite: as long as they take. weight: of a
         tenant, > 0."""
         self.cost = StepCost()
         self._step_seconds, self._weight, self._clock = step_seconds, weight, clock
@@ -109,9 +118,11 @@ class Pace:
         self._left = 0.0
         self._spent: defaultdict[str, float] = defaultdict(float)
         """Seconds that the prompts of this step are expected to take, by tenant."""
-        self._rows, self._decodes = 0, False
+        self._rows, self._decodes = 0, 0
         self._pairs = 0.0
-        """Of the step that was planned: rows of prompts, positions that they see, and whether anything decodes."""
+        """Of the step that was planned: rows of prompts, positions that they see, and requests that decode."""
+        self._mixed = 0
+        """Steps with prompts since one that only decoded."""
 
     def begin(self, running: Collection[Request]) -> None:
         """A step is to be planned, with these running."""
@@ -119,7 +130,10 @@ class Pace:
         self._streams = {request.tenant for request in running if not request.internal and not prefills(request)}
         self._seen |= dict.fromkeys(self._streams, self._began)
         self._seen = {tenant: when for tenant, when in self._seen.items() if self._began - when < RECENT_SECONDS}
-        self._left = max(self._step_seconds - self.cost.base, LEAST_SHARE * self._step_seconds)
+        self._left = max(self._step_seconds, self.cost.base)
+        streams = sum(not prefills(request) for request in running)
+        if streams and self._mixed >= (2 if self.cost.outgrown(streams) else PROBE_STEPS):
+            self._left, self._mixed = 0.0, 0
         self._spent.clear()
 
     def rows(self, request: Request) -> int:
@@ -145,15 +159,17 @@ class Pace:
         prompts = [chunk for chunk in plan.chunks if chunk.prefills]
         self._rows = sum(chunk.count for chunk in prompts)
         self._pairs = sum((chunk.count * (chunk.start + chunk.count / 2) for chunk in prompts), 0.0)
-        self._decodes = len(plan.chunks) > len(prompts)
+        self._decodes = len(plan.chunks) - len(prompts)
 
     def end(self) -> None:
         """The step is over: all that was done for it, until now."""
         now, took = self._clock(), 0.0
         if self._rows:
-            took = self.cost.prompts(self._rows, self._pairs, now - self._began, beside=self._decodes)
+            took = self.cost.prompts(self._rows, self._pairs, now - self._began, beside=self._decodes > 0)
+            self._mixed += 1
         elif self._decodes:
-            self.cost.plain(now - self._began)
+            self.cost.plain(now - self._began, self._decodes)
+            self._mixed = 0
         self._settle(took, max(0.0, now - self._ended - took))
         self._ended = now
 
