@@ -97,6 +97,8 @@ class ConnectionGuard:
     clock: Callable[[], float] = time.monotonic
     closed: Counter[str] = field(default_factory=Counter)
     """Connections that were closed for the others' sake, by reason, since the start."""
+    draining: bool = False
+    """Whether the server ends."""
     _open: dict[BoundedHttpProtocol, None] = field(default_factory=dict)  # oldest first
     _unlogged: Counter[str] = field(default_factory=Counter)
     _logged: float = float("-inf")
@@ -128,6 +130,18 @@ class ConnectionGuard:
         if not self._ticking:
             self._ticking = True
             connection.loop.call_later(self.limits.tick, self._tick, connection.loop)
+
+    def drain(self) -> None:
+        """The server ends: only requests that have come whole are waited for."""
+        self.draining = True
+        for connection in list(self._open):
+            if connection.state in (State.HEAD, State.BODY):
+                connection.end()
+
+    def end(self) -> None:
+        """Close all that are left, whatever they wait for."""
+        for connection in list(self._open):
+            connection.end()
 
     def lost(self, connection: BoundedHttpProtocol) -> None:
         """A connection is gone."""
@@ -268,7 +282,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()  # closing would wait for the client to take what it does not take
             return
         if self._in_head or (self._in_body and not self.cycle.response_started):
-            self.transport.write(_RAW_503 if self.surplus else _RAW_408)
+            self.transport.write(_RAW_503 if self.surplus or self._guard.draining else _RAW_408)
         self.transport.close()
 
     # What the transport calls ----------------------------------------------------------------------------------------

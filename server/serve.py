@@ -39,6 +39,8 @@ DEATH_GRACE_SECONDS = 2.0
 """How long a server with a dead engine still answers, so that streams get their error and a probe sees 503."""
 CANCEL_SECONDS = 3.0
 """How long ended requests may take to tell their clients, after the drain."""
+TELL_SECONDS = 1.0
+"""Of these, until who does not take what it is told is cut off."""
 BACKLOG = 2048
 SPARE_FILES = 64
 """File descriptors for everything but connections."""
@@ -116,9 +118,10 @@ def _run(client: EngineClient, options: ServerOptions, listener: socket.socket) 
         listener.listen(BACKLOG)
     except OSError as error:  # someone else bound the same port while both of us were loading
         raise StartError(_bind_problem(options, error)) from None
+    guard = ConnectionGuard(ConnectionLimits.of(options))
     config = uvicorn.Config(
         create_app(client, options),
-        http=ConnectionGuard(ConnectionLimits.of(options)).protocol,  # type: ignore[arg-type]  # uvicorn only calls it
+        http=guard.protocol,  # type: ignore[arg-type]  # uvicorn only calls it
         ws="none",
         lifespan="on",
         log_config=None,
@@ -131,7 +134,7 @@ def _run(client: EngineClient, options: ServerOptions, listener: socket.socket) 
         ssl_keyfile=options.ssl_keyfile,
     )
     _check_tls(config)
-    server = EngineServer(config, client, options)
+    server = EngineServer(config, client, options, guard)
     server.run(sockets=[listener])
     return server.exit_code
 
@@ -146,8 +149,9 @@ def _check_tls(config: uvicorn.Config) -> None:
 class EngineServer(uvicorn.Server):
     """uvicorn's server with an eye on the engine, a drain that ends with an answer, and no second life for signals."""
 
-    def __init__(self, config: uvicorn.Config, client: EngineClient, options: ServerOptions) -> None:
+    def __init__(self, config: uvicorn.Config, client: EngineClient, options: ServerOptions, guard: ConnectionGuard) -> None:
         super().__init__(config)
+        self._guard = guard
         self.exit_code = 0
         self._client = client
         self._options = options
@@ -172,6 +176,7 @@ class EngineServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept nothing new, let requests finish for a while, then end them with an error that says why."""
+        self._guard.drain()
         ending = asyncio.create_task(self._end_requests())
         await super().shutdown(sockets)
         ending.cancel()
@@ -181,6 +186,8 @@ class EngineServer(uvicorn.Server):
         await asyncio.sleep(self._options.drain_seconds)
         log.warning("requests still run after %g s; they are ended", self._options.drain_seconds)
         await asyncio.to_thread(self._client.close)
+        await asyncio.sleep(TELL_SECONDS)
+        self._guard.end()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
     step       prompts get `step_seconds` of a step beside decoding, or as much as that takes itself if it is more
     tenants    beside streams of others, a tenant's prompts get FAVOUR * w / w' of the time that passes without them: w is its
-               weight, w' the mean weight of the others. Up to BURST_SECONDS of that are saved up, and a piece may be overdrawn
+               weight, w' the mean weight of the others, and their ratio counts for 1/8 to 8. Up to BURST_SECONDS of that are saved
+               up, and a piece may be overdrawn
     cost       of rows [s, s + n) of a sequence: a n + b n (s + n / 2) seconds, fitted to the steps that were measured
 
 With nobody decoding a step is as large as its budget. A stream that ended less than RECENT_SECONDS ago still counts for others:
@@ -23,6 +24,8 @@ MOST_ROWS = 2**31
 """As many as there is room for."""
 FAVOUR = 0.25
 """Time for the prompts of a tenant in that of a stream of another one of the same weight."""
+MOST_RATIO = 8.0
+"""Of weights, here: however small its weight, a tenant's prompts go on."""
 BURST_SECONDS = 0.5
 RECENT_SECONDS = 1.0
 LEAST_ROWS = 16
@@ -181,7 +184,7 @@ class Pace:
             if others and planned:
                 saved -= took * self._spent[tenant] / planned
             mean = sum(map(self._weight, others)) / len(others) if others else self._weight(tenant)
-            saved += rest * FAVOUR * self._weight(tenant) / mean
+            saved += rest * FAVOUR * min(MOST_RATIO, max(1 / MOST_RATIO, self._weight(tenant) / mean))
             if saved < BURST_SECONDS:
                 self._saved[tenant] = saved
 

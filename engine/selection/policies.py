@@ -178,7 +178,8 @@ class Selectors:
             if (piece := max(selector.grid, selector.tail)) > self._prompt_rows and piece > 0:
                 raise InvalidRequestError(
                     f"kv.{name} computes prompts in pieces of {piece} tokens, but a step of this server has room for "
-                    f"{max(0, self._prompt_rows)}; make them smaller, or raise max_batched_tokens",
+                    f"{max(0, self._prompt_rows)} beside its streams (max_batched_tokens less max_num_seqs); make them "
+                    "smaller, or have the operator change one of these",
                     param=f"kv.{name}",
                 )
             selector.stats = self.stats[name]

@@ -102,6 +102,15 @@ def test_the_share_goes_by_weight() -> None:
     assert shares[1] == pytest.approx(3 * FAVOUR / (1 + 3 * FAVOUR), abs=0.04)
 
 
+def test_the_smallest_weight_goes_on() -> None:
+    simulation, _ = begun(weights={"a": 100.0, "b": 0.01})
+    little = simulation.submit(Job(0.0, prompt(2000), 1, "b"))
+    asked = simulation.now
+    while little.computed < len(little.prompt):
+        simulation.step()
+    assert simulation.now - asked < 1.2 * 8 / FAVOUR * len(little.prompt) / MACHINE.rows_per_second
+
+
 def test_two_floods_share_what_floods_get() -> None:
     simulation, _ = begun()
     rows: Counter[str] = Counter()

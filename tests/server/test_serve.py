@@ -113,6 +113,36 @@ def test_drain_has_an_end(start):
     assert process.end() == 0
 
 
+def test_requests_that_have_not_come_whole_are_not_waited_for(start, until):
+    process = start("--drain-seconds", "1000")
+    port = int(process.url().rsplit(":", 1)[1])
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 500\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        halves = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(3)]
+        for half, sent in zip(halves, (b"", b"GET /he", head + b'{"mo')):
+            half.sendall(sent)
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200  # by now the others have arrived
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.end() == 0
+        assert halves[2].recv(100).startswith(b"HTTP/1.1 503")
+    assert "Traceback" not in process.stderr and "still run" not in process.stderr
+
+
+def test_who_does_not_read_is_cut_off_after_the_drain(start):
+    process = start("--drain-seconds", "0.2", step=0.0)
+    port = int(process.url().rsplit(":", 1)[1])
+    body = json.dumps({**BODY, "max_tokens": 4000, "n": 8}).encode()
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n")
+        client.sendall(b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        assert client.recv(1)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.end() == 0
+    assert "Traceback" not in process.stderr and "exceeded" not in process.stderr
+
+
 def test_second_signal_ends_at_once(start, until):
     process = start("--drain-seconds", "1000")
     url = process.url()
