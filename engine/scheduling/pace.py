@@ -2,8 +2,8 @@
 
     step       prompts get `step_seconds` of a step beside decoding, or as much as that takes itself if it is more
     tenants    beside streams of others, a tenant's prompts get FAVOUR * w / w' of the time that passes without them: w is its
-               weight, w' the mean weight of the others, and their ratio counts for 1/8 to 8. Up to BURST_SECONDS of that are saved
-               up, and a piece may be overdrawn
+               weight, w' the mean weight of the others, and their ratio counts for 1/8 to 8. Up to BURST_SECONDS of that are
+               saved up, and a piece may be overdrawn
     cost       of rows [s, s + n) of a sequence: a n + b n (s + n / 2) seconds, fitted to the steps that were measured
 
 With nobody decoding a step is as large as its budget. A stream that ended less than RECENT_SECONDS ago still counts for others:
