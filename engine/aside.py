@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -35,9 +36,12 @@ def aside(work: Callable[[], T]) -> Future[T]:
 
 
 def load_torch_library() -> None:
-    """Load the largest of torch's libraries, which `import torch` would do with the interpreter's lock held. Does nothing where
-    torch looks otherwise: the import loads it then, or says what is wrong."""
-    with contextlib.suppress(ImportError, OSError, ValueError):
+    """Load the largest of torch's libraries, which `import torch` would do with the interpreter's lock held, as `ctypes.CDLL`
+    does; a foreign function gives it up. Does nothing where torch looks otherwise: the import loads it then, or says what is
+    wrong."""
+    with contextlib.suppress(ImportError, OSError, ValueError, AttributeError, TypeError):
         found = importlib.util.find_spec("torch")
         if found is not None and found.origin is not None:
-            ctypes.CDLL(str(Path(found.origin).parent / "lib" / "libtorch_cpu.so"))
+            load = ctypes.CDLL(None).dlopen
+            load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+            load(os.fsencode(Path(found.origin).parent / "lib" / "libtorch_cpu.so"), os.RTLD_NOW)

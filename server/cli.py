@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvloom.engine.aside import aside, load_torch_library
 from kvloom.engine.config import EngineConfig, Option, all_options
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.server import aliases
@@ -200,7 +199,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config, options = serve_settings(arguments)
-    aside(load_torch_library)
     with no_collections():
         from kvloom.server.serve import serve
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def no_collections() -> Iterator[None]:
-    """Collect nothing inside. A start makes a million objects that nearly all stay; walking over them again and again takes a good
-    part of its time. Later collections leave out what was made inside, too, so that they hold up no step."""
+    """Collect nothing inside. A start makes a million objects that nearly all stay; walking over them again and again takes a
+    good part of its time. Later collections leave out what was made inside, too, so that they hold up no step."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -23,6 +23,7 @@ from types import FrameType
 
 import uvicorn
 
+from kvloom.engine.aside import aside, load_torch_library
 from kvloom.engine.catalog import at_hand, resolve
 from kvloom.engine.client import EngineClient
 from kvloom.engine.config import EngineConfig
@@ -76,8 +77,10 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
 def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
     model = config.model.model
     with no_collections():
+        library = aside(load_torch_library)
         prepared = Prepared(lambda: resolve(model, progress)) if at_hand(model) else None
-        from kvloom.engine.thread_client import ThreadEngineClient  # imports torch
+        library.result()  # gives the others the interpreter's lock, as the import does not
+        from kvloom.engine.thread_client import ThreadEngineClient
 
         return ThreadEngineClient.start(config, progress, prepared)
 

@@ -48,7 +48,10 @@ def _vocabulary(given: Fields) -> dict[str, int]:
     tokens = given.array("tokens", str)
     if not tokens:
         raise ModelError("this GGUF holds no tokenizer (tokenizer.ggml.tokens); convert the model again with its tokenizer")
-    vocab: dict[str, int] = {}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) == len(tokens) and max(map(len, vocab)) <= _LONGEST:
+        return vocab
+    vocab = {}
     for i, token in enumerate(tokens):
         if vocab.setdefault(token, i) != i:
             raise ModelError(f"tokenizer.ggml.tokens: tokens {vocab[token]} and {i} are both {shown(token)}; convert it again")
