@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,10 +22,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.limits import Limits
 from kvloom.engine.memory import MIB, check_kv_memory, default_kv_memory, size
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.rope import rotary_table
+from kvloom.engine.prepare import Prepared
 from kvloom.engine.request import KVOptions
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.retention.razor import Razor, RazorOptions
@@ -64,13 +63,19 @@ class Built(NamedTuple):
     tokenizer: Tokenizer
 
 
-def build(config: EngineConfig, progress: Progress | None = None) -> Built:
-    """Load the model and make an engine of it. Raises ModelError, ModelNotFoundError or ConfigError."""
+def build(config: EngineConfig, progress: Progress | None = None, prepared: Prepared | None = None) -> Built:
+    """Load the model and make an engine of it. prepared: what was begun of it already.
+
+    Raises ModelError, ModelNotFoundError or ConfigError.
+    """
     _check_names(config)
     tenants = Tenants.read(config.tenants.tenants)
     progress = progress or (lambda stage, done, total: None)
     torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
-    files = resolve(config.model.model, progress)
+    if prepared is None:
+        found = resolve(config.model.model, progress)
+        prepared = Prepared(lambda: found)
+    files = prepared.files
     backend = _backend(config.model.backend, torch.get_num_threads(), progress)
     kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
     retention = _Retention(config)
@@ -82,8 +87,9 @@ def build(config: EngineConfig, progress: Progress | None = None) -> Built:
         progress=lambda done, total: progress("loading layers", done, total),
         head_groups=retention.head_groups,
         packed_folder=packed_folder(),
+        gguf=prepared.gguf,
     )
-    tokenizer = load_tokenizer(files.path)
+    tokenizer = prepared.tokenizer
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
     eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
     razor = retention.razor
@@ -125,13 +131,6 @@ def _backend(name: str, threads: int, progress: Progress) -> Kernels:
         return kernels.load(name, threads=threads, progress=progress)
     except Exception as error:  # no compiler, a compiler that fails, an absent package
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a model folder or .gguf file. Raises ModelError."""
-    if path.is_dir():
-        return Tokenizer.from_folder(path)
-    return Tokenizer.from_gguf(GGUFFile(path).metadata, path)
 
 
 class _Retention:

@@ -136,6 +136,12 @@ def resolve(model: str, progress: Progress | None = None) -> ModelFiles:
     )
 
 
+def at_hand(model: str) -> bool:
+    """Whether `resolve` will find the model here and fetch nothing. Raises ModelError for a path that cannot be looked at."""
+    builtin = next((builtin for builtin in _BUILTINS if builtin.name == model), None)
+    return _existing(model) is not None if builtin is None else _size(builtin.path) == builtin.size
+
+
 def pull(name: str, progress: Progress | None = None) -> ModelFiles:
     """Fetch a model ahead of its first use. Raises as `resolve`."""
     return resolve(name, progress)

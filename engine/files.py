@@ -106,7 +106,7 @@ class Fields:
         value = self.get(name)
         if value is None:
             return None
-        if not isinstance(value, list) or not all(type(entry) in kinds for entry in value):
+        if not isinstance(value, list) or not set(map(type, value)) <= set(kinds):
             raise ModelError(f"{self._label(name)} is {shown(value)}; a list of {kinds[0].__name__} is needed")
         return value
 

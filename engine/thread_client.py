@@ -26,6 +26,7 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import EngineDeadError, KVLoomError
 from kvloom.engine.isolation import no_internals
+from kvloom.engine.prepare import Prepared
 from kvloom.engine.questions import Question, Questions
 from kvloom.engine.queue_limit import QUEUED_CAPACITIES, Place, QueueLimit
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams
@@ -78,9 +79,12 @@ class ThreadEngineClient:
         self._watchdog.start()
 
     @classmethod
-    def start(cls, config: EngineConfig, progress: Progress | None = None) -> ThreadEngineClient:
-        """Load the model and start its thread. Blocks; raises ModelError, ModelNotFoundError or ConfigError."""
-        return cls(lambda: build(config, progress), max_queued_tokens=config.scheduler.max_queued_tokens)
+    def start(
+        cls, config: EngineConfig, progress: Progress | None = None, prepared: Prepared | None = None
+    ) -> ThreadEngineClient:
+        """Load the model and start its thread. prepared: what was begun of it already. Blocks; raises ModelError,
+        ModelNotFoundError or ConfigError."""
+        return cls(lambda: build(config, progress, prepared), max_queued_tokens=config.scheduler.max_queued_tokens)
 
     # Event loop side -----------------------------------------------------------------------------------------------
 

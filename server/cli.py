@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from kvloom.engine.config import EngineConfig, Option, all_options
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.server import aliases
+from kvloom.server.collector import no_collections
 from kvloom.server.exit_codes import FAILED, INTERRUPTED, USAGE_ERROR
 from kvloom.server.options import ServerOptions, allowed_values, default_text, server_options
 from kvloom.version import __version__
@@ -198,7 +199,8 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     config, options = serve_settings(arguments)
-    from kvloom.server.serve import serve
+    with no_collections():
+        from kvloom.server.serve import serve
 
     return serve(config, options)
 

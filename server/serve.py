@@ -23,11 +23,15 @@ from types import FrameType
 
 import uvicorn
 
+from kvloom.engine.aside import aside, load_torch_library
+from kvloom.engine.catalog import at_hand, resolve
 from kvloom.engine.client import EngineClient
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import KVLoomError
+from kvloom.engine.prepare import Prepared
 from kvloom.engine.tenants import Tenants
 from kvloom.server.app import create_app
+from kvloom.server.collector import no_collections
 from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
 from kvloom.server.console import LoadingBars, banner
 from kvloom.server.exit_codes import ENGINE_DIED, INTERRUPTED
@@ -73,9 +77,14 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
 
 
 def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
-    from kvloom.engine.thread_client import ThreadEngineClient  # imports torch
+    model = config.model.model
+    with no_collections():
+        library = aside(load_torch_library)
+        prepared = Prepared(lambda: resolve(model, progress)) if at_hand(model) else None
+        library.result()  # gives the others the interpreter's lock, as the import does not
+        from kvloom.engine.thread_client import ThreadEngineClient
 
-    return ThreadEngineClient.start(config, progress)
+        return ThreadEngineClient.start(config, progress, prepared)
 
 
 def allow_files(needed: int) -> None:

@@ -22,6 +22,7 @@ from kvloom.engine.errors import ConfigError, ModelError
 from kvloom.engine.files import naming
 from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
+from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads, output_columns, projection_rows
 from kvloom.engine.model.held import Held
 from kvloom.engine.model.hf_config import read_hf_config
@@ -60,16 +61,18 @@ def load_model(
     progress: Progress | None = None,
     head_groups: Callable[[ModelConfig, str], Sequence[Heads] | None] = lambda config, fingerprint: None,
     packed_folder: Path | None = None,
+    gguf: GGUFFile | None = None,
 ) -> LoadedModel:
     """path: a folder (config.json, *.safetensors) or a .gguf file; max_model_len: positions to prepare for, at most the
     model's own; head_groups: from config and fingerprint, the KV heads of every group in every layer, None for one group;
-    packed_folder: where packed weights are kept from one start to the next, None for nowhere.
+    packed_folder: where packed weights are kept from one start to the next, None for nowhere; gguf: the .gguf file, if it is
+    open already.
 
     Raises ModelError if files are absent, damaged or unsupported, ConfigError if a setting does not fit the model.
     """
     started = time.perf_counter()
     path = Path(path)
-    config, source, files = open_checkpoint(path)
+    config, source, files = open_checkpoint(path, gguf)
     with naming(path):
         check_weights(source, config)
         fingerprint = _fingerprint(config, files)
@@ -94,16 +97,17 @@ def fingerprint_of(path: Path) -> str:
         return _fingerprint(config, files)
 
 
-def open_checkpoint(path: Path) -> tuple[ModelConfig, WeightSource, tuple[Path, ...]]:
-    """Config, weights (mapped, not read) and weight files of a model. Raises ModelError that names the path."""
+def open_checkpoint(path: Path, gguf: GGUFFile | None = None) -> tuple[ModelConfig, WeightSource, tuple[Path, ...]]:
+    """Config, weights (mapped, not read) and weight files of a model; gguf: the .gguf file, if it is open already. Raises
+    ModelError that names the path."""
     path = Path(path)
     with naming(path):
         if path.is_dir():
             config, shards = read_hf_config(path), SafetensorsWeights(path)
             return settle_head(shards, config, path), shards, shards.files
         if path.is_file():
-            gguf = GGUFWeights(path)
-            return gguf.config, gguf, gguf.files
+            weights = GGUFWeights(path, gguf)
+            return weights.config, weights, weights.files
     raise ModelError(f"{path} does not exist; give a model folder or a .gguf file")
 
 

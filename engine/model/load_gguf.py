@@ -40,9 +40,10 @@ _IN_LAYER = {
 class GGUFWeights:
     """A `WeightSource` over one GGUF file, and the `config` that its metadata describes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, file: GGUFFile | None = None) -> None:
+        """file: the one at `path`, if it is open already."""
         self.files = (path,)
-        self._file = GGUFFile(path)
+        self._file = file or GGUFFile(path)
         _check_kinds(self._file)
         self._tensors = {_canonical(name): t for name, t in self._file.tensors.items() if name != _ROPE_FREQS}
         self.config: ModelConfig = config_from_gguf(self._file, self._divisors())

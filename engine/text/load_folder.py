@@ -16,6 +16,7 @@ import tokenizers
 from kvloom.engine.errors import ModelError
 from kvloom.engine.files import Fields, read_json_if_there, shown
 from kvloom.engine.text.settings import TokenizerSettings, unique
+from kvloom.engine.text.spelling import most_bytes
 
 log = logging.getLogger("kvloom.model")
 
@@ -33,6 +34,7 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
         if names[key] and _token_id(backend, names[key]) is None:
             log.warning("%s: tokenizer_config.json names %r as %s, which tokenizer.json does not have", folder, names[key], key)
     bos_id, eos_id = (_token_id(backend, names[key]) for key in ("bos_token", "eos_token"))
+    vocab = backend.get_vocab(with_added_tokens=True)
     explicit = "add_bos_token" in config or "add_eos_token" in config
     return backend, TokenizerSettings(
         bos_id=bos_id,
@@ -40,7 +42,8 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
         add_bos=given.flag("add_bos_token") if explicit else None,
         add_eos=given.flag("add_eos_token"),
         chat_template=_chat_template(folder, config),
-        vocab_size=max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+        vocab_size=max(vocab.values(), default=-1) + 1,
+        most_bytes=most_bytes(vocab),
     )
 
 

@@ -7,6 +7,7 @@ before merging (`.pre`) and the special ids. The rules themselves live in llama.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from kvloom.engine.errors import ModelError
 from kvloom.engine.files import Fields, shown
 from kvloom.engine.text.presplit import presplit
 from kvloom.engine.text.settings import TokenizerSettings, unique
+from kvloom.engine.text.spelling import most_bytes
 
 log = logging.getLogger("kvloom.model")
 
@@ -38,7 +40,7 @@ def load_gguf(metadata: Mapping[str, Any], where: object) -> tuple[tokenizers.To
     else:
         backend, adds_bos = _sentencepiece(given, vocab, where), True
     _add_special(backend, vocab, given, where)
-    return backend, _settings(given, Fields(metadata).text("tokenizer.chat_template"), len(vocab), adds_bos, where)
+    return backend, _settings(given, Fields(metadata).text("tokenizer.chat_template"), vocab, adds_bos, where)
 
 
 def _vocabulary(given: Fields) -> dict[str, int]:
@@ -46,7 +48,10 @@ def _vocabulary(given: Fields) -> dict[str, int]:
     tokens = given.array("tokens", str)
     if not tokens:
         raise ModelError("this GGUF holds no tokenizer (tokenizer.ggml.tokens); convert the model again with its tokenizer")
-    vocab: dict[str, int] = {}
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) == len(tokens) and max(map(len, vocab)) <= _LONGEST:
+        return vocab
+    vocab = {}
     for i, token in enumerate(tokens):
         if vocab.setdefault(token, i) != i:
             raise ModelError(f"tokenizer.ggml.tokens: tokens {vocab[token]} and {i} are both {shown(token)}; convert it again")
@@ -55,7 +60,11 @@ def _vocabulary(given: Fields) -> dict[str, int]:
     return vocab
 
 
-def _settings(given: Fields, template: str | None, vocab_size: int, adds_bos: bool, where: object) -> TokenizerSettings:
+def _settings(
+    given: Fields, template: str | None, vocab: Mapping[str, int], adds_bos: bool, where: object
+) -> TokenizerSettings:
+    vocab_size = len(vocab)
+
     def token(name: str) -> int | None:
         """A special token's id, None if it is not given or no token."""
         found = given.integer_or_none(f"{name}_token_id")
@@ -71,6 +80,7 @@ def _settings(given: Fields, template: str | None, vocab_size: int, adds_bos: bo
         add_eos=given.flag("add_eos_token"),
         chat_template=template,
         vocab_size=vocab_size,
+        most_bytes=most_bytes(vocab),
     )
 
 
@@ -84,12 +94,20 @@ def _byte_level(given: Fields, vocab: dict[str, int], where: object) -> tuple[to
     merges = given.array("merges", str)
     if merges is None:
         raise ModelError("this GGUF has a byte-level vocabulary without merges (tokenizer.ggml.merges); convert it again")
-    backend = tokenizers.Tokenizer(_model(vocab, _pairs(merges, vocab), ignore_merges=rule.whole_words))
+    backend = tokenizers.Tokenizer(_merging(vocab, merges, ignore_merges=rule.whole_words))
     backend.pre_tokenizer = rule.build()
     if rule.nfc:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     return backend, rule.adds_bos
+
+
+def _merging(vocab: dict[str, int], merges: Sequence[str], **options: Any) -> models.BPE:
+    """The model of a vocabulary with its merges. The library checks them faster than `_pairs`, which says what is wrong."""
+    with contextlib.suppress(Exception):  # the library raises bare ones
+        if "" not in vocab:  # nothing in front of a space is no token
+            return models.BPE(vocab=vocab, merges=[tuple(merge.split(" ")) for merge in merges], **options)
+    return _model(vocab, _pairs(merges, vocab), **options)
 
 
 def _pairs(merges: Sequence[str], vocab: Mapping[str, int]) -> list[tuple[str, str]]:

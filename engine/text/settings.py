@@ -22,6 +22,8 @@ class TokenizerSettings:
     """Jinja source."""
     vocab_size: int | None = None
     """Ids are below this; the default is what the vocabulary holds."""
+    most_bytes: int | None = None
+    """Bytes of the longest token where tokens are byte-level; the default is to look through the vocabulary."""
 
 
 def unique(ids: Sequence[int | None]) -> tuple[int, ...]:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import tokenizers
 
 from kvloom.engine.errors import ModelError
 
+_UTF8_BYTES = 4
+"""Most bytes of a character."""
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -41,6 +43,18 @@ def byte_level(text: str) -> bytes:
         return bytes([alphabet[char] for char in text])
     except KeyError:
         return text.encode("utf-8")
+
+
+def most_bytes(texts: Iterable[str]) -> int:
+    """Bytes of the longest of some byte-level tokens. Spells out only those whose characters, at most four bytes each, could be
+    more than what was found: a vocabulary has 10^5 tokens."""
+    texts = list(texts)
+    found = max(map(len, texts), default=0)
+    for text in sorted((text for text in texts if _UTF8_BYTES * len(text) > found), key=len, reverse=True):
+        if _UTF8_BYTES * len(text) <= found:
+            break
+        found = max(found, len(byte_level(text)))
+    return found
 
 
 def sentencepiece(text: str) -> bytes:

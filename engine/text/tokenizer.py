@@ -26,7 +26,7 @@ from kvloom.engine.files import naming
 from kvloom.engine.text.load_folder import load_folder
 from kvloom.engine.text.load_gguf import load_gguf
 from kvloom.engine.text.settings import TokenizerSettings
-from kvloom.engine.text.spelling import Spelling, byte_alphabet, byte_level, spelling_of
+from kvloom.engine.text.spelling import Spelling, byte_alphabet, byte_level, most_bytes, spelling_of
 
 _NFC_SHRINKS = 4
 """Characters that NFC may join to one."""
@@ -90,20 +90,18 @@ class Tokenizer:
         """Most bytes of text that one token stands for, so that a text has at least bytes / longest_token of them; None where
         text can vanish: rules that rewrite it before, added tokens that swallow the spaces around them, unknown
         characters that become one token."""
-        state = json.loads(self.backend.to_str())
         added = self.backend.get_added_tokens_decoder().values()
-        vanishes = any(token.lstrip or token.rstrip for token in added) or '"Removed"' in json.dumps(state["pre_tokenizer"])
+        vanishes = any(token.lstrip or token.rstrip for token in added) or '"Removed"' in _state(self.backend.pre_tokenizer)
         whole = all(self.backend.token_to_id(character) is not None for character in byte_alphabet())
         if self._spelling.to_bytes is not byte_level or vanishes or not whole:
             return None
-        longest = max(
-            max(len(token.content.encode()) for token in added) if added else 0,
-            max(len(self.token_bytes(token)) for token in range(self.vocab_size)),
-        )
-        normalizer = state["normalizer"]
-        if normalizer is None:
-            return longest
-        return _NFC_SHRINKS * longest if normalizer["type"] == "NFC" else None
+        normalizer = json.loads(_state(self.backend.normalizer))
+        if normalizer is not None and normalizer["type"] != "NFC":
+            return None
+        given = self._settings.most_bytes
+        longest = most_bytes(self.backend.get_vocab(with_added_tokens=True)) if given is None else given
+        longest = max([longest, *(len(token.content.encode()) for token in added)])
+        return longest if normalizer is None else _NFC_SHRINKS * longest
 
     def least_tokens(self, text: str) -> int:
         """A number of tokens that the text cannot have less of: quick, and for most texts far too low."""
@@ -161,3 +159,8 @@ class Tokenizer:
     def special_in(self, text: str) -> str | None:
         """A special token that the text would be encoded to, if it holds one."""
         return next((content for content in self._special.values() if content in text), None)
+
+
+def _state(rules: Any) -> str:
+    """A part of a tokenizer as JSON, without the vocabulary."""
+    return "null" if rules is None else str(rules.__getstate__().decode())

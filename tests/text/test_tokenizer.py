@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.errors import InvalidRequestError, ModelError
-from kvloom.engine.text import Tokenizer
+from kvloom.engine.text import Tokenizer, load_gguf, spelling
 
 SAMPLES = [
     "",
@@ -308,3 +308,30 @@ def test_other_decoders_are_refused(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(value))
     with pytest.raises(ModelError, match="WordPiece"):
         Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("odd", ["", "日" * 20])
+def test_the_longest_token_is_found_without_spelling_out_the_vocabulary(odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["a" * (i % 40) + str(i) for i in range(10_000)] + [odd]
+    most, spelled = max(len(spelling.byte_level(text)) for text in texts), 0
+    spell = spelling.byte_level
+
+    def counted(text: str) -> bytes:
+        nonlocal spelled
+        spelled += 1
+        return spell(text)
+
+    monkeypatch.setattr(spelling, "byte_level", counted)
+    assert spelling.most_bytes(texts) == most == (60 if odd else 43) and spelled < 10_000
+    assert spelling.most_bytes([]) == 0
+
+
+def test_the_longest_token_counts_those_that_were_added(byte_level: Tokenizer) -> None:
+    assert byte_level.longest_token == max(len(byte_level.token_bytes(i)) for i in range(byte_level.vocab_size)) == 7
+
+
+def test_merges_of_sound_files_are_checked_by_the_library_alone(
+    bytes_metadata: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load_gguf, "_pairs", lambda merges, vocab: pytest.fail("each merge was looked at"))
+    Tokenizer.from_gguf(bytes_metadata)
