@@ -43,6 +43,8 @@ DIED = "the engine has ended after an internal error; the server's log says more
 
 ERRAND_SECONDS = 0.2
 """After this long with nothing to do, the engine turns to its own work."""
+RECEIVE_SECONDS = 0.02
+"""Between two steps, messages are taken for so long: a thousand requests at once are not added before anybody's next token."""
 IDLE_SECONDS = 1.0
 """After this long with nothing to do, the engine proves once that no block is lost."""
 
@@ -225,8 +227,8 @@ class ThreadEngineClient:
         self._drain(EngineDeadError(reason))
 
     def _receive(self) -> bool:
-        """Handle messages; waits for one while there is nothing to do. False when it is time to end."""
-        checked, idle = False, time.monotonic()
+        """Handle messages, for a while; waits for one while there is nothing to do. False when it is time to end."""
+        checked, idle, until = False, time.monotonic(), float("inf")
         self._answer_next()
         while True:
             if not self._core.busy:
@@ -249,7 +251,10 @@ class ThreadEngineClient:
             if message is None:
                 self._drain(None)
                 return False
+            until = min(until, time.monotonic() + RECEIVE_SECONDS)
             message()
+            if self._core.busy and time.monotonic() > until:
+                return True
             if not self._core.busy:
                 self._stats = self._core.stats()
 

@@ -22,7 +22,7 @@ from kvloom.engine.scheduling.plan import StepPlan, least, prefills
 
 MOST_ROWS = 2**31
 """As many as there is room for."""
-FAVOUR = 0.25
+FAVOUR = 0.2
 """Time for the prompts of a tenant in that of a stream of another one of the same weight."""
 MOST_RATIO = 8.0
 """Of weights, here: however small its weight, a tenant's prompts go on."""
@@ -35,7 +35,7 @@ PROBE_STEPS = 16
 is measured anew."""
 FORGET = 0.9
 """What a measured step counts once another has been."""
-OUTLIER = 4.0
+OUTLIER = 1.5
 """A step that took more than so many times what was expected counts for that: something else had the machine."""
 
 
@@ -84,7 +84,7 @@ class StepCost:
         beside: whether it decoded as well."""
         expected = self.per_row * rows + self.per_pair * pairs
         took = max(0.0, seconds - self.base if beside else seconds)
-        if expected:
+        if expected and self._sums[0] > 2:  # the first few are not known well
             took = min(took, OUTLIER * expected)
         if seconds > 0:
             self.rows_per_second += (rows / seconds - self.rows_per_second) * (0.2 if self.rows_per_second else 1.0)

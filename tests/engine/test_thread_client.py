@@ -319,6 +319,38 @@ def test_requests_go_before_the_engines_own_work(make_llm: MakeLLM) -> None:
     client.close()
 
 
+def test_many_requests_at_once_are_added_between_steps_not_before_one(
+    make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvloom.engine.thread_client.RECEIVE_SECONDS", -1.0)  # a message and no more
+    llm = make_llm()
+    added, step = [0], llm.core.step
+    add = llm.core.add
+
+    def count(request: Any) -> None:
+        added[-1] += 1
+        add(request)
+
+    def mark() -> list[RequestOutput]:
+        added.append(0)
+        return step()
+
+    monkeypatch.setattr(llm.core, "add", count)
+    monkeypatch.setattr(llm.core, "step", mark)
+
+    async def scenario() -> None:
+        client = client_of(llm)
+        requests = [client.generate([5, 6, i], SamplingParams(max_tokens=2), request_id=str(i)) for i in range(40)]
+        stream = asyncio.ensure_future(collect(client.generate([7, 8], LONG, request_id="stream")))
+        found = await asyncio.gather(*map(collect, requests))
+        assert all(tokens_of(outputs) for outputs in found)
+        client.close()
+        await asyncio.gather(stream, return_exceptions=True)
+
+    asyncio.run(scenario())
+    assert sum(added) == 41 and max(added) == 1
+
+
 def test_health_tells_of_silence_that_is_too_long(make_llm: MakeLLM) -> None:
     client = client_of(make_llm())
     client._watchdog.close()
