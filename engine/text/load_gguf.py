@@ -106,7 +106,8 @@ def _merging(vocab: dict[str, int], merges: Sequence[str], **options: Any) -> mo
     """The model of a vocabulary with its merges. The library checks them faster than `_pairs`, which says what is wrong."""
     with contextlib.suppress(Exception):  # the library raises bare ones
         if "" not in vocab:  # nothing in front of a space is no token
-            return models.BPE(vocab=vocab, merges=[tuple(merge.split(" ")) for merge in merges], **options)
+            pairs: list[Any] = [tuple(merge.split(" ")) for merge in merges]
+            return models.BPE(vocab=vocab, merges=pairs, **options)
     return _model(vocab, _pairs(merges, vocab), **options)
 
 
