@@ -113,7 +113,9 @@ class Admission:
         request.selector = selector
         if not self.states.could_fit(request):
             raise self.selectors.too_large(kv, self.states.wanted(request), self.states.bound)
-        if isinstance(selector, Correcting) and not request.draft_tokens:  # verification leaves nothing approximate
+        if (
+            selector is not None and isinstance(selector, Correcting) and not request.draft_tokens
+        ):  # verification leaves nothing approximate
             request.correct_every = selector.correct_every
         return selector
 

@@ -43,8 +43,9 @@ DIED = "the engine has ended after an internal error; the server's log says more
 
 ERRAND_SECONDS = 0.2
 """After this long with nothing to do, the engine turns to its own work."""
-RECEIVE_SECONDS = 0.02
-"""Between two steps, messages are taken for so long: a thousand requests at once are not added before anybody's next token."""
+RECEIVE_SECONDS, RECEIVE_SHARE = 0.005, 0.2
+"""Between two steps, messages are taken for so long, or for that share of the step before if it is more: a thousand requests at
+once are not added before anybody's next token, and nobody waits behind them for many long steps."""
 IDLE_SECONDS = 1.0
 """After this long with nothing to do, the engine proves once that no block is lost."""
 
@@ -216,9 +217,12 @@ class ThreadEngineClient:
         made.set_result(built)
         reason = "the engine has been shut down"
         try:
-            while self._receive():
+            took = 0.0
+            while self._receive(max(RECEIVE_SECONDS, RECEIVE_SHARE * took)):
                 self._watchdog.beat()
+                began = time.monotonic()
                 self._deliver(self._core.step())
+                took = time.monotonic() - began
                 self._stats = self._core.stats()
         except BaseException:
             log.exception("the engine thread has died")
@@ -226,8 +230,8 @@ class ThreadEngineClient:
         self._dead = reason
         self._drain(EngineDeadError(reason))
 
-    def _receive(self) -> bool:
-        """Handle messages, for a while; waits for one while there is nothing to do. False when it is time to end."""
+    def _receive(self, seconds: float) -> bool:
+        """Handle messages, for so long; waits for one while there is nothing to do. False when it is time to end."""
         checked, idle, until = False, time.monotonic(), float("inf")
         self._answer_next()
         while True:
@@ -251,7 +255,7 @@ class ThreadEngineClient:
             if message is None:
                 self._drain(None)
                 return False
-            until = min(until, time.monotonic() + RECEIVE_SECONDS)
+            until = min(until, time.monotonic() + seconds)
             message()
             if self._core.busy and time.monotonic() > until:
                 return True

@@ -6,8 +6,8 @@
                saved up, and a piece may be overdrawn
     cost       of rows [s, s + n) of a sequence: a n + b n (s + n / 2) seconds, fitted to the steps that were measured
 
-With nobody decoding a step is as large as its budget. A stream that ended less than RECENT_SECONDS ago still counts for others:
-whoever comes back for the next answer does not find a step of seconds under way.
+With nobody decoding a step is as large as its budget, within ALONE * `step_seconds`: so long may wait whoever comes next. A
+stream that ended less than RECENT_SECONDS ago still counts for others: who comes back for more finds no such step under way.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ MOST_RATIO = 8.0
 """Of weights, here: however small its weight, a tenant's prompts go on."""
 BURST_SECONDS = 0.5
 RECENT_SECONDS = 1.0
+ALONE = 10.0
 LEAST_ROWS = 16
 """A piece of a prompt has at least so many rows: fewer cost hardly less."""
 PROBE_STEPS = 16
@@ -142,9 +143,9 @@ class Pace:
     def rows(self, request: Request) -> int:
         """Most rows that the step being planned takes of a request's prompt: at least a piece that can be computed, or 0."""
         tenant = request.tenant
-        if tenant not in self._streams and not any(other != tenant for other in self._seen):
-            return MOST_ROWS
         seconds = self._left
+        if tenant not in self._streams and not any(other != tenant for other in self._seen):
+            seconds += (ALONE - 1) * self._step_seconds
         if self._others(tenant):
             seconds = min(seconds, self._saved.get(tenant, BURST_SECONDS) - self._spent[tenant])
         if seconds <= 0:

@@ -131,7 +131,7 @@ class Extrapolating(Protocol):
 
 def extrapolates(selector: Selector | None) -> bool:
     """Whether a request with this selector may be longer than the model's trained length."""
-    return isinstance(selector, Extrapolating) and selector.extrapolates
+    return selector is not None and isinstance(selector, Extrapolating) and selector.extrapolates
 
 
 @dataclass(frozen=True, slots=True)

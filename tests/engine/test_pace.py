@@ -49,6 +49,13 @@ def test_without_streams_a_step_is_as_large_as_its_budget() -> None:
     assert [simulation.step().rows for _ in range(3)] == [512, 512, 476]
 
 
+def test_a_slow_machine_makes_no_step_of_many_seconds() -> None:
+    simulation = Simulation("fcfs", replace(MACHINE, rows_per_second=100))
+    simulation.submit(Job(0.0, prompt(1500), 1))
+    assert simulation.step().rows == 512, "nothing is known yet"
+    assert simulation.step().rows == pytest.approx(100, abs=5), "ten times as long as beside streams"
+
+
 def test_a_prompt_beside_a_stream_of_the_same_tenant_takes_what_a_step_has_time_for() -> None:
     simulation, stream = begun()
     simulation.submit(Job(0.0, prompt(2000), 1, "a"))

@@ -322,7 +322,8 @@ def test_requests_go_before_the_engines_own_work(make_llm: MakeLLM) -> None:
 def test_many_requests_at_once_are_added_between_steps_not_before_one(
     make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvloom.engine.thread_client.RECEIVE_SECONDS", -1.0)  # a message and no more
+    monkeypatch.setattr("kvloom.engine.thread_client.RECEIVE_SECONDS", 0.0)  # a message and no more
+    monkeypatch.setattr("kvloom.engine.thread_client.RECEIVE_SHARE", 0.0)
     llm = make_llm()
     added, step = [0], llm.core.step
     add = llm.core.add
