@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvloom.loadtest import flood_kinds
+from kvloom.loadtest.figures import add_publish, publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.flood_kinds import FLOODS, Target
 from kvloom.loadtest.neighbour import KEY, Figures, Neighbour
@@ -83,13 +84,21 @@ def _row(name: str, without: Sequence[Figures], under: Sequence[Figures]) -> dic
     }
 
 
+HEAD = ("flood", "tok/s", "under it", "times slower", "/health p95, ms", "under it, ms", "times longer")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row as it is shown."""
+    tokens, health = row["tokens_per_second"], row["health_p95_ms"]
+    figures = (*tokens, row["tokens_ratio"], *health, row["health_ratio"])
+    return [row["flood"], *(f"{value:.{digits}f}" for value, digits in zip(figures, (1, 1, 2, 1, 1, 2)))]
+
+
 def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """The table: without, under, and how many times worse."""
-    table = Table("flood", "tok/s", "under", "ratio", "/health p95 ms", "under", "ratio")
+    table = Table(*HEAD)
     for row in rows:
-        tokens, health = row["tokens_per_second"], row["health_p95_ms"]
-        cells = (*(f"{v:.1f}" for v in tokens), f"{row['tokens_ratio']:.2f}", *(f"{v:.1f}" for v in health))
-        table.add_row(row["flood"], *cells, f"{row['health_ratio']:.2f}")
+        table.add_row(*cells(row))
     console.print(table)
 
 
@@ -112,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with (arguments.out / "floods.jsonl").open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     show(Console(), rows)
+    if arguments.publish:
+        publish(arguments.publish, HEAD, list(map(cells, rows)), f"Medians of {arguments.rounds} rounds.")
     return 0
 
 
@@ -124,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=4.0, help="per window (default: %(default)s)")
     parser.add_argument("--flood", action="append", choices=list(FLOODS), help="only this one; repeat it for several")
     parser.add_argument("--out", type=Path, default=Path("floods"), help="folder for floods.jsonl and the server's log")
+    add_publish(parser)
     return parser
 
 

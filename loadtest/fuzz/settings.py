@@ -10,10 +10,12 @@ _SHARE = (
 )
 
 SETTINGS: tuple[dict[str, Any], ...] = (
-    {"scheduler": "cache_aware", "block_size": 4, "kv_memory": 48 * 1024, "max_batched_tokens": 64, "max_num_seqs": 16},
+    {"scheduler": "cache_aware", "block_size": 4, "kv_memory": 48 * 1024, "max_batched_tokens": 64, "max_num_seqs": 16,
+     "step_time_ms": 1},
     {"scheduler": "priority", "block_size": 16, "kv_memory": 192 * 1024, "max_batched_tokens": 256, "max_num_seqs": 32},
     {"scheduler": "fcfs", "block_size": 1, "kv_memory": 44 * 1024, "max_batched_tokens": 8, "max_num_seqs": 24},
-    {"scheduler": "cache_aware", "reuse": "approx", "block_size": 8, "kv_memory": 64 * 1024, "max_batched_tokens": 32},
+    {"scheduler": "cache_aware", "reuse": "approx", "block_size": 8, "kv_memory": 64 * 1024, "max_batched_tokens": 32,
+     "step_time_ms": 0},
     {"scheduler": "fcfs", "retention": "razor", "retention_options": '{"induction_share": 0.3, "echo_share": 0.1, "least": 8}',
      "kv_memory": 192 * 1024, "block_size": 4, "max_num_seqs": 8},
     {"scheduler": "fcfs", "selection": "recycled", "budget": 16, "selection_options": '{"stride": 3}', "draft": True,
