@@ -29,10 +29,11 @@ def _system() -> int:
 
 
 def _group(root: Path) -> int:
-    """What the control group has left (version 2 files); a huge number if there is no limit."""
+    """What the control group has left (version 2 files), cached files not counted; a huge number if there is no limit."""
     try:
-        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return int(limit) - int(used)
+        limit, used, found = ((root / name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat"))
+        cached = sum(int(line.split()[1]) for line in found.splitlines() if line.startswith(("active_file ", "inactive_file ")))
+        return max(0, int(limit) - max(0, int(used) - cached))
     except (OSError, ValueError):  # no control group, or "max"
         return 1 << 62
 
@@ -59,7 +60,8 @@ def check_kv_memory(asked: int, segments: int, selection: int) -> None:
     if total <= free:
         return
     parts = f"{size(asked)} for the KV cache, up to {size(segments)} for segments and {size(selection)} for selection state"
-    found = f"{parts} make {size(total)}, and {size(free)} are free; give at most {int(free * asked / total / MIB)}MiB"
+    most = max(0, int(free * asked / total / MIB))
+    found = f"{parts} make {size(total)}, and {size(free)} are free; give about {most}MiB"
     if asked > free:
         raise ConfigError(f"kv_memory does not fit this machine with the model loaded: {found}, or leave it out")
     log.warning("memory can run out when all of it is in use: %s, or lower segment_memory or selection_memory", found)

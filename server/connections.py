@@ -127,6 +127,8 @@ class ConnectionGuard:
                 self._close(victim, "there were too many connections")
             connection.surplus = len(self._open) >= self.limits.connections
         self._open[connection] = None
+        if self.draining:
+            connection.end()
         if not self._ticking:
             self._ticking = True
             connection.loop.call_later(self.limits.tick, self._tick, connection.loop)

@@ -151,8 +151,8 @@ class PromptEncoder:
 
     def _room(self, characters: int) -> AbstractContextManager[object]:
         """Room in the queue for a text while it is encoded. Raises OverloadedError if it is long and there is none."""
-        long = characters > INLINE_CHARACTERS
-        return self._reserve(self._tenant, characters // CHARACTERS_PER_TOKEN) if long else contextlib.nullcontext()
+        long, tokens = characters > INLINE_CHARACTERS, characters // CHARACTERS_PER_TOKEN
+        return self._reserve(self._tenant, min(tokens, self.max_model_len)) if long else contextlib.nullcontext()
 
     async def _run(self, long: bool, work: Callable[[], T]) -> T:
         return await self._pool.run(self._tenant, work) if long else work()

@@ -1,6 +1,6 @@
 """When a 429 is told: who does not mind Retry-After asks the more seldom, and does not take the loop from others.
 
-The refusals of a tenant are told one after the other, so many a second at most, however many connections it asks on.
+The refusals of a tenant are told one after the other; those that would wait for longer than LONGEST_SECONDS, by then.
 """
 
 from __future__ import annotations

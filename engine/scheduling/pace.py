@@ -27,6 +27,8 @@ FAVOUR = 0.2
 MOST_RATIO = 8.0
 """Of weights, here: however small its weight, a tenant's prompts go on."""
 BURST_SECONDS = 0.5
+MOST_DEBT = 4.0
+"""Of these: what a piece took is charged, and not what the machine did meanwhile."""
 RECENT_SECONDS = 1.0
 ALONE = 10.0
 LEAST_ROWS = 16
@@ -59,11 +61,9 @@ class StepCost:
     def rows(self, seconds: float, start: int) -> float:
         """Rows of a prompt from position `start` on that take so long."""
         first = self.per_row + self.per_pair * start
-        if first <= 0:
+        if first <= 0 or seconds == math.inf:
             return math.inf
-        if self.per_pair == 0:
-            return seconds / first
-        return (math.sqrt(first * first + 2 * self.per_pair * seconds) - first) / self.per_pair
+        return 2 * seconds / (first + math.sqrt(first * first + 2 * self.per_pair * seconds))
 
     def seconds(self, rows: float, start: int) -> float:
         """What that many take."""
@@ -112,7 +112,7 @@ class Pace:
         tenant, > 0."""
         self.cost = StepCost()
         self._step_seconds, self._weight, self._clock = step_seconds, weight, clock
-        self._streams: Collection[str] = ()
+        self._streams: set[str] = set()
         """Tenants of whom something decodes now."""
         self._seen: dict[str, float] = {}
         """Tenants of whom something decoded lately, and when it last did."""
@@ -142,15 +142,23 @@ class Pace:
 
     def rows(self, request: Request) -> int:
         """Most rows that the step being planned takes of a request's prompt: at least a piece that can be computed, or 0."""
-        tenant = request.tenant
-        seconds = self._left
-        if tenant not in self._streams and not any(other != tenant for other in self._seen):
-            seconds += (ALONE - 1) * self._step_seconds
-        if self._others(tenant):
-            seconds = min(seconds, self._saved.get(tenant, BURST_SECONDS) - self._spent[tenant])
+        seconds = self._seconds(request.tenant)
         if seconds <= 0:
             return 0
         return int(min(MOST_ROWS, max(LEAST_ROWS, least(request), self.cost.rows(seconds, request.computed))))
+
+    def ready(self, tenant: str) -> bool:
+        """Whether the step being planned takes rows of a tenant's prompts."""
+        return self._seconds(tenant) > 0
+
+    def _seconds(self, tenant: str) -> float:
+        """What prompts of a tenant may take of the step."""
+        seconds = self._left
+        if tenant not in self._streams and not any(other != tenant for other in self._seen):
+            seconds += (ALONE - 1) * self._step_seconds
+        if self._streams - {tenant}:
+            seconds = min(seconds, self._saved.get(tenant, BURST_SECONDS) - self._spent.get(tenant, 0.0))
+        return seconds
 
     def spend(self, request: Request, rows: int) -> None:
         """The step takes so many of them."""
@@ -174,21 +182,19 @@ class Pace:
         elif self._decodes:
             self.cost.plain(now - self._began, self._decodes)
             self._mixed = 0
-        self._settle(took, max(0.0, now - self._ended - took))
+        self._settle(took, now - self._ended)
         self._ended = now
 
-    def _settle(self, took: float, rest: float) -> None:
-        """Prompts took so long, and so much time has passed beside."""
-        planned = sum(self._spent.values())
+    def _settle(self, took: float, passed: float) -> None:
+        """Prompts took so long, of the time that has passed."""
+        planned, weights = sum(self._spent.values()), {stream: self._weight(stream) for stream in self._streams}
+        total = sum(weights.values())
         for tenant in {*self._saved, *self._spent}:
-            others, saved = self._others(tenant), self._saved.pop(tenant, BURST_SECONDS)
-            if others and planned:
-                saved -= took * self._spent[tenant] / planned
-            mean = sum(map(self._weight, others)) / len(others) if others else self._weight(tenant)
-            saved += rest * FAVOUR * min(MOST_RATIO, max(1 / MOST_RATIO, self._weight(tenant) / mean))
+            weight, saved = self._weight(tenant), self._saved.pop(tenant, BURST_SECONDS)
+            own = took * self._spent.get(tenant, 0.0) / planned if planned else 0.0
+            others = len(weights) - (tenant in weights)
+            mean = (total - weights.get(tenant, 0.0)) / others if others else weight
+            saved += max(0.0, passed - own) * FAVOUR * min(MOST_RATIO, max(1 / MOST_RATIO, weight / mean))
+            saved -= own if others else 0.0
             if saved < BURST_SECONDS:
-                self._saved[tenant] = saved
-
-    def _others(self, tenant: str) -> list[str]:
-        """Of whom something decodes now, beside a tenant."""
-        return [other for other in self._streams if other != tenant]
+                self._saved[tenant] = max(saved, -MOST_DEBT * BURST_SECONDS)

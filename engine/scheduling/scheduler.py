@@ -208,7 +208,7 @@ class Scheduler:
         Returns the rows that are left."""
         planned = {chunk.request for chunk in plan.chunks}
         order = [request for request in sorted(self.running, key=self._turn) if request not in planned]
-        prompts = [request for request in order if request.pending > 1 and request.left_out < TURN_STEPS]
+        prompts = [request for request in order if prefills(request) and request.pending > 1 and request.left_out < TURN_STEPS]
         for request in order:
             if request not in prompts:
                 budget -= self._go_on(request, budget, budget, plan)
@@ -241,6 +241,7 @@ class Scheduler:
             return 0
         self._considered = request
         work = self._prepare(request) if request.unprepared else 0
+        self._pace.spend(request, work)
         left = max(1, budget - work)
         chunk = self._chunk(request, max(1, min(left, room - work)))
         if chunk is None and request is min(self.running, key=self._order.key):  # the first in order is never kept waiting
@@ -278,8 +279,8 @@ class Scheduler:
         return budget
 
     def _paced(self, request: Request) -> bool:
-        """Whether the step that is planned takes anything of a prompt."""
-        return self._pace.rows(request) > 0
+        """Whether the step that is planned takes anything of a request's tenant's prompts."""
+        return self._pace.ready(request.tenant)
 
     def _begin(self, admitted: Request, budget: int, plan: StepPlan, *, alone: bool) -> int | None:
         """The first rows of a request that has been admitted. Returns how much of the budget that took; None if it needs more
@@ -289,6 +290,7 @@ class Scheduler:
             if admitted.computed and not alone:  # what it begins with may be computed in this very step: wait for it
                 return 0
             work = min(self._prepare(admitted), budget - 1)
+            self._pace.spend(admitted, work)
         chunk = self._chunk(admitted, budget - work)
         if chunk is None:  # it keeps its blocks, and comes first in the next step
             return None
@@ -308,13 +310,17 @@ class Scheduler:
         return (-(request.left_out // TURN_STEPS if many else request.left_out), many, self._order.key(request))
 
     def _take_turns(self, plan: StepPlan) -> None:
-        """Note who got no row. A prompt behind an earlier one that was computed is not left out: prompts go one by one."""
-        planned = {chunk.request for chunk in plan.chunks}
-        first = min((self._order.key(chunk.request) for chunk in plan.chunks if of_prompt(chunk)), default=None)
+        """Note who got no row. A prompt behind an earlier one of its tenant is not left out: they go one by one."""
+        planned, first = {chunk.request for chunk in plan.chunks}, dict[str, Key]()
+        for chunk in filter(of_prompt, plan.chunks):
+            tenant, key = chunk.request.tenant, self._order.key(chunk.request)
+            first[tenant] = min(first.get(tenant, key), key)
         for request in self.running:
             if request in planned:
                 request.left_out = 0
-            elif first is None or request.pending == 1 or request.verifying or self._order.key(request) < first:
+                continue
+            before = None if request.pending == 1 or request.verifying else first.get(request.tenant)
+            if before is None or self._order.key(request) < before:
                 request.left_out += 1
 
     def completed(self, chunk: Chunk, *, saw_everything: bool = True) -> None:

@@ -25,7 +25,7 @@ def test_more_than_the_machine_has_is_refused_with_the_sum(tiny: Path, monkeypat
         "20.0 GiB are free",
     ):
         assert part in text
-    most = int(text.split("at most ")[1].split("MiB")[0]) * MIB
+    most = int(text.split("give about ")[1].split("MiB")[0]) * MIB
     assert most == pytest.approx(20 * GIB / 1.625, abs=MIB)
     check_kv_memory(most, most // 2, most // 8)
 

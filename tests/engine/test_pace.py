@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,6 +117,17 @@ def test_the_smallest_weight_goes_on() -> None:
     while little.computed < len(little.prompt):
         simulation.step()
     assert simulation.now - asked < 1.2 * 8 / FAVOUR * len(little.prompt) / MACHINE.rows_per_second
+
+
+def test_a_prompt_in_large_pieces_has_its_turns_beside_another_tenants() -> None:
+    simulation, _ = begun()
+    simulation.submit(Job(0.0, prompt(60_000), 1, "a"))
+    pieces = simulation.submit(Job(0.0, prompt(2048), 1, "c"))
+    pieces.selector = SimpleNamespace(grid=512, tail=0, dense_until=0, prompts="sparse", budget=0, slabs=())  # type: ignore[assignment]
+    since = simulation.now
+    while pieces.computed < 2048 and simulation.now - since < 60:
+        simulation.step()
+    assert simulation.now - since < 1.3 * 2.048 / FAVOUR
 
 
 def test_two_floods_share_what_floods_get() -> None:

@@ -107,7 +107,7 @@ def test_numba_gets_no_folder_that_others_write_to(cache: Path) -> None:
 def test_a_library_that_others_write_to_is_neither_loaded_nor_trusted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Path] = []
 
-    def compile_(compiler: str, flags: list[str], target: Path) -> None:
+    def compile_(compiler: str, flags: list[str], target: Path, *_: object) -> None:
         target.write_bytes(b"library")
         target.chmod(0o755)
         made.append(target)
