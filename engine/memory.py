@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from pathlib import Path
@@ -31,11 +32,14 @@ def _system() -> int:
 def _group(root: Path) -> int:
     """What the control group has left (version 2 files), cached files not counted; a huge number if there is no limit."""
     try:
-        limit, used, found = ((root / name).read_text().strip() for name in ("memory.max", "memory.current", "memory.stat"))
-        cached = sum(int(line.split()[1]) for line in found.splitlines() if line.startswith(("active_file ", "inactive_file ")))
-        return max(0, int(limit) - max(0, int(used) - cached))
+        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        left = int(limit) - int(used)
     except (OSError, ValueError):  # no control group, or "max"
         return 1 << 62
+    with contextlib.suppress(OSError):
+        lines = (root / "memory.stat").read_text().splitlines()
+        left += sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
+    return min(int(limit), max(0, left))
 
 
 def default_kv_memory() -> int:

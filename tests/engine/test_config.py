@@ -74,6 +74,8 @@ def test_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "memory.max").write_text("3000\n")
     (tmp_path / "memory.current").write_text("1000\n")
     assert memory._group(tmp_path) == 2000
+    (tmp_path / "memory.stat").write_text("anon 100\nactive_file 300\ninactive_file 200\n")
+    assert memory._group(tmp_path) == 2500, "cached files make room when it is wanted"
     (tmp_path / "memory.max").write_text("max\n")
     assert memory._group(tmp_path) > 1 << 60
     assert memory._group(tmp_path / "absent") > 1 << 60
