@@ -117,8 +117,8 @@ class Simulation:
                 if not request.preemptions:
                     self.admitted.append(request)
         self._waiting.update(request.tenant for request in plan.preempted)
-        decodes = sum(chunk.decodes for chunk in plan.chunks)
-        self.now += self.machine.step_seconds + plan.rows / self.machine.rows_per_second + decodes * self.machine.stream_seconds
+        streams = sum(chunk.decodes for chunk in plan.chunks)
+        self.now += self.machine.step_seconds + plan.rows / self.machine.rows_per_second + streams * self.machine.stream_seconds
         if all(self._waiting.values()):
             for chunk in plan.chunks:
                 decodes = chunk.start >= len(chunk.request.prompt)

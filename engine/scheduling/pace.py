@@ -123,8 +123,9 @@ class Pace:
         self._spent: defaultdict[str, float] = defaultdict(float)
         """Seconds that the prompts of this step are expected to take, by tenant."""
         self._rows, self._decodes = 0, 0
+        """Of the step that was planned: rows of prompts, and requests that decode."""
         self._pairs = 0.0
-        """Of the step that was planned: rows of prompts, positions that they see, and requests that decode."""
+        """Positions that those rows see, summed over them."""
         self._mixed = 0
         """Steps with prompts since one that only decoded."""
 

@@ -18,10 +18,20 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from kvloom.engine.model.decoder import Decoder
+from kvloom.kernels import load
 from kvloom.kernels.interface import Kernels, PagedKV, Rows
 from kvloom.kernels.reference import ReferenceKernels
 
 BLOCK = 4
+
+
+@pytest.fixture(scope="session")
+def native() -> Kernels:
+    """This machine's native back end; skips where it cannot be had."""
+    try:
+        return load("native")
+    except Exception as reason:
+        pytest.skip(f"no native back end: {reason}")
 
 
 class SequenceAttention:

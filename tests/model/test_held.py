@@ -13,16 +13,7 @@ from gguf.quants import quantize
 
 from kvloom.engine.model import packed_cache
 from kvloom.engine.model.load import load_model
-from kvloom.kernels import load
 from kvloom.kernels.reference import ReferenceKernels
-
-
-@pytest.fixture(scope="module")
-def native() -> Any:
-    try:
-        return load("native")
-    except Exception as reason:
-        pytest.skip(f"no native back end: {reason}")
 
 
 @pytest.mark.parametrize(

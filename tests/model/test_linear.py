@@ -11,7 +11,6 @@ from kvloom.engine.model.dequantize import dequantize
 from kvloom.engine.model.linear import DenseLinear, LinearWeight, PackedLinear, make_linear
 from kvloom.engine.model.load_gguf import GGUFWeights
 from kvloom.engine.model.quantized import QuantizedLinear, round_to_int4, round_to_int8, unpack
-from kvloom.kernels import load
 from kvloom.kernels.reference import ReferenceKernels
 
 QKV = tuple(f"model.layers.0.self_attn.{p}_proj.weight" for p in "qkv")
@@ -97,14 +96,6 @@ def test_rounding_is_to_nearest(round_, bits: int) -> None:
     assert codes.bits == bits
     steps = codes.scales.repeat_interleave(32, 1)
     assert ((codes.dense() - weight).abs() <= steps * 0.51 + 2e-3 * weight.abs()).all()
-
-
-@pytest.fixture(scope="module")
-def native():
-    try:
-        return load("native")
-    except Exception as reason:
-        pytest.skip(f"no native back end: {reason}")
 
 
 @pytest.mark.parametrize(

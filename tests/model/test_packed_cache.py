@@ -17,16 +17,7 @@ import torch
 from kvloom.engine.model import packed_cache
 from kvloom.engine.model.load import load_model
 from kvloom.engine.model.packed_cache import PackedCache, PackedKey, list_packed
-from kvloom.kernels import load
 from kvloom.kernels.interface import PackedWeight
-
-
-@pytest.fixture(scope="module")
-def native() -> Any:
-    try:
-        return load("native")
-    except Exception as reason:
-        pytest.skip(f"no native back end: {reason}")
 
 
 @pytest.fixture(autouse=True)

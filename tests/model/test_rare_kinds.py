@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from gguf.quants import dequantize as oracle
 from kvloom.engine.model.linear import DenseLinear, LinearWeight, make_linear
 from kvloom.engine.model.load_gguf import GGUFWeights
 from kvloom.engine.model.quantized import QuantizedLinear
-from kvloom.kernels import load
 from kvloom.kernels.reference import ReferenceKernels
 
 HALF = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
@@ -50,11 +50,7 @@ def test_they_are_decoded_and_the_log_says_so(
     assert isinstance(dense, DenseLinear) and torch.equal(dense.weight, wanted.bfloat16())
 
 
-def test_auto_rounds_them_to_eight_bits(write_gguf: Callable[..., Path]) -> None:
-    try:
-        native = load("native")
-    except Exception as reason:
-        pytest.skip(f"no native back end: {reason}")
+def test_auto_rounds_them_to_eight_bits(write_gguf: Callable[..., Path], native: Any) -> None:
     path = write_gguf("F16", hidden=256, inner=512, tensors={"blk.0.ffn_gate.weight": (blocks("Q3_K", 512, 256), "Q3_K")})
     weight = LinearWeight(GGUFWeights(path), ("model.layers.0.mlp.gate_proj.weight",))
     made = make_linear(weight, None, "auto", torch.bfloat16, native)
