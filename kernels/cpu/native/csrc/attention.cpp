@@ -222,9 +222,10 @@ template <class T> class TileRun {
   }
 
   template <int R, class Values> void weigh(Values values, int count, const float* alpha, float* o) {
+    constexpr int64_t kWide = kAcross * kLanes;
     int64_t d = 0;
-    for (; d + 64 <= stride_; d += 64) gather<R, 2>(s_, values, count, d, alpha, o, stride_);
-    if (d < stride_) gather<R, 1>(s_, values, count, d, alpha, o, stride_);
+    for (; d + kWide <= stride_; d += kWide) gather<R, kAcross>(s_, values, count, d, alpha, o, stride_);
+    if (d < stride_) gather<R, kAcross == 1 ? 1 : 2>(s_, values, count, d, alpha, o, stride_);
   }
 
   template <int R> void emit(int64_t at, int64_t r) {

@@ -6,7 +6,7 @@
 //     AVX2    int16; of every four inputs first 0 and 2, then 1 and 3: the weights' bytes spread by masks alone
 //     else    int16 in order
 //
-// All three give the same integers.
+// All three give the same integers. A panel's 16 outputs are kParts registers of sums.
 #pragma once
 
 #include "vec.h"
@@ -23,13 +23,14 @@ using Stored = __m512i;   // 64 bytes of weights as they lie in memory
 using Weights4 = __m512i; // 16 outputs x 4 inputs, ready to multiply
 using isum = __m512i;     // an int32 per output
 using fsum = vec;
-constexpr int kPlanes = 2;
+constexpr int kPlanes = 2, kParts = 1;
 
 inline Stored load_stored(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Weights4 whole(Stored c) { return c; }
 inline Weights4 low_nibbles(Stored c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
 inline Weights4 high_nibbles(Stored c) { return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15)); }
-inline void store_unpacked(uint8_t* p, Weights4 c) { _mm512_storeu_si512(p, c); }
+inline void store_ready(uint8_t* p, Weights4 c) { _mm512_storeu_si512(p, c); }
+inline Weights4 load_ready(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline isum isplat(int32_t x) { return _mm512_set1_epi32(x); }
 inline isum next_plane(isum x, int32_t add) { return _mm512_add_epi32(_mm512_slli_epi32(x, 7), isplat(add)); }
 inline fsum to_float(isum x) { return _mm512_cvtepi32_ps(x); }
@@ -42,37 +43,32 @@ inline isum dot4(isum acc, Weights4 weights, const Code* x) {
 #elif defined(KVLOOM_AVX2)
 
 using Code = int16_t;
-struct Stored { __m256i half[2]; };
-struct Weights4 { __m256i even[2], odd[2]; };  // inputs 0 and 2, and 1 and 3, as int16
-struct isum { __m256i half[2]; };
-struct fsum { __m256 half[2]; };
-constexpr int kPlanes = 1;
+using Stored = __m256i;
+struct Weights4 { __m256i even, odd; };  // 8 outputs: inputs 0 and 2, and 1 and 3, as int16
+using isum = __m256i;
+using fsum = __m256;
+constexpr int kPlanes = 1, kParts = 2;
 
 inline isum next_plane(isum x, int32_t) { return x; }
-inline Stored load_stored(const uint8_t* p) {
-  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
-}
+inline Stored load_stored(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
 template <int Shift, int Mask> inline __m256i bits(__m256i x) {
   return _mm256_and_si256(_mm256_srli_epi16(x, Shift), _mm256_set1_epi16(Mask));
 }
-template <int Shift, int Mask> inline Weights4 spread(Stored c) {
-  return {{bits<Shift, Mask>(c.half[0]), bits<Shift, Mask>(c.half[1])},
-          {bits<Shift + 8, Mask>(c.half[0]), bits<Shift + 8, Mask>(c.half[1])}};
+inline Weights4 whole(Stored c) { return {bits<0, 255>(c), bits<8, 255>(c)}; }
+inline Weights4 low_nibbles(Stored c) { return {bits<0, 15>(c), bits<8, 15>(c)}; }
+inline Weights4 high_nibbles(Stored c) { return {bits<4, 15>(c), bits<12, 15>(c)}; }
+inline void store_ready(uint8_t* p, const Weights4& c) {
+  _mm256_storeu_si256((__m256i*)p, c.even), _mm256_storeu_si256((__m256i*)p + 1, c.odd);
 }
-inline Weights4 whole(Stored c) { return spread<0, 255>(c); }
-inline Weights4 low_nibbles(Stored c) { return spread<0, 15>(c); }
-inline Weights4 high_nibbles(Stored c) { return spread<4, 15>(c); }
-inline isum isplat(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-inline fsum to_float(isum x) { return {_mm256_cvtepi32_ps(x.half[0]), _mm256_cvtepi32_ps(x.half[1])}; }
+inline Weights4 load_ready(const uint8_t* p) { return {load_stored(p), load_stored(p + 32)}; }
+inline isum isplat(int32_t x) { return _mm256_set1_epi32(x); }
+inline fsum to_float(isum x) { return _mm256_cvtepi32_ps(x); }
+inline __m256i pair_at(const Code* x) {  // everywhere; loaded so because gcc would go by way of a general register
+  return _mm256_castps_si256(_mm256_broadcast_ss(reinterpret_cast<const float*>(x)));
+}
 inline isum dot4(isum acc, const Weights4& weights, const Code* x) {
-  int32_t pair[2];
-  std::memcpy(pair, x, 8);
-  const __m256i even = _mm256_set1_epi32(pair[0]), odd = _mm256_set1_epi32(pair[1]);
-  for (int h = 0; h < 2; h++) {
-    acc.half[h] = _mm256_add_epi32(acc.half[h], _mm256_madd_epi16(weights.even[h], even));
-    acc.half[h] = _mm256_add_epi32(acc.half[h], _mm256_madd_epi16(weights.odd[h], odd));
-  }
-  return acc;
+  acc = _mm256_add_epi32(acc, _mm256_madd_epi16(weights.even, pair_at(x)));
+  return _mm256_add_epi32(acc, _mm256_madd_epi16(weights.odd, pair_at(x + 2)));
 }
 
 #else
@@ -82,13 +78,15 @@ typedef uint8_t Stored __attribute__((vector_size(64)));
 using Weights4 = Stored;
 using isum = ivec;
 using fsum = vec;
-constexpr int kPlanes = 1;
+constexpr int kPlanes = 1, kParts = 1;
 
 inline isum next_plane(isum x, int32_t) { return x; }
 inline Stored load_stored(const uint8_t* p) { Stored c; std::memcpy(&c, p, sizeof c); return c; }
 inline Weights4 whole(Stored c) { return c; }
 inline Weights4 low_nibbles(Stored c) { return c & 15; }
 inline Weights4 high_nibbles(Stored c) { return c >> 4; }
+inline void store_ready(uint8_t* p, Weights4 c) { std::memcpy(p, &c, sizeof c); }
+inline Weights4 load_ready(const uint8_t* p) { return load_stored(p); }
 inline isum isplat(int32_t x) {
 #ifdef KVLOOM_AVX512
   return _mm512_set1_epi32(x);
@@ -116,27 +114,21 @@ inline isum dot4(isum acc, Weights4 weights, const Code* x) {
 
 #endif
 
+constexpr int kPart = kPanel / kParts, kReadyBytes = 64;  // of a part: outputs, bytes of four inputs ready to multiply
+
 // Sums across groups: fp32, one lane per output. ----------------------------------------------------------------------
 
 #ifdef KVLOOM_AVX2
-inline fsum fzero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-inline fsum load_halves(const f16* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
-}
-inline fsum times(fsum a, float b) {
-  return {_mm256_mul_ps(a.half[0], _mm256_set1_ps(b)), _mm256_mul_ps(a.half[1], _mm256_set1_ps(b))};
-}
-inline fsum add_product(fsum a, fsum b, fsum c) {
-  return {_mm256_fmadd_ps(a.half[0], b.half[0], c.half[0]), _mm256_fmadd_ps(a.half[1], b.half[1], c.half[1])};
-}
-inline fsum add_product(fsum a, float b, fsum c) { return add_product(a, {_mm256_set1_ps(b), _mm256_set1_ps(b)}, c); }
-inline void store_sum(float* p, fsum a) { _mm256_storeu_ps(p, a.half[0]), _mm256_storeu_ps(p + 8, a.half[1]); }
+inline fsum fsplat(float x) { return _mm256_set1_ps(x); }
+inline fsum load_halves(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline fsum times(fsum a, float b) { return _mm256_mul_ps(a, fsplat(b)); }
+inline fsum add_product(fsum a, fsum b, fsum c) { return _mm256_fmadd_ps(a, b, c); }
+inline void store_sum(float* p, fsum a) { _mm256_storeu_ps(p, a); }
 #else
-inline fsum fzero() { return zero(); }
+inline fsum fsplat(float x) { return splat(x); }
 inline fsum load_halves(const f16* p) { return load(p); }
 inline fsum times(fsum a, float b) { return a * splat(b); }
 inline fsum add_product(fsum a, fsum b, fsum c) { return fma(a, b, c); }
-inline fsum add_product(fsum a, float b, fsum c) { return fma(a, splat(b), c); }
 inline void store_sum(float* p, fsum a) { store(p, a); }
 #endif
 

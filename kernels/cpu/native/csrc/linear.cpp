@@ -68,10 +68,10 @@ void write(const LinearArgs& a, int64_t row, int64_t column, const float* values
 }
 
 template <Format F, int R, int P>
-void tile(const LinearArgs& a, const uint8_t* panel, const uint8_t* unpacked, const Activations& x, int64_t groups,
+void tile(const LinearArgs& a, const uint8_t* panel, const uint8_t* ready, const Activations& x, int64_t groups,
           int64_t row, int64_t column) {
   alignas(64) float out[R * P * kPanel];
-  multiply<F, R, P>(panel, unpacked, x, groups, out);
+  multiply<F, R, P>(panel, ready, x, groups, out);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) write(a, row + r, column + p * kPanel, out + (r * P + p) * kPanel);
 }
@@ -82,36 +82,35 @@ template <Format F, int R, int P, class... Rest> void tile_of(int64_t count, con
   else if constexpr (R > 1) tile_of<F, R - 1, P>(count, rest...);
 }
 
-// Nibbles of P panels as bytes, in the order the inner loop reads them; null where that would save nothing.
-template <Format F, int P> const uint8_t* unpack([[maybe_unused]] const uint8_t* panel, [[maybe_unused]] int64_t groups) {
-#ifdef KVLOOM_VNNI
-  if (!Weights<F>::kNibbles) return nullptr;
-  const int64_t panel_bytes = Weights<F>::panel_bytes(groups);
-  auto* to = static_cast<uint8_t*>(panel_arena.reserve(groups * P * kSteps * 64));
+constexpr bool kSpread = kParts > 1;  // bytes must become int16 before they are multiplied
+
+// P panels' weights ready to multiply, in the order the inner loop reads them; null where that would save nothing.
+template <Format F, int P> const uint8_t* prepare([[maybe_unused]] const uint8_t* panel, [[maybe_unused]] int64_t groups) {
+  using W = Weights<F>;
+  if (!(W::kNibbles || kSpread) || kRows == 1) return nullptr;
+  constexpr int Q = P * kParts;
+  auto* to = static_cast<uint8_t*>(panel_arena.reserve(groups * kSteps * Q * kReadyBytes));
   for (int64_t g = 0; g < groups; g++)
-    for (int p = 0; p < P; p++)
-      for (int s = 0; s < kSteps / 2; s++) {
-        const Stored both = load_stored(panel + p * panel_bytes + g * Weights<F>::kCodeBytes + s * 64);
-        uint8_t* at = to + ((g * P + p) * kSteps + s) * 64;
-        store_unpacked(at, low_nibbles(both));
-        store_unpacked(at + kSteps / 2 * 64, high_nibbles(both));
+    for (int s = 0; s < kSteps; s++)
+      for (int q = 0; q < Q; q++, to += kReadyBytes) {
+        const uint8_t* from = panel + q / kParts * W::panel_bytes(groups) + g * W::kCodeBytes + q % kParts * (64 / kParts);
+        if (!W::kNibbles) store_ready(to, whole(load_stored(from + s * 64)));
+        else if (s < kSteps / 2) store_ready(to, low_nibbles(load_stored(from + s * 64)));
+        else store_ready(to, high_nibbles(load_stored(from + (s - kSteps / 2) * 64)));
       }
-  return to;
-#else
-  return nullptr;
-#endif
+  return static_cast<const uint8_t*>(panel_arena.reserve(0));
 }
 
 // Rows [row, end) against panels [first, first + P).
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs, panel_bytes = Weights<F>::panel_bytes(groups);
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * panel_bytes;
-  const uint8_t* unpacked = end - row > kRows ? unpack<F, P>(panel, groups) : nullptr;
+  const uint8_t* ready = end - row > kRows ? prepare<F, P>(panel, groups) : nullptr;
   while (row < end) {
     const int64_t rest = end - row;
     const int64_t count = rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
     const Activations block = from_row(x, row, groups);
-    tile_of<F, kRows, P>(count, a, panel, unpacked, block, groups, row, first * kPanel);
+    tile_of<F, kRows, P>(count, a, panel, ready, block, groups, row, first * kPanel);
     row += count;
   }
 }

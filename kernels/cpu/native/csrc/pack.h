@@ -48,6 +48,44 @@ template <> struct Columns<bf16> {
 };
 #endif
 
+#if defined(KVLOOM_AVX2) && !defined(KVLOOM_AVX512)
+// Dwords [w, w + 8) of eight rows, turned: out[i] holds dword w + i of rows 0..7.
+inline void turn_dwords(const float* const* rows, int64_t w, __m256* out) {
+  __m256 half[8];  // half[i]: dwords 0..3 of row i and of row i + 4; half[i + 4]: dwords 4..7
+  for (int i = 0; i < 4; i++)
+    for (int j = 0; j < 2; j++)
+      half[i + 4 * j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[i] + w + 4 * j)),
+                                             _mm_loadu_ps(rows[i + 4] + w + 4 * j), 1);
+  for (int j = 0; j < 8; j += 4) {
+    const __m256 a = _mm256_unpacklo_ps(half[j], half[j + 1]), b = _mm256_unpackhi_ps(half[j], half[j + 1]);
+    const __m256 c = _mm256_unpacklo_ps(half[j + 2], half[j + 3]), d = _mm256_unpackhi_ps(half[j + 2], half[j + 3]);
+    out[j] = _mm256_shuffle_ps(a, c, 0x44), out[j + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    out[j + 2] = _mm256_shuffle_ps(b, d, 0x44), out[j + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+}
+
+// Eight rows into columns `base` on of packed.
+inline void pack_eight(const float* const* rows, int64_t dim, float* packed) {
+  __m256 turned[8];
+  for (int64_t d = 0; d < dim; d += 8) {
+    turn_dwords(rows, d, turned);
+    for (int i = 0; i < 8; i++) _mm256_storeu_ps(packed + (d + i) * kBlock, turned[i]);
+  }
+}
+inline void pack_eight(const bf16* const* rows, int64_t dim, float* packed) {  // dim % 16 == 0
+  __m256 turned[8];
+  for (int64_t d = 0; d < dim; d += 16) {
+    turn_dwords(reinterpret_cast<const float* const*>(rows), d / 2, turned);
+    for (int i = 0; i < 8; i++) {
+      const __m256i pair = _mm256_castps_si256(turned[i]);
+      const __m256i odd = _mm256_and_si256(pair, _mm256_set1_epi32(int(0xffff0000u)));
+      _mm256_storeu_ps(packed + (d + 2 * i) * kBlock, _mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)));
+      _mm256_storeu_ps(packed + (d + 2 * i + 1) * kBlock, _mm256_castsi256_ps(odd));
+    }
+  }
+}
+#endif
+
 // Whether keys of T and this dimension can be turned straight from the cache.
 template <class T> constexpr bool turns_in_place(int64_t dim) {
 #ifdef KVLOOM_AVX512
@@ -57,7 +95,7 @@ template <class T> constexpr bool turns_in_place(int64_t dim) {
 #endif
 }
 
-// Packs rows[0, count), count <= kBlock, into packed[dim rounded up to 4][kBlock]. rows holds valid addresses up to the
+// Packs rows[0, count), count <= kBlock, into packed[dim rounded up to 8][kBlock]. rows holds valid addresses up to the
 // next multiple of 16; the columns past count are whatever they point to, and are masked by whoever reads them.
 // wide: [16][dim + 16] fp32 scratch for what cannot be turned in place.
 template <class T> void pack_keys(const T* const* rows, int count, int64_t dim, float* wide, float* packed) {
@@ -78,6 +116,17 @@ template <class T> void pack_keys(const T* const* rows, int count, int64_t dim, 
     for (int64_t d = 0; d < dim; d += 4) {
       Columns<float>::get(lines, d, columns);
       for (int i = 0; i < 4; i++) store(packed + (d + i) * kBlock + base, columns[i]);
+    }
+#elif defined(KVLOOM_AVX2)
+    for (int half = 0; half < 16; half += 8) {
+      if constexpr (std::is_same_v<T, bf16>)
+        if (dim % 16 == 0) {
+          pack_eight(rows + base + half, dim, packed + base + half);
+          continue;
+        }
+      const float* lines[8];
+      for (int i = 0; i < 8; i++) widen(rows[base + half + i], dim, wide + i * (dim + 16)), lines[i] = wide + i * (dim + 16);
+      pack_eight(lines, dim, packed + base + half);
     }
 #else
     for (int i = 0; i < 16; i++)

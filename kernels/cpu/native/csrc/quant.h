@@ -26,6 +26,13 @@ constexpr int kRows = 3, kPanels = 1;
 constexpr int kRows = 1, kPanels = 1;  // without the instructions, blocking gains nothing
 #endif
 
+// Unrolled, gcc computes AVX2's products long before it adds them, and keeps them in memory meanwhile.
+#ifdef KVLOOM_AVX2
+#define KVLOOM_UNROLL _Pragma("GCC unroll 1")
+#else
+#define KVLOOM_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 enum Format : int32_t { kQ4 = 0, kQ4Symmetric = 1, kQ8 = 2 };  // mirrored in linear.py
 
 template <Format F> struct Weights {
@@ -111,61 +118,69 @@ inline void quantise_group(const float* x, int32_t offset, Code* codes, float* s
 }
 
 // R rows times P neighbouring panels over all groups: out[R][P][16]. x: the first row's activations.
-// unpacked: null, or the panels' nibbles as bytes, [groups][P][8][64].
+// ready: null, or the panels' weights ready to multiply, [groups][kSteps][P][kParts][kReadyBytes].
 template <Format F, int R, int P>
-void multiply(const uint8_t* panel, const uint8_t* unpacked, const Activations& x, int64_t groups, float* out) {
+void multiply(const uint8_t* panel, const uint8_t* ready, const Activations& x, int64_t groups, float* out) {
   using W = Weights<F>;
-  const int64_t panel_bytes = W::panel_bytes(groups);
+  constexpr int Q = P * kParts;
+  const int64_t panel_bytes = W::panel_bytes(groups), row = groups * kGroupCodes;
+  auto of_part = [&](int q) { return q / kParts * panel_bytes + q % kParts * (64 / kParts); };
   const f16* scales = reinterpret_cast<const f16*>(panel + groups * W::kCodeBytes);
-  fsum acc[R][P];
+  fsum acc[R][Q];
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) acc[r][p] = fzero();
+    for (int q = 0; q < Q; q++) acc[r][q] = fsplat(0.0f);
   for (int64_t g = 0; g < groups; g++) {
     const uint8_t* group = panel + g * W::kCodeBytes;
-    isum sums[R][P];
+    isum sums[R][Q];
     for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) sums[r][p] = isplat(kPlanes > 1 ? 0 : x.start[r * groups + g]);
-    const int64_t row = groups * kGroupCodes;
+      for (int q = 0; q < Q; q++) sums[r][q] = isplat(kPlanes > 1 ? 0 : x.start[r * groups + g]);
     for (int plane = 0; plane < kPlanes; plane++) {
       const Code* codes = x.codes + g * kGroupCodes + plane * kGroupInputs;
       if (plane > 0)
         for (int r = 0; r < R; r++)
-          for (int p = 0; p < P; p++) sums[r][p] = next_plane(sums[r][p], x.start[r * groups + g]);
-      if (!W::kNibbles || unpacked) {
-#pragma GCC unroll 8
+          for (int q = 0; q < Q; q++) sums[r][q] = next_plane(sums[r][q], x.start[r * groups + g]);
+      auto add = [&](const Weights4* w, int step) {
+        for (int r = 0; r < R; r++)
+          for (int q = 0; q < Q; q++) sums[r][q] = dot4(sums[r][q], w[q], codes + r * row + 4 * step);
+      };
+      Weights4 w[Q], upper[Q];
+      if (ready) {
+KVLOOM_UNROLL
         for (int s = 0; s < kSteps; s++) {
-          Weights4 w[P];
-          for (int p = 0; p < P; p++)
-            w[p] = whole(load_stored(W::kNibbles ? unpacked + ((g * P + p) * kSteps + s) * 64
-                                                 : group + p * panel_bytes + s * 64));
-          for (int r = 0; r < R; r++)
-            for (int p = 0; p < P; p++) sums[r][p] = dot4(sums[r][p], w[p], codes + r * row + 4 * s);
+          for (int q = 0; q < Q; q++) w[q] = load_ready(ready + ((g * kSteps + s) * Q + q) * kReadyBytes);
+          add(w, s);
+        }
+      } else if (!W::kNibbles) {
+KVLOOM_UNROLL
+        for (int s = 0; s < kSteps; s++) {
+          for (int q = 0; q < Q; q++) w[q] = whole(load_stored(group + of_part(q) + s * 64));
+          add(w, s);
         }
       } else {
-#pragma GCC unroll 4
-        for (int s = 0; s < kSteps / 2; s++)
-          for (int p = 0; p < P; p++) {
-            const Stored both = load_stored(group + p * panel_bytes + s * 64);
-            const Weights4 low = low_nibbles(both);
-            for (int r = 0; r < R; r++) sums[r][p] = dot4(sums[r][p], low, codes + r * row + 4 * s);
-            const Weights4 high = high_nibbles(both);
-            for (int r = 0; r < R; r++) sums[r][p] = dot4(sums[r][p], high, codes + r * row + 4 * (s + kSteps / 2));
+KVLOOM_UNROLL
+        for (int s = 0; s < kSteps / 2; s++) {
+          for (int q = 0; q < Q; q++) {
+            const Stored both = load_stored(group + of_part(q) + s * 64);
+            w[q] = low_nibbles(both), upper[q] = high_nibbles(both);
           }
+          add(w, s);
+          add(upper, s + kSteps / 2);
+        }
       }
     }
-    for (int p = 0; p < P; p++) {
-      const f16* at = scales + p * panel_bytes / 2 + g * W::kScales;
+    for (int q = 0; q < Q; q++) {
+      const f16* at = scales + q / kParts * (panel_bytes / 2) + g * W::kScales + q % kParts * kPart;
       const fsum scale = load_halves(at);
       for (int r = 0; r < R; r++)
-        acc[r][p] = add_product(to_float(sums[r][p]), times(scale, x.scale[r * groups + g]), acc[r][p]);
+        acc[r][q] = add_product(to_float(sums[r][q]), times(scale, x.scale[r * groups + g]), acc[r][q]);
       if constexpr (W::kHasMin) {
         const fsum min = load_halves(at + kPanel);
-        for (int r = 0; r < R; r++) acc[r][p] = add_product(min, x.scaled_sum[r * groups + g], acc[r][p]);
+        for (int r = 0; r < R; r++) acc[r][q] = add_product(min, fsplat(x.scaled_sum[r * groups + g]), acc[r][q]);
       }
     }
   }
   for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) store_sum(out + (r * P + p) * kPanel, acc[r][p]);
+    for (int q = 0; q < Q; q++) store_sum(out + (r * Q + q) * kPart, acc[r][q]);
 }
 
 }  // namespace kvloom

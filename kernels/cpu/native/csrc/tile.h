@@ -13,7 +13,12 @@
 
 namespace kvloom {
 
-constexpr int kGroup = 6;  // rows in registers: 6 x 4 accumulators, 4 of K or V
+constexpr int kGroup = 6;  // rows in registers
+#ifdef KVLOOM_AVX512
+constexpr int kAcross = 4;  // vecs beside them: 6 x 4 accumulators, 4 of K or V
+#else
+constexpr int kAcross = 1;  // a vec is two registers of sixteen (AVX2) or four of thirty-two (NEON)
+#endif
 
 struct Softmax {        // per row of a tile
   float* maximum;       // of log2-scaled scores, or up to kSlack below it
@@ -22,17 +27,19 @@ struct Softmax {        // per row of a tile
 
 // Scores from a packed block.
 template <int R> void scores(const float* const* q, const float* packed, int64_t dim, float* s) {
-  vec acc[R][4];
-  for (int r = 0; r < R; r++)
-    for (int i = 0; i < 4; i++) acc[r][i] = zero();
-  for (int64_t d = 0; d < dim; d++) {
-    vec k[4];
-    for (int i = 0; i < 4; i++) k[i] = load(packed + d * kBlock + i * kLanes);
+  for (int at = 0; at < kBlock; at += kAcross * kLanes) {
+    vec acc[R][kAcross];
     for (int r = 0; r < R; r++)
-      for (int i = 0; i < 4; i++) acc[r][i] = fma(splat(q[r][d]), k[i], acc[r][i]);
+      for (int i = 0; i < kAcross; i++) acc[r][i] = zero();
+    for (int64_t d = 0; d < dim; d++) {
+      vec k[kAcross];
+      for (int i = 0; i < kAcross; i++) k[i] = load(packed + d * kBlock + at + i * kLanes);
+      for (int r = 0; r < R; r++)
+        for (int i = 0; i < kAcross; i++) acc[r][i] = fma(splat(q[r][d]), k[i], acc[r][i]);
+    }
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < kAcross; i++) store(s + r * kBlock + at + i * kLanes, acc[r][i]);
   }
-  for (int r = 0; r < R; r++)
-    for (int i = 0; i < 4; i++) store(s + r * kBlock + i * kLanes, acc[r][i]);
 }
 
 #ifdef KVLOOM_AVX512
@@ -69,17 +76,27 @@ void scores_in_place(const float* const* q, const T* const* rows, const T* const
 #endif
 
 inline bool any_above(vec a, float limit) {
-#ifdef KVLOOM_AVX512
+#if defined(KVLOOM_AVX512)
   return _mm512_cmp_ps_mask(a, splat(limit), _CMP_GT_OQ) != 0;
+#elif defined(KVLOOM_AVX2)
+  const vec above = each([&](int h) { return _mm256_cmp_ps(a.half[h], _mm256_set1_ps(limit), _CMP_GT_OQ); });
+  return _mm256_movemask_ps(_mm256_or_ps(above.half[0], above.half[1])) != 0;
 #else
   return max_lane(a) > limit;
 #endif
 }
 
 inline vec first_lanes(vec a, int64_t n) {  // lanes [n, 16) become -inf
-#ifdef KVLOOM_AVX512
+#if defined(KVLOOM_AVX512)
   const __mmask16 keep = n >= kLanes ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1);
   return _mm512_mask_blend_ps(keep, splat(-INFINITY), a);
+#elif defined(KVLOOM_AVX2)
+  const int32_t kept = int32_t(n < 0 ? 0 : n > kLanes ? kLanes : n);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return each([&](int h) {
+    const __m256 keep = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(kept - 8 * h), lane));
+    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), a.half[h], keep);
+  });
 #else
   for (int64_t i = n < 0 ? 0 : n; i < kLanes; i++) a[i] = -INFINITY;
   return a;
@@ -122,6 +139,10 @@ template <class T> struct DirectValues {
     for (int64_t e = 0; e < 32; e += 64 / int64_t(sizeof(T))) __builtin_prefetch(ahead[position] + d + e, 0, 2);
     load_pair(rows[position] + d, a, b);
   }
+  vec get(int position, int64_t d) const {
+    __builtin_prefetch(ahead[position] + d, 0, 2);
+    return load(rows[position] + d);
+  }
 };
 // V rows converted once for many query rows: [kBlock][stride] fp32 in pair order.
 struct WideValues {
@@ -131,21 +152,25 @@ struct WideValues {
     a = load(data + position * stride + d);
     b = load(data + position * stride + d + kLanes);
   }
+  vec get(int position, int64_t d) const { return load(data + position * stride + d); }
 };
 
-template <int R, int Pairs, class Values>
+// O[r][d, d + 16 vecs) of R rows; `Vecs` is 1, or whole pairs.
+template <int R, int Vecs, class Values>
 void gather(const float* s, Values values, int count, int64_t d, const float* alpha, float* o, int64_t stride) {
-  vec acc[R][2 * Pairs];
+  vec acc[R][Vecs];
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < 2 * Pairs; i++) acc[r][i] = load(o + r * stride + d + i * kLanes) * splat(alpha[r]);
+    for (int i = 0; i < Vecs; i++) acc[r][i] = load(o + r * stride + d + i * kLanes) * splat(alpha[r]);
   for (int j = 0; j < count; j++) {
-    vec v[2 * Pairs];
-    for (int i = 0; i < Pairs; i++) values.get(j, d + 32 * i, v[2 * i], v[2 * i + 1]);
+    vec v[Vecs];
+    if constexpr (Vecs == 1) v[0] = values.get(j, d);
+    else
+      for (int i = 0; i < Vecs; i += 2) values.get(j, d + i * kLanes, v[i], v[i + 1]);
     for (int r = 0; r < R; r++)
-      for (int i = 0; i < 2 * Pairs; i++) acc[r][i] = fma(splat(s[r * kBlock + j]), v[i], acc[r][i]);
+      for (int i = 0; i < Vecs; i++) acc[r][i] = fma(splat(s[r * kBlock + j]), v[i], acc[r][i]);
   }
   for (int r = 0; r < R; r++)
-    for (int i = 0; i < 2 * Pairs; i++) store(o + r * stride + d + i * kLanes, acc[r][i]);
+    for (int i = 0; i < Vecs; i++) store(o + r * stride + d + i * kLanes, acc[r][i]);
 }
 
 }  // namespace kvloom

@@ -1,8 +1,8 @@
 // Sixteen float lanes, and the three element types of a cache, in one vocabulary.
 //
-// With AVX-512 a vec is one register. Elsewhere, and under KVLOOM_GENERIC, it is a compiler vector of the same sixteen
-// lanes, which gcc and clang lower to whatever the machine has. Kernels are written once against these names; only inner
-// loops that the abstraction would slow down look at KVLOOM_AVX512.
+// With AVX-512 a vec is one register, with AVX2 two. Elsewhere, and under KVLOOM_GENERIC, it is a compiler vector of the same
+// sixteen lanes, which gcc and clang lower to whatever the machine has. Kernels are written once against these names; only
+// inner loops that the abstraction would slow down look at KVLOOM_AVX512 and at how many vecs the registers hold.
 #pragma once
 
 #include <cmath>
@@ -34,6 +34,8 @@ enum DType : int32_t { kF32 = 0, kBF16 = 1, kF16 = 2 };  // mirrored in library.
 #ifdef KVLOOM_AVX512
 using vec = __m512;
 using ivec = __m512i;
+#elif defined(KVLOOM_AVX2)
+struct vec { __m256 half[2]; };
 #else
 typedef float vec __attribute__((vector_size(64)));
 typedef int32_t ivec __attribute__((vector_size(64)));
@@ -99,6 +101,49 @@ inline __m256i round_bf16(vec a) {
 }
 inline void store(bf16* p, vec a) { _mm256_storeu_si256((__m256i*)p, round_bf16(a)); }
 inline void store(f16* p, vec a) { _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(KVLOOM_AVX2)
+template <class F> inline vec each(F f) { return {{f(0), f(1)}}; }  // of a vec's halves
+inline vec operator+(vec a, vec b) { return each([&](int h) { return _mm256_add_ps(a.half[h], b.half[h]); }); }
+inline vec operator-(vec a, vec b) { return each([&](int h) { return _mm256_sub_ps(a.half[h], b.half[h]); }); }
+inline vec operator*(vec a, vec b) { return each([&](int h) { return _mm256_mul_ps(a.half[h], b.half[h]); }); }
+inline vec operator/(vec a, vec b) { return each([&](int h) { return _mm256_div_ps(a.half[h], b.half[h]); }); }
+inline vec zero() { return {{_mm256_setzero_ps(), _mm256_setzero_ps()}}; }
+inline vec splat(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+inline vec load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+inline void store(float* p, vec a) { _mm256_storeu_ps(p, a.half[0]), _mm256_storeu_ps(p + 8, a.half[1]); }
+inline vec fma(vec a, vec b, vec c) { return each([&](int h) { return _mm256_fmadd_ps(a.half[h], b.half[h], c.half[h]); }); }
+inline vec max(vec a, vec b) { return each([&](int h) { return _mm256_max_ps(a.half[h], b.half[h]); }); }
+inline float sum(vec a) {  // the tree of the AVX-512 reduction
+  const __m256 eight = _mm256_add_ps(a.half[0], a.half[1]);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_lane(vec a) {
+  const __m256 eight = _mm256_max_ps(a.half[0], a.half[1]);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+inline __m128i eight_at(const void* p, int h) { return _mm_loadu_si128(static_cast<const __m128i*>(p) + h); }
+inline vec load(const bf16* p) {
+  return each([&](int h) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight_at(p, h)), 16)); });
+}
+inline vec load(const f16* p) { return each([&](int h) { return _mm256_cvtph_ps(eight_at(p, h)); }); }
+inline __m256i round_bf16(__m256 a) {  // in the low half of each lane
+  const __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, nan, is_nan), 16);
+}
+inline void store(bf16* p, vec a) {
+  const __m256i both = _mm256_packus_epi32(round_bf16(a.half[0]), round_bf16(a.half[1]));
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(both, 0xd8));
+}
+inline void store(f16* p, vec a) {
+  for (int h = 0; h < 2; h++) _mm_storeu_si128((__m128i*)p + h, _mm256_cvtps_ph(a.half[h], _MM_FROUND_TO_NEAREST_INT));
+}
 #else
 inline vec zero() { return vec{}; }
 inline vec splat(float x) { return x - vec{}; }
@@ -158,9 +203,13 @@ inline void store_pair(bf16* p, vec a, vec b) {
 // 2^x to 2e-7 (minimax of degree 5 on [-1/2, 1/2], exact at 0). Below -126 the result is 0, so -inf is a valid argument; a result
 // that underflows would cost a hundred cycles of microcode, and masked scores make many. NaN stays NaN.
 inline vec exp2(vec x) {
-#ifdef KVLOOM_AVX512
+#if defined(KVLOOM_AVX512)
   const __mmask16 normal = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
   const vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(KVLOOM_AVX2)
+  const vec given = x;
+  x = each([&](int h) { return _mm256_min_ps(_mm256_set1_ps(128.0f), _mm256_max_ps(_mm256_set1_ps(-126.0f), x.half[h])); });
+  const vec n = each([&](int h) { return _mm256_round_ps(x.half[h], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); });
 #else
   const vec given = x;
   x = x < splat(-126.0f) ? splat(-126.0f) : x;
@@ -175,8 +224,14 @@ inline vec exp2(vec x) {
   p = fma(p, r, splat(2.402224243e-01f));
   p = fma(p, r, splat(6.931470037e-01f));
   p = fma(p, r, splat(1.0f));
-#ifdef KVLOOM_AVX512
+#if defined(KVLOOM_AVX512)
   return _mm512_maskz_scalef_ps(normal, p, n);
+#elif defined(KVLOOM_AVX2)
+  return each([&](int h) {
+    const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.half[h]), _mm256_set1_epi32(127)), 23);
+    const __m256 tiny = _mm256_cmp_ps(given.half[h], _mm256_set1_ps(-126.0f), _CMP_LT_OQ);
+    return _mm256_andnot_ps(tiny, _mm256_mul_ps(p.half[h], _mm256_castsi256_ps(power)));
+  });
 #else
   const ivec power = (__builtin_convertvector(n, ivec) + 127) << 23;
   vec scale;
