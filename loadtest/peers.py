@@ -29,7 +29,7 @@ from rich.console import Console
 from kvloom.loadtest.figures import add_publish, commit, publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.measures import Summary, summarise
-from kvloom.loadtest.peers_table import CASES, About, Case, Run, cells, note, plot, table
+from kvloom.loadtest.peers_table import CASES, OWN_PRECISION, About, Case, Run, cells, note, plot, table
 from kvloom.loadtest.record import Job
 from kvloom.loadtest.servers import Server, StartError, model_name, running
 from kvloom.version import __version__
@@ -37,8 +37,6 @@ from kvloom.version import __version__
 console = Console(highlight=False)
 
 
-OWN_PRECISION = "4-bit codes, int8 activations"
-"""Of the built-in model by default."""
 FIRST_TOKEN, LAST_TOKEN = 300, 48_000
 """Token ids that are ordinary text in SmolLM2's vocabulary."""
 

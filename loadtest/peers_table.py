@@ -31,7 +31,7 @@ CASES = (
     Case("c16", 16, 1024, 64, 24),
     Case("long", 8, 7500, 64, 8),
 )
-OWN_PRECISION = "4-bit codes, int8 activations"
+OWN_PRECISION = "4-bit codes, 15-bit activations"
 """Of the built-in model by default."""
 
 
