@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +25,7 @@ from kvloom.engine.model.heads import Heads
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.rope import rotary_table
 from kvloom.engine.prepare import Prepared
+from kvloom.engine.processors import processors
 from kvloom.engine.request import KVOptions
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.retention.razor import Razor, RazorOptions
@@ -71,7 +71,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     _check_names(config)
     tenants = Tenants.read(config.tenants.tenants)
     progress = progress or (lambda stage, done, total: None)
-    torch.set_num_threads(config.model.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.model.threads or processors().threads)
     if prepared is None:
         found = resolve(config.model.model, progress)
         prepared = Prepared(lambda: found)
@@ -122,7 +122,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     states = StateMemory(_state_bound(config, cache.bytes), razor)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
-    return Built(core, _info(config, files, loaded, length, backend.name), tokenizer)
+    return Built(core, _info(config, files, loaded, length, backend), tokenizer)
 
 
 def _backend(name: str, threads: int, progress: Progress) -> Kernels:
@@ -288,7 +288,7 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
     return asked
 
 
-def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: str) -> ModelInfo:
+def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: Kernels) -> ModelInfo:
     options = config.model
     return ModelInfo(
         name=_text(options.served_model_name or options.model),
@@ -298,7 +298,8 @@ def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: 
         dtype=options.dtype,
         weights=options.weights,
         weights_held=loaded.weights_held,
-        backend=backend,
+        backend=backend.name,
+        threads=f"{torch.get_num_threads()} on {processors()}",
         created=int(time.time()),
         settings=config.changed(),
         sampling=files.sampling,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,8 @@ class ModelInfo:
     """Unix seconds at which the server loaded it."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Engine settings that are not at their default, by their flat name."""
+    threads: str = ""
+    """How many threads compute, and on what: "2 on 2 cores"."""
     sampling: SamplingDefaults = OPENAI_SAMPLING
     """What requests that do not say are sampled with."""
     weights_held: str = ""
@@ -140,6 +143,11 @@ OTHERS = "(other)"
 """In place of tenants that have not been here for long: their counts together."""
 
 
+STEP_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0, 10.0, math.inf)
+STEP_PROMPT_ROWS = (0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, math.inf)
+"""Upper bounds of the buckets that `EngineStats` counts steps in."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
     """A snapshot of the engine, cheap to take however many tenants there are. Counters run since start-up; times in seconds."""
@@ -160,6 +168,12 @@ class EngineStats:
     steps: int
     step_seconds: float
     """Time spent in steps."""
+    step_times: tuple[int, ...] = (0,) * len(STEP_SECONDS)
+    """Steps that computed something, by time: [i] counts those of at most STEP_SECONDS[i] and more than the bound before."""
+    step_prompt_rows: tuple[int, ...] = (0,) * len(STEP_PROMPT_ROWS)
+    """The same steps by their rows of prompts, likewise."""
+    step_prompt_rows_sum: int = 0
+    """Rows of prompts of all steps."""
     queued_tokens: int
     """Prompt tokens of waiting requests."""
     kv_bytes_read: int

@@ -55,7 +55,7 @@ class ModelOptions:
     backend: Backend = "auto"
     """Attention kernels: native (C++, built on this machine), numba, reference, or auto (the first that works)."""
     threads: Count | None = None
-    """Compute threads; the default is one per core this process may use."""
+    """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

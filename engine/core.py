@@ -285,8 +285,9 @@ class EngineCore:
             outputs += self._fail(failure.request)
         except Exception:
             outputs += self._fail_step(plan)
-        self._statistics.steps += 1
-        self._statistics.step_seconds += time.perf_counter() - began
+        chunks = plan.chunks if plan else []
+        rows, of_prompts = (sum(chunk.count for chunk in some) for some in (chunks, [c for c in chunks if c.prefills]))
+        self._statistics.stepped(time.perf_counter() - began, rows, of_prompts)
         return [output for output in outputs if not self._own(output)]
 
     def _compute(self, plan: StepPlan) -> Computed:

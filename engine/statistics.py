@@ -6,12 +6,13 @@ tenants hold is a table of its own, made when somebody asks.
 
 from __future__ import annotations
 
+import bisect
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from kvloom.engine.cache import CacheManager
-from kvloom.engine.client import EngineStats, GroupStats, ShareStats, TenantStats
+from kvloom.engine.client import STEP_PROMPT_ROWS, STEP_SECONDS, EngineStats, GroupStats, ShareStats, TenantStats
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.scheduling import Scheduler
 from kvloom.engine.selection.policies import Selectors
@@ -31,6 +32,10 @@ class Statistics:
     share: KVShare | None
     steps: int = 0
     step_seconds: float = 0.0
+    step_times: list[int] = field(default_factory=lambda: [0] * len(STEP_SECONDS))
+    step_prompt_rows: list[int] = field(default_factory=lambda: [0] * len(STEP_PROMPT_ROWS))
+    prompt_rows: int = 0
+    """Computed for prompts, recomputed ones as well."""
     prompt_tokens: int = 0
     generation_tokens: int = 0
     drafts: int = 0
@@ -39,6 +44,15 @@ class Statistics:
     replayed: int = 0
     internal_errors: int = 0
     """Requests that ended because something of the engine's own failed, and steps that failed with nobody to blame."""
+
+    def stepped(self, seconds: float, rows: int, prompt_rows: int) -> None:
+        """A step is over; `rows` were computed, so many of them of prompts."""
+        self.steps += 1
+        self.step_seconds += seconds
+        self.prompt_rows += prompt_rows
+        if rows:
+            self.step_times[bisect.bisect_left(STEP_SECONDS, seconds)] += 1
+            self.step_prompt_rows[bisect.bisect_left(STEP_PROMPT_ROWS, prompt_rows)] += 1
 
     def snapshot(self) -> EngineStats:
         """Counters as of now."""
@@ -69,6 +83,9 @@ class Statistics:
             generation_tokens=self.generation_tokens,
             steps=self.steps,
             step_seconds=self.step_seconds,
+            step_times=tuple(self.step_times),
+            step_prompt_rows=tuple(self.step_prompt_rows),
+            step_prompt_rows_sum=self.prompt_rows,
             queued_tokens=scheduler.queued_tokens,
             kv_bytes_read=counters.kv_bytes + counters.score_bytes,
             kv_bytes={

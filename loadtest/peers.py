@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import random
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from rich.console import Console
 from kvloom.loadtest.figures import add_publish, commit, publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.measures import Summary, summarise
-from kvloom.loadtest.peers_table import CASES, OWN_PRECISION, About, Case, Run, cells, note, plot, table
+from kvloom.loadtest.peers_table import BESIDE, CASES, OWN_PRECISION, About, Case, Run, cells, note, plot, table
 from kvloom.loadtest.record import Job
 from kvloom.loadtest.servers import Server, StartError, model_name, running
 from kvloom.version import __version__
@@ -62,13 +63,26 @@ def one_line(summary: Summary) -> str:
     return "  ".join([*parts, f"{summary.output_throughput:.1f} tok/s", f"{summary.wall:.1f} s", f"failed {summary.failed}"])
 
 
+@contextlib.contextmanager
+def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """So many processes that want a core each, pinned to none, while the context lasts."""
+    found = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield found
+    finally:
+        for process in found:
+            process.kill()
+            process.wait()
+
+
 def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path) -> list[Run]:
     """One round of one server."""
     runs = []
     with running(server, logs) as (url, start_seconds):
         asyncio.run(measure(url, Case("warm-up", 2, 256, 8, 4), seed))
         for case in cases:
-            summary = asyncio.run(measure(url, case, seed))
+            with busy(case.busy):
+                summary = asyncio.run(measure(url, case, seed))
             runs.append(Run(server.name, case.name, seed, start_seconds, summary))
             console.print(f"round {seed}  {server.name:8} {case.name:5} {one_line(summary)}", soft_wrap=True)
     return runs
@@ -97,7 +111,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", **several, metavar="NAME=TEXT", help="of a server's weights: vllm=bf16; in every head")
     parser.add_argument("--version", **several, metavar="NAME=COMMAND", help="prints a server's version and build flags")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cases", default=",".join(case.name for case in CASES), help="which of: %(default)s")
+    usual, more = (",".join(case.name for case in some) for some in (CASES, BESIDE))
+    parser.add_argument("--cases", default=usual, help=f"which of: %(default)s, and {more}: beside busy processes")
     parser.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
     parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
     parser.add_argument(
@@ -176,7 +191,7 @@ def measure_all(args: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[R
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit code."""
     args = parse(argv)
-    known = {case.name: case for case in CASES}
+    known = {case.name: case for case in (*CASES, *BESIDE)}
     if unknown := [name for name in args.cases.split(",") if name not in known]:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     cases = [known[name] for name in args.cases.split(",")]

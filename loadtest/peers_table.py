@@ -23,6 +23,17 @@ class Case:
     inputs: int
     outputs: int
     requests: int
+    busy: int = 0
+    """Processes beside it that want a core each, all the time."""
+
+    @property
+    def metrics(self) -> Sequence[tuple[str, str]]:
+        """What its rows show: what a busy process costs shows in means and tails, not in medians."""
+        return BESIDE_METRICS if self in BESIDE else METRICS
+
+    def __str__(self) -> str:
+        beside = f", beside {self.busy} busy process{'es' * (self.busy > 1)}" if self.busy else ""
+        return f"{self.name}: {self.concurrency} x {self.inputs} in / {self.outputs} out, {self.requests} requests{beside}"
 
 
 CASES = (
@@ -31,6 +42,8 @@ CASES = (
     Case("c16", 16, 1024, 64, 24),
     Case("long", 8, 7500, 64, 8),
 )
+BESIDE = tuple(Case(f"beside{busy}", 1, 512, 64, 16, busy) for busy in range(3))
+"""Measured when asked for: one stream on a machine that somebody else uses too."""
 OWN_PRECISION = "4-bit codes, 15-bit activations"
 """Of the built-in model by default."""
 
@@ -55,9 +68,19 @@ METRICS = (
 )
 
 
+BESIDE_METRICS = (
+    ("TTFT mean, ms", "ttft.mean"),
+    ("TPOT mean, ms", "tpot.mean"),
+    ("ITL p50, ms", "itl.p50"),
+    ("ITL p99, ms", "itl.p99"),
+)
+
+
 def value(run: Run, metric: str) -> float:
-    found = getattr(run.summary, metric)
-    return float(found) if isinstance(found, float) else float(found.p50) * 1e3
+    """Of a metric such as wall, itl (its median, in ms) or itl.p99."""
+    name, _, part = metric.partition(".")
+    found = getattr(run.summary, name)
+    return float(found) if isinstance(found, float) else float(getattr(found, part or "p50")) * 1e3
 
 
 def median_of(runs: Sequence[Run], server: str, case: str, metric: str) -> float:
@@ -108,8 +131,8 @@ def cells(runs: Sequence[Run], cases: Sequence[Case], about: Mapping[str, About]
     head = ["case", "metric", *(titled(name, about) for name in names), *(f"{own} / {peer}" for own, peer in beside)]
     rows = []
     for case in cases:
-        title = f"{case.name}: {case.concurrency} x {case.inputs} in / {case.outputs} out, {case.requests} requests"
-        for label, metric in METRICS:
+        title = str(case)
+        for label, metric in case.metrics:
             medians = {name: median_of(runs, name, case.name, metric) for name in names}
             rows.append([title, label, *(f"{medians[name]:.1f}" for name in names), *ratios(medians, beside)])
             title = ""
@@ -163,7 +186,8 @@ def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path, about: Mapping[
             bars = axis.bar(places, medians, 0.76 / len(names), label=titled(name, about or {}))
             axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
         axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
-        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
+        beside = [f"\n+ {case.busy} busy" if case.busy else "" for case in cases]
+        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}{more}" for case, more in zip(cases, beside)])
         axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
         axis.margins(y=0.12)
     axes[0].legend()

@@ -63,6 +63,7 @@ def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
         f"\nkvloom serves {model.name} at {url}\n"
         f"  model     {model.root} ({model.dtype}, {model.backend} kernels)\n"
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
+        f"  threads   {model.threads}\n"
         f"  context   {model.max_model_len} tokens\n"
         f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n"
         f"  state     {stats.selection_capacity / (1 << 20):.4g} MiB for selection methods\n"

@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvloom.engine.client import RUN_LENGTHS, SHARES, EngineClient, ShareStats
+from kvloom.engine.client import RUN_LENGTHS, SHARES, STEP_PROMPT_ROWS, STEP_SECONDS, EngineClient, EngineStats, ShareStats
 from kvloom.engine.request import FinishReason
 from kvloom.version import __version__
 
@@ -173,9 +173,17 @@ class _EngineCollector(Collector):
         for name, text in _SELECTION.items():
             values = {method: getattr(found, name) for method, found in stats.selection.items()}
             yield self._by(f"selection_{name}", text, "method", values)
+        yield from self._steps(stats)
         yield from self._share(stats.share)
         yield self._blocks()
         yield self._info()
+
+    def _steps(self, stats: EngineStats) -> Iterator[Metric]:
+        """How long steps take, and what prompts have of them."""
+        text = "Time of a step that computed something."
+        yield self._buckets("engine_step_time_seconds", text, STEP_SECONDS, stats.step_times, stats.step_seconds)
+        text, counts = "Rows of prompts in such a step.", stats.step_prompt_rows
+        yield self._buckets("engine_step_prompt_rows", text, STEP_PROMPT_ROWS, counts, stats.step_prompt_rows_sum)
 
     def _share(self, share: ShareStats) -> Iterator[Metric]:
         """Approximate reuse (KVShare)."""
@@ -200,12 +208,15 @@ class _EngineCollector(Collector):
             "kvshare_recomputed_ratio", "Share of reused tokens that was computed.", SHARES, share.recomputed_shares
         )
 
-    def _buckets(self, name: str, text: str, bounds: Sequence[float], counts: Sequence[int]) -> Metric:
-        """A histogram of counts between bounds; what it sums up to is not known."""
+    def _buckets(
+        self, name: str, text: str, bounds: Sequence[float], counts: Sequence[int], total: float | None = None
+    ) -> Metric:
+        """A histogram of counts between bounds; total: what it sums up to, where that is known."""
         family = HistogramMetricFamily(PREFIX + name, text, labels=list(self._labels))
         ends = [*(str(float(bound)) for bound in bounds[:-1]), "+Inf"]
-        family.add_metric(list(self._labels.values()), list(zip(ends, accumulate(counts))), sum_value=None)
-        family.add_sample(family.name + "_count", self._labels, sum(counts))  # the client leaves it out with the sum
+        family.add_metric(list(self._labels.values()), list(zip(ends, accumulate(counts))), sum_value=total)
+        if total is None:  # the client leaves the count out with the sum
+            family.add_sample(family.name + "_count", self._labels, sum(counts))
         return family
 
     def _one(self, family: Any, value: float) -> Metric:

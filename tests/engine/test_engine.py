@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
+from kvloom.engine.client import STEP_PROMPT_ROWS
 from kvloom.engine.errors import ConfigError, ContextLengthError, InvalidRequestError
 
 MakeLLM = Callable[..., LLM]
@@ -60,6 +61,15 @@ def test_greedy_text_equals_transformers(make_llm: MakeLLM, oracle: Any, config:
         assert llm.stats().preemptions > 0
     else:
         assert llm.stats().prefix_hit_tokens > 0
+
+
+def test_steps_are_counted_by_their_rows_of_prompts(make_llm: MakeLLM) -> None:
+    llm = make_llm(max_batched_tokens=40)
+    llm.generate([list(range(3, 103))], SamplingParams(max_tokens=5, temperature=0, ignore_eos=True))
+    stats = llm.stats()
+    by_rows = dict(zip(STEP_PROMPT_ROWS, stats.step_prompt_rows))
+    assert {bound: count for bound, count in by_rows.items() if count} == {64: 2, 32: 1, 0: 4}, "40, 40, 20, decoding"
+    assert stats.step_prompt_rows_sum == 100 and sum(stats.step_times) == 7
 
 
 def test_log_probabilities_equal_transformers(make_llm: MakeLLM, oracle: Any) -> None:

@@ -120,18 +120,20 @@ def test_mixed_dtypes_are_refused(kernels: NativeKernels) -> None:
         kernels.attend(q, kv, plan, scale=1.0, out=q.clone())
 
 
-def test_torch_and_the_library_share_one_openmp_runtime(kernels: NativeKernels) -> None:
+def test_the_library_brings_no_second_openmp_runtime() -> None:
+    """Beside torch's, it would keep a pool of spinning threads of its own on the same cores."""
     program = """
+from pathlib import Path
 import torch
 from kvloom.kernels.cpu.native import load
-from kvloom.kernels.cpu.native.build import openmp_runtimes
-before = openmp_runtimes()
+def runtimes():
+    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "omp" in line.rpartition("/")[2]}
+before = runtimes()
 load().silu_mul(torch.ones(600, 600), torch.empty(600, 300))
-print(before == openmp_runtimes(), len(before))
+print(before == runtimes())
 """
     shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-    assert shown[0] == "True"
-    assert int(shown[1]) <= 1
+    assert shown == ["True"]
 
 
 def _compiler(folder: Path, body: str) -> str:

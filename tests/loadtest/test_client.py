@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -18,7 +18,23 @@ from aiohttp import web
 from kvloom.loadtest.client import Client, Job, Record, Turn, _wait
 from kvloom.loadtest.drive import closed_loop
 from kvloom.loadtest.measures import Spread, Summary, summarise
-from kvloom.loadtest.peers import CASES, Run, Server, cells, jobs, known_of, note, parse, plot, recorded, servers, table
+from kvloom.loadtest.peers import (
+    BESIDE,
+    CASES,
+    OWN_PRECISION,
+    Run,
+    Server,
+    busy,
+    cells,
+    jobs,
+    known_of,
+    note,
+    parse,
+    plot,
+    recorded,
+    servers,
+    table,
+)
 
 Handler = Callable[[web.Request], "asyncio.Future[web.StreamResponse]"]
 
@@ -309,7 +325,7 @@ def test_every_column_of_a_comparison_says_its_precision_and_like_stands_beside_
     about = known_of(args, servers(args))
     assert about["vllm"].precision == "bf16" and "--weights bf16" in about["kvloom-bf16"].command
     head, rows = cells(runs, CASES[:1], about)
-    assert head[2:6] == ["kvloom (4-bit codes, int8 activations)", "kvloom-bf16 (bf16)", "vllm (bf16)", "llama (Q4_1)"]
+    assert head[2:6] == [f"kvloom ({OWN_PRECISION})", "kvloom-bf16 (bf16)", "vllm (bf16)", "llama (Q4_1)"]
     assert head[6:] == ["kvloom / vllm", "kvloom / llama", "kvloom-bf16 / vllm"]
     assert rows[0][6:] == ["0.25x", "0.12x", "0.50x"] and rows[-1][2:] == ["-"] * 7
     said = note(runs, about)
@@ -322,3 +338,14 @@ def test_every_column_of_a_comparison_says_its_precision_and_like_stands_beside_
             known_of(one := parse(wrong), servers(one))
     of_its_own = parse(["--kvloom=--weights bf16"])
     assert known_of(of_its_own, servers(of_its_own))["kvloom"].precision == ""
+
+
+def test_a_case_beside_busy_processes_runs_them_and_shows_means_and_tails() -> None:
+    with busy(2) as processes:
+        assert [process.poll() for process in processes] == [None, None]
+    assert all(process.returncode for process in processes), "they end with the case"
+    summary = replace(summarise([]), ttft=Spread(0.5, 0.1, 0.1, 0.1), itl=Spread(0.1, 0.2, 0.3, 0.4))
+    runs = [Run("kvloom", "beside2", 0, 1.0, summary)]
+    rows = cells(runs, BESIDE[2:], {})[1]
+    assert rows[0] == ["beside2: 1 x 512 in / 64 out, 16 requests, beside 2 busy processes", "TTFT mean, ms", "500.0"]
+    assert rows[3] == ["", "ITL p99, ms", "400.0"]

@@ -1,7 +1,7 @@
 """The back end itself: argument checks, addresses and strides; all arithmetic is in csrc/.
 
-Every method is one C++ call that releases the interpreter lock and runs on the OpenMP pool that torch uses. Memory safety
-rests on three checks made here: element types agree, innermost strides are 1, shapes agree. Contents of index tensors
+Every method is one C++ call that releases the interpreter lock and runs on the library's own threads (csrc/parallel.h). Memory
+safety rests on three checks made here: element types agree, innermost strides are 1, shapes agree. Contents of index tensors
 (tables, slots, positions) are trusted, as the contract says.
 """
 
@@ -20,7 +20,7 @@ from .quantized import NativeQuantized
 
 
 def load(threads: int | None = None, *, generic: bool = False, progress: Progress | None = None) -> NativeKernels:
-    """This machine's native back end. threads: OpenMP threads per call, torch's number unless given.
+    """This machine's native back end. threads: of a call, the calling one among them; torch's number unless given.
 
     generic: the build without processor-specific code, for tests. Raises NativeUnavailable with the reason.
     """

@@ -1,8 +1,8 @@
 """Builds the C++ library of this back end on the machine that runs it.
 
 Owns the compiler call and the cache of built libraries. Promises that a library found in the cache was made from these
-sources, with these flags, on this kind of processor; that two processes may build at once; and that the library shares
-torch's OpenMP runtime, because two runtimes in one process would each keep a pool of spinning threads on the same cores.
+sources, with these flags, on this kind of processor, and that two processes may build at once. The library's threads are its
+own (csrc/parallel.h): no OpenMP.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import platformdirs
-import torch
 
 from kvloom.kernels.trust import code_folder, foreign
 
 SOURCES = Path(__file__).parent / "csrc"
-COMMON_FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+COMMON_FLAGS = ("-std=c++17", "-O3", "-pthread", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 
 
 Progress = Callable[[str, int, int], None]
@@ -63,25 +62,6 @@ def cache_folder() -> Path:
         return code_folder(folder)
     except OSError as error:
         raise NativeUnavailable(f"cannot create {folder}: {error}; set KVLOOM_CACHE to a writable folder") from error
-
-
-def openmp_runtimes() -> list[str]:
-    """OpenMP runtimes mapped into this process, as paths. Importing torch maps one; a second would fight over the cores."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
-    paths = {line.split(maxsplit=5)[5] for line in lines if line.count("/") and len(line.split(maxsplit=5)) == 6}
-    names = ("libgomp", "libomp.", "libomp-", "libiomp")
-    return sorted(path for path in paths if Path(path).name.startswith(names))
-
-
-def _openmp() -> str:
-    """What to link: the very file that torch has loaded (its name may be mangled), or the compiler's own choice."""
-    runtimes = openmp_runtimes()
-    bundled = [path for path in runtimes if Path(path).is_relative_to(Path(torch.__file__).parent.parent)]
-    chosen = bundled or runtimes
-    return chosen[0] if len(chosen) == 1 else "-fopenmp"
 
 
 def _flags(generic: bool) -> list[str]:
@@ -159,7 +139,7 @@ def _compile(compiler: str, flags: list[str], target: Path, progress: Progress) 
                 job.result()
                 progress(stage, done, len(jobs))
         library = Path(scratch) / target.name
-        _run([compiler, "-shared", *map(str, objects), _openmp(), "-o", str(library)])
+        _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
         library.chmod(0o755)
         os.replace(library, target)
 

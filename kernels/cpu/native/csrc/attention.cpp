@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "parallel.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -293,24 +294,18 @@ template <class T> class TileRun {
 template <class T> void attend(const AttendArgs& args, const Plan& plan) {
   auto* partials = static_cast<float*>(partial_arena.reserve(args.out ? plan.partial_floats * int64_t(sizeof(float)) : 0));
   const int threads = plan.work * plan.rows.head_dim < 65536 ? 1 : plan.rows.threads;
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < plan.tasks.size(); i++) {
-      const Task& task = plan.tasks[i];
-      float* memory = args.out && task.partial >= 0 ? partials + task.partial : nullptr;
-      TileRun<T>(args, plan, task.tile, task.head)
-          .run(task.first, task.last, memory, plan.state_floats(plan.tiles[size_t(task.tile)]));
-    }
-    if (args.out && !plan.folds.empty()) {
-#pragma omp for schedule(dynamic, 1)
-      for (size_t i = 0; i < plan.folds.size(); i++) {
-        const Fold& fold = plan.folds[i];
-        TileRun<T>(args, plan, fold.tile, fold.head)
-            .run_fold(fold.splits, partials + fold.partial, plan.state_floats(plan.tiles[size_t(fold.tile)]));
-      }
-    }
-  }
+  parallel(threads, int64_t(plan.tasks.size()), [&](int64_t i) {
+    const Task& task = plan.tasks[size_t(i)];
+    float* memory = args.out && task.partial >= 0 ? partials + task.partial : nullptr;
+    TileRun<T>(args, plan, task.tile, task.head)
+        .run(task.first, task.last, memory, plan.state_floats(plan.tiles[size_t(task.tile)]));
+  });
+  if (!args.out) return;
+  parallel(threads, int64_t(plan.folds.size()), [&](int64_t i) {
+    const Fold& fold = plan.folds[size_t(i)];
+    TileRun<T>(args, plan, fold.tile, fold.head)
+        .run_fold(fold.splits, partials + fold.partial, plan.state_floats(plan.tiles[size_t(fold.tile)]));
+  });
 }
 
 }  // namespace

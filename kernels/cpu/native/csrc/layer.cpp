@@ -6,6 +6,7 @@
 
 #include "abi.h"
 #include "dispatch.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace kvloom {
@@ -14,6 +15,12 @@ namespace {
 thread_local Arena row_arena, weight_arena;
 
 float* row_scratch(int64_t floats) { return static_cast<float*>(row_arena.reserve(floats * int64_t(sizeof(float)))); }
+
+template <class F> void each_row(int64_t rows, int threads, F f) {
+  parallel_rows(threads, rows, [&](int64_t r, int64_t end) {
+    for (; r < end; r++) f(r);
+  });
+}
 
 // fp32 copy of a norm's weights, or the weights themselves. Lives until the calling thread's next use.
 const float* wide_weight(const void* weight, int32_t dtype, int64_t n, int64_t offset = 0) {
@@ -40,8 +47,7 @@ void scale_by(const float* x, const float* weight, float factor, int64_t n, floa
 
 template <class X, class T> void add_rms_norm(const NormArgs& a) {
   const float* weight = wide_weight(a.weight, a.weight_dtype, a.hidden);
-#pragma omp parallel for schedule(static) num_threads(threads_for(a.rows * a.hidden, a.threads))
-  for (int64_t r = 0; r < a.rows; r++) {
+  each_row(a.rows, threads_for(a.rows * a.hidden, a.threads), [&](int64_t r) {
     float* wide = row_scratch(2 * a.hidden);
     X* x = static_cast<X*>(a.x) + r * a.x_row;
     widen(x, a.hidden, wide);
@@ -54,7 +60,7 @@ template <class X, class T> void add_rms_norm(const NormArgs& a) {
     }
     scale_by(wide, weight, inverse_rms(wide, a.hidden, a.eps), a.hidden, wide);
     narrow(wide, a.hidden, static_cast<T*>(a.out) + r * a.out_row);
-  }
+  });
 }
 
 // Turns pairs (i, i + half) by angles given as cosines and sines.
@@ -81,8 +87,7 @@ template <class T> void rotate_store(const RotateStoreArgs& a) {
   const float* q_norm = wide_weight(a.q_norm, a.norm_dtype, a.head_dim);
   const float* k_norm = wide_weight(a.k_norm, a.norm_dtype, a.head_dim, a.head_dim);
   const int64_t dim = a.head_dim, heads = a.q_heads + 2 * int64_t(a.kv_heads);
-#pragma omp parallel for schedule(static) num_threads(threads_for(a.rows * heads * dim, a.threads))
-  for (int64_t r = 0; r < a.rows; r++) {
+  each_row(a.rows, threads_for(a.rows * heads * dim, a.threads), [&](int64_t r) {
     float* x = row_scratch(dim);
     const T* from = static_cast<const T*>(a.qkv) + r * a.qkv_row;
     const float *cos = a.cos + a.positions[r] * a.angle_row, *sin = a.sin + a.positions[r] * a.angle_row;
@@ -94,23 +99,21 @@ template <class T> void rotate_store(const RotateStoreArgs& a) {
     };
     for (int64_t h = 0; h < a.q_heads; h++)
       turned(from + h * dim, q_norm, static_cast<T*>(a.q) + r * a.q_row + h * a.q_head);
-    if (a.slots[r] < 0) continue;
+    if (a.slots[r] < 0) return;
     for (int64_t h = 0; h < a.kv_heads; h++) {
       turned(from + (a.q_heads + h) * dim, k_norm, slot_row<T>(a.k, a.block_size, a.slots[r], h));
       std::copy_n(from + (a.q_heads + a.kv_heads + h) * dim, dim, slot_row<T>(a.v, a.block_size, a.slots[r], h));
     }
-  }
+  });
 }
 
 template <class T> void rotate(const RotateArgs& a) {
   const int64_t dim = a.head_dim, half = a.rotary / 2;
-#pragma omp parallel num_threads(threads_for(a.rows * a.heads * dim, a.threads))
-  {
+  parallel_rows(threads_for(a.rows * a.heads * dim, a.threads), a.rows, [&](int64_t r, int64_t end) {
     float* x = row_scratch(dim + a.rotary);
     float *cos = x + dim, *sin = cos + half;
     int64_t turned_by = INT64_MIN;  // neighbours mostly move by the same distance
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < a.rows; r++) {
+    for (; r < end; r++) {
       if (a.delta[r] != turned_by) {
         turned_by = a.delta[r];
         for (int64_t i = 0; i < half; i++) {
@@ -124,7 +127,7 @@ template <class T> void rotate(const RotateArgs& a) {
         narrow(x, dim, static_cast<T*>(a.out) + r * a.out_row + h * a.out_head);
       }
     }
-  }
+  });
 }
 
 void store_rows(const StoreArgs& a) {
@@ -134,27 +137,25 @@ void store_rows(const StoreArgs& a) {
     const int64_t at = block * cache.block + head * cache.head + (slot - block * a.block_size) * cache.slot;
     return static_cast<char*>(cache.data) + at * item;
   };
-#pragma omp parallel for schedule(static) num_threads(threads_for(a.rows * a.heads * bytes, a.threads))
-  for (int64_t r = 0; r < a.rows; r++) {
-    if (a.slots[r] < 0) continue;
+  each_row(a.rows, threads_for(a.rows * a.heads * bytes, a.threads), [&](int64_t r) {
+    if (a.slots[r] < 0) return;
     for (int64_t h = 0; h < a.heads; h++) {
       const char* k = static_cast<const char*>(a.k) + (r * a.k_row + h * a.k_head) * item;
       const char* v = static_cast<const char*>(a.v) + (r * a.v_row + h * a.v_head) * item;
       std::memcpy(cache_row(a.k_cache, a.slots[r], h), k, size_t(bytes));
       std::memcpy(cache_row(a.v_cache, a.slots[r], h), v, size_t(bytes));
     }
-  }
+  });
 }
 
 template <class T> void silu_mul(const T* gate_up, int64_t in_row, T* out, int64_t out_row, int64_t rows, int64_t n, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads_for(rows * n, threads))
-  for (int64_t r = 0; r < rows; r++) {
+  each_row(rows, threads_for(rows * n, threads), [&](int64_t r) {
     const T *gate = gate_up + r * in_row, *up = gate + n;
     T* to = out + r * out_row;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, silu(load(gate + i)) * load(up + i));
     if (i < n) store_first(to + i, silu(load_first(gate + i, n - i)) * load_first(up + i, n - i), n - i);
-  }
+  });
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "abi.h"
+#include "parallel.h"
 #include "quant.h"
 #include "scratch.h"
 
@@ -10,9 +11,11 @@ namespace kvloom {
 namespace {
 
 constexpr int64_t kChunkRows = 240;  // rows that meet one panel before the next: their activations stay in the L2 cache
-constexpr int64_t kFewRows = 4;  // up to here each thread rounds the activations for itself, which is cheaper than to wait
+constexpr int64_t kFewRows = 4;  // up to here the calling thread rounds the activations: shorter than a call of its own
 
-thread_local Arena shared_arena, own_arena, panel_arena;
+constexpr int64_t kItemProducts = 4 << 20;  // some 50 microseconds: what is lost when a thread's core is taken meanwhile
+
+thread_local Arena activation_arena, panel_arena;
 
 Activations activations(Arena& arena, int64_t rows, int64_t inputs) {
   const int64_t groups = inputs / kGroupInputs;
@@ -125,26 +128,17 @@ template <Format F> void block(const LinearArgs& a, int64_t index, int64_t panel
 
 template <Format F> void linear(const LinearArgs& a) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel, chunks = (a.rows + kChunkRows - 1) / kChunkRows;
-  const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks;
-  const int64_t groups = a.inputs / kGroupInputs;
+  const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks, groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
-  const bool few = a.rows <= kFewRows;
-  const Activations shared = few ? Activations{} : activations(shared_arena, a.rows, a.inputs);
-#pragma omp parallel num_threads(threads)
-  {
-    Activations x = shared;
-    if (few) {
-      x = activations(own_arena, a.rows, a.inputs);
-      for (int64_t r = 0; r < a.rows; r++) quantise_row(a, r, Weights<F>::kOffset, from_row(x, r, groups));
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < blocks; i++) block<F>(a, i, panels, x);
-    } else {
-#pragma omp for schedule(static)
-      for (int64_t r = 0; r < a.rows; r++) quantise_row(a, r, Weights<F>::kOffset, from_row(x, r, groups));
-#pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < blocks; i++) block<F>(a, i, panels, x);
-    }
-  }
+  const Activations x = activations(activation_arena, a.rows, a.inputs);
+  parallel_rows(a.rows <= kFewRows ? 1 : threads, a.rows, [&](int64_t row, int64_t end) {
+    for (; row < end; row++) quantise_row(a, row, Weights<F>::kOffset, from_row(x, row, groups));
+  });
+  const int64_t products = std::min(a.rows, kChunkRows) * a.inputs * kPanels * kPanel;  // of a block
+  const int64_t each = std::max<int64_t>(1, std::min(blocks / (8 * threads), kItemProducts / products));
+  parallel(threads, (blocks + each - 1) / each, [&](int64_t item) {
+    for (int64_t i = item * each, end = std::min(blocks, i + each); i < end; i++) block<F>(a, i, panels, x);
+  });
 }
 
 // Codes [outputs][inputs], one per byte, into panels. Outputs past the last get scale 0.

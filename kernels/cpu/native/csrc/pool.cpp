@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "abi.h"
+#include "parallel.h"
 #include "scratch.h"
 #include "tile.h"
 
@@ -84,6 +85,6 @@ void pool_group(const PoolArgs& a, int64_t row, int64_t group) {
 KVLOOM_API void kvloom_pool(const kvloom::PoolArgs* args) {
   int64_t elements = 0;
   for (int64_t r = 0; r < args->rows; r++) elements += int64_t(std::max(0, args->last[r] - args->first[r])) * args->q_heads;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(kvloom::threads_for(elements, args->threads))
-  for (int64_t i = 0; i < args->rows * args->groups; i++) kvloom::pool_group(*args, i / args->groups, i % args->groups);
+  kvloom::parallel(kvloom::threads_for(elements, args->threads), args->rows * args->groups,
+                   [&](int64_t i) { kvloom::pool_group(*args, i / args->groups, i % args->groups); });
 }

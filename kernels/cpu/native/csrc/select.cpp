@@ -7,6 +7,7 @@
 
 #include "abi.h"
 #include "dispatch.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace kvloom {
@@ -112,11 +113,10 @@ KVLOOM_API void kvloom_select(const kvloom::SelectArgs* args) {
   const int64_t rows = args->rows, k = args->k;
   int64_t elements = 0;
   for (int64_t r = 0; r < rows; r++) elements += args->lengths[r];
-#pragma omp parallel for schedule(dynamic, 1) num_threads(kvloom::threads_for(elements, args->threads))
-  for (int64_t r = 0; r < rows; r++) {
+  kvloom::parallel(kvloom::threads_for(elements, args->threads), rows, [&](int64_t r) {
     const int64_t n = std::max(0, args->lengths[r]);
     const int32_t offset = args->offset ? args->offset[r] : 0;
     kvloom::select_row(args->scores + r * args->scores_row, n, k, offset, args->columns + r * args->columns_row);
     args->counts[r] = int32_t(std::min(n, k));
-  }
+  });
 }
