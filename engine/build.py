@@ -22,6 +22,7 @@ from kvloom.engine.limits import Limits
 from kvloom.engine.memory import MIB, check_kv_memory, default_kv_memory, size
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.heads import Heads
+from kvloom.engine.model.linear import quantizes
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.rope import rotary_table
 from kvloom.engine.prepare import Prepared
@@ -71,12 +72,13 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     _check_names(config)
     tenants = Tenants.read(config.tenants.tenants)
     progress = progress or (lambda stage, done, total: None)
-    torch.set_num_threads(config.model.threads or processors().threads)
+    threads = config.model.threads or processors().threads
+    torch.set_num_threads(threads)
     if prepared is None:
         found = resolve(config.model.model, progress)
         prepared = Prepared(lambda: found)
     files = prepared.files
-    backend = _backend(config.model.backend, torch.get_num_threads(), progress)
+    backend = _backend(config.model.backend, threads, progress)
     kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
     retention = _Retention(config)
     loaded = load_model(
@@ -89,6 +91,8 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         packed_folder=packed_folder(),
         gguf=prepared.gguf,
     )
+    if quantizes(config.model.weights, TORCH_DTYPES[config.model.dtype], backend):
+        torch.set_num_threads(1)  # what a step leaves to torch is short, and its threads would take cores from the kernels'
     tokenizer = prepared.tokenizer
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
     eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
@@ -122,7 +126,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     states = StateMemory(_state_bound(config, cache.bytes), razor)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
-    return Built(core, _info(config, files, loaded, length, backend), tokenizer)
+    return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
 
 
 def _backend(name: str, threads: int, progress: Progress) -> Kernels:
@@ -288,7 +292,9 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
     return asked
 
 
-def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: Kernels) -> ModelInfo:
+def _info(
+    config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: Kernels, threads: int
+) -> ModelInfo:
     options = config.model
     return ModelInfo(
         name=_text(options.served_model_name or options.model),
@@ -299,7 +305,7 @@ def _info(config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: 
         weights=options.weights,
         weights_held=loaded.weights_held,
         backend=backend.name,
-        threads=f"{torch.get_num_threads()} on {processors()}",
+        threads=f"{threads} on {processors()}",
         created=int(time.time()),
         settings=config.changed(),
         sampling=files.sampling,

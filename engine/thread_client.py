@@ -63,9 +63,9 @@ class ThreadEngineClient:
     def __init__(self, make: Callable[[], Built], *, max_queued_tokens: int | None = None) -> None:
         """`make` builds the engine, on the engine's own thread; blocks until it has, and raises what it raises.
 
-        The model must not be built on one thread and run on another: OpenMP keeps a pool of workers per calling thread, and
-        once there are more of them than cores it puts them to sleep at every barrier. A decode step then takes four times
-        as long.
+        Where torch multiplies (weights in bf16 or fp32), the model must not be built on one thread and run on another: OpenMP
+        keeps a pool of workers per calling thread, and once there are more of them than cores it puts them to sleep at every
+        barrier. A decode step then takes four times as long.
         """
         self._questions = Questions()
         self._watchdog = Watchdog(lambda: self._core.busy)
