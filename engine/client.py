@@ -170,8 +170,10 @@ class EngineStats:
     """Time spent in steps."""
     step_times: tuple[int, ...] = (0,) * len(STEP_SECONDS)
     """Steps that computed something, by time: [i] counts those of at most STEP_SECONDS[i] and more than the bound before."""
+    step_times_sum: float = 0.0
+    """What those took together."""
     step_prompt_rows: tuple[int, ...] = (0,) * len(STEP_PROMPT_ROWS)
-    """The same steps by their rows of prompts, likewise."""
+    """The same steps by their rows of prompts (those computed anew as well), likewise."""
     step_prompt_rows_sum: int = 0
     """Rows of prompts of all steps."""
     queued_tokens: int

@@ -285,9 +285,8 @@ class EngineCore:
             outputs += self._fail(failure.request)
         except Exception:
             outputs += self._fail_step(plan)
-        chunks = plan.chunks if plan else []
-        rows, of_prompts = (sum(chunk.count for chunk in some) for some in (chunks, [c for c in chunks if c.prefills]))
-        self._statistics.stepped(time.perf_counter() - began, rows, of_prompts)
+        of_prompts = sum(chunk.count for chunk in plan.chunks if chunk.prefills) if plan else 0
+        self._statistics.stepped(time.perf_counter() - began, plan.rows if plan else 0, of_prompts)
         return [output for output in outputs if not self._own(output)]
 
     def _compute(self, plan: StepPlan) -> Computed:

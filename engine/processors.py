@@ -41,7 +41,7 @@ def quota(groups: Path, mounted: Path) -> float:
     groups: a file like /proc/self/cgroup; mounted: where control groups are. Infinite where there is no limit, or no telling.
     """
     try:
-        lines = groups.read_text().splitlines()
+        lines = groups.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return math.inf
     found = math.inf
@@ -50,8 +50,8 @@ def quota(groups: Path, mounted: Path) -> float:
         controllers, _, path = named.partition(":")
         if controllers and "cpu" not in controllers.split(","):
             continue
-        for folder in _upwards(mounted / "cpu" if controllers else mounted, path):
-            found = min(found, _granted(folder))
+        roots = (mounted / "cpu", mounted / controllers) if controllers else (mounted, mounted / "unified")  # version 1, 2
+        found = min(found, *(_granted(folder) for root in roots for folder in _upwards(root, path)))
     return found
 
 
@@ -71,5 +71,5 @@ def _granted(folder: Path) -> float:
         else:
             granted, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
         return math.inf if granted in ("max", "-1") else int(granted) / int(period)
-    except (OSError, ValueError, ZeroDivisionError):
+    except (OSError, ValueError, ArithmeticError):
         return math.inf

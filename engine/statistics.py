@@ -32,6 +32,8 @@ class Statistics:
     share: KVShare | None
     steps: int = 0
     step_seconds: float = 0.0
+    computing_seconds: float = 0.0
+    """Of steps that computed something: these are what the two lists count."""
     step_times: list[int] = field(default_factory=lambda: [0] * len(STEP_SECONDS))
     step_prompt_rows: list[int] = field(default_factory=lambda: [0] * len(STEP_PROMPT_ROWS))
     prompt_rows: int = 0
@@ -46,11 +48,12 @@ class Statistics:
     """Requests that ended because something of the engine's own failed, and steps that failed with nobody to blame."""
 
     def stepped(self, seconds: float, rows: int, prompt_rows: int) -> None:
-        """A step is over; `rows` were computed, so many of them of prompts."""
+        """A step is over that was to compute `rows`, so many of them of prompts."""
         self.steps += 1
         self.step_seconds += seconds
         self.prompt_rows += prompt_rows
         if rows:
+            self.computing_seconds += seconds
             self.step_times[bisect.bisect_left(STEP_SECONDS, seconds)] += 1
             self.step_prompt_rows[bisect.bisect_left(STEP_PROMPT_ROWS, prompt_rows)] += 1
 
@@ -84,6 +87,7 @@ class Statistics:
             steps=self.steps,
             step_seconds=self.step_seconds,
             step_times=tuple(self.step_times),
+            step_times_sum=self.computing_seconds,
             step_prompt_rows=tuple(self.step_prompt_rows),
             step_prompt_rows_sum=self.prompt_rows,
             queued_tokens=scheduler.queued_tokens,

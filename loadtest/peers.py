@@ -65,8 +65,9 @@ def one_line(summary: Summary) -> str:
 
 @contextlib.contextmanager
 def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """So many processes that want a core each, pinned to none, while the context lasts."""
-    found = [subprocess.Popen([sys.executable, "-S", "-c", "while True: pass"]) for _ in range(processes)]
+    """So many processes that want a core each, pinned to none, while the context and this process last."""
+    program = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    found = [subprocess.Popen([sys.executable, "-S", "-c", program]) for _ in range(processes)]
     try:
         yield found
     finally:

@@ -181,7 +181,7 @@ class _EngineCollector(Collector):
     def _steps(self, stats: EngineStats) -> Iterator[Metric]:
         """How long steps take, and what prompts have of them."""
         text = "Time of a step that computed something."
-        yield self._buckets("engine_step_time_seconds", text, STEP_SECONDS, stats.step_times, stats.step_seconds)
+        yield self._buckets("engine_step_time_seconds", text, STEP_SECONDS, stats.step_times, stats.step_times_sum)
         text, counts = "Rows of prompts in such a step.", stats.step_prompt_rows
         yield self._buckets("engine_step_prompt_rows", text, STEP_PROMPT_ROWS, counts, stats.step_prompt_rows_sum)
 

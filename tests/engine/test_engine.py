@@ -70,6 +70,10 @@ def test_steps_are_counted_by_their_rows_of_prompts(make_llm: MakeLLM) -> None:
     by_rows = dict(zip(STEP_PROMPT_ROWS, stats.step_prompt_rows))
     assert {bound: count for bound, count in by_rows.items() if count} == {64: 2, 32: 1, 0: 4}, "40, 40, 20, decoding"
     assert stats.step_prompt_rows_sum == 100 and sum(stats.step_times) == 7
+    before = llm.stats().step_times_sum
+    llm.core.step()
+    after = llm.stats()
+    assert after.steps == stats.steps + 1 and after.step_times_sum == before, "a step without rows counts in neither"
 
 
 def test_log_probabilities_equal_transformers(make_llm: MakeLLM, oracle: Any) -> None:

@@ -37,7 +37,15 @@ def test_version_1_and_a_container_that_sees_only_its_own_root(tmp_path: Path) -
     assert quota(tmp_path / "self", tmp_path / "fs") == 2.5
 
 
-@pytest.mark.parametrize("text", ["", "nonsense", "100000 0", "1 2 3"])
+def test_other_places_where_systems_mount_them(tmp_path: Path) -> None:
+    (tmp_path / "self").write_bytes(b"1:cpu,cpuacct:/a\n0::/b\xff\n")
+    _group(tmp_path / "fs" / "cpu,cpuacct" / "a", cfs_quota_us="300000", cfs_period_us="100000")
+    assert quota(tmp_path / "self", tmp_path / "fs") == 3
+    _group(tmp_path / "fs" / "unified" / "b\udcff", max="200000 100000")
+    assert quota(tmp_path / "self", tmp_path / "fs") == 2
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "100000 0", "1 2 3", "1" + 400 * "0" + " 1"])
 def test_files_that_make_no_sense_grant_everything(tmp_path: Path, text: str) -> None:
     (tmp_path / "self").write_text("0::/../..\n0::/\nx\n")
     _group(tmp_path / "fs", max=text)

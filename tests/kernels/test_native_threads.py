@@ -43,6 +43,26 @@ def test_any_number_of_threads_gives_the_same_bits(kernels: NativeKernels, threa
         assert torch.equal(several(x, torch.full((rows, 1536), torch.nan)), one)
 
 
+def test_no_rows_are_no_work(kernels: NativeKernels) -> None:
+    assert _layer(kernels)(_rows(0), torch.empty(0, 1536)).shape == (0, 1536)
+
+
+def test_where_no_thread_can_be_had_the_caller_computes_alone() -> None:
+    program = """
+import os, resource, torch
+from kvloom.kernels.cpu.native import load
+kernels, x, out = load(3), torch.randn(600, 600), torch.empty(600, 300)
+before, (_, most) = len(os.listdir("/proc/self/task")), resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (1 << 20, most))  # no room for a thread's stack
+kernels.silu_mul(x, out)
+resource.setrlimit(resource.RLIMIT_AS, (most, most))
+expected = torch.nn.functional.silu(x[:, :300]) * x[:, 300:]
+print(len(os.listdir("/proc/self/task")) - before, torch.allclose(out, expected, atol=1e-5))
+"""
+    shown = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert shown.stdout.split() == ["0", "True"], shown.stderr
+
+
 def test_callers_on_several_threads_get_their_own_results(kernels: NativeKernels) -> None:
     layer = _layer(NativeKernels(kernels.library, threads=3))
     inputs = [_rows(1 + i, seed=i) for i in range(4)]

@@ -88,7 +88,7 @@ template <Format F, int R, int P, class... Rest> void tile_of(int64_t count, con
 constexpr bool kSpread = kParts > 1;  // bytes must become int16 before they are multiplied
 
 // P panels' weights ready to multiply, in the order the inner loop reads them; null where that would save nothing.
-template <Format F, int P> const uint8_t* prepare([[maybe_unused]] const uint8_t* panel, [[maybe_unused]] int64_t groups) {
+template <Format F, int P> const uint8_t* prepare(const uint8_t* panel, int64_t groups) {
   using W = Weights<F>;
   if (!(W::kNibbles || kSpread) || kRows == 1) return nullptr;
   constexpr int Q = P * kParts;
@@ -127,6 +127,7 @@ template <Format F> void block(const LinearArgs& a, int64_t index, int64_t panel
 }
 
 template <Format F> void linear(const LinearArgs& a) {
+  if (a.rows == 0) return;
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel, chunks = (a.rows + kChunkRows - 1) / kChunkRows;
   const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks, groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 namespace kvloom {
@@ -39,7 +40,10 @@ constexpr std::chrono::microseconds kForWork{150}, kForOthers{20};
 class Pool {
  public:
   explicit Pool(int helpers) {
-    for (int i = 0; i < helpers; i++) std::thread([this] { help(); }).detach();  // for the life of the process
+    try {
+      for (int i = 0; i < helpers; i++) std::thread([this] { help(); }).detach();  // for the life of the process
+    } catch (const std::system_error&) {  // no more threads are to be had: those there are, and the caller, do the work
+    }
   }
 
   // False, with nothing done, if another thread's call runs.
@@ -117,22 +121,21 @@ std::atomic<Pool*> pools[kMostThreads];  // by number of threads; almost always 
 void forget_pools() {
   for (auto& pool : pools) pool.store(nullptr);
 }
+const int registered [[maybe_unused]] = pthread_atfork(
+    [] { pools_mutex.lock(); }, [] { pools_mutex.unlock(); }, [] { pools_mutex.unlock(), forget_pools(); });
 
 Pool* pool_of(int threads) {
   threads = std::min(threads, kMostThreads);
   std::atomic<Pool*>& found = pools[threads - 1];
   if (Pool* pool = found.load(std::memory_order_acquire)) return pool;
   std::lock_guard<std::mutex> lock(pools_mutex);
-  static const int registered = pthread_atfork([] { pools_mutex.lock(); }, [] { pools_mutex.unlock(); },
-                                               [] { pools_mutex.unlock(), forget_pools(); });
-  (void)registered;
   if (!found.load()) found.store(new Pool(threads - 1), std::memory_order_release);
   return found.load();
 }
 
 }  // namespace
 
-void run_items(int threads, int64_t items, void (*body)(void*, int64_t), void* context) {
+void run_items(int threads, int64_t items, void (*body)(void*, int64_t), void* context) noexcept {
   if (pool_of(threads)->run(items, body, context)) return;
   for (int64_t i = 0; i < items; i++) body(context, i);
 }

@@ -1,9 +1,9 @@
 // Work of one call spread over threads of our own.
 //
 // A call is cut into items, which threads take one by one; the caller takes them too, and waits only for items that
-// others have begun. So a thread whose core somebody else has taken delays a call by one item at most, and one that has
-// not begun delays it not at all. Who waits looks for some microseconds and then sleeps: on an idle core the kernel then
-// puts the thread that is waited for. Which thread takes an item never shows in a result.
+// others have begun: a thread whose core somebody else has taken delays a call by the item that it is in. Who waits looks
+// for some microseconds and then sleeps: on an idle core the kernel then puts the thread that is waited for. Which thread
+// takes an item never shows in a result.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +14,8 @@ namespace kvloom {
 constexpr int64_t kMostItems = 60000;  // of one call
 
 // body(context, item) for every item in [0, items), on at most `threads` threads, the calling one among them. Returns when
-// all are done. A call from within an item, or beside a call of another thread, is done by its own thread alone.
-void run_items(int threads, int64_t items, void (*body)(void*, int64_t), void* context);
+// all are done. A call from within an item, or beside another thread's with as many threads, is done by its own thread alone.
+void run_items(int threads, int64_t items, void (*body)(void*, int64_t), void* context) noexcept;
 
 template <class F> void parallel(int threads, int64_t items, F f) {
   if (threads < 2 || items < 2) {
