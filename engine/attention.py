@@ -31,6 +31,8 @@ class StepAttention:
         self._scratch = Scratch()
         self._view: SparseView | None = None
         self._plan: Plan | None = None
+        self._dense: Plan | None = None
+        """Of steps without selection: made anew in its place, where captured calls look for it."""
         self._plans: dict[bytes, Plan] = {}
         """This step's, by what rows see: layers that see alike share one."""
 
@@ -44,11 +46,11 @@ class StepAttention:
         self._positions, self._slots = positions, slots
         self._q, self._out = q, out
         if isinstance(rows, SparseView):
-            self._view, self._plans = rows, {}
+            self._view, self._plan, self._plans = rows, None, {}
             parts = [slice(batch.first_row, batch.first_row + batch.rows) for batch in rows.batches]
             self._parts = [(part, q[part], out[part]) for part in parts]
         else:
-            self._view, self._plan = None, self._planned(rows)
+            self._view, self._dense = None, self._planned(rows, self._dense)
         self._flat = out.view(out.shape[0], -1)
         self._shadow = shadow
 
@@ -59,8 +61,8 @@ class StepAttention:
             qkv, self._cos, self._sin, self._positions, kv, self._slots, self._q, q_norm, k_norm, self._config.rms_eps
         )
         if self._view is None:
-            assert self._plan is not None
-            kernels.attend(self._q, kv, self._plan, scale=self._scale, out=self._out)
+            assert self._dense is not None
+            kernels.attend(self._q, kv, self._dense, scale=self._scale, out=self._out)
         else:
             self._select(layer, kv, self._view)
         return self._flat
@@ -110,6 +112,6 @@ class StepAttention:
             batch.stats.mass += float(mass.sum())
             batch.stats.mass_samples += len(mass)
 
-    def _planned(self, rows: Rows) -> Plan:
+    def _planned(self, rows: Rows, into: Plan | None = None) -> Plan:
         config = self._config
-        return self._kernels.plan(rows, config.q_heads, config.kv_heads, config.head_dim)
+        return self._kernels.plan(rows, config.q_heads, config.kv_heads, config.head_dim, into)

@@ -46,12 +46,17 @@ class GroupedAttention:
         self._cos, self._sin = cos, sin
         self._scale = config.head_dim**-0.5
         self._share = config.q_heads // config.kv_heads
+        self._shapes = [(index, n) for index, group in enumerate(groups) for n in {*map(len, group.storage.spec.heads)} if n]
+        self._plans: dict[tuple[int, int], Plan] = {}
+        """By group and KV heads of a layer: made anew in their place, where captured calls look for them."""
 
     def plan(self, groups: Sequence[GroupRows], positions: Tensor, q: Tensor, out: Tensor, folded: Folded | None) -> None:
         """Set the step up. positions: [rows] int64; q, out: [rows, q_heads, head_dim] contiguous work space."""
         self._rows, self._positions, self._folded = groups, positions, folded
         self._q, self._out, self._flat = q.flatten(), out, out.view(out.shape[0], -1)
-        self._plans: dict[tuple[int, int], Plan] = {}
+        for index, heads in self._shapes:
+            q_heads, into = heads * self._share, self._plans.get((index, heads))
+            self._plans[index, heads] = self._kernels.plan(groups[index].rows, q_heads, heads, self._config.head_dim, into)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         """qkv: [rows, (q_heads + 2 kv_heads) * head_dim], group after group -> [rows, q_heads * head_dim], valid until the
@@ -75,11 +80,7 @@ class GroupedAttention:
     def _attend(self, layer: int, index: int, q: Tensor, out: Tensor) -> None:
         """One group's rows: q, out [rows, q_heads of the group, head_dim]."""
         kernels, kv = self._kernels, self._groups[index].storage.layers[layer]
-        kv_heads = kv.k.shape[1]
-        plan = self._plans.get((index, kv_heads))
-        if plan is None:
-            plan = kernels.plan(self._rows[index].rows, q.shape[1], kv_heads, self._config.head_dim)
-            self._plans[index, kv_heads] = plan
+        plan = self._plans[index, kv.k.shape[1]]
         folded = self._folded if index == len(self._groups) - 1 else None
         if folded is None:
             kernels.attend(q, kv, plan, scale=self._scale, out=out)

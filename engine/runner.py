@@ -126,7 +126,7 @@ class Runner:
             folded = Folded(retention.state, np.repeat(retention.state.slots(requests[:front]), count[:front]))
         tokens, positions = torch.from_numpy(self._tokens[:rows]), torch.from_numpy(self._positions[:rows])
         self._grouped.plan(groups, positions, self._q[:rows], self._out[:rows], folded)
-        hidden = self.decoder.forward(tokens, self._grouped)
+        hidden = self.decoder.forward(tokens, self._grouped, "full" if folded is None else "piecewise")
         local = 1.0 - retention.classes.share
         hidden_tokens = np.maximum(0, begins - retention.window.sinks) * local
         return StepResult(
@@ -144,7 +144,7 @@ class Runner:
     def _forward(self, visible: Rows | SparseView, rows: int, *, shadow: bool = False) -> Tensor:
         tokens, positions, slots = (torch.from_numpy(array[:rows]) for array in (self._tokens, self._positions, self._slots[0]))
         self._attention.plan(visible, positions, slots, self._q[:rows], self._out[:rows], shadow=shadow)
-        return self.decoder.forward(tokens, self._attention)
+        return self.decoder.forward(tokens, self._attention, "full" if isinstance(visible, Rows) else "piecewise")
 
     @torch.inference_mode()
     def logits(self, result: StepResult, rows: list[int]) -> Tensor:

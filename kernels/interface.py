@@ -25,6 +25,7 @@ Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -127,6 +128,24 @@ class QuantizedLinears(Protocol):
         ...
 
 
+class Graph(Protocol):
+    """Calls of a step, captured in the order in which they were made, to be made again in one.
+
+    A replay runs the same kernels at the same addresses. Whoever captures keeps the tensors of captured calls alive and in
+    place and changes their contents alone; plans may be made anew (`Kernels.plan`, into). Replayed rows may be fewer or more
+    than were captured: tensors must be the beginnings of buffers with the same strides for any number of rows. What is not a
+    kernel call is not captured. For one thread at a time.
+    """
+
+    def piece(self) -> AbstractContextManager[None]:
+        """Kernel calls of this thread within are made, and become the graph's next piece if no exception ends them."""
+        ...
+
+    def replay(self, piece: int, rows: int) -> None:
+        """Make a piece's calls again, for this many rows. Raises ValueError if a plan that they use has another number."""
+        ...
+
+
 PoolHow = Literal["sum", "max"]
 """How `Kernels.pool` combines the query heads of a group."""
 
@@ -139,18 +158,25 @@ class Kernels(Protocol):
     quantized: QuantizedLinears | None
     """Quantised linear layers, if this back end has them."""
 
+    def graph(self) -> Graph | None:
+        """An empty graph; None if this back end has none."""
+        ...
+
     # Attention ---------------------------------------------------------------------------------------------------
 
     def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
         """Write rows into slots. k, v: [rows, kv_heads, head_dim]; slots: [rows] int64, -1 skips the row."""
         ...
 
-    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> Plan:
+    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, into: Plan | None = None) -> Plan:
         """Group rows into tiles and splits. Consecutive rows of one request that share their lists (the same offsets) and
         starts, and end one position further each (a prefill chunk), may be computed together.
 
         A plan reads the contents of `rows.lists.positions` when it is used, not when it is made: they may be rewritten in
         place between two uses, as long as lists stay ascending and below start. Nothing else of `rows` may change.
+
+        into: a plan for the same heads that nobody uses any more, but for graphs: calls captured with it see the new rows.
+        A back end without graphs may ignore it.
         """
         ...
 

@@ -89,7 +89,10 @@ class ReferenceKernels:
         kv.k[block, :, offset] = k[kept].to(kv.k.dtype)
         kv.v[block, :, offset] = v[kept].to(kv.v.dtype)
 
-    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> Plan:
+    def graph(self) -> None:
+        """None: calls are made one by one."""
+
+    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, into: Plan | None = None) -> Plan:
         """Nothing to prepare."""
         return ReferencePlan(rows)
 

@@ -14,8 +14,10 @@ each sub-layer's result is added by the norm that follows it, which is why `laye
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,7 +25,11 @@ from torch import Tensor
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.linear import Linear
 from kvloom.engine.model.rope import RotaryTable, rotary_table
-from kvloom.kernels.interface import Kernels
+from kvloom.kernels.interface import Graph, Kernels
+
+GraphMode = Literal["none", "piecewise", "full"]
+"""What of a step may be captured in a graph and replayed: nothing, all but attention, or all. Rows of a step that are
+captured with attention must lie at the same addresses in every step, and its calls must be the same."""
 
 
 class LayerAttention(Protocol):
@@ -31,7 +37,8 @@ class LayerAttention(Protocol):
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
         """qkv: [rows, (q_heads + 2 kv_heads) * head_dim] in the model's dtype, not rotated, q then k then v; reused by the
-        next layer. q_norm, k_norm: [head_dim] fp32 RMS-norm weights, or None. Returns [rows, q_heads * head_dim]."""
+        next layer. q_norm, k_norm: [head_dim] fp32 RMS-norm weights, or None. Returns [rows, q_heads * head_dim]; with
+        graphs, at one address in every step."""
         ...
 
 
@@ -84,6 +91,9 @@ class Decoder:
         """embedding: [vocab, hidden] in `dtype`; final_norm: [hidden] fp32; head: hidden -> vocab."""
         self.config, self.dtype, self.kernels = config, dtype, kernels
         self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
+        projections = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+        self._captures = kernels.graph() is not None and all(linear.capturable for linear in projections)
+        self._graphs: dict[tuple[LayerAttention, GraphMode], Graph] = {}
         self._whole = self._part = self._allocate(1)
 
     @functools.cached_property
@@ -91,13 +101,46 @@ class Decoder:
         """Cosines and sines for the runner: of all positions, unless a table of another length is set before anybody asks."""
         return rotary_table(self.config.rope, self.config.max_position)
 
-    def forward(self, tokens: Tensor, attention: LayerAttention) -> Tensor:
+    def forward(self, tokens: Tensor, attention: LayerAttention, graphs: GraphMode = "none") -> Tensor:
         """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]
         fp32, valid until the next call."""
-        x, delta = self.embed(tokens), None
-        for index in range(len(self.layers)):
-            delta = self.layer(index, x, delta, attention)
-        return self.finish(x, delta)
+        x = self.embed(tokens)
+        if graphs == "none" or not self._captures:
+            return self.finish(x, self._through(x, attention, nullcontext))
+        graph = self._graphs.get((attention, graphs))
+        if graph is None:
+            return self.finish(x, self._capture(x, attention, graphs))
+        rows, ws = tokens.shape[0], self._workspace(tokens.shape[0])
+        graph.replay(0, rows)
+        if graphs == "piecewise":
+            for index, layer in enumerate(self.layers):
+                attention(index, ws.qkv, layer.q_norm, layer.k_norm)
+                graph.replay(index + 1, rows)
+        return self.finish(x, ws.delta)
+
+    def _capture(self, x: Tensor, attention: LayerAttention, graphs: GraphMode) -> Tensor:
+        """Run all layers, and keep what was called for steps to come."""
+        graph = self.kernels.graph()
+        assert graph is not None
+        if graphs == "piecewise":
+            delta = self._through(x, attention, graph.piece)
+        else:
+            with graph.piece():
+                delta = self._through(x, attention, nullcontext)
+        self._graphs[attention, graphs] = graph
+        return delta
+
+    def _through(self, x: Tensor, attention: LayerAttention, piece: Callable[[], AbstractContextManager[None]]) -> Tensor:
+        """All layers; what lies between two attentions, within a `piece`. Returns the last one's delta."""
+        with piece():
+            qkv = self.project(0, x, None)
+        for index, layer in enumerate(self.layers):
+            attended = attention(index, qkv, layer.q_norm, layer.k_norm)
+            with piece():
+                delta = self.mix(index, x, attended)
+                if index + 1 < len(self.layers):
+                    qkv = self.project(index + 1, x, delta)
+        return delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden] fp32, the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""
@@ -116,12 +159,8 @@ class Decoder:
     def layer(self, index: int, x: Tensor, delta: Tensor | None, attention: LayerAttention) -> Tensor:
         """Run one layer. Adds `delta` (what the layer before returned) to x in place and returns this layer's own delta:
         [rows, hidden], in the workspace. x and delta may hold any subset of the rows of the layer before."""
-        layer, kernels, eps, ws = self.layers[index], self.kernels, self.config.rms_eps, self._workspace(x.shape[0])
-        attended = attention(index, self.project(index, x, delta), layer.q_norm, layer.k_norm)
-        projected = layer.o(attended, ws.delta)
-        normed = kernels.add_rms_norm(x, projected, layer.mlp_norm, eps, ws.normed)
-        gated = kernels.silu_mul(layer.gate_up(normed, ws.gate_up), ws.gated)
-        return layer.down(gated, ws.delta)
+        layer = self.layers[index]
+        return self.mix(index, x, attention(index, self.project(index, x, delta), layer.q_norm, layer.k_norm))
 
     def project(self, index: int, x: Tensor, delta: Tensor | None) -> Tensor:
         """The beginning of a layer, up to its fused projection: [rows, (q_heads + 2 kv_heads) * head_dim], in the workspace.
@@ -129,12 +168,21 @@ class Decoder:
         layer, ws = self.layers[index], self._workspace(x.shape[0])
         return layer.qkv(self.kernels.add_rms_norm(x, delta, layer.input_norm, self.config.rms_eps, ws.normed), ws.qkv)
 
+    def mix(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of a layer, from what its attention returned: [rows, q_heads * head_dim]. Returns the layer's delta."""
+        layer, kernels, ws = self.layers[index], self.kernels, self._workspace(x.shape[0])
+        projected = layer.o(attended, ws.delta)
+        normed = kernels.add_rms_norm(x, projected, layer.mlp_norm, self.config.rms_eps, ws.normed)
+        gated = kernels.silu_mul(layer.gate_up(normed, ws.gate_up), ws.gated)
+        return layer.down(gated, ws.delta)
+
     def finish(self, x: Tensor, delta: Tensor | None) -> Tensor:
         """Add the last layer's delta: the result of `forward`."""
         return x if delta is None else x.add_(delta)
 
     def _workspace(self, rows: int) -> Workspace:
         if rows > self._whole.residual.shape[0]:
+            self._graphs.clear()  # they write to the old one
             self._whole = self._part = self._allocate(rows)
         if rows != self._part.residual.shape[0]:
             self._part = self._whole.rows(rows)

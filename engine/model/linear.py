@@ -36,6 +36,8 @@ class Linear(Protocol):
     """Bytes of weights that one call reads."""
     form: str
     """How they are held: int4, int8, or a dtype."""
+    capturable: bool
+    """Whether a call is one of the back end's own, so that a graph can hold it."""
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """x: [rows, in_features] in the model's dtype. Returns [rows, out_features].
@@ -99,6 +101,8 @@ class LinearWeight:
 class DenseLinear:
     """`Linear` on a plain matrix. weight: [out, in]; bias: [out] in the same dtype, or None."""
 
+    capturable = False
+
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self.out_features, self.in_features = weight.shape
@@ -115,6 +119,8 @@ class DenseLinear:
 
 class PackedLinear:
     """`Linear` in bf16 on a matrix that oneDNN has laid out for its own kernels: about twice as fast at few rows."""
+
+    capturable = False
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """weight: [out, in] bf16, not kept."""

@@ -75,6 +75,8 @@ def _nonzero(scales: Tensor) -> Tensor:
 class QuantizedLinear:
     """`Linear` on packed codes, multiplied by a back end with activations rounded to 15 bits per row and group of 32."""
 
+    capturable = True
+
     def __init__(self, quantized: QuantizedLinears, packed: PackedWeight, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features, self.nbytes = packed.outputs, packed.inputs, packed.data.nbytes
         self.form = f"int{packed.bits}"

@@ -110,7 +110,10 @@ class NumbaKernels:
         layer.store_rows(k.data_ptr(), v.data_ptr(), strides, kv.k.data_ptr(), _strides(kv.k, "the K cache"), kv.v.data_ptr(),
                          _strides(kv.v, "the V cache"), kv.k.shape[2], slots.data_ptr(), rows, heads, dim, kind)  # fmt: skip
 
-    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> Plan:
+    def graph(self) -> None:
+        """None: calls are made one by one."""
+
+    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, into: Plan | None = None) -> Plan:
         """Cut rows into tasks; see `interface.Kernels.plan`. Uses shared memory: the latest plans of one step only."""
         if q_heads % kv_heads:
             raise ValueError(f"{q_heads} query heads do not divide into {kv_heads} KV heads")

@@ -269,3 +269,19 @@ def test_random_heads_are_as_many(razor: Callable[..., LLM]) -> None:
     assert llm.core.retention is not None
     assert llm.core.retention.classes.count == len(RETRIEVAL)
     assert set(llm.core.retention.classes.heads) != RETRIEVAL
+
+
+@pytest.mark.parametrize("compensation", ["true", "false"])
+def test_captured_steps_give_the_bits_of_calls_made_one_by_one(razor: Callable[..., LLM], compensation: str) -> None:
+    """Two groups: dense steps, and with something folded steps whose attention is called layer by layer."""
+    found = []
+    for captures in (True, False):
+        options = OPTIONS.replace("}", f', "compensation": {compensation}' + "}")
+        llm = razor(weights="int8", dtype="bf16", retention_options=options, max_batched_tokens=48)
+        decoder = llm.core.runner.decoder
+        assert decoder._captures
+        decoder._captures = captures
+        found.append([scores(llm, text(length, length), text(80, 1)) for length in (20, 100, 41)])
+        modes = {mode for _, mode in decoder._graphs}
+        assert modes == (set() if not captures else {"full", "piecewise"} if compensation == "true" else {"full"})
+    assert found[0] == found[1]

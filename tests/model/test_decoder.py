@@ -89,3 +89,31 @@ def test_activations_are_reused(decoder, sequence_attention) -> None:
         seen.append(set())
         decoder.forward(torch.tensor(TOKENS[:rows]), attention)
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 1
+
+
+def test_a_larger_workspace_is_captured_anew(write_gguf, sequence_attention) -> None:
+    """Graphs write to the buffers that they were captured with; a step that needs larger ones must not find them there."""
+    native = pytest.importorskip("kvloom.kernels.cpu.native")
+    try:
+        kernels = native.load(threads=1)
+    except native.NativeUnavailable as error:
+        pytest.skip(str(error))
+    eager, captured = (load_model(write_gguf("Q4_1"), "bf16", kernels).decoder for _ in range(2))
+
+    class Kept(sequence_attention):
+        """With queries and results in one place."""
+
+        def __call__(self, layer, qkv, q_norm, k_norm):
+            result = super().__call__(layer, qkv, q_norm, k_norm)
+            if not hasattr(self, "kept"):
+                self.kept = torch.empty(len(TOKENS), result.shape[1], dtype=result.dtype)
+            return self.kept[: len(result)].copy_(result)
+
+    ones, others, begin = Kept(eager, len(TOKENS)), Kept(captured, len(TOKENS)), 0
+    for rows in (1, 1, 4, 2, 4):
+        for attention in (ones, others):
+            attention.step(torch.arange(begin, begin + rows))
+        tokens = torch.tensor(TOKENS[begin : begin + rows])
+        assert torch.equal(eager.forward(tokens, ones), captured.forward(tokens, others, "piecewise"))
+        begin += rows
+    assert len(captured._graphs) == 1 and not eager._graphs

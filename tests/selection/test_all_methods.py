@@ -262,3 +262,25 @@ def test_preemption_and_resume(make_llm: Make, name: str) -> None:
         assert tight.stats().preemptions > 0
         expected = plain if draft else make_llm(reuse="off").generate(texts, greedy(60), kv=kv)
         assert [r.tokens for r in results] == [r.tokens for r in expected]
+
+
+# Captured steps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*VARIANTS, "dense"])
+def test_captured_steps_give_the_bits_of_calls_made_one_by_one(make_llm: Make, name: str) -> None:
+    """Decode steps of growing and shrinking batches, prompts between them, alone and beside dense rows."""
+    found = []
+    for captures in (True, False):
+        llm = make_llm(backend="native", weights="int8", dtype="bf16", max_batched_tokens=48)
+        decoder = llm.core.runner.decoder
+        assert decoder._captures
+        decoder._captures = captures
+        kv = DENSE if name == "dense" else using(name)
+        jobs = [(text, kv if i % 2 == 0 else DENSE) for i, text in enumerate(prompts((60, 7, 90, 41)))]
+        found.append([run(llm, jobs[:1]), run(llm, jobs, tokens=20), run(llm, jobs[2:])])
+        modes = {mode for _, mode in decoder._graphs}
+        assert modes == (set() if not captures else {"full"} if name == "dense" else {"full", "piecewise"})
+        counters = llm.stats().kv_bytes
+        found[-1].append(counters)
+    assert found[0] == found[1]

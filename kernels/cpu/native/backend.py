@@ -14,7 +14,8 @@ from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, Quantized
 from kvloom.kernels.reference import check_pool
 
 from .build import Progress, build
-from .library import ATTEND, DTYPES, MERGE, NORM, POOL, ROTATE, ROTATE_STORE, SELECT, STORE, Library
+from .graph import Attended, NativeGraph
+from .library import DTYPES, Library
 from .plan import NativePlan, make_plan
 from .quantized import NativeQuantized
 
@@ -38,6 +39,10 @@ class NativeKernels:
         self.counters = Counters()
         self.quantized: QuantizedLinears | None = NativeQuantized(self)
 
+    def graph(self) -> NativeGraph:
+        """See the contract."""
+        return NativeGraph(self.library, self.counters)
+
     # Attention ---------------------------------------------------------------------------------------------------
 
     def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
@@ -47,15 +52,17 @@ class NativeKernels:
         _index(slots, torch.int64)
         k_strides, v_strides = _strides(k), _strides(v)
         item = k.element_size()
-        self.library.store(STORE.pack(
+        self.library.store(
             k.data_ptr(), k_strides[0], k_strides[1], v.data_ptr(), v_strides[0], v_strides[1],
             *_paged(kv), slots.data_ptr(), rows, dim * item, heads, item, self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
 
-    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> NativePlan:
+    def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, into: Plan | None = None) -> NativePlan:
         """See the contract. Rows of one request that follow each other, each seeing at least what the one before saw,
         share a tile."""
-        return make_plan(self.library, rows, q_heads, kv_heads, head_dim, self.threads)
+        if into is not None and not isinstance(into, NativePlan):
+            raise TypeError(f"plan was made by another back end: {type(into).__name__}; use this one's plan()")
+        return make_plan(self.library, rows, q_heads, kv_heads, head_dim, self.threads, into)
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
                lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
@@ -83,19 +90,12 @@ class NativeKernels:
         q_row, q_head, _ = _strides(q)
         lse_at = (0, 0) if lse is None else (_fp32(lse), _strides(lse)[0])
         logits_at = (0,) * 5 if logits is None else (_fp32(logits), len(logits), *_strides(logits)[:2], logits.shape[2])
-        packed = ATTEND.pack(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), scale, DTYPES[q.dtype])
-        self.library.attend(packed, plan.handle)
-        self._count(plan, kv.k.element_size(), reads_values=out[0] != 0)
-
-    def _count(self, plan: NativePlan, item: int, *, reads_values: bool) -> None:
-        key_bytes = plan.tile_positions * plan.head_dim * item
-        if reads_values:
-            self.counters.rows += plan.rows.size
-            self.counters.positions += plan.positions
-            self.counters.kv_bytes += 2 * key_bytes
-            self.counters.list_kv_bytes += 2 * plan.tile_listed * plan.head_dim * item
-        else:
-            self.counters.score_bytes += key_bytes
+        self.library.attend(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), plan.handle, scale,
+                            DTYPES[q.dtype])  # fmt: skip
+        attended = Attended(plan, kv.k.element_size(), reads_values=out[0] != 0)
+        attended.add_to(self.counters)
+        if (piece := self.library.capture) is not None:
+            piece.attended(attended)
 
     def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
              how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
@@ -109,10 +109,10 @@ class NativeKernels:
                 f"logits are {tuple(logits.shape)} in {groups} groups, but first is {tuple(first.shape)}, last "
                 f"{tuple(last.shape)} and out {tuple(out.shape)}; they must have one row each"
             )
-        self.library.pool(POOL.pack(
+        self.library.pool(
             _fp32(logits), *logits.stride()[:2], first.data_ptr(), last.data_ptr(), _fp32(out), *out.stride()[:2], rows,
             q_heads, groups, window, how == "max", self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
         return out
 
     def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
@@ -127,10 +127,10 @@ class NativeKernels:
         if columns.dtype is not torch.int32 or columns.shape != (rows, k) or counts.shape != (rows,):
             raise ValueError(f"out must be int32 [{rows}, {k}] and [{rows}]; got {columns.dtype} {tuple(columns.shape)} "
                              f"and {tuple(counts.shape)}")  # fmt: skip
-        self.library.select(SELECT.pack(
+        self.library.select(
             _fp32(scores), scores.stride(0), lengths.data_ptr(), 0 if offset is None else offset.data_ptr(),
             columns.data_ptr(), _strides(columns)[0], counts.data_ptr(), rows, k, self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
         return columns, counts
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
@@ -138,11 +138,11 @@ class NativeKernels:
         rows, heads, dim = out_a.shape
         _same_dtype(out_a, out_b)
         (a_row, a_head, _), (b_row, b_head, _) = _strides(out_a), _strides(out_b)
-        self.library.merge(MERGE.pack(
+        self.library.merge(
             out_a.data_ptr(), a_row, a_head, _fp32(lse_a), _strides(lse_a)[0],
             out_b.data_ptr(), b_row, b_head, _fp32(lse_b), _strides(lse_b)[0],
             rows, heads, dim, DTYPES[out_a.dtype], self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
 
     def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
         """See the contract. `out` may be `k`."""
@@ -150,10 +150,10 @@ class NativeKernels:
         _same_dtype(k, out)
         _index(delta, torch.int32)
         (k_row, k_head, _), (out_row, out_head, _) = _strides(k), _strides(out)
-        self.library.rotate(ROTATE.pack(
+        self.library.rotate(
             k.data_ptr(), k_row, k_head, out.data_ptr(), out_row, out_head, delta.data_ptr(), _fp32(inv_freq),
             rows, heads, dim, 2 * inv_freq.shape[0], DTYPES[k.dtype], self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
         return out
 
     # Layer ------------------------------------------------------------------------------------------------------
@@ -166,10 +166,10 @@ class NativeKernels:
         if delta is not None:
             _same_dtype(delta, out)
         delta_at = (0, 0) if delta is None else (delta.data_ptr(), _strides(delta)[0])
-        self.library.add_rms_norm(NORM.pack(
+        self.library.add_rms_norm(
             x.data_ptr(), _strides(x)[0], *delta_at, weight.data_ptr(), out.data_ptr(), _strides(out)[0], rows, hidden,
             eps, DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[out.dtype], self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
         return out
 
     def rotate_store(self, qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv: PagedKV, slots: Tensor, q: Tensor,
@@ -183,13 +183,13 @@ class NativeKernels:
         norm = q_norm if q_norm is not None else k_norm
         if q_norm is not None and k_norm is not None:
             _same_dtype(q_norm, k_norm)
-        self.library.rotate_store(ROTATE_STORE.pack(
+        self.library.rotate_store(
             qkv.data_ptr(), _strides(qkv)[0], _fp32(cos), _fp32(sin), _strides(cos)[0], positions.data_ptr(),
             slots.data_ptr(), *_paged(kv), q.data_ptr(), q_row, q_head,
             0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(), rows,
             q_heads, kv.k.shape[1], dim, 2 * cos.shape[1], eps,
             0 if norm is None else DTYPES[norm.dtype], DTYPES[q.dtype], self.threads,
-        ))  # fmt: skip
+        )  # fmt: skip
         return q
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """The built library as Python sees it: its functions and the layout of its argument structures.
 
 A call packs its arguments into bytes and passes their address: one `struct.pack` costs about as much as three ctypes
-conversions, and, being a fresh object, needs no lock. Layouts mirror csrc/abi.h; sizes are compared when loading.
+conversions, and, being a fresh object, needs no lock. While a graph is captured, the bytes are kept to be passed again.
+Layouts mirror csrc/abi.h; sizes are compared when loading.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -17,13 +19,27 @@ from kvloom.kernels.trust import foreign
 
 from .build import NativeUnavailable
 
+if TYPE_CHECKING:
+    from .graph import Piece
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def _layout(fields: str) -> struct.Struct:
+class Layout(NamedTuple):
+    """A structure of csrc/abi.h."""
+
+    struct: struct.Struct
+    rows_at: int
+    """Where its int64 `rows` lies, in bytes; -1 if it has none."""
+
+
+def _layout(fields: str) -> Layout:
     """From `name:code` pairs, where code is struct's: P pointer, q int64, i int32, f float."""
-    codes = "".join(field.split(":")[1] for field in fields.split())
-    return struct.Struct("@" + codes + "0q")  # 0q: padded to 8 bytes at the end, as C does
+    pairs = [field.split(":") for field in fields.split()]
+    codes = "".join(code for _, code in pairs)
+    before = "".join(code for _, code in pairs[: pairs.index(["rows", "q"])]) if ["rows", "q"] in pairs else None
+    at = -1 if before is None else struct.calcsize("@" + before + "0q")
+    return Layout(struct.Struct("@" + codes + "0q"), at)  # 0q: padded to 8 bytes at the end, as C does
 
 
 _PAGED = "data:P block:q head:q slot:q "
@@ -35,7 +51,7 @@ ROWS = _layout(
 TOTALS = _layout("positions:q tile_positions:q tile_listed:q")
 ATTEND = _layout(
     "q:P q_row:q q_head:q out:P out_row:q out_head:q lse:P lse_row:q logits:P "
-    "logits_rows:q logits_row:q logits_head:q width:q " + _PAGED + _PAGED + "block_size:q scale:f dtype:i"
+    "logits_rows:q logits_row:q logits_head:q width:q " + _PAGED + _PAGED + "block_size:q plan:P scale:f dtype:i"
 )
 NORM = _layout(
     "x:P x_row:q delta:P delta_row:q weight:P out:P out_row:q rows:q hidden:q eps:f x_dtype:i weight_dtype:i dtype:i threads:i"
@@ -69,12 +85,44 @@ LINEAR = _layout(
     "x:P x_row:q out:P out_row:q residual:P residual_row:q bias:P packed:P rows:q inputs:q outputs:q "
     "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i"
 )
+SILU = _layout("gate_up:P in_row:q out:P out_row:q rows:q intermediate:q dtype:i threads:i")
 PACK = _layout("codes:P scales:P mins:P packed:P inputs:q outputs:q format:i")
 
-# In the order of kvloom_sizes.
-_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, POOL, LINEAR, PACK)
+CALL = _layout("run:P args:P rows_in:P")
 
-_ONE_STRUCT = ("add_rms_norm", "rotate_store", "store", "rotate", "merge", "select", "pool", "linear", "linear_pack")
+# In the order of kvloom_sizes.
+_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, POOL, LINEAR, SILU, PACK, CALL)
+
+_FUNCTIONS = {
+    "attend": ATTEND,
+    "add_rms_norm": NORM,
+    "rotate_store": ROTATE_STORE,
+    "store": STORE,
+    "rotate": ROTATE,
+    "merge": MERGE,
+    "select": SELECT,
+    "pool": POOL,
+    "linear": LINEAR,
+    "silu_mul": SILU,
+    "linear_pack": PACK,
+}
+
+
+class Function:
+    """A function of the library that takes one structure: called with the structure's fields."""
+
+    __slots__ = ("_library", "_run", "address", "layout")
+
+    def __init__(self, library: Library, run: Any, layout: Layout) -> None:
+        self._library, self._run, self.layout = library, run, layout
+        self.address = ctypes.cast(run, ctypes.c_void_p).value
+        """Of its code."""
+
+    def __call__(self, *fields: int | float) -> None:
+        packed = self.layout.struct.pack(*fields)
+        self._run(packed)
+        if (piece := self._library.capture) is not None:
+            piece.add(self, packed)
 
 
 class Library:
@@ -88,14 +136,23 @@ class Library:
         except OSError as error:
             raise NativeUnavailable(f"{path} does not load: {error}") from error
         self._check_layouts(path)
-        for name in _ONE_STRUCT:
-            setattr(self, name, self._function(name, ctypes.c_void_p))
+        self._captures = threading.local()
+        for name, layout in _FUNCTIONS.items():
+            setattr(self, name, Function(self, self._function(name, ctypes.c_void_p), layout))
         pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        self.plan = self._function("plan", pointer, pointer, result=pointer)
+        self.plan = self._function("plan", pointer, pointer, pointer, result=pointer)
         self.plan_free = self._function("plan_free", pointer)
-        self.attend = self._function("attend", pointer, pointer)
-        self.silu_mul = self._function("silu_mul", pointer, int64, pointer, int64, int64, int64, int32, int32)
+        self.replay = self._function("replay", pointer, int64, int64)
         self.linear_bytes = self._function("linear_bytes", int64, int64, int32, result=int64)
+
+    @property
+    def capture(self) -> Piece | None:
+        """What this thread's calls are added to now."""
+        return getattr(self._captures, "piece", None)
+
+    @capture.setter
+    def capture(self, piece: Piece | None) -> None:
+        self._captures.piece = piece
 
     def __getattr__(self, name: str) -> Any:  # the functions set by name above
         raise AttributeError(name)
@@ -108,5 +165,5 @@ class Library:
     def _check_layouts(self, path: Path) -> None:
         sizes = (ctypes.c_int64 * len(_LAYOUTS))()
         self._function("sizes", ctypes.c_void_p)(ctypes.addressof(sizes))
-        if list(sizes) != [layout.size for layout in _LAYOUTS]:
+        if list(sizes) != [layout.struct.size for layout in _LAYOUTS]:
             raise NativeUnavailable(f"{path} and library.py disagree about argument layouts; this is a defect")

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvloom.kernels.interface import PackedWeight
 
 from .backend import NativeKernels
-from .library import DTYPES, LINEAR, PACK, Library
+from .library import DTYPES, Library
 
 GROUP = 32
 _Q4, _Q4_SYMMETRIC, _Q8 = range(3)  # csrc/quant.h: Format
@@ -75,10 +75,10 @@ class QuantLinear:
         if x_last != 1 or out_last != 1:
             raise ValueError(f"last strides must be 1; got x {x.stride()}, out {out.stride()}")
         extra, extra_row, extra_dtype = (0, 0, 0) if residual is None else _residual(residual, out)
-        self._run(LINEAR.pack(
+        self._run(
             x.data_ptr(), x_row, out.data_ptr(), out_row, extra, extra_row, *self._weight, rows, inputs, packed.outputs,
             packed.format, DTYPES[x.dtype], DTYPES[out.dtype], self._bias_dtype, extra_dtype, self._threads,
-        ))  # fmt: skip
+        )  # fmt: skip
         return out
 
 
@@ -96,7 +96,7 @@ def _pack(library: Library, codes: Tensor, scales: Tensor, mins: Tensor | None, 
     codes, scales = codes.contiguous(), scales.float().contiguous()
     mins = None if mins is None else mins.float().contiguous()
     data = torch.empty(library.linear_bytes(inputs, outputs, layout), dtype=torch.uint8)
-    library.linear_pack(PACK.pack(
+    library.linear_pack(
         codes.data_ptr(), scales.data_ptr(), 0 if mins is None else mins.data_ptr(), data.data_ptr(), inputs, outputs, layout
-    ))  # fmt: skip
+    )  # fmt: skip
     return PackedWeight(data, outputs, inputs, layout, 8 if layout == _Q8 else 4)

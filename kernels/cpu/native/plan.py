@@ -14,7 +14,7 @@ from kvloom.kernels.interface import Lists, Rows
 from .library import ROWS, TOTALS, Library
 
 
-@dataclass(slots=True, weakref_slot=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class NativePlan:
     """One Rows, ready to run. Keeps its tensors alive: the C++ side reads them on every call."""
 
@@ -28,26 +28,36 @@ class NativePlan:
     tile_listed: int  # those of tile_positions that lists name
 
 
-def make_plan(library: Library, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, threads: int) -> NativePlan:
-    """Plans `rows`. Raises ValueError for tensors that the C++ side cannot read."""
+def make_plan(
+    library: Library, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, threads: int, into: NativePlan | None
+) -> NativePlan:
+    """Plans `rows`; in the place of `into`, if given. Raises ValueError for tensors that the C++ side cannot read."""
     if q_heads % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads; got {q_heads} and {kv_heads}")
+    if into is not None and (into.q_heads, into.kv_heads, into.head_dim) != (q_heads, kv_heads, head_dim):
+        raise ValueError(
+            f"a plan for {into.q_heads} and {into.kv_heads} heads of {into.head_dim} cannot be made anew for others"
+        )
     for name in ("tables", "request", "start", "stop"):
         _check(name, getattr(rows, name))
     start_heads = rows.start.shape[1] if rows.start.ndim == 2 else 1
     if start_heads not in (1, kv_heads):
         raise ValueError(f"start must have one column or {kv_heads}, got {tuple(rows.start.shape)}")
     positions, offsets, lengths, list_heads = _list_pointers(rows.lists, kv_heads)
-    packed = ROWS.pack(
+    packed = ROWS.struct.pack(
         rows.tables.data_ptr(), rows.request.data_ptr(), rows.start.data_ptr(), rows.stop.data_ptr(),
         positions, offsets, lengths, rows.tables.stride(0),
         rows.size, start_heads, list_heads, q_heads, kv_heads, head_dim, threads,
     )  # fmt: skip
-    totals = ctypes.create_string_buffer(TOTALS.size)
-    handle = library.plan(packed, ctypes.addressof(totals))
-    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, *TOTALS.unpack(totals.raw))
-    weakref.finalize(plan, library.plan_free, handle).atexit = False
-    return plan
+    totals = ctypes.create_string_buffer(TOTALS.struct.size)
+    handle = library.plan(packed, ctypes.addressof(totals), 0 if into is None else into.handle)
+    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, *TOTALS.struct.unpack(totals.raw))
+    if into is None:
+        weakref.finalize(plan, library.plan_free, handle).atexit = False
+        return plan
+    for name in ("rows", "positions", "tile_positions", "tile_listed"):
+        setattr(into, name, getattr(plan, name))
+    return into
 
 
 def _list_pointers(lists: Lists | None, kv_heads: int) -> tuple[int, int, int, int]:

@@ -33,6 +33,7 @@ struct AttendArgs {
   int64_t logits_rows, logits_row, logits_head, width;  // logits_rows: how many of the first rows want them
   Paged k, v;
   int64_t block_size;
+  const void* plan;
   float scale;
   int32_t dtype;
 };
@@ -135,12 +136,26 @@ struct LinearArgs {  // out = x W^T (+ bias) (+ residual)
   int32_t format, dtype, out_dtype, bias_dtype, residual_dtype, threads;
 };
 
+struct SiluArgs {
+  const void* gate_up;
+  int64_t in_row;
+  void* out;
+  int64_t out_row, rows, intermediate;
+  int32_t dtype, threads;
+};
+
 struct PackArgs {
   const void* codes;
   const float *scales, *mins;
   void* packed;
   int64_t inputs, outputs;
   int32_t format;
+};
+
+struct Call {  // of one of the functions that take one of these structures
+  void (*run)(const void* args);
+  void* args;
+  int64_t* rows;  // the structure's own count of rows, if it has one: every replay's own goes there
 };
 
 }  // namespace kvloom

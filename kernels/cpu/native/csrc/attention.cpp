@@ -311,8 +311,8 @@ template <class T> void attend(const AttendArgs& args, const Plan& plan) {
 }  // namespace
 }  // namespace kvloom
 
-KVLOOM_API void kvloom_attend(const kvloom::AttendArgs* args, const void* plan) {
-  const auto& p = *static_cast<const kvloom::Plan*>(plan);
+KVLOOM_API void kvloom_attend(const kvloom::AttendArgs* args) {
+  const auto& p = *static_cast<const kvloom::Plan*>(args->plan);
   switch (args->dtype) {
     case kvloom::kBF16: return kvloom::attend<kvloom::bf16>(*args, p);
     case kvloom::kF16: return kvloom::attend<kvloom::f16>(*args, p);

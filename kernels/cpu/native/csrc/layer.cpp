@@ -148,10 +148,11 @@ void store_rows(const StoreArgs& a) {
   });
 }
 
-template <class T> void silu_mul(const T* gate_up, int64_t in_row, T* out, int64_t out_row, int64_t rows, int64_t n, int threads) {
-  each_row(rows, threads_for(rows * n, threads), [&](int64_t r) {
-    const T *gate = gate_up + r * in_row, *up = gate + n;
-    T* to = out + r * out_row;
+template <class T> void silu_mul(const SiluArgs& a) {
+  const int64_t n = a.intermediate;
+  each_row(a.rows, threads_for(a.rows * n, a.threads), [&](int64_t r) {
+    const T *gate = static_cast<const T*>(a.gate_up) + r * a.in_row, *up = gate + n;
+    T* to = static_cast<T*>(a.out) + r * a.out_row;
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) store(to + i, silu(load(gate + i)) * load(up + i));
     if (i < n) store_first(to + i, silu(load_first(gate + i, n - i)) * load_first(up + i, n - i), n - i);
@@ -178,10 +179,6 @@ KVLOOM_API void kvloom_rotate(const kvloom::RotateArgs* args) {
 
 KVLOOM_API void kvloom_store(const kvloom::StoreArgs* args) { kvloom::store_rows(*args); }
 
-KVLOOM_API void kvloom_silu_mul(const void* gate_up, int64_t in_row, void* out, int64_t out_row, int64_t rows,
-                                int64_t intermediate, int32_t dtype, int32_t threads) {
-  kvloom::with_dtype(dtype, [&](auto t) {
-    using T = decltype(t);
-    kvloom::silu_mul(static_cast<const T*>(gate_up), in_row, static_cast<T*>(out), out_row, rows, intermediate, threads);
-  });
+KVLOOM_API void kvloom_silu_mul(const kvloom::SiluArgs* args) {
+  kvloom::with_dtype(args->dtype, [&](auto t) { kvloom::silu_mul<decltype(t)>(*args); });
 }

@@ -80,8 +80,10 @@ void count(Plan& plan) {
 }  // namespace
 }  // namespace kvloom
 
-KVLOOM_API void* kvloom_plan(const kvloom::RowsView* rows, kvloom::PlanTotals* totals) {
-  auto* plan = new kvloom::Plan;
+// into: a plan that is made anew in its place, or null.
+KVLOOM_API void* kvloom_plan(const kvloom::RowsView* rows, kvloom::PlanTotals* totals, void* into) {
+  auto* plan = into ? static_cast<kvloom::Plan*>(into) : new kvloom::Plan;
+  plan->clear();
   plan->rows = *rows;
   plan->group = rows->q_heads / rows->kv_heads;
   plan->padded_dim = (rows->head_dim + 31) / 32 * 32;

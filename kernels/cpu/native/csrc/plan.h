@@ -39,6 +39,10 @@ struct Plan {
   int64_t work = 0;      // positions x rows over all tasks
   int32_t group, padded_dim;
 
+  void clear() {
+    tiles.clear(), tasks.clear(), folds.clear();
+    partial_floats = work = 0, totals = {};
+  }
   int64_t list_length(int32_t row, int32_t head) const {
     return rows.lengths ? rows.lengths[list_index(row, head)] : 0;
   }
