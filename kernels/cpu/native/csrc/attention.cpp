@@ -108,7 +108,7 @@ template <class T> class TileRun {
       if (packed_ != nullptr) break;
     }
     longest_ = plan.seen(tile_.row + tile_.rows - 1, head);
-    keys_in_place_ = m_ <= kGroup && turns_in_place<T>(dim_);
+    keys_in_place_ = m_ <= kInPlace && turns_in_place<T>(dim_);
     values_in_place_ = m_ <= kGroup && dim_ == stride_;
   }
 
@@ -215,18 +215,18 @@ template <class T> class TileRun {
   }
 
   template <int R> void score_block(int64_t r, int count) {
-#ifdef KVLOOM_AVX512
-    if constexpr (!std::is_same_v<T, f16>)
+#if defined(KVLOOM_AVX512) || defined(KVLOOM_AVX2)
+    if constexpr (!std::is_same_v<T, f16> && R <= kInPlace)
       if (keys_in_place_) return scores_in_place<T, R>(q_ + r, rows_[0], rows_[2], count, dim_, s_);
 #endif
     scores<R>(q_ + r, packed_, dim_, s_);
   }
 
   template <int R, class Values> void weigh(Values values, int count, const float* alpha, float* o) {
-    constexpr int64_t kWide = kAcross * kLanes;
+    constexpr int kAcross = across(R);
     int64_t d = 0;
-    for (; d + kWide <= stride_; d += kWide) gather<R, kAcross>(s_, values, count, d, alpha, o, stride_);
-    if (d < stride_) gather<R, kAcross == 1 ? 1 : 2>(s_, values, count, d, alpha, o, stride_);
+    for (; d + kAcross * kLanes <= stride_; d += kAcross * kLanes) gather<R, kAcross>(s_, values, count, d, alpha, o, stride_);
+    if (d < stride_) gather<R, 2>(s_, values, count, d, alpha, o, stride_);  // of four
   }
 
   template <int R> void emit(int64_t at, int64_t r) {

@@ -93,7 +93,8 @@ template <Format F, int P> const uint8_t* prepare(const uint8_t* panel, int64_t 
   if (!(W::kNibbles || kSpread) || kRows == 1) return nullptr;
   constexpr int Q = P * kParts;
   auto* to = static_cast<uint8_t*>(panel_arena.reserve(groups * kSteps * Q * kReadyBytes));
-  for (int64_t g = 0; g < groups; g++)
+  for (int64_t g = 0; g < groups; g++) {
+    for (int p = 0; p < P; p++) ask_ahead<F>(panel + p * W::panel_bytes(groups), g);
     for (int s = 0; s < kSteps; s++)
       for (int q = 0; q < Q; q++, to += kReadyBytes) {
         const uint8_t* from = panel + q / kParts * W::panel_bytes(groups) + g * W::kCodeBytes + q % kParts * (64 / kParts);
@@ -101,6 +102,7 @@ template <Format F, int P> const uint8_t* prepare(const uint8_t* panel, int64_t 
         else if (s < kSteps / 2) store_ready(to, low_nibbles(load_stored(from + s * 64)));
         else store_ready(to, high_nibbles(load_stored(from + (s - kSteps / 2) * 64)));
       }
+  }
   return static_cast<const uint8_t*>(panel_arena.reserve(0));
 }
 

@@ -88,8 +88,10 @@ inline void pack_eight(const bf16* const* rows, int64_t dim, float* packed) {  /
 
 // Whether keys of T and this dimension can be turned straight from the cache.
 template <class T> constexpr bool turns_in_place(int64_t dim) {
-#ifdef KVLOOM_AVX512
+#if defined(KVLOOM_AVX512)
   return sizeof(T) == 4 ? dim % 4 == 0 : std::is_same_v<T, bf16> && dim % 8 == 0;
+#elif defined(KVLOOM_AVX2)
+  return sizeof(T) == 4 ? dim % 8 == 0 : std::is_same_v<T, bf16> && dim % 16 == 0;
 #else
   return false && dim;
 #endif

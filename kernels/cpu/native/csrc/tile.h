@@ -15,10 +15,20 @@ namespace kvloom {
 
 constexpr int kGroup = 6;  // rows in registers
 #ifdef KVLOOM_AVX512
-constexpr int kAcross = 4;  // vecs beside them: 6 x 4 accumulators, 4 of K or V
+constexpr int across(int) { return 4; }  // vecs beside R rows: 6 x 4 accumulators, 4 of K or V
+constexpr int kInPlace = kGroup;         // rows up to which keys are turned on their way into registers
 #else
-constexpr int kAcross = 1;  // a vec is two registers of sixteen (AVX2) or four of thirty-two (NEON)
+constexpr int across(int rows) { return rows > 3 ? 1 : 2; }  // a vec is two registers of sixteen (AVX2) or four (NEON)
+constexpr int kInPlace = 3;
 #endif
+
+// f(0), f(1), ... f(N - 1), each known where it is compiled: only so does gcc keep arrays of registers in registers.
+template <int N, class F> __attribute__((always_inline)) inline void unrolled(F f) {
+  if constexpr (N > 0) {
+    unrolled<N - 1>(f);
+    f(std::integral_constant<int, N - 1>{});
+  }
+}
 
 struct Softmax {        // per row of a tile
   float* maximum;       // of log2-scaled scores, or up to kSlack below it
@@ -27,6 +37,7 @@ struct Softmax {        // per row of a tile
 
 // Scores from a packed block.
 template <int R> void scores(const float* const* q, const float* packed, int64_t dim, float* s) {
+  constexpr int kAcross = across(R);
   for (int at = 0; at < kBlock; at += kAcross * kLanes) {
     vec acc[R][kAcross];
     for (int r = 0; r < R; r++)
@@ -42,10 +53,10 @@ template <int R> void scores(const float* const* q, const float* packed, int64_t
   }
 }
 
-#ifdef KVLOOM_AVX512
 // The same products in the same order straight from the cache: for few query rows, packing would be most of the work.
 // rows, ahead: [kBlock] valid addresses; those of the next block are fetched meanwhile, evenly spread over the work.
-// Positions from `count` on, up to whole sixteens, are left 0.
+// Positions from `count` on, up to whole sixteens, are anything.
+#ifdef KVLOOM_AVX512
 template <class T, int R>
 void scores_in_place(const float* const* q, const T* const* rows, const T* const* ahead, int count, int64_t dim, float* s) {
   constexpr int kCount = Columns<T>::kCount;
@@ -72,6 +83,42 @@ void scores_in_place(const float* const* q, const T* const* rows, const T* const
   }
   for (int r = 0; r < R; r++)
     for (int i = 0; i < 4; i++) store(s + r * kBlock + i * kLanes, acc[r][i]);
+}
+#elif defined(KVLOOM_AVX2)
+template <class T, int R>
+void scores_in_place(const float* const* q, const T* const* rows, const T* const* ahead, int count, int64_t dim, float* s) {
+  constexpr int kCount = 32 / int(sizeof(T));  // dimensions of eight dwords
+  auto lines = reinterpret_cast<const float* const*>(rows);
+  const int64_t bytes = dim * int64_t(sizeof(T));
+  int64_t fetched = 0, line = 0;
+  for (int at = 0; at < count; at += 16) {
+    __m256 acc[R][2];
+    for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm256_setzero_ps();
+    for (int64_t d = 0; d < dim; d += kCount)
+      for (int h = 0; h < 2; h++) {
+        __m256 turned[8];
+        turn_dwords(lines + at + 8 * h, d * int64_t(sizeof(T)) / 4, turned);
+        for (int l = 0; l < 4 && fetched < kBlock; l++) {  // thirty-two bytes of eight rows are four cache lines
+          __builtin_prefetch(reinterpret_cast<const char*>(ahead[fetched]) + line, 0, 2);
+          line += 64;
+          if (line >= bytes) line = 0, fetched++;
+        }
+        auto add = [&](__m256 column, int64_t e) {
+          for (int r = 0; r < R; r++) acc[r][h] = _mm256_fmadd_ps(_mm256_broadcast_ss(q[r] + e), column, acc[r][h]);
+        };
+        for (int i = 0; i < 8; i++) {
+          if constexpr (sizeof(T) == 4) {
+            add(turned[i], d + i);
+          } else {
+            const __m256i pair = _mm256_castps_si256(turned[i]);
+            add(_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16)), d + 2 * i);
+            add(_mm256_castsi256_ps(_mm256_and_si256(pair, _mm256_set1_epi32(int(0xffff0000u)))), d + 2 * i + 1);
+          }
+        }
+      }
+    for (int r = 0; r < R; r++)
+      for (int h = 0; h < 2; h++) _mm256_storeu_ps(s + r * kBlock + at + 8 * h, acc[r][h]);
+  }
 }
 #endif
 
@@ -141,7 +188,9 @@ template <class T> struct DirectValues {
   }
   vec get(int position, int64_t d) const {
     __builtin_prefetch(ahead[position] + d, 0, 2);
-    return load(rows[position] + d);
+    vec a, b;
+    load_pair(rows[position] + d / 32 * 32, a, b);
+    return d % 32 ? b : a;
   }
 };
 // V rows converted once for many query rows: [kBlock][stride] fp32 in pair order.
@@ -158,19 +207,15 @@ struct WideValues {
 // O[r][d, d + 16 vecs) of R rows; `Vecs` is 1, or whole pairs.
 template <int R, int Vecs, class Values>
 void gather(const float* s, Values values, int count, int64_t d, const float* alpha, float* o, int64_t stride) {
-  vec acc[R][Vecs];
-  for (int r = 0; r < R; r++)
-    for (int i = 0; i < Vecs; i++) acc[r][i] = load(o + r * stride + d + i * kLanes) * splat(alpha[r]);
+  vec acc[R * Vecs];
+  unrolled<R * Vecs>([&](auto i) { acc[i] = load(o + i / Vecs * stride + d + i % Vecs * kLanes) * splat(alpha[i / Vecs]); });
   for (int j = 0; j < count; j++) {
     vec v[Vecs];
     if constexpr (Vecs == 1) v[0] = values.get(j, d);
-    else
-      for (int i = 0; i < Vecs; i += 2) values.get(j, d + i * kLanes, v[i], v[i + 1]);
-    for (int r = 0; r < R; r++)
-      for (int i = 0; i < Vecs; i++) acc[r][i] = fma(splat(s[r * kBlock + j]), v[i], acc[r][i]);
+    else unrolled<Vecs / 2>([&](auto i) { values.get(j, d + 2 * i * kLanes, v[2 * i], v[2 * i + 1]); });
+    unrolled<R * Vecs>([&](auto i) { acc[i] = fma(splat(s[i / Vecs * kBlock + j]), v[i % Vecs], acc[i]); });
   }
-  for (int r = 0; r < R; r++)
-    for (int i = 0; i < Vecs; i++) store(o + r * stride + d + i * kLanes, acc[r][i]);
+  unrolled<R * Vecs>([&](auto i) { store(o + i / Vecs * stride + d + i % Vecs * kLanes, acc[i]); });
 }
 
 }  // namespace kvloom

@@ -188,7 +188,7 @@ template <class T> inline void store_first(T* p, vec a, int64_t n) {
 // widening halves costs shuffles. Whoever loads with load_pair stores with store_pair and never looks inside.
 template <class T> inline void load_pair(const T* p, vec& a, vec& b) { a = load(p); b = load(p + kLanes); }
 template <class T> inline void store_pair(T* p, vec a, vec b) { store(p, a); store(p + kLanes, b); }
-#ifdef KVLOOM_AVX512
+#if defined(KVLOOM_AVX512)
 inline void load_pair(const bf16* p, vec& a, vec& b) {
   const __m512i both = _mm512_loadu_si512(p);
   a = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
@@ -197,6 +197,20 @@ inline void load_pair(const bf16* p, vec& a, vec& b) {
 inline void store_pair(bf16* p, vec a, vec b) {
   const __m512i low = _mm512_cvtepu16_epi32(round_bf16(a)), high = _mm512_cvtepu16_epi32(round_bf16(b));
   _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+#elif defined(KVLOOM_AVX2)
+inline void load_pair(const bf16* p, vec& a, vec& b) {
+  for (int h = 0; h < 2; h++) {
+    const __m256i both = _mm256_loadu_si256((const __m256i*)p + h);
+    a.half[h] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    b.half[h] = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000u))));
+  }
+}
+inline void store_pair(bf16* p, vec a, vec b) {
+  for (int h = 0; h < 2; h++) {
+    const __m256i high = _mm256_slli_epi32(round_bf16(b.half[h]), 16);
+    _mm256_storeu_si256((__m256i*)p + h, _mm256_or_si256(round_bf16(a.half[h]), high));
+  }
 }
 #endif
 
