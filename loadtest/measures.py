@@ -48,6 +48,7 @@ class Spread:
     p90: float
     p99: float
     std: float = NAN
+    most: float = NAN
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
@@ -55,7 +56,7 @@ class Spread:
             return cls(NAN, NAN, NAN, NAN)
         p50, p90, p99 = np.percentile(values, (50, 90, 99))
         std = float(np.std(values)) if len(values) > 1 else NAN
-        return cls(float(np.mean(values)), float(p50), float(p90), float(p99), std)
+        return cls(float(np.mean(values)), float(p50), float(p90), float(p99), std, float(max(values)))
 
 
 @dataclass(frozen=True, slots=True)

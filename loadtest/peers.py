@@ -30,7 +30,7 @@ from rich.console import Console
 from kvloom.loadtest.figures import add_publish, commit, publish
 from kvloom.loadtest.flags import need
 from kvloom.loadtest.measures import Summary, summarise
-from kvloom.loadtest.peers_table import BESIDE, CASES, OWN_PRECISION, About, Case, Run, cells, note, plot, table
+from kvloom.loadtest.peers_table import CASES, MORE, OWN_PRECISION, About, Case, Run, cells, note, plot, table
 from kvloom.loadtest.record import Job
 from kvloom.loadtest.servers import Server, StartError, model_name, running
 from kvloom.version import __version__
@@ -44,16 +44,28 @@ FIRST_TOKEN, LAST_TOKEN = 300, 48_000
 
 def jobs(case: Case, seed: int) -> list[Job]:
     """The case's requests: the same for every server, different for every seed."""
-    source = random.Random(f"{case.name}-{seed}")
-    return [Job(prompt=[source.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(case.inputs)], output_tokens=case.outputs)
-            for _ in range(case.requests)]  # fmt: skip
+    count, source = case.concurrency if case.arriving else case.requests, random.Random(f"{case.name}-{seed}")
+    return [_job(source, case.inputs, case.outputs) for _ in range(count)]
+
+
+def arrivals(case: Case, seed: int) -> list[Job]:
+    """The prompts that arrive beside them."""
+    source = random.Random(f"{case.name}-{seed}-arriving")
+    return [_job(source, case.arriving, 1) for _ in range(case.requests)]
+
+
+def _job(source: random.Random, inputs: int, outputs: int) -> Job:
+    return Job(prompt=[source.randrange(FIRST_TOKEN, LAST_TOKEN) for _ in range(inputs)], output_tokens=outputs)
 
 
 async def measure(url: str, case: Case, seed: int) -> Summary:
-    from kvloom.loadtest.client import Client  # aiohttp: the command's help is read without it
+    from kvloom.loadtest.arriving import measure_arriving  # aiohttp: the command's help is read without it
+    from kvloom.loadtest.client import Client
     from kvloom.loadtest.drive import closed_loop
 
     async with Client(url, model_name(url)) as client:
+        if case.arriving:
+            return await measure_arriving(client, jobs(case, seed), arrivals(case, seed))
         return summarise(await closed_loop(client, jobs(case, seed), case.concurrency))
 
 
@@ -112,8 +124,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", **several, metavar="NAME=TEXT", help="of a server's weights: vllm=bf16; in every head")
     parser.add_argument("--version", **several, metavar="NAME=COMMAND", help="prints a server's version and build flags")
     parser.add_argument("--rounds", type=int, default=3)
-    usual, more = (",".join(case.name for case in some) for some in (CASES, BESIDE))
-    parser.add_argument("--cases", default=usual, help=f"which of: %(default)s, and {more}: beside busy processes")
+    more = "; ".join(f"{what}: {_names(cases)}" for what, cases in MORE.items())
+    parser.add_argument("--cases", default=_names(CASES), help=f"which of: %(default)s; {more}")
     parser.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
     parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
     parser.add_argument(
@@ -123,6 +135,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--markdown", type=Path, default=None, help="also write the table into this file")
     add_publish(parser)
     return parser.parse_args(argv)
+
+
+def _names(cases: Sequence[Case]) -> str:
+    return ",".join(case.name for case in cases)
 
 
 def named(option: str, texts: Sequence[str]) -> dict[str, str]:
@@ -192,7 +208,7 @@ def measure_all(args: argparse.Namespace, cases: Sequence[Case]) -> tuple[list[R
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit code."""
     args = parse(argv)
-    known = {case.name: case for case in (*CASES, *BESIDE)}
+    known = {case.name: case for case in (*CASES, *(case for cases in MORE.values() for case in cases))}
     if unknown := [name for name in args.cases.split(",") if name not in known]:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     cases = [known[name] for name in args.cases.split(",")]

@@ -25,13 +25,18 @@ class Case:
     requests: int
     busy: int = 0
     """Processes beside it that want a core each, all the time."""
+    arriving: int = 0
+    """Tokens of prompts that arrive, `requests` at once, beside `concurrency` streams; 0: there are none but the case's own."""
 
     @property
     def metrics(self) -> Sequence[tuple[str, str]]:
         """What its rows show: what a busy process costs shows in means and tails, not in medians."""
-        return BESIDE_METRICS if self in BESIDE else METRICS
+        return ARRIVING_METRICS if self.arriving else BESIDE_METRICS if self in BESIDE else METRICS
 
     def __str__(self) -> str:
+        if self.arriving:
+            streams = f"{self.concurrency} stream{'s' * (self.concurrency > 1)}"
+            return f"{self.name}: {self.requests} x {self.arriving} in, arriving beside {streams}"
         beside = f", beside {self.busy} busy process{'es' * (self.busy > 1)}" if self.busy else ""
         return f"{self.name}: {self.concurrency} x {self.inputs} in / {self.outputs} out, {self.requests} requests{beside}"
 
@@ -44,6 +49,9 @@ CASES = (
 )
 BESIDE = tuple(Case(f"beside{busy}", 1, 512, 64, 16, busy) for busy in range(3))
 """Measured when asked for: one stream on a machine that somebody else uses too."""
+ARRIVING = tuple(Case(f"arrive{prompts}", streams, 120, 4000, prompts, arriving=7270) for streams, prompts in ((1, 1), (8, 4)))
+"""Measured when asked for: long prompts that come while others read."""
+MORE = {"beside busy processes": BESIDE, "long prompts arriving beside streams": ARRIVING}
 OWN_PRECISION = "4-bit codes, 15-bit activations"
 """Of the built-in model by default."""
 
@@ -73,6 +81,14 @@ BESIDE_METRICS = (
     ("TPOT mean, ms", "tpot.mean"),
     ("ITL p50, ms", "itl.p50"),
     ("ITL p99, ms", "itl.p99"),
+)
+
+
+ARRIVING_METRICS = (
+    ("gap of streams p50, ms", "itl.p50"),
+    ("gap of streams p99, ms", "itl.p99"),
+    ("longest gap, ms", "itl.most"),
+    ("TTFT p50 of prompts, ms", "ttft"),
 )
 
 

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from kvloom.loadtest.arriving import LEAD, gaps, measure_arriving
 from kvloom.loadtest.client import Client, Job, Record, Turn, _wait
 from kvloom.loadtest.drive import closed_loop
 from kvloom.loadtest.measures import Spread, Summary, summarise
 from kvloom.loadtest.peers import (
-    BESIDE,
     CASES,
     OWN_PRECISION,
     Run,
     Server,
+    arrivals,
     busy,
     cells,
     jobs,
@@ -35,6 +36,7 @@ from kvloom.loadtest.peers import (
     servers,
     table,
 )
+from kvloom.loadtest.peers_table import ARRIVING, BESIDE
 
 Handler = Callable[[web.Request], "asyncio.Future[web.StreamResponse]"]
 
@@ -314,7 +316,7 @@ def test_peers_come_from_commands_and_urls() -> None:
 
 def test_every_column_of_a_comparison_says_its_precision_and_like_stands_beside_like(tmp_path: Path) -> None:
     def summary(t: float) -> Summary:
-        return Summary(8, 0, t, 0, 0, 100 / t, *(Spread(t, t, t, t, 0.0) for _ in range(4)))
+        return Summary(8, 0, t, 0, 0, 100 / t, *(Spread(t, t, t, t, 0.0, t) for _ in range(4)))
 
     seconds = {"kvloom": 1.0, "kvloom-bf16": 2.0, "vllm": 4.0, "llama": 8.0}
     runs = [Run(name, CASES[0].name, 0, None, summary(t)) for name, t in seconds.items()]
@@ -349,3 +351,69 @@ def test_a_case_beside_busy_processes_runs_them_and_shows_means_and_tails() -> N
     rows = cells(runs, BESIDE[2:], {})[1]
     assert rows[0] == ["beside2: 1 x 512 in / 64 out, 16 requests, beside 2 busy processes", "TTFT mean, ms", "500.0"]
     assert rows[3] == ["", "ITL p99, ms", "400.0"]
+
+
+class Halting:
+    """A server whose streams send a token every 2 ms, and none while it computes a prompt of some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.free = seconds, asyncio.Event()
+        self.free.set()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        if body["max_tokens"] == 1:
+            self.free.clear()
+            await asyncio.sleep(self.seconds)
+            self.free.set()
+        for i in range(body["max_tokens"]):
+            await self.free.wait()
+            event = text("x", "length" if i == body["max_tokens"] - 1 else None)
+            await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            await asyncio.sleep(0.002)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+
+async def arriving_at(handle: Handler, streams: list[Job], prompts: list[Job]) -> Summary:
+    app = web.Application()
+    app.router.add_post("/v1/completions", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        async with Client(f"http://127.0.0.1:{runner.addresses[0][1]}", "m") as client:
+            return await measure_arriving(client, streams, prompts)
+    finally:
+        await runner.cleanup()
+
+
+def test_prompts_that_arrive_beside_streams_show_in_their_gaps() -> None:
+    async def run(outputs: int) -> Summary:
+        streams = [Job(prompt=[1], output_tokens=outputs) for _ in range(2)]
+        return await arriving_at(Halting(0.3).handle, streams, [Job(prompt=[1, 2], output_tokens=1)])
+
+    summary = asyncio.run(run(10_000))
+    assert (summary.completed, summary.failed) == (1, 0)
+    assert summary.itl.most >= 0.25 and 0.3 <= summary.ttft.p50 < 30
+    assert asyncio.run(run(LEAD + 1)).failed >= 1, "a stream that ends meanwhile measures nothing"
+
+
+def test_gaps_are_those_that_overlap_the_arrival() -> None:
+    stream, prompt = Record(index=0, chunks=[0.0, 1.0, 2.0, 5.0, 6.0, 7.0]), Record(index=0, sent=1.5, chunks=[5.5])
+    assert gaps([stream], [prompt]) == [1.0, 3.0, 1.0]
+    assert gaps([Record(index=0, chunks=[0.0, 1.0])], [prompt]) == [4.5], "a stream that falls silent waits until the end"
+    assert gaps([Record(index=0)], [prompt]) == []
+
+
+def test_an_arriving_case_says_what_it_is_and_sends_it() -> None:
+    summary = replace(summarise([]), ttft=Spread(2.0, 2.0, 2.0, 2.0), itl=Spread(0.1, 0.2, 0.3, 0.4, most=0.5))
+    rows = cells([Run("kvloom", "arrive4", 0, 1.0, summary)], ARRIVING[1:], {})[1]
+    assert rows[0] == ["arrive4: 4 x 7270 in, arriving beside 8 streams", "gap of streams p50, ms", "200.0"]
+    assert [row[2] for row in rows[1:4]] == ["400.0", "500.0", "2000.0"]
+    assert [len(job.prompt) for job in jobs(ARRIVING[1], 0)] == [120] * 8
+    assert [(len(job.prompt), job.output_tokens) for job in arrivals(ARRIVING[1], 0)] == [(7270, 1)] * 4
+    assert arrivals(ARRIVING[1], 0) != arrivals(ARRIVING[1], 1)

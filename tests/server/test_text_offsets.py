@@ -156,3 +156,11 @@ def test_bytes_of_a_chat_are_the_tokens_own(served):
     prompt = served.engine.calls[-1]["prompt"]
     assert [bytes(entry["bytes"]) for entry in content] == [served.engine.tokenizer.token_bytes(t) for t in prompt[:12]]
     assert {"token": "bytes:\\xf0", "bytes": [0xF0]}.items() <= next(e for e in content if e["bytes"] == [0xF0]).items()
+
+
+def test_half_a_surrogate_is_two_characters(served):
+    """Python's incremental decoder holds its first two bytes back as if they could still become one character."""
+    tokenizer = served.engine.tokenizer
+    tokens = [next(i for i in range(323) if tokenizer.token_bytes(i) == byte) for byte in (b"\xed", b"\xa1")]
+    echo = LegacyLogprobs(tokenizer, 0, echoed=Echoed("", tokens, given=False))
+    assert echo.take(tokens, [None, None])["text_offset"] == [0, 1]
