@@ -96,9 +96,10 @@ class SchedulerOptions:
     """Most requests running at once."""
     max_batched_tokens: Tokens = 1024
     """Token budget of one step: decodes first, prompts in chunks with the rest."""
-    step_time_ms: Milliseconds = 100
-    """While answers are generated, prompts add about so much to a step, or as much as generating takes if that is more; 0 for
-    as many rows as max_batched_tokens. Beside another tenant's answers they get a share of the time by weight."""
+    step_time_ms: Milliseconds = 110
+    """While answers are generated, a step takes about so long: prompts get what generating leaves of it, or as much as
+    generating takes if that is more; 0 for as many rows as max_batched_tokens. Beside another tenant's answers they get a share
+    of the time by weight."""
     max_queued_tokens: Tokens | None = None
     """Refuse new requests (429) while this many prompt tokens wait to be computed; the default is four times what the KV cache
     holds. A named tenant may fill its weight times what is left for others."""

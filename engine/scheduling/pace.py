@@ -1,6 +1,6 @@
 """Streams do not wait for prompts: while something decodes, a step's rows of prompts are sized by time, not by count.
 
-    step       prompts get `step_seconds` of a step beside decoding, or as much as that takes itself if it is more
+    step       prompts get what decoding leaves of `step_seconds`, or as much as decoding takes itself if that is more
     tenants    beside streams of others, a tenant's prompts get FAVOUR * w / w' of the time that passes without them: w is its
                weight, w' the mean weight of the others, and their ratio counts for 1/8 to 8. Up to BURST_SECONDS of that are
                saved up, and a piece may be overdrawn
@@ -108,7 +108,7 @@ class Pace:
     """How many rows of a prompt a step takes."""
 
     def __init__(self, step_seconds: float, weight: Callable[[str], float], clock: Callable[[], float]) -> None:
-        """step_seconds: how long prompts may take of a step beside streams; infinite: as long as they take. weight: of a
+        """step_seconds: how long a step beside streams takes; infinite: as long as its prompts take. weight: of a
         tenant, > 0."""
         self.cost = StepCost()
         self._step_seconds, self._weight, self._clock = step_seconds, weight, clock
@@ -135,8 +135,9 @@ class Pace:
         self._streams = {request.tenant for request in running if not request.internal and not prefills(request)}
         self._seen |= dict.fromkeys(self._streams, self._began)
         self._seen = {tenant: when for tenant, when in self._seen.items() if self._began - when < RECENT_SECONDS}
-        self._left = max(self._step_seconds, self.cost.base)
         streams = sum(not prefills(request) for request in running)
+        base = self.cost.base if streams else 0.0
+        self._left = max(self._step_seconds - base, base)
         if streams and self._mixed >= (2 if self.cost.outgrown(streams) else PROBE_STEPS):
             self._left, self._mixed = 0.0, 0
         self._spent.clear()

@@ -46,7 +46,7 @@ class TokenReader:
         if not raw:
             return self._place(self._count)
         self._decoded(raw[:1])
-        # What is held back is one character that is not whole, or two: Python's decoder waits for the third byte of a surrogate,
+        # Held back is one character that is not whole, or two: Python's decoder waits for the third byte of a surrogate,
         # whose first two are no text however it ends.
         held = len(self._decoder.getstate()[0].decode("utf-8", "replace"))
         found = self._place(self._count + held - 1)  # the character begun last is the one that holds this byte

@@ -1,0 +1,34 @@
+"""Where K and V lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvloom.engine.cache.storage import GroupSpec, Storage
+from kvloom.engine.errors import ConfigError
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_is_taken_page_by_page() -> None:
+    """A block is new in every layer at once: with pages of two megabytes each of them would have to be cleared for it."""
+    spec = GroupSpec.everything(8, 2)
+    before = resident()
+    storage = Storage(spec, 4096, 64, 64, torch.bfloat16)
+    assert resident() - before < 4 << 20, "a new cache takes nothing"
+    for layer in storage.layers:
+        assert not layer.k[7].any() and not layer.v[7].any()
+        layer.k[7] = layer.v[7] = 1.0
+    assert resident() - before < 6 << 20
+
+
+def test_a_cache_that_cannot_be_had_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"the KV cache of .* bytes cannot be allocated; lower kv_memory"):
+        Storage(GroupSpec.everything(4, 8), 1 << 40, 64, 128, torch.bfloat16)
