@@ -3,7 +3,8 @@
     prefill        tokens per second of one prompt, by length, and GFLOP/s of its linear layers and attention
     decode         milliseconds per step by batch and context; bytes that a step must read (weights once, KV of every
                    request) over its time; the floor is those bytes over the machine's measured read bandwidth
-    outside        share of a decode step spent outside kernels and linear layers: Python, torch dispatch, sampling
+    outside        share of a decode step spent outside the model: scheduling, plans, sampling, text. Steps as they are served;
+                   attention_ms and linear_ms are of further steps, whose kernels are called and timed one by one
 
 Ceilings are measured in the same run: reading memory with all threads, and torch's bf16 and fp32 matrix products. Decode steps
 find their context in the prefix cache, filled with random numbers instead of computed KV, so that long contexts cost no time.
@@ -12,6 +13,7 @@ find their context in the prefix cache, filled with random numbers instead of co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -21,6 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
@@ -116,7 +119,8 @@ def instrument(llm: LLM) -> tuple[Clock, Callable[[], None]]:
     """Time every kernel and linear layer of an engine. Returns the clock, and what undoes it."""
     runner: Any = llm.core.runner
     decoder, attention, clock = runner.decoder, runner._attention, Clock()
-    kernels, layers, head = decoder.kernels, list(decoder.layers), decoder.head
+    kernels, layers, head, replaced = decoder.kernels, list(decoder.layers), decoder.head, contextlib.ExitStack()
+    replaced.enter_context(decoder.capturing("none"))
     decoder.kernels = attention._kernels = TimedKernels(kernels, clock)
     names = ("qkv", "o", "gate_up", "down")
     decoder.layers[:] = [
@@ -127,6 +131,7 @@ def instrument(llm: LLM) -> tuple[Clock, Callable[[], None]]:
     def undo() -> None:
         decoder.kernels = attention._kernels = kernels
         decoder.layers[:], decoder.head = layers, head
+        replaced.close()
 
     return clock, undo
 
@@ -173,7 +178,20 @@ class DecodeRow:
     attention_gbs: float
     linear_ms: float
     outside_share: float
-    """Of the step's time, outside kernels and linear layers."""
+    """Of the step's time, outside the model."""
+
+
+def steps_as_served(llm: LLM, steps: int) -> tuple[list[float], list[float]]:
+    """Seconds of decode steps, and the share of each that is spent outside the model."""
+    decoder, clock, seconds, shares = llm.core.runner.decoder, Clock(), [], []
+    with mock.patch.multiple(decoder, forward=clock.wrap("model", decoder.forward), logits=clock.wrap("model", decoder.logits)):
+        for _ in range(steps):
+            clock.spent.clear()
+            began = time.perf_counter()
+            llm.core.step()
+            seconds.append(time.perf_counter() - began)
+            shares.append(1 - clock.spent["model"] / seconds[-1])
+    return seconds, shares
 
 
 def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: int = 24) -> DecodeRow:
@@ -185,15 +203,13 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
     core = llm.core
     for _ in range(3):  # the rest of the prompts, and warm-up
         core.step()
-    plain = median_seconds(core.step, steps)
+    seconds, shares = steps_as_served(llm, steps)
+    plain = statistics.median(seconds)
     clock, undo = instrument(llm)
-    shares, attention, linear = [], [], []
+    attention, linear = [], []
     for _ in range(steps):
         clock.spent.clear()
-        began = time.perf_counter()
         core.step()
-        total = time.perf_counter() - began
-        shares.append(1 - sum(clock.spent.values()) / total)
         attention.append(clock.spent["attend"])
         linear.append(clock.spent["linear"] + clock.spent["head"])
     undo()

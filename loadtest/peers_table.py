@@ -110,7 +110,7 @@ def rounds_of(runs: Sequence[Run]) -> str:
     counts = Counter((run.server, run.case) for run in runs)
     most = max(counts.values())
     fewer = "".join(f" ({server} {case}: {count})" for (server, case), count in counts.items() if count < most)
-    return f"{most} rounds{fewer}"
+    return f"{most} round{'s' * (most > 1)}{fewer}"
 
 
 @dataclass(frozen=True, slots=True)

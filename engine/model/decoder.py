@@ -14,8 +14,8 @@ each sub-layer's result is added by the norm that follows it, which is why `laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -28,8 +28,9 @@ from kvloom.engine.model.rope import RotaryTable, rotary_table
 from kvloom.kernels.interface import Graph, Kernels
 
 GraphMode = Literal["none", "piecewise", "full"]
-"""What of a step may be captured in a graph and replayed: nothing, all but attention, or all. Rows of a step that are
-captured with attention must lie at the same addresses in every step, and its calls must be the same."""
+"""What of a step is captured in a graph and replayed: nothing, all but attention, or all. Attention that is captured makes the
+same calls at the same addresses in every step."""
+_MODES: tuple[GraphMode, ...] = ("none", "piecewise", "full")
 
 
 class LayerAttention(Protocol):
@@ -75,7 +76,11 @@ class Workspace(NamedTuple):
 
 
 class Decoder:
-    """A model ready to run. Not thread-safe: one step at a time."""
+    """A model ready to run. Not thread-safe: one step at a time.
+
+    The first step of an attention and a mode is captured, and later ones replay it: whoever puts other kernels, other layers or
+    another attention in their place does so within `capturing`.
+    """
 
     def __init__(
         self,
@@ -92,7 +97,8 @@ class Decoder:
         self.config, self.dtype, self.kernels = config, dtype, kernels
         self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
         projections = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        self._captures = kernels.graph() is not None and all(linear.capturable for linear in projections)
+        captures = kernels.graph() is not None and all(linear.capturable for linear in projections)
+        self._most: GraphMode = "full" if captures else "none"
         self._graphs: dict[tuple[LayerAttention, GraphMode], Graph] = {}
         self._whole = self._part = self._allocate(1)
 
@@ -104,19 +110,31 @@ class Decoder:
     def forward(self, tokens: Tensor, attention: LayerAttention, graphs: GraphMode = "none") -> Tensor:
         """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]
         fp32, valid until the next call."""
-        x = self.embed(tokens)
-        if graphs == "none" or not self._captures:
+        x, rows = self.embed(tokens), tokens.shape[0]
+        mode = min(graphs, self._most if rows else "none", key=_MODES.index)
+        if mode == "none":
             return self.finish(x, self._through(x, attention, nullcontext))
-        graph = self._graphs.get((attention, graphs))
+        graph = self._graphs.get((attention, mode))
         if graph is None:
-            return self.finish(x, self._capture(x, attention, graphs))
-        rows, ws = tokens.shape[0], self._workspace(tokens.shape[0])
+            return self.finish(x, self._capture(x, attention, mode))
+        ws = self._workspace(rows)
         graph.replay(0, rows)
-        if graphs == "piecewise":
+        if mode == "piecewise":
             for index, layer in enumerate(self.layers):
                 attention(index, ws.qkv, layer.q_norm, layer.k_norm)
                 graph.replay(index + 1, rows)
         return self.finish(x, ws.delta)
+
+    @contextmanager
+    def capturing(self, most: GraphMode) -> Iterator[None]:
+        """Capture no more than that within; what was captured within is forgotten."""
+        before, known = self._most, set(self._graphs)
+        self._most = min(most, before, key=_MODES.index)
+        try:
+            yield
+        finally:
+            self._most = before
+            self._graphs = {key: graph for key, graph in self._graphs.items() if key in known}
 
     def _capture(self, x: Tensor, attention: LayerAttention, graphs: GraphMode) -> Tensor:
         """Run all layers, and keep what was called for steps to come."""

@@ -66,7 +66,7 @@ class Scheduler:
         estimator: Estimator | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """step_seconds: how long prompts may take of a step beside streams (`pace`). weight: a tenant's share of the work
+        """step_seconds: how long a step beside streams takes (`pace`). weight: a tenant's share of the work
         while others wait. With an order that scores, `max_wait` is in seconds, and `estimator` says what a waiting request will
         cost (default: by its exact prefix). clock: what `arrival` is read from."""
         self.cache = cache

@@ -111,7 +111,7 @@ class ChatTemplate:
         except sandbox.TemplateRefusal as refusal:
             raise InvalidRequestError(f"the chat template refuses these messages: {refusal}", param="messages") from None
         except Exception as error:  # a template can fail in as many ways as Python
-            log.info("the chat template failed: %s: %.200r", type(error).__name__, str(error))
+            log.debug("the chat template failed: %s: %.200r", type(error).__name__, str(error))
             raise InvalidRequestError(
                 "the chat template cannot render these messages; check roles, their order, and chat_template_kwargs",
                 param="messages",

@@ -10,6 +10,7 @@ time (without the observer's), bytes that attention read, and memory that the re
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -146,8 +147,10 @@ class _Run:
         name = "_attention" if core.retention is None else "_grouped"
         attention: Any = getattr(runner, name)
         clock: Any = _Clock(attention)
-        setattr(runner, name, clock)
         core.observer = None if self._observe is None else self._observed
+        replaced = contextlib.ExitStack()
+        replaced.enter_context(runner.decoder.capturing("piecewise"))  # so that attention is called
+        setattr(runner, name, clock)
         try:
             for request in self._requests:
                 core.add(request)
@@ -159,6 +162,7 @@ class _Run:
         finally:  # also on Ctrl-C
             core.observer = None
             setattr(runner, name, attention)
+            replaced.close()
             for request in self._requests:
                 core.abort(request.id)
         return self._result()

@@ -12,6 +12,7 @@ import torch
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.catalog import resolve
+from kvloom.loadtest.peers import busy
 from kvloom.server.console import FIRST_QUESTION
 
 TEXT = topics.topics["for"] + topics.topics["yield"]
@@ -77,3 +78,17 @@ def test_a_first_question_is_answered_right_at_default_settings() -> None:
         SamplingParams(temperature=default.temperature, top_p=default.top_p, max_tokens=16, seed=seed) for seed in range(20)
     ]
     assert {done.text for done in llm.chat(asked, sampling)} == {"The capital of Japan is Tokyo."}
+
+
+def test_seeded_tokens_are_the_same_beside_busy_processes() -> None:
+    """Whichever thread takes which piece of work, and whenever: with codes of 4 bits, in a batch, captured steps."""
+    llm = LLM("smollm2", kv_memory="512MiB", reuse="off")
+    sampling = [SamplingParams(temperature=0.9, seed=seed, max_tokens=24, ignore_eos=True, logprobs=0) for seed in range(3)]
+
+    def run() -> list[tuple[list[int], list[float]]]:
+        results = llm.generate(PROMPTS, sampling)
+        return [(result.tokens, [entry.logprob for entry in result.logprobs]) for result in results]
+
+    idle = run()
+    with busy(2):
+        assert [run() for _ in range(3)] == [idle] * 3

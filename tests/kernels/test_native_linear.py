@@ -6,6 +6,8 @@ the output's rounding: a tight bound. And the whole result is held to the bound 
 
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -181,3 +183,18 @@ def test_the_contracts_pack_reads_all_three_formats(kernels: NativeKernels) -> N
         kernels.quantized.pack(5, codes4, scales4, None)
     with pytest.raises(ValueError, match="20 x 64 need"):
         kernels.quantized.linear(packed._replace(data=packed.data[:-1]), None)
+
+
+@pytest.mark.parametrize(
+    ("bits", "minimum", "digest"),
+    [(4, True, "c89f491f22fb6c91"), (4, False, "34268b5973b82513"), (8, False, "5caa445e56803f35")],
+)
+def test_the_layout_of_packed_weights_goes_by_its_name(kernels: NativeKernels, bits: int, minimum: bool, digest: str) -> None:
+    """Files of packed weights are found by the name of their layout: who changes the bytes gives them another."""
+    codes = (torch.arange(40 * 64).view(40, 64) * 7 % (1 << bits)).to(torch.uint8)
+    scales = (torch.arange(80, dtype=torch.float32).view(40, 2) + 1) / 64
+    mins = -scales / 2 if minimum else None
+    assert kernels.quantized is not None
+    packed = kernels.quantized.pack(bits, codes if bits == 4 else codes.view(torch.int8), scales, mins)
+    found = hashlib.sha256(packed.data.numpy().tobytes()).hexdigest()[:16]
+    assert (kernels.quantized.layout, found) == ("native 1", digest)

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from kvloom import LLM, KVOptions, SamplingParams
 from kvloom.engine.errors import ConfigError, InvalidRequestError
+from kvloom.loadtest.engine_bench import Ceilings, decode_case, prefill_case
 from kvloom.loadtest.quality import agreement, facts, long, methods, setup, task_eval
 from kvloom.loadtest.quality.answers import Answer, Answers, ask
-from kvloom.loadtest.quality.decoding import Cost, Passage, follow, prefill
+from kvloom.loadtest.quality.decoding import Cost, Passage, _Clock, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement
 from kvloom.loadtest.quality.forced import log_probabilities
 from kvloom.loadtest.quality.spec import MethodSpec, check
@@ -68,6 +69,32 @@ def test_costs_of_dense_and_sparse_steps(make_llm: MakeLLM) -> None:
     assert sparse.attended == 3 * 19 * 24
     assert all(0 < a < s for a, s in zip(dense.attention, dense.seconds))
     assert Cost().figures()["step_ms"] is None
+
+
+@pytest.mark.parametrize("kv", [DENSE, WINDOW])
+def test_attention_is_timed_where_steps_are_captured(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch, kv: KVOptions) -> None:
+    """Attention that is replayed with the rest of a step is not called, and would seem to take no time."""
+    llm = make_llm(backend="native", weights="int8", dtype="bf16", shadow_interval=0)
+    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
+    decoder = llm.core.runner.decoder
+    assert [mode for _, mode in decoder._graphs] == ["full"]
+    calls: list[int] = []
+    timed = _Clock.__call__
+    monkeypatch.setattr(_Clock, "__call__", lambda clock, layer, *rest: (calls.append(layer), timed(clock, layer, *rest))[1])
+    before = llm.stats().steps
+    follow(llm, passages(llm), kv)
+    assert len(calls) == 3 * (llm.stats().steps - before), "every layer of every step"
+    assert all(of is llm.core.runner._attention for of, _ in decoder._graphs), "nothing stays of the clock"
+
+
+def test_the_engine_bench_times_kernels_where_steps_are_captured(make_llm: MakeLLM) -> None:
+    llm = make_llm(backend="native", weights="int8", dtype="bf16", kv_memory="8MiB")
+    ceilings = Ceilings(read_gbs=10.0, bf16_gflops=100.0, fp32_gflops=100.0)
+    prompt = prefill_case(llm, 96, repeats=2)
+    assert prompt.linear_gflops > 0 and prompt.attention_gflops > 0
+    row = decode_case(llm, 2, 64, ceilings, steps=4)
+    assert 0 < row.outside_share < 1 and row.attention_ms > 0 and row.linear_ms > 0
+    assert llm.core.runner.decoder._most == "full" and not llm.core.busy
 
 
 def test_the_engine_is_left_as_it_was(make_llm: MakeLLM) -> None:

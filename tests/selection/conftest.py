@@ -101,6 +101,7 @@ def trace() -> Iterator[Callable[[LLM], Traced]]:
     def start(llm: LLM) -> Traced:
         attention: Any = llm.core.runner._attention
         undo.append((attention, attention._kernels))
+        llm.core.runner.decoder._most = "none"
         attention._kernels = traced = Traced(attention._kernels)
         return traced
 
