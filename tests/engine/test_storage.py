@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,17 @@ def test_memory_is_taken_page_by_page() -> None:
         assert not layer.k[7].any() and not layer.v[7].any()
         layer.k[7] = layer.v[7] = 1.0
     assert resident() - before < 6 << 20
+
+
+def test_a_fork_has_a_cache_of_its_own() -> None:
+    storage = Storage(GroupSpec.everything(1, 1), 4, 16, 16, torch.float32)
+    storage.layers[0].k[1] = 1.0
+    child = os.fork()
+    if child == 0:
+        storage.layers[0].k[1] = 2.0
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert storage.layers[0].k[1].eq(1.0).all()
 
 
 def test_a_cache_that_cannot_be_had_says_so() -> None:
