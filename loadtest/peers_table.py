@@ -81,6 +81,7 @@ BESIDE_METRICS = (
     ("TPOT mean, ms", "tpot.mean"),
     ("ITL p50, ms", "itl.p50"),
     ("ITL p99, ms", "itl.p99"),
+    ("ITL longest, ms", "itl.most"),
 )
 
 

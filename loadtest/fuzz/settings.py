@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
+
+from kvloom.kernels import load
 
 _SHARE = (
     '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "shadow_share": 0.3, "reject_above": %s, '
@@ -27,9 +30,17 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 """Settings of `EngineConfig` by name."""
 
 
+@functools.cache
+def _multiplies_codes() -> bool:
+    """Whether the native back end can be had here."""
+    return load().quantized is not None
+
+
 def complete(number: int) -> dict[str, Any]:
     """The settings of one engine, ready for `LLM`."""
     found = {"dtype": "fp32", "segment_memory": 64 * 1024, "threads": 1, **SETTINGS[number % len(SETTINGS)]}
+    if (number + number // len(SETTINGS)) % 2 and _multiplies_codes():
+        found["weights"] = "int8"  # whose steps are captured
     if "retention" not in found:
         found["kvshare_options"] = _SHARE % (0 if number % 3 == 1 else 10)  # which rejects everything, or next to nothing
     return found
