@@ -86,7 +86,8 @@ def render(result: Result, view: str = "") -> str:
         head, note = [chosen.get("title", ""), *chosen["columns"]], str(chosen.get("note", ""))
     elif result.get("commit"):
         measured = "" if result["machine"] in note else f", measured {result['machine']}"
-        note = f"{note} Written by `{result['command']}` at commit {result['commit']}{measured}.".strip()
+        space = "\n\n" if "\n" in note else " "  # behind a list it would be part of the last item
+        note = f"{note}{space}Written by `{result['command']}` at commit {result['commit']}{measured}.".strip()
     return "\n".join([markdown(head, rows), "", *([note, ""] if note else [])])
 
 

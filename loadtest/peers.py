@@ -176,7 +176,7 @@ def known_of(args: argparse.Namespace, chosen: Sequence[Server]) -> dict[str, Ab
     for server in chosen:
         ours = server.name.startswith("kvloom")
         version = f"kvloom {__version__}, commit {commit()}" if ours else said(versions.get(server.name, ""))
-        command = (server.command or server.url or "").replace(sys.executable, "python")
+        command = (server.command or server.url or "").replace(f"{sys.executable} -m kvloom.server.cli", "kvloom").strip()
         about[server.name] = About(precision.get(server.name, ""), command, version)
     return about
 
@@ -212,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown := [name for name in args.cases.split(",") if name not in known]:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
     cases = [known[name] for name in args.cases.split(",")]
+    loads = [case for case in cases if case in CASES]
+    if args.plot and not loads:
+        raise SystemExit(f"--plot draws {_names(CASES)}; none of them is among --cases")
     need(*([] if args.recorded else ["aiohttp"]), *(["matplotlib"] if args.plot else []))
     args.out.mkdir(parents=True, exist_ok=True)
     try:
@@ -226,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = table(runs, cases, about)
     console.print(text, soft_wrap=True)
     if args.plot:
-        plot(runs, cases, args.plot, about)
+        plot(runs, loads, args.plot, about)
     if args.publish:
         publish(args.publish, *cells(runs, cases, about), note(runs, about))
     if args.markdown:

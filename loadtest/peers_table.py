@@ -203,8 +203,7 @@ def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path, about: Mapping[
             bars = axis.bar(places, medians, 0.76 / len(names), label=titled(name, about or {}))
             axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
         axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
-        beside = [f"\n+ {case.busy} busy" if case.busy else "" for case in cases]
-        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}{more}" for case, more in zip(cases, beside)])
+        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
         axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
         axis.margins(y=0.12)
     axes[0].legend()

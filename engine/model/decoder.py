@@ -128,13 +128,13 @@ class Decoder:
     @contextmanager
     def capturing(self, most: GraphMode) -> Iterator[None]:
         """Capture no more than that within; what was captured within is forgotten."""
-        before, known = self._most, set(self._graphs)
+        before, known = self._most, dict(self._graphs)
         self._most = min(most, before, key=_MODES.index)
         try:
             yield
         finally:
             self._most = before
-            self._graphs = {key: graph for key, graph in self._graphs.items() if key in known}
+            self._graphs = {key: graph for key, graph in self._graphs.items() if known.get(key) is graph}
 
     def _capture(self, x: Tensor, attention: LayerAttention, graphs: GraphMode) -> Tensor:
         """Run all layers, and keep what was called for steps to come."""

@@ -17,7 +17,6 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 def test_memory_is_taken_page_by_page() -> None:
     """A block is new in every layer at once: with pages of two megabytes each of them would have to be cleared for it."""
     spec = GroupSpec.everything(8, 2)

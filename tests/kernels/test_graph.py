@@ -10,18 +10,16 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels import Counters, PagedKV, Rows
-from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, load
+from kvloom.kernels.cpu.native import NativeKernels
 from kvloom.kernels.cpu.native.linear import QuantLinear, pack_int4
+from tests.conftest import native_kernels
 
 MOST, Q_HEADS, KV_HEADS, DIM, BLOCK = 40, 6, 2, 32, 16
 
 
 @pytest.fixture
 def kernels() -> NativeKernels:
-    try:
-        return load(threads=2)
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
+    return native_kernels()
 
 
 class Step:

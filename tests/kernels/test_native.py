@@ -15,17 +15,15 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels import Lists, PagedKV, PoolHow, Rows
-from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build, load
+from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build
 from kvloom.kernels.cpu.native.build import SOURCES
 from kvloom.kernels.reference import ReferenceKernels
+from tests.conftest import native_kernels
 
 
 @pytest.fixture(scope="module", params=["machine", "generic"])
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
-    try:
-        return load(threads=2, generic=request.param == "generic")
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
+    return native_kernels(generic=request.param == "generic")
 
 
 def ints(values: object) -> Tensor:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.model.quantized import round_to_int4, round_to_int8
-from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, load
+from kvloom.kernels.cpu.native import NativeKernels
 from kvloom.kernels.cpu.native.linear import (
     PackedWeight,
     QuantLinear,
     pack_int4,
     pack_int8,
 )
+from tests.conftest import native_kernels
 
 FORMATS = ("q4_0", "q4_1", "q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,10 +32,7 @@ OUTPUT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-1
 @pytest.fixture(scope="module", params=["machine", "generic"])
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
     """The build for this machine, and the one without any processor-specific code."""
-    try:
-        return load(threads=2, generic=request.param == "generic")
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
+    return native_kernels(generic=request.param == "generic")
 
 
 def packed_and_dense(kernels: NativeKernels, layout: str, outputs: int, inputs: int) -> tuple[PackedWeight, Tensor]:

@@ -10,16 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, load
+from kvloom.kernels.cpu.native import NativeKernels
 from kvloom.kernels.cpu.native.linear import QuantLinear, pack_int4
+from tests.conftest import native_kernels
 
 
 @pytest.fixture(scope="module")
 def kernels() -> NativeKernels:
-    try:
-        return load(threads=2)
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
+    return native_kernels()
 
 
 def _layer(kernels: NativeKernels, outputs: int = 1536, inputs: int = 512) -> QuantLinear:

@@ -7,6 +7,7 @@ import torch
 
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.model.load import load_model
+from tests.conftest import native_kernels
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8]
 
@@ -93,11 +94,7 @@ def test_activations_are_reused(decoder, sequence_attention) -> None:
 
 def test_a_larger_workspace_is_captured_anew(write_gguf, sequence_attention) -> None:
     """Graphs write to the buffers that they were captured with; a step that needs larger ones must not find them there."""
-    native = pytest.importorskip("kvloom.kernels.cpu.native")
-    try:
-        kernels = native.load(threads=1)
-    except native.NativeUnavailable as error:
-        pytest.skip(str(error))
+    kernels = native_kernels(threads=1)
     eager, captured = (load_model(write_gguf("Q4_1"), "bf16", kernels).decoder for _ in range(2))
 
     class Kept(sequence_attention):
