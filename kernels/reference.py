@@ -200,9 +200,9 @@ class ReferenceKernels:
             queries = rms_norm(queries, q_norm, eps)
         if k_norm is not None:
             keys = rms_norm(keys, k_norm, eps)
-        c, s = cos[positions][:, None], sin[positions][:, None]
-        self.store(turn(keys, c, s), values, kv, slots)
-        return q.copy_(turn(queries, c, s))
+        turned = turn(torch.cat([queries, keys], dim=1), cos[positions][:, None], sin[positions][:, None])
+        self.store(turned[:, q_heads:], values, kv, slots)
+        return q.copy_(turned[:, :q_heads])
 
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
         """Gated activation; see `interface.Kernels.silu_mul`."""
