@@ -5,7 +5,9 @@ The contract itself is tested by the other modules of this folder, which run on 
 
 from __future__ import annotations
 
+import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +173,26 @@ def test_no_compiler_and_nothing_built_is_reported(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with pytest.raises(NativeUnavailable, match="no C\\+\\+ compiler"):
         build()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_package_ziglang_is_a_compiler_where_there_is_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    builder = importlib.import_module("kvloom.kernels.cpu.native.build")  # the package has a function of that name
+    monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: installed or None)
+    if found := shutil.which("g++"):
+        assert builder._compiler() == [found]
+    monkeypatch.setenv("PATH", str(tmp_path))
+    if installed:
+        assert builder._compiler() == [sys.executable, "-m", "ziglang", "c++"]
+    else:
+        with pytest.raises(NativeUnavailable, match="pip install ziglang"):
+            build()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert builder._compiler() is None, "who names a compiler gets that one or none"
 
 
 def test_without_a_compiler_a_library_built_earlier_serves(

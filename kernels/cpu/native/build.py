@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -71,16 +73,21 @@ def _flags(generic: bool) -> list[str]:
     return [*COMMON_FLAGS, tuned]
 
 
-def _compiler() -> str | None:
+def _compiler() -> list[str] | None:
+    """The command that compiles: what CXX names; or else what is installed, the clang of the package ziglang at last."""
     named = os.environ.get("CXX")
     candidates = [named] if named else ["g++", "clang++", "c++"]
-    return next((found for name in candidates if (found := shutil.which(name))), None)
+    if found := next(filter(None, map(shutil.which, candidates)), None):
+        return [found]
+    if not named and importlib.util.find_spec("ziglang") is not None:
+        return [sys.executable, "-m", "ziglang", "c++"]
+    return None
 
 
-def _version(compiler: str) -> str:
-    shown = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+def _version(compiler: list[str]) -> str:
+    shown = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
     if shown.returncode:
-        raise NativeUnavailable(f"{compiler} --version failed: {shown.stderr.strip()}")
+        raise NativeUnavailable(f"{' '.join(compiler)} --version failed: {shown.stderr.strip()}")
     return shown.stdout
 
 
@@ -109,7 +116,10 @@ def _usable(library: Path) -> bool:
 def _built_earlier(folder: Path, wanted: str) -> Path:
     found = sorted(filter(_usable, folder.glob(f"kvloom-{wanted}-*.so")))
     if not found:
-        raise NativeUnavailable("no C++ compiler found (looked for CXX, g++, clang++, c++); install one for more speed")
+        raise NativeUnavailable(
+            "no C++ compiler found (looked for CXX, g++, clang++, c++, ziglang); for several times the speed install one: "
+            "pip install ziglang, or your system's g++"
+        )
     return found[-1]
 
 
@@ -124,13 +134,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: str, flags: list[str], target: Path, progress: Progress) -> None:
+def _compile(compiler: list[str], flags: list[str], target: Path, progress: Progress) -> None:
     """Compiles every source, links, and moves the library into place in one step."""
     stage = "compiling kernels, once on this machine"
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
         jobs = [
-            [compiler, *flags, "-c", str(source), "-o", str(made)]
+            [*compiler, *flags, "-c", str(source), "-o", str(made)]
             for source, made in zip(sorted(SOURCES.glob("*.cpp")), objects)
         ]
         progress(stage, 0, len(jobs))
@@ -139,7 +149,7 @@ def _compile(compiler: str, flags: list[str], target: Path, progress: Progress) 
                 job.result()
                 progress(stage, done, len(jobs))
         library = Path(scratch) / target.name
-        _run([compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
+        _run([*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
         library.chmod(0o755)
         os.replace(library, target)
 
