@@ -79,7 +79,6 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         prepared = Prepared(lambda: found)
     files = prepared.files
     backend = _backend(config.model.backend, threads, progress)
-    kernels.warm(backend, (TORCH_DTYPES[config.model.dtype],), _slow_only(progress))
     retention = _Retention(config)
     loaded = load_model(
         files.path,
@@ -133,7 +132,7 @@ def _backend(name: str, threads: int, progress: Progress) -> Kernels:
     """The kernels of that name. Raises ConfigError if they cannot be had on this machine."""
     try:
         return kernels.load(name, threads=threads, progress=progress)
-    except Exception as error:  # no compiler, a compiler that fails, an absent package
+    except Exception as error:  # no compiler, or one that fails
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
 
@@ -160,11 +159,6 @@ class _Retention:
         classes = self._options.classes(fingerprint)
         self.razor = Razor(self._options, classes, model, TORCH_DTYPES[self._config.model.dtype])
         return list(zip(*(spec.heads for spec in self.razor.specs)))
-
-
-def _slow_only(progress: Progress) -> Callable[[str, float], None]:
-    """Report kernels that had to be compiled; those that were cached take milliseconds."""
-    return lambda what, seconds: progress(f"compiled {what}", 1, 1) if seconds > 0.5 else None
 
 
 def _check_names(config: EngineConfig) -> None:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,7 @@ from kvloom.engine.errors import ConfigError
 
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
-Backend = Literal["auto", "native", "numba", "reference"]
+Backend = Literal["auto", "native", "torch", "reference"]
 
 Tokens = Annotated[int, "TOKENS"]
 Count = Annotated[int, "N"]
@@ -34,6 +35,10 @@ Name = Annotated[str, "NAME"]
 
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "auto": "bf16"}
 """Other servers' names of dtypes."""
+_FORMER_NAMES = {("backend", "numba"): "torch"}
+"""Values of before, and what they mean now: taken with a warning for one release."""
+
+log = logging.getLogger("kvloom.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +58,7 @@ class ModelOptions:
     """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
     only with a selection that goes beyond it: token_select with re-indexed positions."""
     backend: Backend = "auto"
-    """Attention kernels: native (C++, built on this machine), numba, reference, or auto (the first that works)."""
+    """Attention kernels: native (C++, built on this machine), torch, reference, or auto (the first that works)."""
     threads: Count | None = None
     """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
 
@@ -279,6 +284,9 @@ def parse_value(option: Option, value: Any) -> Any:
         return None
     if all(isinstance(kind, str) for kind in kinds):  # Literal["a", "b"]
         value = _DTYPE_NAMES.get(value, value) if option.name == "dtype" else value
+        if (now := _FORMER_NAMES.get((option.name, value))) is not None:
+            log.warning("%s is %s, which there no longer is; %s takes its place: say that instead", option.name, value, now)
+            value = now
         if value not in kinds:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")
         return value

@@ -1,7 +1,6 @@
 """Kernels: attention over paged KV and the row-wise operations around it. Knows tensors only; imports nothing of the engine.
 
-`load` picks a back end once, at start-up; `warm` compiles what it needs before the first request. All
-back ends keep the contract of `interface`; `reference` defines it.
+`load` picks a back end once, at start-up. All back ends keep the contract of `interface`; `reference` defines it.
 """
 
 from __future__ import annotations
@@ -10,11 +9,10 @@ import logging
 from collections.abc import Callable
 
 from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
-from kvloom.kernels.warm import warm
 
-__all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load", "warm"]
+__all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load"]
 
-BACKENDS = ("native", "numba", "reference")
+BACKENDS = ("native", "torch", "reference")
 """In the order in which `auto` tries them."""
 
 _log = logging.getLogger(__name__)
@@ -28,18 +26,18 @@ def load(
 ) -> Kernels:
     """The kernels named, or with "auto" the first of BACKENDS that works here.
 
-    threads: at most this many, None for one per core; the reference leaves threads to torch. progress: called with (stage,
-    done, total) while a compiler runs.
+    threads: the native back end's, None for as many as torch has; those of the others are torch's own. progress: called with
+    (stage, done, total) while a compiler runs.
     Raises ValueError for an unknown name, or a device the back end does not serve; what the back end raises if it was named
-    and cannot be had (`native.NativeUnavailable`, ImportError).
+    and cannot be had (`native.NativeUnavailable`).
     """
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown kernel back end {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
-    if device != "cpu" and backend not in ("auto", "reference"):
-        raise ValueError(f"the {backend} back end runs on cpu, not on {device!r}; use reference there")
+    if device != "cpu" and backend == "native":
+        raise ValueError(f"the native back end runs on cpu, not on {device!r}; use torch there")
     if backend != "auto":
         return _make(backend, threads, progress)
-    for name in BACKENDS if device == "cpu" else ("reference",):
+    for name in BACKENDS if device == "cpu" else BACKENDS[1:]:
         try:
             return _make(name, threads, progress)
         except Exception as error:
@@ -54,10 +52,10 @@ def _make(name: str, threads: int | None, progress: Callable[[str, int, int], No
         from kvloom.kernels.cpu.native import load as load_native
 
         return load_native(threads, progress=progress)
-    if name == "numba":
-        from kvloom.kernels.cpu.backend import NumbaKernels
+    if name == "torch":
+        from kvloom.kernels.vectorized import TorchKernels
 
-        return NumbaKernels(threads)
+        return TorchKernels()
     from kvloom.kernels.reference import ReferenceKernels
 
     return ReferenceKernels()

@@ -1,4 +1,1 @@
-"""CPU back ends: `backend.NumbaKernels` compiled with numba, and `native`, a C++ library that may stand in front of it.
-
-Importing this package imports neither.
-"""
+"""Back ends for CPUs alone: `native`, a C++ library built on the machine that runs it. Importing this loads nothing."""

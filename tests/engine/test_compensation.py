@@ -19,7 +19,7 @@ from kvloom.kernels.interface import PagedKV, Rows
 
 LAYERS, HEADS, GROUP, DIM, SIZE = 2, 2, 3, 16, 8
 SCALE = DIM**-0.5
-backends = pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+backends = pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 
 
 def request(name: str = "one") -> Request:

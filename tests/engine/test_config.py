@@ -81,3 +81,8 @@ def test_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.M
     assert memory._group(tmp_path / "absent") > 1 << 60
     monkeypatch.setattr(memory, "available_memory", lambda: 2000)
     assert memory.default_kv_memory() == 500
+
+
+def test_a_former_back_end_means_the_one_in_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    assert EngineConfig.from_flat({"backend": "numba"}).model.backend == "torch"
+    assert "backend is numba, which there no longer is; torch takes its place" in caplog.text

@@ -45,7 +45,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
         {"block_size": 64, "max_batched_tokens": 33},
         {"kv_memory": 11 * BLOCK_BYTES, "max_model_len": 160},
         {"backend": "reference"},
-        {"backend": "numba"},
+        {"backend": "torch"},
     ],
     ids=lambda config: ",".join(f"{k}={v}" for k, v in config.items()) or "default",
 )

@@ -123,7 +123,7 @@ class Oracle:
         return x * cos + half * sin
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("compensation", [True, False])
 def test_rows_see_what_the_paper_says(tiny: Path, razor: Callable[..., LLM], backend: str, compensation: bool) -> None:
     options = OPTIONS.replace("}", f', "compensation": {str(compensation).lower()}}}')

@@ -14,7 +14,7 @@ from tests.kernels.conftest import ints, make_lists, make_rows, paged
 
 
 def test_unknown_back_end() -> None:
-    with pytest.raises(ValueError, match="'cuda'; allowed: auto, native, numba, reference"):
+    with pytest.raises(ValueError, match="'cuda'; allowed: auto, native, torch, reference"):
         load("cuda")
 
 
@@ -34,13 +34,13 @@ def test_auto_takes_the_first_that_works(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(package, "_make", make)
     assert load().name == "reference"
-    assert tried == ["native", "numba", "reference"]
+    assert tried == ["native", "torch", "reference"]
 
 
-def test_other_devices_get_the_reference() -> None:
-    assert load(device="cuda").name == "reference"
-    with pytest.raises(ValueError, match="numba back end runs on cpu"):
-        load("numba", device="cuda")
+def test_other_devices_get_torch() -> None:
+    assert load(device="cuda").name == load("torch", device="cuda").name == "torch"
+    with pytest.raises(ValueError, match="native back end runs on cpu"):
+        load("native", device="cuda")
 
 
 def test_kernels_import_nothing_of_the_engine() -> None:

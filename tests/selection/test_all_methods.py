@@ -107,7 +107,7 @@ def test_dense_neighbours_are_untouched(make_llm: Make, name: str) -> None:
 # V2 -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["native", "numba"])
+@pytest.mark.parametrize("backend", ["native", "torch"])
 @each_method
 def test_below_the_budget_is_dense(make_llm: Make, name: str, backend: str) -> None:
     """V2: very short prompts, and growth up to the budget exactly."""

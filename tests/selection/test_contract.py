@@ -36,7 +36,7 @@ def test_rows_see_sinks_and_window(make_llm: Make, trace: Callable[[LLM], Traced
         torch.testing.assert_close(call.out.double(), masked_attention(call), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_below_budget_is_dense_bitwise(make_llm: Make, backend: str) -> None:
     llm = make_llm(backend=backend, reuse="off")
     dense = llm.generate(prompts((20, 33)), greedy(6, logprobs=0))

@@ -155,7 +155,7 @@ def test_only_batches_that_differ_by_head_say_so(make_llm: Make, trace: Trace) -
     assert {call.rows.start.ndim for call in traced.calls if call.rows.lists is not None} == {2}
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("compensation", [True, False])
 def test_outputs_are_those_of_the_masked_oracle(make_llm: Make, trace: Trace, backend: str, compensation: bool) -> None:
     """A mixed batch that grows: prompts in chunks, rows within and beyond their windows, dense ones beside them."""

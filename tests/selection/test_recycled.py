@@ -81,7 +81,7 @@ def best(scores: Tensor, first: int, k: int) -> list[list[int]]:
 # R1, R2: nothing to lose --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_stride_one_is_dense(make_llm: Make, backend: str) -> None:
     """R1."""
     llm = make_llm(backend=backend)
@@ -208,7 +208,7 @@ def test_trigger_compares_with_the_last_refresh(make_llm: Make, trace: Trace, co
 # R6, R7: lists against oracles ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("pool", [1, 7])
 @pytest.mark.parametrize(("sinks", "recent"), [(2, 6), (0, 0)])
 def test_lists_are_top_k_of_the_oracle(make_llm: Make, trace: Trace, backend: str, pool: int, sinks: int, recent: int) -> None:

@@ -167,7 +167,7 @@ def test_limits_that_are_dense(make: Make, layers: tuple[int, ...]) -> None:
     assert [result.logprobs for result in sparse] == [result.logprobs for result in dense]
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_below_budget_is_dense_bitwise(make: Make, backend: str) -> None:
     llm = make(backend=backend, reuse="off")
     texts = prompts((9, 20, 33, 40))

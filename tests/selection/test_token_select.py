@@ -56,7 +56,7 @@ def best(scores: Tensor, k: int, first: int) -> list[int]:
     return sorted((torch.sort(scores, descending=True, stable=True).indices[:k] + first).tolist())
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_first_step_beyond_the_budget_drops_one(make_llm: Make, trace: Trace, backend: str) -> None:
     """T1, T2: at N = n_init + k + n_local everything is seen and dense bit for bit; one token later all but one position."""
     llm = make_llm(backend=backend, reuse="off")
@@ -73,7 +73,7 @@ def test_first_step_beyond_the_budget_drops_one(make_llm: Make, trace: Trace, ba
 
 @pytest.mark.parametrize(
     ("backend", "options", "scale", "window"),
-    [("native", {}, 1.0, 1), ("numba", {}, 1.0, 1), ("reference", {"pool": 5}, 1.0, 5), ("native", {"vote": "scaled"}, 0.25, 1),
+    [("native", {}, 1.0, 1), ("torch", {}, 1.0, 1), ("reference", {"pool": 5}, 1.0, 5), ("native", {"vote": "scaled"}, 0.25, 1),
      ("native", {"pool": 5}, 1.0, 5), ("native", {"sinks": 0, "local": 1}, 1.0, 1),
      ("native", {"sinks": 7, "local": 20}, 1.0, 1)],
 )  # fmt: skip

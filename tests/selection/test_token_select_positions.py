@@ -81,7 +81,7 @@ def world(backend: str, stops: list[int], counts: list[int], width: int) -> Worl
     return World(keys, values, queries, batch, Layer(0, turned(queries, true, table.inv_freq).float(), kv))
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_keys_stand_at_their_place_in_the_list(backend: str) -> None:
     """Two runs, a cell of five rows and a decode row: keys rotated at 0, 1, 2 ... and each query at the last place it sees."""
     stops, counts, width, starts = [395, 140], [5, 1], 24, [370, 131]
@@ -119,7 +119,7 @@ def test_a_complete_list_changes_nothing() -> None:
     torch.testing.assert_close(out, dense, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_votes_do_not_look_at_positions(backend: str) -> None:
     """Every candidate is scored as if `local` tokens before the query, wherever it is."""
     here, local = world(backend, [200, 91], [1, 1], 8), 12

@@ -22,7 +22,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shift", [0, 1, 17, -5, 8191])
 def test_turning_a_key_moves_it(kind: str, shift: int, backend: str) -> None:

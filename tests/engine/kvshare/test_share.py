@@ -184,7 +184,7 @@ def test_runs_are_found_where_they_are(make: MakeLLM) -> None:
         assert not repair.left  # all of its rows are done
 
 
-@pytest.mark.parametrize("backend", ["native", "numba", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("policy", ["boundary", "random", "blend", "dhd", "query", "focus"])
 @pytest.mark.parametrize("ratio", [0.0, 0.3])
 def test_repaired_logits_equal_the_oracle(make: MakeLLM, eager: Eager, policy: str, ratio: float, backend: str) -> None:
