@@ -1,6 +1,6 @@
 """The kernel contract: what every back end computes, and nothing about how.
 
-`kernels` knows tensors only. `reference.py` defines each operation in plain torch; `cpu/` (and later `triton/`) are tested
+`kernels` knows tensors only. `reference.py` defines each operation in plain torch; `vectorized.py` and `cpu/` are tested
 against it. Selection methods decide which rows see what; kernels execute it.
 
 Storage. One layer's KV of one head group is a pair of tensors [blocks, heads, block_size, head_dim]; a *slot* is

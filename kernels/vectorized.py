@@ -3,8 +3,8 @@
 Attention is cut into *tiles* once per step: the query heads of one KV head, of one row or of up to TILE consecutive rows of a
 prefill chunk, and the positions that the last of these rows sees, their number rounded up to one of four widths per octave.
 Tiles of one shape are a `Group`: it is gathered, multiplied, masked and normalised at once, in parts that take at most ROOM
-numbers of working memory, or two tiles' own. Shapes are known when the plan is made; between two operations nothing waits for
-a result.
+numbers of working memory, or two tiles' own: 2 * keys * (TILE * query heads + 2 * head_dim), 18 MiB for three heads of 64 that
+see 7,168 positions. Shapes are known when the plan is made; between two operations nothing waits for a result.
 
 On a CPU, a row's bits do not depend on what else is in the batch: its tile's shape follows from its own positions (or its
 chunk's), sums run over that shape alone, and products are batches of two or more, which MKL computes one matrix to a thread;
@@ -193,6 +193,8 @@ class TorchKernels(ReferenceKernels):
     def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
         """Write rows into slots; see `interface.Kernels.store`. A row without a slot writes what some other row writes, or, if
         there is none, what slot 0 holds."""
+        if len(slots) == 0:
+            return
         kept = slots >= 0
         source = torch.where(kept, torch.arange(len(slots), device=slots.device), kept.byte().argmax())
         slot, written = slots[source].clamp(min=0), kept[source, None, None]
@@ -280,18 +282,22 @@ class TorchKernels(ReferenceKernels):
         """Top-k with ties to the lower column; see `interface.Kernels.select`."""
         rows, width = scores.shape
         columns, counts = out or (lengths.new_empty(rows, k), lengths.new_empty(rows))
+        taken = min(k, width)
         if columns.dtype != torch.int32 or columns.shape != (rows, k) or counts.shape != (rows,):
             raise ValueError(f"out must be int32 [{rows}, {k}] and [{rows}]; got {columns.dtype} {tuple(columns.shape)} "
                              f"and {tuple(counts.shape)}")  # fmt: skip
+        counts.copy_(lengths.clamp(max=k))
+        if taken == 0:
+            columns.fill_(-1)
+            return columns, counts
         column = torch.arange(width, dtype=torch.int32, device=scores.device).expand(rows, -1)
         there = column < lengths[:, None]
         scores = scores.masked_fill(~there, -math.inf)
-        least = scores.topk(min(k, width), sorted=False).values.amin(-1, keepdim=True)
+        least = scores.topk(taken, sorted=False).values.amin(-1, keepdim=True)
         above, equal = scores > least, (scores == least) & there
         chosen = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
         place = torch.where(chosen, chosen.cumsum(-1) - 1, k)  # what is not chosen goes into a last column, which is cut off
         found = torch.full((rows, k + 1), -1, dtype=torch.int32, device=scores.device)
         found.scatter_(1, place, column if offset is None else column + offset[:, None])
         columns.copy_(found[:, :k])
-        counts.copy_(lengths.clamp(max=k))
         return columns, counts
