@@ -23,8 +23,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvloom.loadtest.flags import complain
-from kvloom.loadtest.machine import describe
+from kvloom.loadtest.study.flags import complain
+from kvloom.loadtest.study.machine import describe
 
 FOLDER = Path("docs/figures")
 OUTPUT_FLAGS = frozenset({"--json", "--markdown", "--publish", "--plot", "--out", "--resume"})

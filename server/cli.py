@@ -27,12 +27,12 @@ from kvloom.version import __version__
 
 MEASUREMENTS = {
     "bench": {
-        "serve": ("kvloom.loadtest.serve_bench", "load on any OpenAI-compatible server: latency, throughput, goodput"),
+        "serve": ("kvloom.loadtest.load.command", "load on any OpenAI-compatible server: latency, throughput, goodput"),
         "sweep": ("kvloom.loadtest.sweep", "a grid of server settings under the same load, speed beside quality"),
         "report": ("kvloom.loadtest.report", "the report of one run, or several beside each other"),
-        "engine": ("kvloom.loadtest.engine_bench", "the engine without HTTP, against what this machine can do"),
-        "floods": ("kvloom.loadtest.floods", "what a neighbour feels while somebody floods the server"),
-        "peers": ("kvloom.loadtest.peers", "kvloom beside other servers, with the same client and requests"),
+        "engine": ("kvloom.loadtest.bench.engine", "the engine without HTTP, against what this machine can do"),
+        "floods": ("kvloom.loadtest.bench.floods", "what a neighbour feels while somebody floods the server"),
+        "peers": ("kvloom.loadtest.bench.peers", "kvloom beside other servers, with the same client and requests"),
     },
     "eval": {
         "methods": ("kvloom.loadtest.quality.methods", "every selection method: quality, speed and memory in one table"),
@@ -49,9 +49,9 @@ MEASUREMENTS = {
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
     },
     "calibrate": {
-        "tidal": ("kvloom.loadtest.calibrate_tidal", "choose TidalDecode's layers and heads for a model"),
-        "razor": ("kvloom.loadtest.calibrate_razor", "choose RazorAttention's retrieval heads for a model"),
-        "kvshare": ("kvloom.loadtest.calibrate_kvshare", "check whether a model may be served with approximate reuse"),
+        "tidal": ("kvloom.loadtest.calibrations.tidal", "choose TidalDecode's layers and heads for a model"),
+        "razor": ("kvloom.loadtest.calibrations.razor", "choose RazorAttention's retrieval heads for a model"),
+        "kvshare": ("kvloom.loadtest.calibrations.kvshare", "check whether a model may be served with approximate reuse"),
     },
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""

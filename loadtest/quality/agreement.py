@@ -16,8 +16,8 @@ from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.decoding import prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement
 from kvloom.loadtest.quality.methods import COLUMNS
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import MethodSpec, parse_numbers, plan
+from kvloom.loadtest.study.results import Column, Results, Row
 
 IDENTITY = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored")
 

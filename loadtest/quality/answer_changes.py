@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.machine import describe
-from kvloom.loadtest.quality.intervals import Interval, wilson
 from kvloom.loadtest.quality.questions import questions
 from kvloom.loadtest.quality.setup import console, count
+from kvloom.loadtest.study.intervals import Interval, wilson
+from kvloom.loadtest.study.machine import describe
 
 Tokens = tuple[int, ...]
 EXACT, PLAIN = "fp32", "bf16"

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from kvloom.engine import LLM
 from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality.decoding import Cost, Passage, follow
-from kvloom.loadtest.quality.intervals import bootstrap, wilson
 from kvloom.loadtest.quality.tasks import Trial
+from kvloom.loadtest.study.intervals import bootstrap, wilson
 
 
 @dataclass(frozen=True, slots=True)

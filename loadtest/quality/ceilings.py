@@ -33,9 +33,9 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection import METHODS, Geometry
 from kvloom.engine.selection.base import read_options
 from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.quality.results import Column, Row, cells, table
 from kvloom.loadtest.quality.setup import console
 from kvloom.loadtest.quality.spec import DENSE
+from kvloom.loadtest.study.results import Column, Row, cells, table
 
 SCORE = 4
 """Bytes of a score: fp32."""

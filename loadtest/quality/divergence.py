@@ -21,7 +21,7 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality.decoding import Cost, Passage, follow
-from kvloom.loadtest.quality.intervals import bootstrap, exponential
+from kvloom.loadtest.study.intervals import bootstrap, exponential
 
 BLOCK = 32
 """Tokens of a text that the bootstrap draws together."""

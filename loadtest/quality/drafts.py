@@ -26,10 +26,10 @@ from kvloom.engine.llm import Completion
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import METHODS
 from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.quality.results import Column, Row, cells, table
 from kvloom.loadtest.quality.setup import about, console, count, described
 from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.text import reference_text, windows
+from kvloom.loadtest.study.results import Column, Row, cells, table
 
 TOGETHER = 16
 """Requests of the identity check that run at once."""

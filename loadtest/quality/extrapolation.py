@@ -22,14 +22,14 @@ import numpy.typing as npt
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions
-from kvloom.loadtest.corpus import windows
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.divergence import BLOCK
-from kvloom.loadtest.quality.intervals import bootstrap, exponential
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import MethodSpec, check, parse_numbers, plan
 from kvloom.loadtest.quality.tasks import haystacks, trials
+from kvloom.loadtest.study.intervals import bootstrap, exponential
+from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.workloads.corpus import windows
 
 SCORED = 1024
 """Last tokens of a context that its perplexity is taken over."""

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvloom.engine.errors import KVLoomError
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.quality.intervals import Interval, bootstrap
+from kvloom.loadtest.study.intervals import Interval, bootstrap
+from kvloom.loadtest.workloads.corpus import TextSource
 
 TOP = 20
 LEAST = 1e-9

@@ -24,9 +24,9 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.loadtest.quality import facts, setup
 from kvloom.loadtest.quality.decoding import Cost, Followed, Passage, follow, prefill
-from kvloom.loadtest.quality.intervals import bootstrap, wilson
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import DENSE, MethodSpec, plan
+from kvloom.loadtest.study.intervals import bootstrap, wilson
+from kvloom.loadtest.study.results import Column, Results, Row
 
 FACTS = 6
 """Planted in every generated text."""

@@ -26,10 +26,10 @@ from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.answers import Answers, ask
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement, Scores
-from kvloom.loadtest.quality.intervals import bootstrap, ratio
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import BASELINE, DENSE, MethodSpec, plan
 from kvloom.loadtest.quality.tasks import NEEDLES, haystacks, in_prompt, trials
+from kvloom.loadtest.study.intervals import bootstrap, ratio
+from kvloom.loadtest.study.results import Column, Results, Row
 
 COLUMNS = (
     Column("method", "method"),

@@ -26,8 +26,8 @@ from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement
 from kvloom.loadtest.quality.methods import speed
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import parse_methods
+from kvloom.loadtest.study.results import Column, Results, Row
 
 EVERYTHING = "everything"
 COLUMNS = (

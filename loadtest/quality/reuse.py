@@ -28,10 +28,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
 from kvloom.loadtest.figures import add_publish
 from kvloom.loadtest.quality import reuse_charge, setup
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.reuse_prompts import Maker, check_length
 from kvloom.loadtest.quality.reuse_runs import KINDS, Reference, Sample, Times, compare, donate, race, reference
 from kvloom.loadtest.quality.reuse_scores import EVERYTHING, NAIVE, Setting, Trend, figures, relate, settings, trends
+from kvloom.loadtest.study.results import Column, Results, Row
 
 COLUMNS = (
     Column("donors", "donors"),

@@ -16,9 +16,9 @@ import numpy as np
 
 from kvloom.engine import LLM
 from kvloom.engine.request import KVOptions, Request, SamplingParams
-from kvloom.loadtest.quality.results import Column, Row
 from kvloom.loadtest.quality.reuse_prompts import Case
 from kvloom.loadtest.quality.reuse_runs import Times, donate, race
+from kvloom.loadtest.study.results import Column, Row
 
 COLUMNS = (
     Column("donors", "donors"),

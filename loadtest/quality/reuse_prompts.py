@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import Reader, TextSource
 from kvloom.loadtest.quality import facts
 from kvloom.loadtest.quality.facts import Fact
+from kvloom.loadtest.workloads.corpus import Reader, TextSource
 
 HEADER = "Here are some documents, and the beginning of a sentence from one of them.\n\n"
 """What every prompt begins with: the first tokens of a sequence draw attention whatever they say, and are nobody's document."""

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.loadtest.quality.intervals import bootstrap, ratio, wilson
-from kvloom.loadtest.quality.results import Row
 from kvloom.loadtest.quality.reuse_runs import Sample, Times
+from kvloom.loadtest.study.intervals import bootstrap, ratio, wilson
+from kvloom.loadtest.study.results import Row
 
 CONTROL = "random"
 """The policy that the others are compared with, prompt by prompt."""

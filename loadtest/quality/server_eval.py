@@ -26,16 +26,16 @@ from typing import Any
 import numpy as np
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import TextSource
 from kvloom.loadtest.figures import add_publish
-from kvloom.loadtest.flags import need
-from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.completions import Completions, Scored, all_of
-from kvloom.loadtest.quality.intervals import bootstrap, exponential, wilson
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
+from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.study.intervals import bootstrap, exponential, wilson
+from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.workloads.corpus import TextSource
 
 COLUMNS = (
     Column("server", "base_url"),

@@ -13,12 +13,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import sections, windows
 from kvloom.loadtest.figures import add_publish
-from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import spec
 from kvloom.loadtest.quality.decoding import Passage
-from kvloom.loadtest.quality.results import Results
+from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.results import Results
+from kvloom.loadtest.workloads.corpus import sections, windows
 
 console = Console(highlight=False)
 INTERRUPTED = 130

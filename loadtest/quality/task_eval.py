@@ -16,14 +16,14 @@ from pathlib import Path
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.flags import need
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.decoding import prefill
 from kvloom.loadtest.quality.heatmap import DEPTHS, Grid, draw
-from kvloom.loadtest.quality.results import Column, Results, Row
 from kvloom.loadtest.quality.spec import MethodSpec, parse_numbers, plan
 from kvloom.loadtest.quality.tasks import TASKS, haystacks, trials
+from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.study.results import Column, Results, Row
 
 COLUMNS = (
     Column("task", "task"),

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kvloom.loadtest.corpus import reference_text, windows
+from kvloom.loadtest.workloads.corpus import reference_text, windows
 
 __all__ = ["reference_text", "windows"]

@@ -18,11 +18,11 @@ import torch
 from rich.console import Console
 
 from kvloom.engine import LLM
-from kvloom.loadtest.engine_bench import add, median_seconds, random_tokens, weight_bytes
+from kvloom.loadtest.bench.engine import add, median_seconds, random_tokens, weight_bytes
 from kvloom.loadtest.figures import add_publish, markdown, publish
-from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality.forced import Agreement, agreement, log_probabilities
 from kvloom.loadtest.quality.text import reference_text, windows
+from kvloom.loadtest.study.machine import describe
 
 console = Console(highlight=False)
 MODES = ("bf16", "int8", "int4", "auto")

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvloom.loadtest.flags import need
 from kvloom.loadtest.report.run import ReportError, load_run
+from kvloom.loadtest.study.flags import need
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

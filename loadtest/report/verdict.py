@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from kvloom.loadtest.load.search import sentence
 from kvloom.loadtest.report.document import amount, ms, percent
 from kvloom.loadtest.report.run import Run, Stage
-from kvloom.loadtest.search import sentence
 
 WANTED_SHARE = 0.95
 """Of requests within the objectives, where a run does not say."""

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.engine.errors import ConfigError, KVLoomError
-from kvloom.loadtest.flags import FAILED, INTERRUPTED, USAGE_ERROR, Parser, complain, need
-from kvloom.loadtest.plan import Plan
-from kvloom.loadtest.plan import parse as parse_load
+from kvloom.loadtest.load.plan import Plan
+from kvloom.loadtest.load.plan import parse as parse_load
+from kvloom.loadtest.study.flags import FAILED, INTERRUPTED, USAGE_ERROR, Parser, complain, need
 from kvloom.loadtest.sweep.grid import Point, Settings, expand, flags, parse_grid
 from kvloom.loadtest.sweep.results import PROBES
 

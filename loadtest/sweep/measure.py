@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from kvloom.engine.errors import KVLoomError
-from kvloom.loadtest.flags import FAILED, complain
-from kvloom.loadtest.plan import Plan
-from kvloom.loadtest.printout import show
-from kvloom.loadtest.serve_run import bench
-from kvloom.loadtest.servers import Server, Started, StartError, running
+from kvloom.loadtest.client.servers import Server, Started, StartError, running
+from kvloom.loadtest.load.plan import Plan
+from kvloom.loadtest.load.printout import show
+from kvloom.loadtest.load.run import bench
+from kvloom.loadtest.study.flags import FAILED, complain
 from kvloom.loadtest.sweep.grid import Point
 from kvloom.loadtest.sweep.probe import Prober
 from kvloom.loadtest.sweep.results import RESULTS, Result

@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.plan import Plan, parse
+from kvloom.loadtest.load.plan import Plan, parse
+from kvloom.loadtest.load.run import bench
 from kvloom.loadtest.quality.http_probe import ProbeError, Scores, Window, compare, score, windows
-from kvloom.loadtest.quality.intervals import wilson
-from kvloom.loadtest.serve_run import bench
+from kvloom.loadtest.study.intervals import wilson
 from kvloom.loadtest.sweep.results import Result
+from kvloom.loadtest.workloads.corpus import TextSource
 
 
 class Prober:

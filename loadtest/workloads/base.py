@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
+from kvloom.loadtest.workloads.corpus import TextSource
 from kvloom.loadtest.workloads.sharing import with_sharing
 
 Build = Callable[[Any, TextSource, int, int], list[Job]]

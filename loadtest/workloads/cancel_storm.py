@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads.base import LONGEST, Workload, require
+from kvloom.loadtest.workloads.corpus import TextSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

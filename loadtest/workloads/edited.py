@@ -8,9 +8,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from kvloom.loadtest.corpus import Reader, TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads.base import LONGEST, Workload, require
+from kvloom.loadtest.workloads.corpus import Reader, TextSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

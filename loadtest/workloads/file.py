@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads.base import LONGEST, Workload, require
+from kvloom.loadtest.workloads.corpus import TextSource
 
 LARGEST = 1 << 30
 """Bytes of a file that is read whole."""

@@ -13,9 +13,9 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvloom.loadtest.corpus import Reader, TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads.base import LONGEST, Workload, require
+from kvloom.loadtest.workloads.corpus import Reader, TextSource
 from kvloom.loadtest.workloads.facts import Fact, ask, facts, plant
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
+from kvloom.loadtest.workloads.corpus import TextSource
 
 RUN = 32
 """Tokens: shorter runs are common phrases, and no method reuses KV of so few."""

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads.base import LONGEST, Workload, require
+from kvloom.loadtest.workloads.corpus import TextSource
 from kvloom.loadtest.workloads.trace_rows import SHAPES, SYNTHETIC_BLOCK, TraceRow, read_rows, synthetic_rows
 
 SYNTHETIC = "synthetic:"

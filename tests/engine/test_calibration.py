@@ -21,7 +21,7 @@ from kvloom.engine.calibration.tidal_search import Judge, TidalSearch
 from kvloom.engine.errors import ConfigError, ModelError
 from kvloom.engine.request import KVOptions, Request
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
-from kvloom.loadtest import calibrate_tidal
+from kvloom.loadtest.calibrations import tidal as calibrate_tidal
 
 Make = Callable[..., LLM]
 

@@ -12,7 +12,7 @@ import torch
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.catalog import resolve
-from kvloom.loadtest.peers import busy
+from kvloom.loadtest.bench.peers import busy
 from kvloom.server.console import FIRST_QUESTION
 
 TEXT = topics.topics["for"] + topics.topics["yield"]

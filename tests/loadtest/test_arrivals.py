@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from kvloom.loadtest.arrivals import Load, Ramp, due_times
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.arrivals import Load, Ramp, due_times
+from kvloom.loadtest.client.record import Job
 
 JOBS = [Job(prompt="x", output_tokens=1)] * 400
 

@@ -9,7 +9,8 @@ import pytest
 
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, find_razor, store
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest import calibrate_razor, razor_heatmap
+from kvloom.loadtest.calibrations import razor as calibrate_razor
+from kvloom.loadtest.calibrations import razor_heatmap
 from kvloom.server import cli
 from kvloom.server.exit_codes import USAGE_ERROR
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kvloom.loadtest.client import Client, Job, Record, Turn, _wait
-from kvloom.loadtest.drive import closed_loop
-from kvloom.loadtest.measures import summarise
+from kvloom.loadtest.client.client import Client, Job, Record, Turn, _wait
+from kvloom.loadtest.client.drive import closed_loop
+from kvloom.loadtest.load.measures import summarise
 
 Handler = Callable[[web.Request], "asyncio.Future[web.StreamResponse]"]
 

@@ -8,8 +8,8 @@ import pytest
 
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.text import Tokenizer
-from kvloom.loadtest.corpus import TextSource, reference_text, sections, windows
 from kvloom.loadtest.quality import text as quality_text
+from kvloom.loadtest.workloads.corpus import TextSource, reference_text, sections, windows
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from kvloom.loadtest.arrivals import Load
-from kvloom.loadtest.client import Client, Job, Record
-from kvloom.loadtest.drive import Driver, StageRun, check_order
+from kvloom.loadtest.client.arrivals import Load
+from kvloom.loadtest.client.client import Client, Job, Record
+from kvloom.loadtest.client.drive import Driver, StageRun, check_order
 
 
 def drive(server: Any, jobs: Sequence[Job], load: Load, due: Sequence[float] | None = None, stop_after: int = 0) -> StageRun:

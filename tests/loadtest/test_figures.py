@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvloom.loadtest.figures import FOLDER, Pages, adopt, commit, has_figures, main, render, without_outputs
-from kvloom.loadtest.machine import describe
-from kvloom.loadtest.quality.results import Column, Results
+from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.results import Column, Results
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = "| method | ms | of dense |\n|---|---|---|\n| a | 1.5 (1.2 to 1.8) | 40% |\n| b | 3.0 | 80% |\n"

@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from kvloom.loadtest.arrivals import Load
-from kvloom.loadtest.drive import StageRun
-from kvloom.loadtest.measures import Slo, Spread, median_interval, peak_concurrency, summarise
-from kvloom.loadtest.record import Record
-from kvloom.loadtest.summary import stage_summary
+from kvloom.loadtest.client.arrivals import Load
+from kvloom.loadtest.client.drive import StageRun
+from kvloom.loadtest.client.record import Record
+from kvloom.loadtest.load.measures import Slo, Spread, median_interval, peak_concurrency, summarise
+from kvloom.loadtest.load.summary import stage_summary
 
 
 def record(index: int, sent: float, first: float, gap: float, tokens: int, **more: object) -> Record:

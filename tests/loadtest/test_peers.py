@@ -11,10 +11,8 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from kvloom.loadtest.arriving import LEAD, gaps, measure_arriving
-from kvloom.loadtest.client import Client, Job, Record
-from kvloom.loadtest.measures import Spread, Summary, summarise
-from kvloom.loadtest.peers import (
+from kvloom.loadtest.bench.arriving import LEAD, gaps, measure_arriving
+from kvloom.loadtest.bench.peers import (
     CASES,
     OWN_PRECISION,
     Run,
@@ -32,7 +30,9 @@ from kvloom.loadtest.peers import (
     servers,
     table,
 )
-from kvloom.loadtest.peers_table import ARRIVING, BESIDE
+from kvloom.loadtest.bench.peers_table import ARRIVING, BESIDE
+from kvloom.loadtest.client.client import Client, Job, Record
+from kvloom.loadtest.load.measures import Spread, Summary, summarise
 
 Handler = Callable[[web.Request], "asyncio.Future[web.StreamResponse]"]
 

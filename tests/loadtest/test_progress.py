@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from kvloom.loadtest.progress import Meter
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.record import Record
+from kvloom.loadtest.load.progress import Meter
 
 
 def drawn(*, terminal: bool) -> str:

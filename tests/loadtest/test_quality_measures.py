@@ -14,10 +14,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.divergence import divergence
 from kvloom.loadtest.quality.heatmap import Grid, draw
-from kvloom.loadtest.quality.intervals import Interval, bootstrap, exponential, ratio, wilson
 from kvloom.loadtest.quality.long import first_difference
-from kvloom.loadtest.quality.results import Column, Results, cell, table
 from kvloom.loadtest.quality.spec import MethodSpec, parse_methods, parse_numbers, plan
+from kvloom.loadtest.study.intervals import Interval, bootstrap, exponential, ratio, wilson
+from kvloom.loadtest.study.results import Column, Results, cell, table
 
 
 def test_bootstrap_holds_the_mean_and_shrinks_with_n() -> None:

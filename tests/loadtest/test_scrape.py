@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from kvloom.loadtest.client import Client
-from kvloom.loadtest.scrape import Scraper, difference, parse
+from kvloom.loadtest.client.client import Client
+from kvloom.loadtest.client.scrape import Scraper, difference, parse
 
 LABELS = '{model_name="m",engine="0"}'
 PAGE = """# HELP vllm:time_to_first_token_seconds Time to first token.

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.outputs import COLUMNS, cells
-from kvloom.loadtest.plan import parse
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.record import Record
+from kvloom.loadtest.load.command import main
+from kvloom.loadtest.load.outputs import COLUMNS, cells
+from kvloom.loadtest.load.plan import parse
+from kvloom.loadtest.load.search import Search, sentence
 from kvloom.loadtest.report import files
-from kvloom.loadtest.search import Search, sentence
-from kvloom.loadtest.serve_bench import main
+from kvloom.loadtest.workloads.corpus import TextSource
 
 KEYS = {
     *("date", "backend", "model_id", "num_prompts", "request_rate", "burstiness", "max_concurrency", "duration", "completed"),

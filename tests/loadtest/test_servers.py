@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.loadtest.servers import Server, StartError, answers, model_name, running
+from kvloom.loadtest.client.servers import Server, StartError, answers, model_name, running
 
 LISTEN = """
 import http.server, json, sys
@@ -47,7 +47,7 @@ def test_a_server_does_not_outlive_a_terminated_measurement(tmp_path: Path) -> N
     code = f"""
 import time
 from pathlib import Path
-from kvloom.loadtest.servers import Server, running
+from kvloom.loadtest.client.servers import Server, running
 with running(Server("one", {python(LISTEN)!r}), Path({str(tmp_path)!r})) as started:
     print(started.url, flush=True)
     time.sleep(60)

@@ -16,9 +16,9 @@ import pytest
 from kvloom.engine.config import option_fields
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.text import Tokenizer
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads import WORKLOADS
+from kvloom.loadtest.workloads.corpus import TextSource
 from kvloom.loadtest.workloads.facts import facts, plant
 from kvloom.loadtest.workloads.sharing import RUN, shared
 from kvloom.loadtest.workloads.trace_rows import SHAPES, read_rows, synthetic_rows

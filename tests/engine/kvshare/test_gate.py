@@ -16,7 +16,7 @@ from kvloom.engine.reuse.kvshare import share
 from kvloom.engine.reuse.kvshare.copying import copy_in
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions
 from kvloom.engine.reuse.kvshare.ranking import choose
-from kvloom.loadtest import calibrate_kvshare
+from kvloom.loadtest.calibrations import kvshare as calibrate_kvshare
 
 MakeLLM = Callable[..., LLM]
 SHARE = '{"min_match": 32, "min_reusable": 48, "boundary": 4}'

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from kvloom.loadtest.client import Client, words
-from kvloom.loadtest.flags import BenchError
-from kvloom.loadtest.record import Job, Record
+from kvloom.loadtest.client.client import Client, words
+from kvloom.loadtest.client.record import Job, Record
+from kvloom.loadtest.study.flags import BenchError
 
 PROBE_TOKENS = 8
 """Of a prompt that the test request sends: too few to fill a block of a cache."""

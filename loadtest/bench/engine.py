@@ -33,8 +33,8 @@ from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.request import Request
 from kvloom.kernels import Kernels
 from kvloom.loadtest.figures import add_publish, markdown, publish
-from kvloom.loadtest.flags import need
-from kvloom.loadtest.machine import describe
+from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.study.machine import describe
 
 console = Console(highlight=False)
 DECODES = ((1, 128), (1, 512), (1, 4096), (1, 7500), (2, 512), (4, 512), (8, 512), (16, 1024), (8, 4096), (8, 7500))

@@ -8,8 +8,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvloom.loadtest.drive import Driver
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.drive import Driver
+from kvloom.loadtest.client.record import Record
 
 REDRAW_SECONDS = 0.5
 

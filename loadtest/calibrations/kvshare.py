@@ -30,13 +30,13 @@ from kvloom.engine.calibration import store
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, SamplingParams
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions, ShareOptions
-from kvloom.loadtest.machine import describe
 from kvloom.loadtest.quality import reuse_prompts, setup
-from kvloom.loadtest.quality.results import Row
 from kvloom.loadtest.quality.reuse import engine, flags
 from kvloom.loadtest.quality.reuse_prompts import Maker
 from kvloom.loadtest.quality.reuse_runs import KINDS, Sample, approximate, ask, compare, donate, reference
 from kvloom.loadtest.quality.reuse_scores import figures
+from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.results import Row
 
 console = setup.console
 FAILED = 1

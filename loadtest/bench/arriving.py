@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from kvloom.loadtest.client import Client
-from kvloom.loadtest.measures import Spread, Summary, summarise
-from kvloom.loadtest.record import Job, Record
+from kvloom.loadtest.client.client import Client
+from kvloom.loadtest.client.record import Job, Record
+from kvloom.loadtest.load.measures import Spread, Summary, summarise
 
 LEAD = 20
 """Chunks that every stream has sent before prompts arrive."""

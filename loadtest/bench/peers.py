@@ -27,12 +27,12 @@ from typing import Any
 
 from rich.console import Console
 
+from kvloom.loadtest.bench.peers_table import CASES, MORE, OWN_PRECISION, About, Case, Run, cells, note, plot, table
+from kvloom.loadtest.client.record import Job
+from kvloom.loadtest.client.servers import Server, StartError, model_name, running
 from kvloom.loadtest.figures import add_publish, commit, publish
-from kvloom.loadtest.flags import need
-from kvloom.loadtest.measures import Summary, summarise
-from kvloom.loadtest.peers_table import CASES, MORE, OWN_PRECISION, About, Case, Run, cells, note, plot, table
-from kvloom.loadtest.record import Job
-from kvloom.loadtest.servers import Server, StartError, model_name, running
+from kvloom.loadtest.load.measures import Summary, summarise
+from kvloom.loadtest.study.flags import need
 from kvloom.version import __version__
 
 console = Console(highlight=False)
@@ -59,9 +59,9 @@ def _job(source: random.Random, inputs: int, outputs: int) -> Job:
 
 
 async def measure(url: str, case: Case, seed: int) -> Summary:
-    from kvloom.loadtest.arriving import measure_arriving  # aiohttp: the command's help is read without it
-    from kvloom.loadtest.client import Client
-    from kvloom.loadtest.drive import closed_loop
+    from kvloom.loadtest.bench.arriving import measure_arriving  # aiohttp: the command's help is read without it
+    from kvloom.loadtest.client.client import Client
+    from kvloom.loadtest.client.drive import closed_loop
 
     async with Client(url, model_name(url)) as client:
         if case.arriving:

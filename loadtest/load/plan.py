@@ -14,12 +14,12 @@ from typing import Any
 
 from kvloom.engine.config import option_fields
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.arrivals import Load
-from kvloom.loadtest.flags import Parser, add_options, options_of
-from kvloom.loadtest.loads import MOST_AT_ONCE, add_loads, loads_of
-from kvloom.loadtest.measures import Slo
-from kvloom.loadtest.record import PATHS, Endpoint
-from kvloom.loadtest.search import MOST_STEPS
+from kvloom.loadtest.client.arrivals import Load
+from kvloom.loadtest.client.record import PATHS, Endpoint
+from kvloom.loadtest.load.loads import MOST_AT_ONCE, add_loads, loads_of
+from kvloom.loadtest.load.measures import Slo
+from kvloom.loadtest.load.search import MOST_STEPS
+from kvloom.loadtest.study.flags import Parser, add_options, options_of
 from kvloom.loadtest.workloads import WORKLOADS
 
 DEFAULT_REQUESTS = 64

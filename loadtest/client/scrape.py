@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from kvloom.loadtest.client import Client
+from kvloom.loadtest.client.client import Client
 
 GAUGES = {
     "running": ("num_requests_running", "requests_processing"),

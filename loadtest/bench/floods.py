@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 from rich.console import Console
 from rich.table import Table
 
-from kvloom.loadtest import flood_kinds
+from kvloom.loadtest.bench import flood_kinds
+from kvloom.loadtest.bench.flood_kinds import FLOODS, Target
+from kvloom.loadtest.bench.neighbour import KEY, Figures, Neighbour
+from kvloom.loadtest.client.servers import Server, StartError, running
 from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.flags import need
-from kvloom.loadtest.flood_kinds import FLOODS, Target
-from kvloom.loadtest.neighbour import KEY, Figures, Neighbour
-from kvloom.loadtest.servers import Server, StartError, running
+from kvloom.loadtest.study.flags import need
 
 FLOOD = "flood-key"
 TENANTS = f"tenants:\n  neighbour: {{api_keys: [{KEY}]}}\n  flood: {{api_keys: [{FLOOD}]}}\n"

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvloom.loadtest.flags import seconds_of
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.record import Record
+from kvloom.loadtest.study.flags import seconds_of
 
 DEFINITIONS = {
     "ttft": "time to first token: sending -> arrival of the first non-empty text. Setting up the connection counts (each "

@@ -14,9 +14,9 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvloom.loadtest.arrivals import Load
-from kvloom.loadtest.client import Client, Turn
-from kvloom.loadtest.record import Job, Record
+from kvloom.loadtest.client.arrivals import Load
+from kvloom.loadtest.client.client import Client, Turn
+from kvloom.loadtest.client.record import Job, Record
 
 REFUSALS = 3
 """Failed connections in a row after which the server is looked for."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from kvloom.loadtest.arrivals import Load
-from kvloom.loadtest.drive import StageRun
-from kvloom.loadtest.measures import Slo, Spread, median_interval, peak_concurrency, summarise, tpots
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.arrivals import Load
+from kvloom.loadtest.client.drive import StageRun
+from kvloom.loadtest.client.record import Record
+from kvloom.loadtest.load.measures import Slo, Spread, median_interval, peak_concurrency, summarise, tpots
 
 SHOWN = (50.0, 90.0, 99.0)
 """Percentiles that every stage has, since plots and other tools look for them."""

@@ -17,21 +17,21 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from kvloom.engine.errors import ConfigError, ModelError, ModelNotFoundError
-from kvloom.loadtest.arrivals import Load, due_times
-from kvloom.loadtest.client import Client, Job
-from kvloom.loadtest.corpus import TextSource
-from kvloom.loadtest.drive import Driver, StageRun, check_order
-from kvloom.loadtest.flags import BenchError
-from kvloom.loadtest.machine import describe
-from kvloom.loadtest.measures import DEFINITIONS
-from kvloom.loadtest.outputs import Outputs
-from kvloom.loadtest.plan import Plan
-from kvloom.loadtest.progress import Meter
-from kvloom.loadtest.ready import check, first_model, wait_until_ready
-from kvloom.loadtest.scrape import Scraper
-from kvloom.loadtest.search import Search
-from kvloom.loadtest.summary import stage_summary
+from kvloom.loadtest.client.arrivals import Load, due_times
+from kvloom.loadtest.client.client import Client, Job
+from kvloom.loadtest.client.drive import Driver, StageRun, check_order
+from kvloom.loadtest.client.ready import check, first_model, wait_until_ready
+from kvloom.loadtest.client.scrape import Scraper
+from kvloom.loadtest.load.measures import DEFINITIONS
+from kvloom.loadtest.load.outputs import Outputs
+from kvloom.loadtest.load.plan import Plan
+from kvloom.loadtest.load.progress import Meter
+from kvloom.loadtest.load.search import Search
+from kvloom.loadtest.load.summary import stage_summary
+from kvloom.loadtest.study.flags import BenchError
+from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.workloads import WORKLOADS, Workload
+from kvloom.loadtest.workloads.corpus import TextSource
 from kvloom.loadtest.workloads.random_ids import RANDOM, RandomOptions
 
 WARMUP_SEED = 1_000_003

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.record import Record
 
 REQUESTS = "requests.jsonl"
 CSV = "requests.csv"

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from kvloom.loadtest.record import Record
+from kvloom.loadtest.client.record import Record
 
 DATA = b"data:"
 DONE = b"[DONE]"

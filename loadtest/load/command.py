@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from kvloom.engine.errors import ConfigError, KVLoomError
-from kvloom.loadtest.flags import FAILED, INTERRUPTED, USAGE_ERROR, complain, need
-from kvloom.loadtest.plan import Plan, parse
-from kvloom.loadtest.printout import failures, show
-from kvloom.loadtest.search import sentence
+from kvloom.loadtest.load.plan import Plan, parse
+from kvloom.loadtest.load.printout import failures, show
+from kvloom.loadtest.load.search import sentence
+from kvloom.loadtest.study.flags import FAILED, INTERRUPTED, USAGE_ERROR, complain, need
 
 if TYPE_CHECKING:
-    from kvloom.loadtest.serve_run import Outcome
+    from kvloom.loadtest.load.run import Outcome
 
 
 def conclude(plan: Plan, outcome: Outcome, console: Console) -> int:
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         plan = parse(argv)
         need("aiohttp", "matplotlib")
-        from kvloom.loadtest.serve_run import bench
+        from kvloom.loadtest.load.run import bench
 
         return conclude(plan, bench(plan, console), console)
     except ConfigError as error:

@@ -29,8 +29,8 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection.base import Selector
 from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
 from kvloom.engine.selection.tidal_decode import TidalDecodeOptions, paper_layers
-from kvloom.loadtest.corpus import TextSource
 from kvloom.loadtest.quality.spec import parse_numbers
+from kvloom.loadtest.workloads.corpus import TextSource
 
 console = Console(highlight=False)
 

@@ -8,9 +8,9 @@ import re
 from typing import Any, get_args
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.arrivals import Curve, Load, Ramp
-from kvloom.loadtest.flags import seconds_of
-from kvloom.loadtest.search import FASTEST, MOST_STEPS
+from kvloom.loadtest.client.arrivals import Curve, Load, Ramp
+from kvloom.loadtest.load.search import FASTEST, MOST_STEPS
+from kvloom.loadtest.study.flags import seconds_of
 
 MOST_STAGES = 100
 MOST_AT_ONCE = 100_000

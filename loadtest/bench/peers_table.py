@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvloom.loadtest.figures import markdown
-from kvloom.loadtest.machine import describe
-from kvloom.loadtest.measures import Summary
+from kvloom.loadtest.load.measures import Summary
+from kvloom.loadtest.study.machine import describe
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,8 @@ from kvloom.engine.calibration import HeadClasses, RazorCalibration, save_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, Scores, best_heads, retrieval_heads
 from kvloom.engine.calibration.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest import razor_heatmap
-from kvloom.loadtest.flags import need
+from kvloom.loadtest.calibrations import razor_heatmap
+from kvloom.loadtest.study.flags import need
 
 console = Console(highlight=False)
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from kvloom.loadtest.record import Job
+from kvloom.loadtest.client.record import Job
 
 Mode = Literal["open", "closed", "trace"]
 Curve = Literal["linear", "exponential"]

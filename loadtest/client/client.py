@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import aiohttp
 from multidict import CIMultiDict
 
-from kvloom.loadtest.record import PATHS, Endpoint, Job, Record
-from kvloom.loadtest.stream import message_of, read
+from kvloom.loadtest.client.record import PATHS, Endpoint, Job, Record
+from kvloom.loadtest.client.stream import message_of, read
 
 __all__ = ["Client", "Endpoint", "Job", "Record", "Turn", "words"]
 

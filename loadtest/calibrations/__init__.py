@@ -1,0 +1,1 @@
+"""`kvloom calibrate`: fitting a method to a model."""

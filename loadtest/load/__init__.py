@@ -1,0 +1,1 @@
+"""`kvloom bench serve`: a load test, from its command line to its files."""
