@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,32 +29,22 @@ from kvloom.engine.calibration import store
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, SamplingParams
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions, ShareOptions
-from kvloom.loadtest.quality import reuse_prompts, setup
-from kvloom.loadtest.quality.reuse import engine, flags
+from kvloom.loadtest.quality import reuse_prompts
+from kvloom.loadtest.quality.reuse import add_flags, engine
 from kvloom.loadtest.quality.reuse_prompts import Maker
 from kvloom.loadtest.quality.reuse_runs import KINDS, Sample, approximate, ask, compare, donate, reference
 from kvloom.loadtest.quality.reuse_scores import figures
+from kvloom.loadtest.study.flags import FAILED, add, count, parser
 from kvloom.loadtest.study.machine import describe
-from kvloom.loadtest.study.results import Row
+from kvloom.loadtest.study.results import Row, console
+from kvloom.loadtest.study.runner import Steps
 
-console = setup.console
-FAILED = 1
 OFFSETS = (0, 1, 17, -5)
 """By which a text is moved for the identity check; the longest way that the context allows comes in addition."""
 EVERYTHING_KL, EVERYTHING_TOP1 = 1e-4, 0.995
 """Bounds when everything found is computed: the noise of computing the same rows in other batches."""
-KEPT = (
-    "kl_mean",
-    "kl_mean_ci",
-    "kl_p99",
-    "top1",
-    "top1_ci",
-    "accuracy",
-    "accuracy_exact",
-    "recompute_share",
-    "matched_share",
-    "n",
-)
+KEPT = ("kl_mean", "kl_mean_ci", "kl_p99", "top1", "top1_ci", "accuracy", "accuracy_exact", "recompute_share", "matched_share",
+        "n")  # fmt: skip
 
 
 class Bounds(NamedTuple):
@@ -104,7 +93,7 @@ def measure(llm: LLM, maker: Maker, args: argparse.Namespace, default: RepairOpt
     """Every prompt with the default policy, and with everything computed."""
     found = {kind: Measured([], []) for kind in KINDS}
     own = {name: getattr(default, name) for name in RepairOptions.__dataclass_fields__}
-    with setup.Steps(args.prompts * len(KINDS)) as steps:
+    with Steps(args.prompts * len(KINDS)) as steps:
         for number in range(args.prompts):
             case = maker.case(number)
             exact = reference(llm, case.uses[0], args.answer_len)
@@ -149,17 +138,10 @@ def content(
         "model": llm.model.name,
         "date": datetime.date.today().isoformat(),
         "machine": describe(),
-        "dtype": llm.model.dtype,
-        "weights": llm.model.weights,
-        "policy": default.policy,
-        "ratio": default.ratio,
-        "boundary": default.boundary,
+        **{name: getattr(llm.model, name) for name in ("dtype", "weights")},
+        **{name: getattr(default, name) for name in ("policy", "ratio", "boundary")},
         "bounds": {"kl": args.kl, "kl_isolated": args.kl_isolated, "top1": args.top1},
-        "prompts": args.prompts,
-        "documents": args.documents,
-        "document_len": args.document_len,
-        "answer_len": args.answer_len,
-        "seed": args.seed,
+        **{name: getattr(args, name) for name in ("prompts", "documents", "document_len", "answer_len", "seed")},
         "identity_offsets": offsets,
         "reject_above": suggested(deviations),
         **kinds,
@@ -206,42 +188,26 @@ def calibrate(llm: LLM, args: argparse.Namespace) -> Path | None:
     return None if wrong else store.write(GATE, llm.core.runner.geometry.model_key, result, args.folder)
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    made = argparse.ArgumentParser(
-        prog="kvloom calibrate kvshare", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check one model; returns the exit code: 1 if it did not pass."""
+    made = parser("calibrate kvshare", __doc__)
+    add_flags(made)
+    made.add_argument("--documents", type=count, help="documents of a donor (default: 11, or as many as the context holds)")
+    add(made, ("prompts", 24, "prompts per kind of donors"))
+    add(
+        made,
+        ("kl", 0.05, "most mean KL that the default policy may have"),
+        ("kl-isolated", 0.1, "the same with donors compiled alone"),
+        ("top1", 0.9, "least top-1 agreement of it"),
+        kind=float,
     )
-    flags(made)
-    made.add_argument(
-        "--documents", type=setup.count, help="documents of a donor (default: 11, or as many as the context holds)"
-    )
-    made.add_argument("--prompts", type=setup.count, default=24, help="prompts per kind of donors (default: %(default)s)")
-    made.add_argument(
-        "--kl", type=float, default=0.05, help="most mean KL that the default policy may have (default: %(default)s)"
-    )
-    made.add_argument(
-        "--kl-isolated", type=float, default=0.1, help="the same with donors compiled alone (default: %(default)s)"
-    )
-    made.add_argument("--top1", type=float, default=0.9, help="least top-1 agreement of it (default: %(default)s)")
     made.add_argument("--folder", type=Path, help="store the result here instead of the cache folder")
     args = made.parse_args(argv)
     if not args.kl >= 0:
         raise ConfigError(f"--kl is {args.kl}; allowed: 0 or more")
     if not 0 <= args.top1 <= 1:
         raise ConfigError(f"--top1 is {args.top1}; allowed: 0 to 1")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check one model; returns the exit code: 1 if it did not pass."""
-    args = parse(argv)
     console.print(f"loading {args.model} ...")
     path = calibrate(engine(args), args)
-    if path is None:
-        console.print("nothing was stored: this model is served exactly")
-        return FAILED
-    console.print(f"stored in {path}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    console.print("nothing was stored: this model is served exactly" if path is None else f"stored in {path}")
+    return FAILED if path is None else 0

@@ -12,25 +12,22 @@ from __future__ import annotations
 import argparse
 import datetime
 import statistics
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, save_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, Scores, best_heads, retrieval_heads
 from kvloom.engine.calibration.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.calibrations import razor_heatmap
-from kvloom.loadtest.study.flags import need
-
-console = Console(highlight=False)
+from kvloom.loadtest.calibrations import add_held
+from kvloom.loadtest.study.flags import add_model, need, parser
+from kvloom.loadtest.study.pictures import picture
+from kvloom.loadtest.study.results import console, console_table
+from kvloom.loadtest.study.runner import Steps
 
 HIGH = 0.1
 """A score from which a head is called high in what is printed."""
@@ -59,20 +56,14 @@ def calibrate(llm: LLM, args: argparse.Namespace) -> Result:
     measured = [_measure(llm, pattern, seed) for seed in seeds]
     kept = [scores.of_kv_heads(geometry.kv_heads) for scores in measured]
     per_seed = [retrieval_heads(*scores, args.induction_share, args.echo_share) for scores in kept]
+    shares = {"induction_share": args.induction_share, "echo_share": args.echo_share}
     settings = {
         "date": datetime.date.today().isoformat(),
-        "tokens": pattern.tokens,
-        "repeats": pattern.repeats,
+        **{name: getattr(pattern, name) for name in ("tokens", "repeats", "bos")},
         "ids": [pattern.ids.start, pattern.ids.stop],
-        "bos": pattern.bos,
         "seeds": list(seeds),
-        "overlap": {
-            "induction_share": args.induction_share,
-            "echo_share": args.echo_share,
-            "jaccard": [round(overlap, 4) for overlap in overlaps(per_seed)],
-        },
-        "weights": llm.model.weights,
-        "dtype": llm.model.dtype,
+        "overlap": {**shares, "jaccard": [round(overlap, 4) for overlap in overlaps(per_seed)]},
+        **{name: getattr(llm.model, name) for name in ("weights", "dtype")},
     }
     induction, echo = (_rounded(scores) for scores in mean_scores(measured).of_kv_heads(geometry.kv_heads))
     calibration = RazorCalibration(
@@ -82,16 +73,22 @@ def calibrate(llm: LLM, args: argparse.Namespace) -> Result:
     _print(calibration, classes, args, [scores[0] for scores in kept])
     path = save_razor(calibration, args.folder)
     if args.heatmap is not None:
-        razor_heatmap.draw(args.heatmap, calibration, classes)
+        draw(args.heatmap, calibration, classes)
         console.print(f"scores drawn in {args.heatmap}")
     return Result(calibration, classes, path)
 
 
 def _measure(llm: LLM, pattern: Pattern, seed: int) -> HeadScores:
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar, torch.inference_mode():
-        task = bar.add_task(f"seed {seed}", total=pattern.length)
-        return measure(llm, pattern, seed, lambda done, total: bar.update(task, completed=done))
+    with Steps(pattern.length) as steps, torch.inference_mode():
+        steps.name(f"seed {seed}")
+        before = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal before
+            steps.done(done - before)
+            before = done
+
+        return measure(llm, pattern, seed, progress)
 
 
 def _rounded(scores: Scores) -> Scores:
@@ -101,23 +98,17 @@ def _rounded(scores: Scores) -> Scores:
 
 def _print(calibration: RazorCalibration, classes: HeadClasses, args: argparse.Namespace, by_seed: Sequence[Scores]) -> None:
     induction, echo = calibration.induction, calibration.echo
-    by_induction = set(best_heads(induction, args.induction_share))
-    by_echo = set(best_heads(echo, args.echo_share))
-    table = Table("layer", "KV head", "induction", "over seeds", "echo", "keeps everything", title="the best heads")
+    by_induction, by_echo = set(best_heads(induction, args.induction_share)), set(best_heads(echo, args.echo_share))
     others = [head for head in best_heads(induction, 1.0) if head not in by_induction | by_echo][:BELOW]
-    shown = sorted(by_induction | by_echo, key=lambda at: -induction[at[0]][at[1]]) + others
-    for layer, head in shown:
+    rows = []
+    for layer, head in (*sorted(by_induction | by_echo, key=lambda at: -induction[at[0]][at[1]]), *others):
         seen = [scores[layer][head] for scores in by_seed]
         why = [name for name, chosen in (("induction", by_induction), ("echo", by_echo)) if (layer, head) in chosen]
-        table.add_row(
-            str(layer),
-            str(head),
-            f"{induction[layer][head]:.3f}",
-            f"{min(seen):.3f} to {max(seen):.3f}",
-            f"{echo[layer][head]:.3f}",
-            " and ".join(why) or "no",
-        )
-    console.print(table)
+        over = f"{min(seen):.3f} to {max(seen):.3f}"
+        figures = f"{induction[layer][head]:.3f}", over, f"{echo[layer][head]:.3f}"
+        rows.append([str(layer), str(head), *figures, " and ".join(why) or "no"])
+    head_row = ("layer", "KV head", "induction", "over seeds", "echo", "keeps everything")
+    console.print(console_table(head_row, rows, "the best heads"))
     heads = calibration.layers * calibration.kv_heads
     console.print(f"{classes.count} of {heads} KV heads ({classes.share:.1%}) are retrieval heads")
     for name, scores in (("induction", induction), ("echo", echo)):
@@ -127,6 +118,31 @@ def _print(calibration: RazorCalibration, classes: HeadClasses, args: argparse.N
     if overlap := calibration.settings["overlap"]["jaccard"]:
         each = ", ".join(f"{value:.2f}" for value in overlap)
         console.print(f"head sets of {len(by_seed)} seeds, pair by pair, overlap (Jaccard) by {each}")
+
+
+def draw(path: Path, calibration: RazorCalibration, classes: HeadClasses) -> None:
+    """Write a PNG of all scores: layers down, KV heads across, a panel per score. Framed: the retrieval heads."""
+    layers, heads = calibration.layers, calibration.kv_heads
+    size = (2.4 + 2 * min(6.0, 0.9 + 0.35 * heads), 1.8 + min(14.0, 0.22 * layers))
+    with picture(path, 1, 2, size, sharey=True) as (figure, axes):
+        from matplotlib.collections import PatchCollection
+        from matplotlib.colors import PowerNorm
+        from matplotlib.patches import Rectangle
+
+        for axis, name, scores in zip(axes[0], ("induction", "echo"), (calibration.induction, calibration.echo)):
+            norm = PowerNorm(0.5, vmin=0, vmax=1)  # most scores are small: what is a hundredth should be seen
+            image = axis.imshow(scores, norm=norm, cmap="viridis", aspect="auto", interpolation="nearest")
+            frames = [Rectangle((head - 0.46, layer - 0.44), 0.92, 0.88) for layer, head in classes.heads]
+            axis.add_collection(PatchCollection(frames, facecolor="none", edgecolor="#ff5a36", linewidth=1.4))
+            axis.set_title(name, fontsize=10)
+            axis.set_xlabel("KV head", fontsize=9)
+            axis.set_xticks(range(0, heads, max(1, heads // 8)))
+            axis.set_yticks(range(0, layers, max(1, layers // 16)))
+            axis.tick_params(labelsize=8)
+        axes[0, 0].set_ylabel("layer", fontsize=9)
+        title = f"{calibration.model}\n{classes.count} retrieval heads of {layers * heads} (framed)"
+        figure.suptitle(title, fontsize=10)
+        figure.colorbar(image, ax=axes, label="mean attention", shrink=0.7)
 
 
 def _ids(text: str) -> range:
@@ -155,35 +171,23 @@ def _check(args: argparse.Namespace) -> None:
         need("matplotlib")  # now, not after minutes of measuring
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvloom calibrate razor", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument(
-        "--induction-share", type=float, default=INDUCTION_SHARE, help="of all KV heads, the best by induction score"
-    )
-    parser.add_argument("--echo-share", type=float, default=ECHO_SHARE, help="of all KV heads, the best by echo score")
-    parser.add_argument(
-        "--tokens", type=int, help="random tokens of one copy; 2500, or a third of the context over the repeats, if not given"
-    )
-    parser.add_argument("--repeats", type=int, default=4, help="copies of them")
-    parser.add_argument("--ids", help="token ids to draw from, such as 10000:12500 (its end not included)")
-    parser.add_argument("--seeds", type=int, default=3, help="prompts; scores are means over them")
-    parser.add_argument("--seed", type=int, default=0, help="the first of the seeds")
-    parser.add_argument("--heatmap", type=Path, metavar="FILE.png", help="draw the scores of all heads")
-    parser.add_argument("--weights", default="auto", help="how the model's weights are held meanwhile")
-    parser.add_argument("--dtype", default="bf16", help="compute and KV type meanwhile")
-    parser.add_argument("--folder", type=Path, help="store the result here instead of the cache folder")
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate one model; returns the exit code."""
-    args = _parser().parse_args(argv)
+    made = parser("calibrate razor", __doc__, allow_abbrev=True)
+    add_model(made)
+    best = "of all KV heads, the best by {} score"
+    made.add_argument("--induction-share", type=float, default=INDUCTION_SHARE, help=best.format("induction"))
+    made.add_argument("--echo-share", type=float, default=ECHO_SHARE, help=best.format("echo"))
+    copy = "random tokens of one copy; 2500, or a third of the context over the repeats, if not given"
+    made.add_argument("--tokens", type=int, help=copy)
+    made.add_argument("--repeats", type=int, default=4, help="copies of them")
+    made.add_argument("--ids", help="token ids to draw from, such as 10000:12500 (its end not included)")
+    made.add_argument("--seeds", type=int, default=3, help="prompts; scores are means over them")
+    made.add_argument("--seed", type=int, default=0, help="the first of the seeds")
+    made.add_argument("--heatmap", type=Path, metavar="FILE.png", help="draw the scores of all heads")
+    add_held(made)
+    args = made.parse_args(argv)
     _check(args)
     llm = LLM(args.model, weights=args.weights, dtype=args.dtype, max_num_seqs=1, max_batched_tokens=1024)
     console.print(f"stored in {calibrate(llm, args).path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

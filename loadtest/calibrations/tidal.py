@@ -12,14 +12,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import TidalChoice, save_tidal
@@ -29,10 +26,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection.base import Selector
 from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
 from kvloom.engine.selection.tidal_decode import TidalDecodeOptions, paper_layers
-from kvloom.loadtest.quality.spec import parse_numbers
+from kvloom.loadtest.calibrations import add_held
+from kvloom.loadtest.study.flags import add_model, numbers, parser
+from kvloom.loadtest.study.results import console, console_table
 from kvloom.loadtest.workloads.corpus import TextSource
-
-console = Console(highlight=False)
 
 
 class Row(NamedTuple):
@@ -47,7 +44,7 @@ class Row(NamedTuple):
 def calibrate(llm: LLM, args: argparse.Namespace) -> Path:
     """Measure, print and store. Returns the file. Raises ConfigError if the text does not fit the model or the cache."""
     geometry = llm.core.runner.geometry
-    sizes = sorted(set(parse_numbers(args.selections, "--selections")))
+    sizes = sorted(set(numbers(args.selections, "--selections")))
     firsts = range(1, args.dense + 1) if args.dense else (0,)
     _check(args, geometry.layers, geometry.max_len, sizes)
     source = TextSource(llm.tokenizer)
@@ -61,25 +58,19 @@ def calibrate(llm: LLM, args: argparse.Namespace) -> Path:
         table, choices = _baselines(llm, search, held_out), []
         for size in sizes:
             layers = search.choose(size, firsts, lambda layers, kl: console.print(f"  {_text(layers):<32} KL {kl:.4f}"))
-            plain = TidalDecodeOptions(layers=layers, head_map=False, output=args.output)
-            table.append(_row(search, held_out, f"{size} selections, own heads", layers, plain))
-            mapped = TidalDecodeOptions(layers=layers, output=args.output)
-            table.append(_row(search, held_out, f"{size} selections, mapped heads", layers, mapped))
             other = "dense" if args.output == "sparse" else "sparse"
-            flipped = TidalDecodeOptions(layers=layers, output=other)  # type: ignore[arg-type]
-            table.append(_row(search, held_out, f"{size} selections, mapped, {other} output", layers, flipped))
+            for name, head_map, output in (
+                ("own heads", False, args.output), ("mapped heads", True, args.output), (f"mapped, {other} output", True, other)
+            ):  # fmt: skip
+                options = TidalDecodeOptions(layers=layers, head_map=head_map, output=output)  # type: ignore[arg-type]
+                table.append(_row(search, held_out, f"{size} selections, {name}", layers, options))
             choices.append(TidalChoice(layers=layers, figures=_figures(table[-2], search.mass(layers))))
     _print(table)
     default = max((size for size in sizes if size <= args.default), default=sizes[0])
     settings = {
         "date": datetime.date.today().isoformat(),
-        "budget": args.budget,
-        "output": args.output,
-        "tokens": args.tokens,
-        "windows": args.windows,
-        "rows": args.rows,
-        "weights": llm.model.weights,
-        "dtype": llm.model.dtype,
+        **{name: getattr(args, name) for name in ("budget", "output", "tokens", "windows", "rows")},
+        **{name: getattr(llm.model, name) for name in ("weights", "dtype")},
         "text": source.fingerprint,
         "reference": {row.name: _figures(row) for row in table[:3]},
     }
@@ -115,12 +106,8 @@ def _row(search: TidalSearch, held_out: Judge, name: str, layers: tuple[int, ...
 
 
 def _figures(row: Row, mass: float | None = None) -> dict[str, float]:
-    found = {
-        "kl": row.chosen_on.kl,
-        "top1": row.chosen_on.top1,
-        "kl_held_out": row.held_out.kl,
-        "top1_held_out": row.held_out.top1,
-    }
+    on, out = row.chosen_on, row.held_out
+    found = {"kl": on.kl, "top1": on.top1, "kl_held_out": out.kl, "top1_held_out": out.top1}
     return {key: round(value, 5) for key, value in (found if mass is None else {**found, "mass": mass}).items()}
 
 
@@ -129,42 +116,31 @@ def _text(layers: Sequence[int]) -> str:
 
 
 def _print(rows: Sequence[Row]) -> None:
-    table = Table("method", "selection layers", *("KL", "top-1") * 2, title="chosen on, then held out")
-    for row in rows:
-        figures = [f"{value:.4f}" if i % 2 == 0 else f"{value:.1%}" for i, value in enumerate((*row.chosen_on, *row.held_out))]
-        table.add_row(row.name, _text(row.layers), *figures)
-    console.print(table)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvloom calibrate tidal", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--selections", default="2,4,7", help="numbers of selection layers to find sets of")
-    parser.add_argument(
-        "--default", type=int, default=4, help="the set that is used when nobody says otherwise: at most so many"
-    )
-    parser.add_argument("--dense", type=int, default=1, help="most dense layers before the first selection layer")
-    parser.add_argument("--output", choices=("sparse", "dense"), default="sparse", help="of selection layers, while comparing")
-    parser.add_argument("--budget", type=int, default=256, help="positions that a row reads")
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens per window of text")
-    parser.add_argument("--windows", type=int, default=8, help="windows to choose on; half as many more are held out")
-    parser.add_argument("--rows", type=int, default=32, help="decoded tokens per window")
-    parser.add_argument("--weights", default="auto", help="how the model's weights are held meanwhile")
-    parser.add_argument("--dtype", default="bf16", help="compute and KV type meanwhile")
-    parser.add_argument("--folder", type=Path, help="store the result here instead of the cache folder")
-    return parser
+    cells = [[f"{value:.4f}" if i % 2 == 0 else f"{value:.1%}" for i, value in enumerate((*row.chosen_on, *row.held_out))]
+             for row in rows]  # fmt: skip
+    head = ("method", "selection layers", *("KL", "top-1") * 2)
+    lines = [[row.name, _text(row.layers), *figures] for row, figures in zip(rows, cells)]
+    console.print(console_table(head, lines, "chosen on, then held out"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Calibrate one model; returns the exit code."""
-    args = _parser().parse_args(argv)
+    made = parser("calibrate tidal", __doc__, allow_abbrev=True)
+    add_model(made)
+    made.add_argument("--selections", default="2,4,7", help="numbers of selection layers to find sets of")
+    most = "the set that is used when nobody says otherwise: at most so many"
+    made.add_argument("--default", type=int, default=4, help=most)
+    made.add_argument("--dense", type=int, default=1, help="most dense layers before the first selection layer")
+    made.add_argument("--output", choices=("sparse", "dense"), default="sparse", help="of selection layers, while comparing")
+    made.add_argument("--budget", type=int, default=256, help="positions that a row reads")
+    made.add_argument("--tokens", type=int, default=2048, help="tokens per window of text")
+    made.add_argument("--windows", type=int, default=8, help="windows to choose on; half as many more are held out")
+    made.add_argument("--rows", type=int, default=32, help="decoded tokens per window")
+    add_held(made)
+    args = made.parse_args(argv)
     if min(args.windows, args.rows, args.budget - 15) < 1:
         raise ConfigError("--windows and --rows must be 1 or more, --budget 16 or more")
     rows = args.windows * args.rows
     llm = LLM(args.model, weights=args.weights, dtype=args.dtype, max_num_seqs=rows, max_batched_tokens=max(1024, 2 * rows))
     console.print(f"stored in {calibrate(llm, args)}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,69 +8,59 @@ The quick half of `kvloom eval methods`: no needles, and step times as they fell
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Hashable
 
-from kvloom.engine import LLM
-from kvloom.loadtest.quality import setup
+from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement
 from kvloom.loadtest.quality.methods import COLUMNS
-from kvloom.loadtest.quality.spec import MethodSpec, parse_numbers, plan
-from kvloom.loadtest.study.results import Column, Results, Row
-
-IDENTITY = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored")
-
-
-def measure(llm: LLM, args: argparse.Namespace, specs: Sequence[MethodSpec], results: Results) -> None:
-    """Measure every context and spec that the results lack."""
-    text = setup.real_text(llm, args.text)
-    contexts = parse_numbers(args.contexts, "--contexts")
-    batches = -(-args.windows // args.batch)
-    with setup.Steps(len(contexts) * (args.windows + batches * (1 + len(specs)))) as steps:
-        for context in contexts:
-            rows = [_row(llm, args, spec, context) for spec in specs]
-            missing = [(spec, row) for spec, row in zip(specs, rows) if results.find(row) is None]
-            if not missing:
-                steps.skip(args.windows + batches * (1 + len(specs)))
-                continue
-            passages = setup.passages(llm, text, context, args.scored + 1, args.windows)
-            steps.name(f"context {context}: prompts, dense")
-            prefill(llm, [passage.prompt for passage in passages], steps.done)
-            agreement = Agreement(llm, passages, args.batch)
-            agreement.remember_dense(steps.done)
-            for spec, row in missing:
-                steps.name(f"context {context}: {spec.label}")
-                scores = agreement.measure(spec.kv, steps.done)
-                dense = {f"{key}_dense": value for key, value in agreement.dense.cost.figures().items()}
-                results.add({**row, **scores.figures(agreement.dense), **scores.cost.figures(), **dense})
+from kvloom.loadtest.study.flags import add, numbers
+from kvloom.loadtest.study.results import Column, Row
+from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
 
 
-def _row(llm: LLM, args: argparse.Namespace, spec: MethodSpec, context: int) -> Row:
-    settings = {"context": context, "batch": args.batch, "windows": args.windows, "scored": args.scored}
-    return {"method": spec.method, "budget": spec.budget, "options": dict(spec.options), **settings, **setup.about(llm)}
+class MethodAgreement(Study):
+    """Measures methods at every context."""
 
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = setup.parser("agreement", __doc__)
-    parser.add_argument("--contexts", default="2000", help="tokens in front of the scored ones (default: %(default)s)")
-    parser.add_argument("--windows", type=setup.count, default=8, help="texts (default: %(default)s)")
-    parser.add_argument("--scored", type=setup.count, default=128, help="tokens scored in each (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit code."""
-    args = parse(argv)
-    specs = plan(args.methods, args.budgets)
-    llm = setup.engine(args, specs)
-    note = f"In brackets: 95% intervals by bootstrap over blocks of {BLOCK} tokens. {setup.described(llm)}"
+    title = "Agreement with dense decoding"
     columns = (*COLUMNS[:3], Column("context", "context"), Column("tokens", "n"), *COLUMNS[3:])
-    results = Results(columns, IDENTITY, "Agreement with dense decoding", args.json, args.markdown, args.publish, note)
-    if args.resume:
-        results.resume()
-    return setup.finish(results, lambda: measure(llm, args, specs, results))
+    identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored")
+
+    @staticmethod
+    def add_flags(made: argparse.ArgumentParser) -> None:
+        spec.add_flags(made)
+        add(made, ("contexts", "2000", "tokens in front of the scored ones"), kind=str)
+        add(made, ("windows", 8, "texts"), ("scored", 128, "tokens scored in each"))
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, specs, contexts = args, spec.plan(args.methods, args.budgets), numbers(args.contexts, "--contexts")
+        self.cases = [
+            Case(one, f"context {context}: {one.label}", {**one.row, "context": context}, context)
+            for context in contexts
+            for one in specs
+        ]
+        self.llm = spec.engine_for(args, specs)
+        self.text = text.real_text(self.llm, args.text)
+        self.note = f"In brackets: 95% intervals by bootstrap over blocks of {BLOCK} tokens. {described(self.llm)}"
+
+    def preparations(self, group: Hashable) -> int:
+        return int(self.args.windows) + self.measurements()
+
+    def measurements(self, case: Case | None = None) -> int:
+        return -(-int(self.args.windows) // int(self.args.batch))
+
+    def prepare(self, group: Hashable, steps: Steps) -> None:
+        assert isinstance(group, int)
+        steps.name(f"context {group}: prompts, dense")
+        passages = text.passages(self.llm, self.text, group, self.args.scored + 1, self.args.windows)
+        prefill(self.llm, [passage.prompt for passage in passages], steps.done)
+        self.agreement = Agreement(self.llm, passages, self.args.batch)
+        self.agreement.remember_dense(steps.done)
+
+    def measure(self, case: Case, steps: Steps) -> Row:
+        scores, dense = self.agreement.measure(case.what.kv, steps.done), self.agreement.dense
+        exact = {f"{key}_dense": value for key, value in dense.cost.figures().items()}
+        return {**scores.figures(dense), **scores.cost.figures(), **exact}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("eval agreement", MethodAgreement)

@@ -8,27 +8,33 @@ differs is told beside that, because one early difference makes another answer a
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.figures import add_publish, publish
+from kvloom.loadtest.quality.long import first_difference
 from kvloom.loadtest.quality.questions import questions
-from kvloom.loadtest.quality.setup import console, count
+from kvloom.loadtest.study.flags import add, add_model, add_outputs, parser
 from kvloom.loadtest.study.intervals import Interval, wilson
 from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.results import Column, Results, console
 
 Tokens = tuple[int, ...]
 EXACT, PLAIN = "fp32", "bf16"
 MODES = ("bf16", "auto", "int8", "int4")
-COLUMNS = ("weights", "against", "answers that differ", "95%", "at the first token", "first difference, median token")
+COLUMNS = (
+    Column("weights", "weights"),
+    Column("against", "against"),
+    Column("answers that differ", "differ", ".1%"),
+    Column("95%", "interval", lambda ends: " to ".join(f"{end:.1%}" for end in ends), always=True),
+    Column("at the first token", "at_once", ".1%"),
+    Column("first difference, median token", "median", always=True),
+)
 
 
 class Changes(NamedTuple):
@@ -57,11 +63,7 @@ def changes(wanted: Sequence[Tokens], found: Sequence[Tokens]) -> Changes:
     """Compare answers in order. Raises ValueError if there are none, or not as many of one as of the other."""
     if not wanted or len(wanted) != len(found):
         raise ValueError(f"{len(wanted)} answers against {len(found)}; give as many of each, and at least one")
-    return Changes(len(wanted), tuple(sorted(_first_difference(a, b) for a, b in zip(wanted, found) if a != b)))
-
-
-def _first_difference(a: Tokens, b: Tokens) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return Changes(len(wanted), tuple(sorted(first_difference(a, b) for a, b in zip(wanted, found) if a != b)))
 
 
 def ask(llm: LLM, asked: Sequence[str], tokens: int) -> list[Tokens]:
@@ -93,57 +95,23 @@ def _figures(found: Changes) -> dict[str, Any]:
     return {"differ": found.share, "interval": interval, "at_once": found.at_once, "median": middle}
 
 
-def cells_of(found: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table's cells as they are shown, a tuple per row."""
-    made: list[tuple[str, ...]] = []
-    for row in found:
-        interval = "-" if row["interval"] is None else " to ".join(f"{end:.1%}" for end in row["interval"])
-        cells = (row["weights"], row["against"], f"{row['differ']:.1%}", interval, f"{row['at_once']:.1%}",
-                 str(row["median"] or "-"))  # fmt: skip
-        made.append(cells)
-    return made
-
-
-def table(found: Sequence[dict[str, Any]], note: str) -> str:
-    """Markdown."""
-    head, *lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, *cells_of(found))]
-    return "\n".join([head, "|" + "---|" * len(COLUMNS), *lines, "", note])
-
-
-def main(argv: Sequence[str] | None = None, measure: Callable[..., Iterator[Any]] = answers_by_mode) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
-    args = _parser().parse_args(argv)
+    made = parser("eval answers", __doc__)
+    add_model(made)
+    add(made, ("modes", "bf16,auto", "weight modes, separated by commas"), kind=str)
+    add(made, ("tokens", 16, "most tokens of an answer"), ("every", 1, "ask only every n-th question"))
+    add_outputs(made, rows="", table="also write the table into this file")
+    made.add_argument("--json", type=Path, help="write figures, questions and answers into this file")
+    args = made.parse_args(argv)
     modes = [mode.strip() for mode in args.modes.split(",")]
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise ConfigError(f"--modes names {unknown[0]!r}; allowed: {', '.join(MODES)}, separated by commas")
     asked = questions()[:: args.every]
-    answers = dict(measure(args.model, dict.fromkeys([PLAIN, *modes]), args.tokens, asked))
+    answers = dict(answers_by_mode(args.model, list(dict.fromkeys([PLAIN, *modes])), args.tokens, asked))
     found = rows(answers)
     note = f"{Path(args.model).name}, {len(asked)} questions, {args.tokens} tokens at most. Measured {describe()}."
-    text = table(found, note)
-    console.print(text, soft_wrap=True, markup=False)
-    if args.markdown:
-        args.markdown.write_text(text + "\n", encoding="utf-8")
-    if args.publish:
-        publish(args.publish, COLUMNS, cells_of(found), note)
     if args.json:
-        args.json.write_text(
-            json.dumps({"note": note, "rows": found, "questions": asked, "answers": answers}), encoding="utf-8"
-        )
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvloom eval answers", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--modes", default="bf16,auto", help="weight modes, separated by commas (default: %(default)s)")
-    parser.add_argument("--tokens", type=count, default=16, help="most tokens of an answer (default: %(default)s)")
-    parser.add_argument("--every", type=count, default=1, help="ask only every n-th question (default: %(default)s)")
-    parser.add_argument("--markdown", type=Path, help="also write the table into this file")
-    add_publish(parser)
-    parser.add_argument("--json", type=Path, help="write figures, questions and answers into this file")
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        content = {"note": note, "rows": found, "questions": asked, "answers": answers}
+        args.json.write_text(json.dumps(content), encoding="utf-8")
+    return Results(COLUMNS, (), "", None, args.markdown, args.publish, note, found).conclude()

@@ -20,9 +20,7 @@ of lists. For the others nothing is fitted.
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +30,9 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection import METHODS, Geometry
 from kvloom.engine.selection.base import read_options
-from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.quality.setup import console
 from kvloom.loadtest.quality.spec import DENSE
-from kvloom.loadtest.study.results import Column, Row, cells, table
+from kvloom.loadtest.study.flags import add_outputs, parser
+from kvloom.loadtest.study.results import Column, Results, Row
 
 SCORE = 4
 """Bytes of a score: fp32."""
@@ -187,35 +184,18 @@ def read_rows(file: Path) -> list[Row]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print and write; returns the exit code."""
-    args = parse(argv)
+    made = parser("eval ceilings", __doc__)
+    made.add_argument("model", nargs="?", default="smollm2", help="that was measured (default: %(default)s)")
+    made.add_argument("--json", type=Path, required=True, help="rows of kvloom eval methods")
+    add_outputs(made, rows="")
+    args = made.parse_args(argv)
     rows = read_rows(args.json)
     geometry = LLM(args.model, dtype=rows[0]["dtype"], kv_memory="1GiB").core.runner.geometry
-    found = [ceiling(row, geometry) for row in rows]
     first = rows[0]
     note = (
         f"{first['model']}, {first['dtype']}, {requests(first)} requests of {first['context']} tokens: bytes of a step of "
         "all. Ceiling: bytes of dense over those of the formula. Measured: attention time of dense steps over the method's. "
         f"Beyond bytes: its attention time less that of its bytes at dense's rate. Measured {first['machine']}."
     )
-    text = f"{table(COLUMNS, found)}\n\n{note}"
-    if args.markdown is not None:
-        args.markdown.write_text(text + "\n")
-    if args.publish is not None:
-        publish(args.publish, *cells(COLUMNS, found), note)
-    console.print(text, soft_wrap=True, markup=False)
-    return 0
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="kvloom eval ceilings", description=(__doc__ or "").split("\n")[0], allow_abbrev=False
-    )
-    parser.add_argument("model", nargs="?", default="smollm2", help="that was measured (default: %(default)s)")
-    parser.add_argument("--json", type=Path, required=True, help="rows of kvloom eval methods")
-    parser.add_argument("--markdown", type=Path, help="write the table into this file")
-    add_publish(parser)
-    return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    found = [ceiling(row, geometry) for row in rows]
+    return Results(COLUMNS, (), "", None, args.markdown, args.publish, note, found).conclude()

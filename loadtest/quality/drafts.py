@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import Completion
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import METHODS
-from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.quality.setup import about, console, count, described
-from kvloom.loadtest.quality.spec import parse_numbers
+from kvloom.loadtest.figures import publish
 from kvloom.loadtest.quality.text import reference_text, windows
+from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, numbers, parser
 from kvloom.loadtest.study.results import Column, Row, cells, table
+from kvloom.loadtest.study.runner import about, console, described
 
 TOGETHER = 16
 """Requests of the identity check that run at once."""
@@ -203,18 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _budget(method: str, budget: int) -> int | None:
-    """The budget of a method that takes one with its default options."""
-    return budget if METHODS[method].takes_budget(METHODS[method].options()) else None
-
-
 def measured(llm: LLM, text: list[int], args: argparse.Namespace, report: Report) -> Iterator[tuple[list[Row], Row]]:
     """Every row, with the list that it belongs to."""
 
     def drafts(budget: int, counts: Sequence[int]) -> list[KVOptions]:
+        methods = [(name, METHODS[name].takes_budget(METHODS[name].options())) for name in args.methods.split(",")]
         return [
-            KVOptions(selection=method, budget=_budget(method, budget), draft=True, draft_tokens=count)
-            for method in args.methods.split(",")
+            KVOptions(selection=name, budget=budget if takes_budget else None, draft=True, draft_tokens=count)
+            for name, takes_budget in methods
             for count in counts
         ]
 
@@ -225,43 +218,33 @@ def measured(llm: LLM, text: list[int], args: argparse.Namespace, report: Report
     for case in filter(None, args.cases.split(",")):
         batch, context = map(int, case.split("x"))
         console.print(f"speed: {case}")
-        kinds = drafts(args.budget, parse_numbers(args.draft_tokens, "--draft-tokens"))
+        kinds = drafts(args.budget, numbers(args.draft_tokens, "--draft-tokens"))
         for row in speeds(llm, windows(text, context, batch), args.tokens, kinds, args.rounds):
             yield report.speed, row
         llm.core.cache.evict()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kvloom eval drafts", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default="smollm2")
-    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("kv-memory", "4GiB")):
-        parser.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
-    settings: tuple[tuple[str, Any, Any, str], ...] = (
-        ("threads", count, None, "compute threads (default: one per core)"),
-        ("methods", str, ",".join(METHODS), "default: %(default)s"),
-        ("budget", count, 512, "of the speed cases (default: %(default)s)"),
-        ("draft-tokens", str, "2,4,8", "of the speed cases (default: %(default)s)"),
-        ("cases", str, "1x2048,1x7500,8x2048,8x7500", "batch x context (default: %(default)s)"),
-        ("rounds", count, 3, "dense and drafted in turn (default: %(default)s)"),
-        ("prompts", int, 200, "to compare texts on; 0 for none (default: %(default)s)"),
-        ("prompt-tokens", count, 400, "length of each (default: %(default)s)"),
-        ("identity-budget", count, 64, "budget of that comparison (default: %(default)s)"),
-        ("tokens", count, 32, "generated per prompt (default: %(default)s)"),
+    made = parser("eval drafts", __doc__, allow_abbrev=True)
+    add_model(made)
+    add_engine(made, leave_out=("backend",))
+    add(made, ("methods", ",".join(METHODS), ""), kind=str)
+    add(made, ("budget", 512, "of the speed cases"))
+    add(made, ("draft-tokens", "2,4,8", "of the speed cases"), kind=str)
+    add(made, ("cases", "1x2048,1x7500,8x2048,8x7500", "batch x context"), kind=str)
+    add(made, ("rounds", 3, "dense and drafted in turn"))
+    add(made, ("prompts", 200, "to compare texts on; 0 for none"), kind=int)
+    add(
+        made,
+        ("prompt-tokens", 400, "length of each"),
+        ("identity-budget", 64, "budget of that comparison"),
+        ("tokens", 32, "generated per prompt"),
     )
-    for name, kind, default, text in settings:
-        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
-    parser.add_argument("--json", type=Path, help="write rows into this file")
-    parser.add_argument("--markdown", type=Path, help="write the tables into this file")
-    add_publish(parser)
-    parser.add_argument("--resume", action="store_true", help="add to the rows that --json holds already")
-    args = parser.parse_args(argv)
-    for method in args.methods.split(","):
-        if method not in METHODS:
-            parser.error(f"method {method!r} is not known; allowed: {', '.join(METHODS)}")
+    add_outputs(made, table="write the tables into this file")
+    add_resume(made, "add to the rows that --json holds already")
+    args = made.parse_args(argv)
+    if unknown := [method for method in args.methods.split(",") if method not in METHODS]:
+        made.error(f"method {unknown[0]!r} is not known; allowed: {', '.join(METHODS)}")
     if args.resume and args.json is None:
         raise ConfigError("--resume needs --json FILE, which holds what was measured")
     return args
-
-
-if __name__ == "__main__":
-    sys.exit(main())

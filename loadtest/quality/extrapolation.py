@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,16 @@ import numpy.typing as npt
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions
-from kvloom.loadtest.quality import setup
+from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.divergence import BLOCK
-from kvloom.loadtest.quality.spec import MethodSpec, check, parse_numbers, plan
+from kvloom.loadtest.quality.spec import MethodSpec, plan
 from kvloom.loadtest.quality.tasks import haystacks, trials
+from kvloom.loadtest.study import runner
+from kvloom.loadtest.study.flags import add, numbers
 from kvloom.loadtest.study.intervals import bootstrap, exponential
-from kvloom.loadtest.study.results import Column, Results, Row
-from kvloom.loadtest.workloads.corpus import windows
+from kvloom.loadtest.study.results import Column, Row
+from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
 
 SCORED = 1024
 """Last tokens of a context that its perplexity is taken over."""
@@ -46,7 +47,6 @@ COLUMNS = (
     Column("questions", "trials"),
     Column("perplexity", "ppl", ".1f"),
 )
-IDENTITY = ("model", "dtype", "weights", "method", "budget", "options", "context", "haystacks", "texts", "seed")
 Losses = npt.NDArray[np.float64]
 
 
@@ -55,25 +55,13 @@ def engine(args: argparse.Namespace, specs: Sequence[MethodSpec], longest: int) 
 
     Raises ConfigError if no method goes beyond the trained length and `longest` does.
     """
-    beyond = next((spec for spec in specs if spec.options.get("positions") == "reindexed"), None)
+    beyond = next((one for one in specs if one.options.get("positions") == "reindexed"), None)
     if beyond is None:
-        raise ConfigError(
-            f"--methods {args.methods} has none with re-indexed positions; add one, such as the last of {METHODS}"
-        )
-    made = LLM(
-        args.model,
-        dtype=args.dtype,
-        weights=args.weights,
-        backend=args.backend,
-        kv_memory=args.kv_memory,
-        threads=args.threads,
-        max_model_len=longest + ROOM,
-        selection=beyond.method,
-        budget=beyond.budget,
-        selection_options=json.dumps(beyond.options),
-        shadow_interval=0,
-    )
-    check(made, specs)
+        last = METHODS.rpartition(",")[2]
+        raise ConfigError(f"--methods {args.methods} has none with re-indexed positions; add one, such as {last}")
+    selection = {"selection": beyond.method, "budget": beyond.budget, "selection_options": json.dumps(beyond.options)}
+    made = runner.engine(args, max_model_len=longest + ROOM, **selection)
+    spec.check(made, specs)
     made.core.limits = made.core.limits._replace(trained_len=longest + ROOM)
     return made
 
@@ -93,89 +81,65 @@ def perplexity(texts: Sequence[Losses], context: int) -> Row:
     return {"ppl": float(np.exp(values.mean())), "ppl_ci": exponential(bootstrap(values, blocks)), "n": len(values)}
 
 
-class Study:
-    """Measures specs one by one, each at every context."""
+class Extrapolation(Study):
+    """Measures methods one by one, each at every context."""
 
-    def __init__(self, llm: LLM, args: argparse.Namespace, contexts: Sequence[int]) -> None:
-        self.llm, self.args, self.contexts = llm, args, contexts
-        text = setup.real_text(llm, args.text)
+    title = "Beyond the trained length"
+    columns = COLUMNS
+    identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "haystacks", "texts", "seed")
+    sort_by = "context"
+
+    @staticmethod
+    def add_flags(made: argparse.ArgumentParser) -> None:
+        spec.add_flags(made)
+        made.set_defaults(methods=METHODS, budgets="1024")
+        add(made, ("contexts", "8000,11264,12288", "lengths to measure at, comma-separated"), kind=str)
+        add(made, ("haystacks", 2, "texts with 8 needles each"), ("texts", 3, "texts for the perplexity"))
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        specs, contexts = plan(args.methods, args.budgets, baseline=False), numbers(args.contexts, "--contexts")
+        self.args, self.llm = args, engine(args, specs, max(contexts))
+        self.cases = [
+            Case((one, context), f"{one.label}: needles in {context}",
+                 {"context": context, **one.row, "positions": one.options.get("positions", "true")}, one.label)
+            for one in specs for context in contexts
+        ]  # fmt: skip
+        tokens = text.real_text(self.llm, args.text)
         try:
-            self.texts = windows(text, max(contexts), args.texts)
+            self.texts = text.windows(tokens, max(contexts), args.texts)
         except ValueError as error:
             raise ConfigError(f"{error}; lower --texts or --contexts") from None
-        self.trials = {
-            context: trials("needle", llm.tokenizer, text, context, args.haystacks, args.seed) for context in contexts
-        }
+        self.trials = {n: trials("needle", self.llm.tokenizer, tokens, n, args.haystacks, args.seed) for n in contexts}
+        self.note = (
+            f"Perplexity over the last {SCORED} tokens of a context, {args.texts} texts; {args.haystacks} haystacks, 8 "
+            f"questions. In brackets: 95% intervals, by bootstrap over blocks of {BLOCK} tokens and Wilson's. "
+            f"{described(self.llm)}"
+        )
 
-    @property
-    def measurements(self) -> int:
-        """Steps of the progress bar per spec."""
-        batches = sum(-(-len(asked) // self.args.batch) for asked in self.trials.values())
-        return self.args.texts + batches + len(self.contexts) * self.args.haystacks
+    def preparations(self, group: Hashable) -> int:
+        return int(self.args.texts)
 
-    def row(self, spec: MethodSpec, context: int) -> Row:
-        """The row's settings, before anything is measured."""
-        settings = {key: getattr(self.args, key) for key in ("haystacks", "texts", "seed")}
-        method = {"method": spec.method, "budget": spec.budget, "options": dict(spec.options)}
-        positions = spec.options.get("positions", "true")
-        return {"context": context, **method, "positions": positions, **settings, **setup.about(self.llm)}
+    def measurements(self, case: Case) -> int:
+        return int(self.args.haystacks) - (-len(self.trials[case.what[1]]) // int(self.args.batch))
 
-    def measure(self, spec: MethodSpec, results: Results, steps: setup.Steps) -> None:
-        """Add a row for every context."""
-        steps.name(f"{spec.label}: perplexity")
-        scored = []
-        for text in self.texts:
-            scored.append(losses(self.llm, text, spec.kv))
-            steps.done()
-        for context in self.contexts:
-            steps.name(f"{spec.label}: needles in {context}")
-            results.add({**self.row(spec, context), **perplexity(scored, context), **self._needles(spec, context, steps)})
+    def prepare(self, group: Hashable, steps: Steps) -> None:
+        method = next(case.what[0] for case in self.cases if case.group == group)
         self.llm.core.cache.evict()
+        self._scored: list[Losses] = []
+        for one in self.texts:
+            steps.name(f"{group}: perplexity")
+            self._scored.append(losses(self.llm, one, method.kv))
+            steps.done()
 
-    def _needles(self, spec: MethodSpec, context: int, steps: setup.Steps) -> Row:
+    def measure(self, case: Case, steps: Steps) -> Row:
         """Haystacks go into the prefix cache first, so that questions which run together share them."""
+        method, context = case.what
         asked = self.trials[context]
         for prompt in haystacks(asked):
-            self.llm.generate([list(prompt)], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), kv=spec.kv)
+            self.llm.generate([list(prompt)], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), kv=method.kv)
             steps.done()
-        return ask(self.llm, asked, spec.kv, self.args.batch, steps.done).figures()
+        answers = ask(self.llm, asked, method.kv, self.args.batch, steps.done)
+        return {**perplexity(self._scored, context), **answers.figures()}
 
 
-def run(study: Study, specs: Sequence[MethodSpec], results: Results) -> None:
-    """Measure every spec of which the results lack a row."""
-    missing = [s for s in specs if any(results.find(study.row(s, context)) is None for context in study.contexts)]
-    with setup.Steps(len(missing) * study.measurements) as steps:
-        for spec in missing:
-            study.measure(spec, results, steps)
-    results.rows.sort(key=lambda row: row["context"])
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = setup.parser("extrapolation", __doc__)
-    parser.set_defaults(methods=METHODS, budgets="1024")
-    parser.add_argument(
-        "--contexts", default="8000,11264,12288", help="lengths to measure at, comma-separated (default: %(default)s)"
-    )
-    for name, default, text in (("haystacks", 2, "texts with 8 needles each"), ("texts", 3, "texts for the perplexity")):
-        parser.add_argument(f"--{name}", type=setup.count, default=default, help=f"{text} (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit code."""
-    args = parse(argv)
-    specs, contexts = plan(args.methods, args.budgets, baseline=False), parse_numbers(args.contexts, "--contexts")
-    llm = engine(args, specs, max(contexts))
-    note = (
-        f"Perplexity over the last {SCORED} tokens of a context, {args.texts} texts; {args.haystacks} haystacks, 8 questions. "
-        f"In brackets: 95% intervals, by bootstrap over blocks of {BLOCK} tokens and Wilson's. {setup.described(llm)}"
-    )
-    results = Results(COLUMNS, IDENTITY, "Beyond the trained length", args.json, args.markdown, args.publish, note)
-    if args.resume:
-        results.resume()
-    study = Study(llm, args, contexts)
-    return setup.finish(results, lambda: run(study, specs, results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("eval extrapolation", Extrapolation)

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from kvloom.loadtest.study.pictures import picture
+
 DEPTHS = 8
 
 
@@ -33,34 +35,23 @@ class Grid:
 
 def draw(path: Path, title: str, grids: Mapping[str, Grid]) -> None:
     """Write a PNG with a panel per grid. Raises ValueError without any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     if not grids:
         raise ValueError("there is no grid to draw")
     across = min(4, len(grids))
     down = -(-len(grids) // across)
-    figure, axes = plt.subplots(
-        down, across, figsize=(1.2 + 3.0 * across, 0.8 + 2.9 * down), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(grids) :]:
-        axis.axis("off")
-    for axis, (name, grid) in zip(axes.flat, grids.items()):
-        means = grid.means
-        image = axis.imshow(means, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        for (row, column), value in np.ndenumerate(means):
-            if not np.isnan(value):
-                axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
-        axis.set_title(name, fontsize=9)
-        axis.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths], fontsize=8)
-        edges = [f"{100 * i // len(means)}%" for i in range(len(means))]
-        axis.set_yticks(range(len(means)), edges, fontsize=8)
-    figure.supxlabel("tokens of context")
-    figure.supylabel("depth of the fact")
-    figure.suptitle(title)
-    figure.colorbar(image, ax=axes, label="right answers", shrink=0.8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, down, across, (1.2 + 3.0 * across, 0.8 + 2.9 * down)) as (figure, axes):
+        for axis in axes.flat[len(grids) :]:
+            axis.axis("off")
+        for axis, (name, grid) in zip(axes.flat, grids.items()):
+            means = grid.means
+            image = axis.imshow(means, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            for (row, column), value in np.ndenumerate(means):
+                if not np.isnan(value):
+                    axis.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
+            axis.set_title(name, fontsize=9)
+            axis.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths], fontsize=8)
+            axis.set_yticks(range(len(means)), [f"{100 * i // len(means)}%" for i in range(len(means))], fontsize=8)
+        figure.supxlabel("tokens of context")
+        figure.supylabel("depth of the fact")
+        figure.suptitle(title)
+        figure.colorbar(image, ax=axes, label="right answers", shrink=0.8)

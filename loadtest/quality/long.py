@@ -13,8 +13,7 @@ tokens that a method no longer looks at.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
@@ -22,11 +21,13 @@ import numpy as np
 from torch import Tensor
 
 from kvloom.engine import LLM
-from kvloom.loadtest.quality import facts, setup
-from kvloom.loadtest.quality.decoding import Cost, Followed, Passage, follow, prefill
-from kvloom.loadtest.quality.spec import DENSE, MethodSpec, plan
+from kvloom.loadtest.quality import facts, spec, text
+from kvloom.loadtest.quality.decoding import Cost, Passage, follow, prefill
+from kvloom.loadtest.quality.spec import DENSE, MethodSpec
+from kvloom.loadtest.study.flags import add
 from kvloom.loadtest.study.intervals import bootstrap, wilson
-from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.study.results import Column, Row
+from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
 
 FACTS = 6
 """Planted in every generated text."""
@@ -43,7 +44,6 @@ COLUMNS = (
     Column("positions read", "attended_share", ".1%"),
     Column("KV MB", "kv_bytes", ".1f", 1e-6),
 )
-IDENTITY = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "generate", "prompts", "seed")
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
@@ -81,39 +81,50 @@ def generated_text(llm: LLM, prompt: Sequence[int], filler: Sequence[int], rando
     return Generated(Passage(tuple(prompt), tuple(tokens)), answers)
 
 
-class Study:
-    """Measures specs one by one."""
+class Long(Study):
+    """Measures methods one by one."""
 
-    def __init__(self, llm: LLM, args: argparse.Namespace) -> None:
-        self.llm, self.args = llm, args
-        windows = setup.passages(llm, setup.real_text(llm, args.text), args.context, args.generate, args.prompts)
-        self.prompts = [Passage(window.prompt) for window in windows]
-        random = Random(args.seed)
+    title = "Long generation"
+    columns = COLUMNS
+    identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "generate", "prompts", "seed")
+
+    @staticmethod
+    def add_flags(made: argparse.ArgumentParser) -> None:
+        spec.add_flags(made)
+        add(
+            made,
+            ("context", 1000, "tokens of prompt, and of generated text before its facts are asked for"),
+            ("generate", 128, "tokens of greedy continuation"),
+            ("prompts", 8, "texts"),
+        )
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, specs = args, spec.plan(args.methods, args.budgets)
+        self.cases = spec.cases(specs)
+        self.llm = llm = spec.engine_for(args, specs)
+        windows = text.passages(llm, text.real_text(llm, args.text), args.context, args.generate, args.prompts)
+        self.prompts, random = text.cut(windows, 0), Random(args.seed)
         # The part in front is short, so that what is asked for stands in generated text, far behind the window.
-        self.texts = [
-            generated_text(llm, window.prompt[: min(64, args.context)], window.prompt[64:], random) for window in windows
-        ]
-        self._dense: list[list[int]] | None = None
+        self.texts = [generated_text(llm, w.prompt[: min(64, args.context)], w.prompt[64:], random) for w in windows]
+        self.note = f"In brackets: 95% intervals, by bootstrap over texts and Wilson's. {described(llm)}"
 
-    @property
-    def batches(self) -> int:
-        return -(-self.args.prompts // self.args.batch)
+    def preparations(self, group: Hashable) -> int:
+        return int(self.args.prompts) + self.measurements() // 2
 
-    def row(self, spec: MethodSpec) -> Row:
-        settings = {key: getattr(self.args, key) for key in ("context", "batch", "generate", "prompts", "seed")}
-        method = {"method": spec.method, "budget": spec.budget, "options": dict(spec.options)}
-        return {**method, **settings, **setup.about(self.llm)}
+    def measurements(self, case: Case | None = None) -> int:
+        return 2 * -(-int(self.args.prompts) // int(self.args.batch))
 
-    def measure(self, spec: MethodSpec, steps: setup.Steps) -> Row:
-        """Both measurements of one spec."""
-        if self._dense is None:
-            self._dense = self._continuations(MethodSpec(DENSE), Cost(), steps)
+    def prepare(self, group: Hashable, steps: Steps) -> None:
+        steps.name("computing prompts")
+        prefill(self.llm, [passage.prompt for passage in self.prompts], steps.done)
+        self._dense = self._continuations(MethodSpec(DENSE), Cost(), steps)
+
+    def measure(self, case: Case, steps: Steps) -> Row:
         cost = Cost()
-        outputs = self._continuations(spec, cost, steps)
+        outputs = self._continuations(case.what, cost, steps)
         same = [first_difference(a, b) for a, b in zip(self._dense, outputs)]
-        right = self._recall(spec, steps)
+        right = self._recall(case.what, steps)
         return {
-            **self.row(spec),
             "divergence": float(np.median(same)),
             "divergence_ci": bootstrap(same, statistic=lambda values: float(np.median(values))),
             "identical": sum(length == self.args.generate for length in same) / len(same),
@@ -123,79 +134,30 @@ class Study:
             **cost.figures(),
         }
 
-    def _continuations(self, spec: MethodSpec, cost: Cost, steps: setup.Steps) -> list[list[int]]:
+    def _continuations(self, method: MethodSpec, cost: Cost, steps: Steps) -> list[list[int]]:
         outputs: list[list[int]] = []
-        for part in self._parts(self.prompts):
-            found: Followed = follow(self.llm, part, spec.kv, free=self.args.generate)
+        for first in range(0, len(self.prompts), self.args.batch):
+            found = follow(self.llm, self.prompts[first : first + self.args.batch], method.kv, free=self.args.generate)
             outputs += found.outputs
             cost.add(found.cost)
             steps.done()
         return outputs
 
-    def _recall(self, spec: MethodSpec, steps: setup.Steps) -> list[bool]:
+    def _recall(self, method: MethodSpec, steps: Steps) -> list[bool]:
         right: list[bool] = []
         for first in range(0, len(self.texts), self.args.batch):
             part = self.texts[first : first + self.args.batch]
-            likeliest: dict[tuple[int, int], int] = {}
-            wanted = {(i, index) for i, text in enumerate(part) for answer in text.answers for index in answer}
+            likeliest: list[dict[int, int]] = [dict.fromkeys(i for a in one.answers for i in a) for one in part]  # type: ignore[misc]
 
-            def observe(
-                number: int,
-                index: int,
-                logits: Tensor,
-                wanted: set[tuple[int, int]] = wanted,
-                likeliest: dict[tuple[int, int], int] = likeliest,
-            ) -> None:
-                if (number, index) in wanted:
-                    likeliest[number, index] = int(logits.argmax())
+            def observe(number: int, index: int, logits: Tensor, likeliest: list[dict[int, int]] = likeliest) -> None:
+                if index in likeliest[number]:
+                    likeliest[number][index] = int(logits.argmax())
 
-            follow(self.llm, [text.passage for text in part], spec.kv, observe=observe)
-            for i, text in enumerate(part):
-                right += [all(likeliest[i, j] == text.passage.forced[j] for j in answer) for answer in text.answers]
+            follow(self.llm, [one.passage for one in part], method.kv, observe=observe)
+            for one, said in zip(part, likeliest):
+                right += [all(said[i] == one.passage.forced[i] for i in answer) for answer in one.answers]
             steps.done()
         return right
 
-    def _parts(self, passages: Sequence[Passage]) -> Iterator[Sequence[Passage]]:
-        for first in range(0, len(passages), self.args.batch):
-            yield passages[first : first + self.args.batch]
 
-
-def run(study: Study, specs: Sequence[MethodSpec], results: Results) -> None:
-    """Measure every spec that the results lack."""
-    missing = [spec for spec in specs if results.find(study.row(spec)) is None]
-    if not missing:
-        return
-    with setup.Steps(study.args.prompts + study.batches * (1 + 2 * len(missing))) as steps:
-        steps.name("computing prompts")
-        prefill(study.llm, [passage.prompt for passage in study.prompts], steps.done)
-        for spec in missing:
-            steps.name(spec.label)
-            results.add(study.measure(spec, steps))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = setup.parser("long", __doc__)
-    for name, default, text in (
-        ("context", 1000, "tokens of prompt, and of generated text before its facts are asked for"),
-        ("generate", 128, "tokens of greedy continuation"),
-        ("prompts", 8, "texts"),
-    ):
-        parser.add_argument(f"--{name}", type=setup.count, default=default, help=f"{text} (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit code."""
-    args = parse(argv)
-    specs = plan(args.methods, args.budgets)
-    llm = setup.engine(args, specs)
-    note = f"In brackets: 95% intervals, by bootstrap over texts and Wilson's. {setup.described(llm)}"
-    results = Results(COLUMNS, IDENTITY, "Long generation", args.json, args.markdown, args.publish, note)
-    if args.resume:
-        results.resume()
-    study = Study(llm, args)
-    return setup.finish(results, lambda: run(study, specs, results))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("eval long", Long)

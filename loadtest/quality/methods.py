@@ -15,21 +15,23 @@ The cheap baseline (sink_window) stands beside every method at the same budget.
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.quality import setup
+from kvloom.engine.request import KVOptions
+from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.answers import Answers, ask
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement, Scores
-from kvloom.loadtest.quality.spec import BASELINE, DENSE, MethodSpec, plan
+from kvloom.loadtest.quality.spec import BASELINE, DENSE, MethodSpec
 from kvloom.loadtest.quality.tasks import NEEDLES, haystacks, in_prompt, trials
+from kvloom.loadtest.study.flags import add
 from kvloom.loadtest.study.intervals import bootstrap, ratio
-from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.study.results import Column, Row
+from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
 
 COLUMNS = (
     Column("method", "method"),
@@ -51,26 +53,26 @@ COLUMNS = (
     Column("KV MB", "kv_bytes", ".1f", 1e-6),
     Column("state MB", "state_bytes", ".2f", 1e-6),
 )
-IDENTITY = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored", "haystacks",
-            "seed")  # fmt: skip
 
 
-def timed(llm: LLM, passages: Sequence[Passage], spec: MethodSpec, rounds: int, steps: int) -> tuple[Cost, Cost]:
-    """Decode the same passages with the method and densely, in turns. Returns (method's, dense's) costs.
+def timed(
+    args: argparse.Namespace, passages: Sequence[Passage], found: tuple[LLM, KVOptions], exact: tuple[LLM, KVOptions]
+) -> Row:
+    """Decode the first texts of `--batch` in both ways in turns, `--rounds` times; the figures of `speed`.
 
-    Raises ConfigError if the KV cache does not hold all passages at once.
+    Raises ConfigError if a KV cache does not hold all of them at once.
     """
-    cut = [Passage(passage.prompt, passage.forced[: steps + WARM_STEPS + 1]) for passage in passages]
-    found, exact = Cost(), Cost()
-    for _ in range(rounds):
-        exact.add(follow(llm, cut, MethodSpec(DENSE).kv).cost)
-        found.add(follow(llm, cut, spec.kv).cost)
-        if not exact.seconds or not found.seconds:
-            raise ConfigError(
-                f"the KV cache of {llm.core.cache.capacity_tokens} tokens cannot hold {len(cut)} requests at once, so no "
-                "step has the whole batch; give more --kv-memory or a smaller --batch"
-            )
-    return found, exact
+    texts = text.cut(passages[: args.batch], args.steps + WARM_STEPS + 1)
+    costs = Cost(), Cost()
+    for _ in range(args.rounds):
+        for cost, (llm, kv) in zip(costs, (exact, found)):
+            cost.add(follow(llm, texts, kv).cost)
+            if not cost.seconds:  # prompts that are not cached are computed while others decode already
+                raise ConfigError(
+                    f"the KV cache of {llm.core.cache.capacity_tokens} tokens cannot hold {len(texts)} requests at once, so no "
+                    "step has the whole batch; give more --kv-memory or a smaller --batch"
+                )
+    return speed(costs[1], costs[0])
 
 
 def speed(found: Cost, exact: Cost) -> Row:
@@ -93,75 +95,95 @@ def over(scores: Scores, baseline: Scores) -> Row:
     return {"kl_over_baseline": float(difference.mean()), "kl_over_baseline_ci": bootstrap(difference.ravel(), blocks)}
 
 
-class Study:
-    """Measures specs one by one, on an engine whose cache holds the texts."""
+class Methods(Study):
+    """Measures methods one by one, on an engine whose cache holds the texts."""
 
-    def __init__(self, llm: LLM, args: argparse.Namespace, results: Results) -> None:
-        self.llm, self.args, self.results = llm, args, results
-        forced = max(args.scored, args.steps + WARM_STEPS) + 1
-        text = setup.real_text(llm, args.text)
-        self.passages = setup.passages(llm, text, args.context, forced, args.windows)
-        texts = [Passage(passage.prompt, passage.forced[: args.scored + 1]) for passage in self.passages]
-        self.agreement = Agreement(llm, texts, args.batch)
-        self.trials = trials("needle", llm.tokenizer, text, args.context, args.haystacks, args.seed) if args.haystacks else []
-        numbers = trials("number", llm.tokenizer, text, args.context, args.haystacks, args.seed) if args.haystacks else []
-        self.questions = {"needle": self.trials, "asked": in_prompt(numbers)}
-        self.prompts = [*(passage.prompt for passage in self.passages), *haystacks(self.trials), *haystacks(numbers)]
+    title = "Selection methods: quality beside speed"
+    columns = COLUMNS
+    identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored",
+                "haystacks", "seed")  # fmt: skip
+
+    @staticmethod
+    def add_flags(made: argparse.ArgumentParser) -> None:
+        spec.add_flags(made)
+        add(
+            made,
+            ("context", 2000, "tokens in front of every measured decode row"),
+            ("windows", 8, "texts for the agreement"),
+            ("scored", 128, "tokens scored in each"),
+            ("rounds", 6, "turns of dense and method for step times"),
+            ("steps", 8, "timed steps per turn"),
+        )
+        add(made, ("haystacks", 8, "texts with 8 needles each; 0 for none"), kind=int)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.windows < args.batch:
+            few = f"--windows is {args.windows}, but steps of {args.batch} requests are timed on texts of their own"
+            raise ConfigError(f"{few}; give at least as many windows as --batch")
+        self.args, specs = args, spec.plan(args.methods, args.budgets)
+        self.cases = spec.cases(specs)
+        self.llm = llm = spec.engine_for(args, specs)
+        tokens = text.real_text(llm, args.text)
+        self.passages = text.passages(llm, tokens, args.context, max(args.scored, args.steps + WARM_STEPS) + 1, args.windows)
+        self.agreement = Agreement(llm, text.cut(self.passages, args.scored + 1), args.batch)
+        needles, numbers = (
+            trials(task, llm.tokenizer, tokens, args.context, args.haystacks, args.seed) if args.haystacks else []
+            for task in ("needle", "number")
+        )
+        self.questions = {"needle": needles, "asked": in_prompt(numbers)}
+        self.prompts = [*(passage.prompt for passage in self.passages), *haystacks(needles), *haystacks(numbers)]
         self._dense: dict[str, Answers] = {}
         self._baselines: dict[int | None, Scores] = {}
+        self.note = (
+            f"Context {args.context}, batch {args.batch}; {args.windows} windows of text, {args.scored} tokens scored in each; "
+            f"{args.haystacks} haystacks with {NEEDLES} questions of either kind. In brackets: 95% intervals, by bootstrap "
+            f"over blocks of {BLOCK} tokens, Wilson's for needles. Speed-up over dense steps of the same rounds. "
+            f"{described(llm)}"
+        )
 
-    @property
-    def preparations(self) -> int:
+    def choose(self, missing: Sequence[Case]) -> Sequence[Case]:
+        needed = {case.what.budget for case in missing} - {None}
+        return [c for c in self.cases if c in missing or (c.what.method == BASELINE and c.what.budget in needed)]
+
+    def preparations(self, group: Hashable) -> int:
         return len(self.prompts) + self.agreement.batches
 
-    @property
-    def measurements(self) -> int:
-        """Steps of the progress bar per spec."""
+    def measurements(self, case: Case) -> int:
         return self.agreement.batches + sum(-(-len(asked) // self.args.batch) for asked in self.questions.values()) + 1
 
-    def prepare(self, steps: setup.Steps) -> None:
-        """Compute what every spec needs: prompts, and dense distributions."""
-        setup.warn_of_room(self.llm, sum(map(len, self.prompts)) + self.args.batch * (self.args.scored + 64))
+    def prepare(self, group: Hashable, steps: Steps) -> None:
+        text.warn_of_room(self.llm, sum(map(len, self.prompts)) + self.args.batch * (self.args.scored + 64))
         steps.name("computing prompts")
         prefill(self.llm, self.prompts, steps.done)
         steps.name("dense distributions")
         self.agreement.remember_dense(steps.done)
 
-    def row(self, spec: MethodSpec) -> Row:
-        """The row's settings, before anything is measured."""
-        keys = ("context", "batch", "windows", "scored", "haystacks", "seed")
-        settings = {key: getattr(self.args, key) for key in keys}
-        about = setup.about(self.llm)
-        return {"method": spec.method, "budget": spec.budget, "options": dict(spec.options), **settings, **about}
-
-    def measure(self, spec: MethodSpec, steps: setup.Steps) -> Row:
-        """Everything about one spec."""
-        args, row = self.args, self.row(spec)
-        steps.name(f"{spec.label}: agreement")
-        scores = self.agreement.measure(spec.kv, steps.done)
-        row |= scores.figures(self.agreement.dense)
-        if spec.method == BASELINE:
-            self._baselines[spec.budget] = scores
-        elif spec.budget in self._baselines:
-            row |= over(scores, self._baselines[spec.budget])
-        if self.trials:
-            for name in self.questions:
-                row |= self._questions(name, spec, steps)
-        steps.name(f"{spec.label}: step time")
-        row |= speed(*timed(self.llm, self.passages[: args.batch], spec, args.rounds, args.steps))
+    def measure(self, case: Case, steps: Steps) -> Row:
+        method: MethodSpec = case.what
+        steps.name(f"{case.label}: agreement")
+        scores = self.agreement.measure(method.kv, steps.done)
+        row = scores.figures(self.agreement.dense)
+        if method.method == BASELINE:
+            self._baselines[method.budget] = scores
+        elif method.budget in self._baselines:
+            row |= over(scores, self._baselines[method.budget])
+        for name, asked in self.questions.items():
+            row |= self._ask(name, method, steps) if asked else {}
+        steps.name(f"{case.label}: step time")
+        row |= timed(self.args, self.passages, (self.llm, method.kv), (self.llm, MethodSpec(DENSE).kv))
         steps.done()
         return row
 
-    def _questions(self, name: str, spec: MethodSpec, steps: setup.Steps) -> Row:
+    def _ask(self, name: str, method: MethodSpec, steps: Steps) -> Row:
         """Accuracy of one kind of question, beside dense's."""
         asked, batch = self.questions[name], self.args.batch
         if name not in self._dense:  # a resumed run need not have measured dense
             steps.name(f"dense: {name}")
             self._dense[name] = ask(self.llm, asked, MethodSpec(DENSE).kv, batch)
-        steps.name(f"{spec.label}: {name}")
+        steps.name(f"{method.label}: {name}")
         dense = found = self._dense[name]
-        if spec.method != DENSE:
-            found = ask(self.llm, asked, spec.kv, batch, steps.done)
+        if method.method != DENSE:
+            found = ask(self.llm, asked, method.kv, batch, steps.done)
         figures = found.figures()
         changed = [a.score - b.score for a, b in zip(found.answers, dense.answers)]
         return {
@@ -174,57 +196,4 @@ class Study:
         }
 
 
-def run(study: Study, specs: Sequence[MethodSpec]) -> None:
-    """Measure every spec that the results lack."""
-    missing = [spec for spec in specs if study.results.find(study.row(spec)) is None]
-    needed = {spec.budget for spec in missing if spec.budget is not None}
-    todo = [spec for spec in specs if spec in missing or (spec.method == BASELINE and spec.budget in needed)]
-    if not missing:
-        return
-    with setup.Steps(study.preparations + len(todo) * study.measurements) as steps:
-        study.prepare(steps)
-        for spec in todo:
-            study.results.add(study.measure(spec, steps))
-
-
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = setup.parser("methods", __doc__)
-    for name, default, text in (
-        ("context", 2000, "tokens in front of every measured decode row"),
-        ("windows", 8, "texts for the agreement"),
-        ("scored", 128, "tokens scored in each"),
-        ("rounds", 6, "turns of dense and method for step times"),
-        ("steps", 8, "timed steps per turn"),
-    ):
-        parser.add_argument(f"--{name}", type=setup.count, default=default, help=f"{text} (default: %(default)s)")
-    parser.add_argument("--haystacks", type=int, default=8, help="texts with 8 needles each; 0 for none (default: %(default)s)")
-    return parser.parse_args(argv)
-
-
-def note(llm: LLM, args: argparse.Namespace) -> str:
-    return (
-        f"Context {args.context}, batch {args.batch}; {args.windows} windows of text, {args.scored} tokens scored in each; "
-        f"{args.haystacks} haystacks with {NEEDLES} questions of either kind. In brackets: 95% intervals, by bootstrap over "
-        f"blocks of {BLOCK} tokens, Wilson's for needles. Speed-up over dense steps of the same rounds. {setup.described(llm)}"
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit code."""
-    args = parse(argv)
-    if args.windows < args.batch:
-        raise ConfigError(f"--windows is {args.windows}, but steps of {args.batch} requests are timed on texts of their own; "
-                          "give at least as many windows as --batch")  # fmt: skip
-    specs = plan(args.methods, args.budgets)
-    llm = setup.engine(args, specs)
-    results = Results(
-        COLUMNS, IDENTITY, "Selection methods: quality beside speed", args.json, args.markdown, args.publish, note(llm, args)
-    )
-    if args.resume:
-        results.resume()
-    study = Study(llm, args, results)
-    return setup.finish(results, lambda: run(study, specs))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("eval methods", Methods)

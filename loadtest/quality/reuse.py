@@ -16,22 +16,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
-from kvloom.loadtest.figures import add_publish
-from kvloom.loadtest.quality import reuse_charge, setup
+from kvloom.loadtest.quality import reuse_charge
 from kvloom.loadtest.quality.reuse_prompts import Maker, check_length
 from kvloom.loadtest.quality.reuse_runs import KINDS, Reference, Sample, Times, compare, donate, race, reference
 from kvloom.loadtest.quality.reuse_scores import EVERYTHING, NAIVE, Setting, Trend, figures, relate, settings, trends
+from kvloom.loadtest.study import runner
+from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, parser
 from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.study.runner import described
 
 COLUMNS = (
     Column("donors", "donors"),
@@ -65,29 +65,14 @@ def engine(args: argparse.Namespace) -> LLM:
 
     What deviates is not refused, so that every row is about the same tokens. Raises ModelError or ConfigError.
     """
-    given = options(args.kvshare_options)
-    fixed = {"verified": True, "heal": False, "shadow_share": 0.0}
-    return LLM(
-        args.model,
-        dtype=args.dtype,
-        weights=args.weights,
-        backend=args.backend,
-        kv_memory=args.kv_memory,
-        threads=args.threads,
-        shadow_interval=0,
-        kvshare_options=json.dumps({"min_gain": -1.0, "reject_above": 1000, **given, **fixed}),
-    )
-
-
-def options(text: str) -> dict[str, Any]:
-    """`--kvshare-options`. Raises ConfigError."""
     try:
-        found = json.loads(text)
+        given = json.loads(args.kvshare_options)
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ConfigError(f'--kvshare-options is {text!r}; allowed: a JSON object such as {{"min_match": 32}}')
-    return found
+        given = None
+    if not isinstance(given, dict):
+        raise ConfigError(f'--kvshare-options is {args.kvshare_options!r}; allowed: a JSON object such as {{"min_match": 32}}')
+    fixed = {"verified": True, "heal": False, "shadow_share": 0.0}
+    return runner.engine(args, kvshare_options=json.dumps({"min_gain": -1.0, "reject_above": 1000, **given, **fixed}))
 
 
 class Study:
@@ -103,7 +88,7 @@ class Study:
     def about(self) -> Row:
         """What all rows share."""
         sizes = {key: getattr(self.args, key) for key in SIZES}
-        return sizes | {"corpus": self.maker.fingerprint, "kvshare_options": self.args.kvshare_options} | setup.about(self.llm)
+        return sizes | {"corpus": self.maker.fingerprint, "kvshare_options": self.args.kvshare_options} | runner.about(self.llm)
 
     def identity(self, donors: str, setting: Setting) -> Row:
         return {"donors": donors, **setting._asdict(), **self.about}
@@ -113,7 +98,7 @@ class Study:
         shared = {key: self.about[key] for key in IDENTITY if key in self.about} | {"prompts": prompts}
         return [row for row in results.rows if all(row.get(key) == value for key, value in shared.items())]
 
-    def measure(self, donors: str, chosen: Sequence[Setting], steps: setup.Steps) -> Iterator[list[Row]]:
+    def measure(self, donors: str, chosen: Sequence[Setting], steps: runner.Steps) -> Iterator[list[Row]]:
         """Every setting on one prompt after another, so that all share its donors and its full pass. Rows of the prompts so far
         after each: they can be compared pair by pair whenever it is stopped."""
         samples: defaultdict[Setting, list[Sample]] = defaultdict(list)
@@ -142,7 +127,7 @@ def run(study: Study, chosen: Sequence[Setting], kinds: Sequence[str], results: 
     """Measure what the results lack. After Ctrl-C the rows are of the prompts that every setting has answered."""
     known = list(results.rows)
     jobs = [(kind, [s for s in chosen if results.find(study.identity(kind, s)) is None]) for kind in kinds]
-    with setup.Steps(sum(len(missing) for _, missing in jobs) * study.args.prompts) as steps:
+    with runner.Steps(sum(len(missing) for _, missing in jobs) * study.args.prompts) as steps:
         for kind, missing in jobs:
             for rows in study.measure(kind, missing, steps) if missing else ():
                 results.rows = [*known, *rows]
@@ -162,10 +147,10 @@ def run_charge(study: Study, kinds: Sequence[str], results: Results) -> None:
     args = study.args
     setting = Setting(SERVED.policy, SERVED.ratio, args.boundary)
     about = study.about | {"sets": args.charge, **setting._asdict()}
-    with setup.Steps(len(kinds) * args.charge) as steps:
+    with runner.Steps(len(kinds) * args.charge) as steps:
         for kind in kinds:
             if results.find({**about, "donors": kind, "uses": CHARGE_USES}) is not None:
-                steps.skip(args.charge)
+                steps.done(args.charge)
                 continue
             found = []
             for number in range(args.charge):
@@ -191,43 +176,33 @@ def chosen_settings(args: argparse.Namespace) -> list[Setting]:
     return settings(policies, ratios, args.boundary)
 
 
-def flags(made: argparse.ArgumentParser) -> None:
+def add_flags(made: argparse.ArgumentParser) -> None:
     """Flags of everything that measures approximate reuse on prompts."""
-    made.add_argument("model", nargs="?", default="smollm2")
-    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("backend", "auto"), ("kv-memory", "2GiB")):
-        made.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
-    made.add_argument("--threads", type=setup.count, help="compute threads (default: one per core)")
+    add_model(made)
+    add_engine(made, kv_memory="2GiB")
     made.add_argument("--kvshare-options", default="{}", help="as in kvloom serve: such as min_match or check_layer")
-    made.add_argument("--document-len", type=setup.count, default=300, help="tokens of each document (default: %(default)s)")
-    made.add_argument("--answer-len", type=setup.count, default=24, help="tokens of each answer (default: %(default)s)")
+    add(made, ("document-len", 300, "tokens of each document"), ("answer-len", 24, "tokens of each answer"))
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--text", type=Path, help="a text file to take documents from (default: the Python reference)")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    made = argparse.ArgumentParser(prog="kvloom eval kvshare", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    flags(made)
-    made.add_argument("--documents", type=setup.count, default=11, help="documents of a donor (default: %(default)s)")
-    made.add_argument("--prompts", type=setup.count, default=40, help="prompts per setting (default: %(default)s)")
-    made.add_argument("--policies", default=",".join((NAIVE, *POLICIES)), help="default: %(default)s")
-    made.add_argument("--ratios", default="0.05,0.15,0.3,0.5,1", help="default: %(default)s")
-    made.add_argument(
-        "--boundary", type=int, default=SERVED.boundary, help="first tokens of every run that any policy computes (%(default)s)"
-    )
+    made = parser("eval kvshare", __doc__)
+    add_flags(made)
+    add(made, ("documents", 11, "documents of a donor"), ("prompts", 40, "prompts per setting"))
+    add(made, ("policies", ",".join((NAIVE, *POLICIES)), ""), ("ratios", "0.05,0.15,0.3,0.5,1", ""), kind=str)
+    first = "first tokens of every run that any policy computes (%(default)s)"
+    made.add_argument("--boundary", type=int, default=SERVED.boundary, help=first)
     made.add_argument("--donors", choices=(*KINDS, "both"), default="both", help="default: %(default)s")
-    made.add_argument("--rounds", type=int, default=2, help="turns for times per setting, 0 for none (default: %(default)s)")
-    made.add_argument(
-        "--charge", type=int, default=0, metavar="SETS",
-        help=f"measure also, on so many sets of documents, after how many of {CHARGE_USES} uses reuse has paid for its donors",
-    )  # fmt: skip
-    made.add_argument("--json", type=Path, help="write rows into this file")
-    made.add_argument("--markdown", type=Path, help="write the table into this file")
-    add_publish(made)
-    made.add_argument("--resume", action="store_true", help="keep the rows that --json holds already for the same settings")
+    add(made, ("rounds", 2, "turns for times per setting, 0 for none"), kind=int)
+    paid = f"measure also, on so many sets of documents, after how many of {CHARGE_USES} uses reuse has paid for its donors"
+    made.add_argument("--charge", type=int, default=0, metavar="SETS", help=paid)
+    add_outputs(made)
+    add_resume(made)
     args = made.parse_args(argv)
-    for name, least in (("boundary", 0), ("rounds", 0), ("charge", 0)):
-        if getattr(args, name) < least:
-            raise ConfigError(f"--{name} is {getattr(args, name)}; allowed: {least} or more")
+    for name in ("boundary", "rounds", "charge"):
+        if getattr(args, name) < 0:
+            raise ConfigError(f"--{name} is {getattr(args, name)}; allowed: 0 or more")
     return args
 
 
@@ -236,38 +211,26 @@ def beside(path: Path | None) -> Path | None:
     return None if path is None else path.with_stem(path.stem + "-charge")
 
 
-def note(study: Study) -> str:
-    args = study.args
-    return (
-        f"{args.prompts} prompts of {args.documents} documents of {args.document_len} tokens that donors have, and one that "
-        f"they have not; answers of {args.answer_len} tokens; every policy with the same settings in one run. "
-        f"{NAIVE}: nothing found is computed; {EVERYTHING}: all of it, the "
-        f"same for every policy; otherwise up to {args.boundary} tokens at the head of every run come first. Times: medians of "
-        f"{args.rounds} turns. In brackets: 95% intervals. {setup.described(study.llm)}"
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; returns the exit code."""
     args = parse(argv)
     chosen, kinds = chosen_settings(args), KINDS if args.donors == "both" else (args.donors,)
     study = Study(engine(args), args)
-    results = Results(
-        COLUMNS, IDENTITY, "Approximate reuse: quality and time", args.json, args.markdown, args.publish, note(study)
+    note = (
+        f"{args.prompts} prompts of {args.documents} documents of {args.document_len} tokens that donors have, and one that "
+        f"they have not; answers of {args.answer_len} tokens; every policy with the same settings in one run. "
+        f"{NAIVE}: nothing found is computed; {EVERYTHING}: all of it, the "
+        f"same for every policy; otherwise up to {args.boundary} tokens at the head of every run come first. Times: medians of "
+        f"{args.rounds} turns. In brackets: 95% intervals. {described(study.llm)}"
     )
-    charged = Results(
-        reuse_charge.COLUMNS, reuse_charge.IDENTITY, "What donors cost", beside(args.json), beside(args.markdown),
-        beside(args.publish),
-        f"Medians over {args.charge} sets of documents, used in another order every time. {setup.described(study.llm)}",
-    )  # fmt: skip
-    if args.resume:
-        results.resume()
-        charged.resume()
-    code = setup.finish(results, lambda: run(study, chosen, kinds, results))
+    results = Results(
+        COLUMNS, IDENTITY, "Approximate reuse: quality and time", args.json, args.markdown, args.publish, note
+    ).resumed(args.resume)
+    code = runner.finish(results, lambda: run(study, chosen, kinds, results))
     if code or not args.charge:
         return code
-    return setup.finish(charged, lambda: run_charge(study, kinds, charged))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    about = f"Medians over {args.charge} sets of documents, used in another order every time. {described(study.llm)}"
+    json_, markdown, publish = map(beside, (args.json, args.markdown, args.publish))
+    charged = Results(reuse_charge.COLUMNS, reuse_charge.IDENTITY, "What donors cost", json_, markdown, publish, about)
+    charged = charged.resumed(args.resume)
+    return runner.finish(charged, lambda: run_charge(study, kinds, charged))

@@ -19,6 +19,7 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality import facts
 from kvloom.loadtest.quality.facts import Fact
+from kvloom.loadtest.quality.text import read
 from kvloom.loadtest.workloads.corpus import Reader, TextSource
 
 HEADER = "Here are some documents, and the beginning of a sentence from one of them.\n\n"
@@ -96,14 +97,6 @@ def _another_order(documents: Sequence[Tokens], random: Random) -> list[Tokens]:
     """Shuffled; a rotation if the shuffle changed nothing."""
     order = random.sample(documents, len(documents))
     return [*order[1:], order[0]] if order == list(documents) else order
-
-
-def read(text: Path) -> str:
-    """A text file. Raises ConfigError if it cannot be read."""
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--text {text} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def fitting(llm: LLM, length: int, answer: int, most: int = 11) -> int:

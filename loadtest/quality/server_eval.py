@@ -18,23 +18,19 @@ import argparse
 import asyncio
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.figures import add_publish
-from kvloom.loadtest.quality import setup
 from kvloom.loadtest.quality.completions import Completions, Scored, all_of
-from kvloom.loadtest.quality.spec import parse_numbers
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
-from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.study.flags import add, add_outputs, need, numbers, parser
 from kvloom.loadtest.study.intervals import bootstrap, exponential, wilson
 from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.study.runner import Steps, finish
 from kvloom.loadtest.workloads.corpus import TextSource
 
 COLUMNS = (
@@ -109,7 +105,7 @@ def agreement(reference: Sequence[Scored], scored: Sequence[Scored]) -> Row:
 class Study:
     """One context length on one server, or on two."""
 
-    def __init__(self, args: argparse.Namespace, source: TextSource, context: int, steps: setup.Steps) -> None:
+    def __init__(self, args: argparse.Namespace, source: TextSource, context: int, steps: Steps) -> None:
         self._args, self._context, self._steps = args, context, steps
         self._texts = [source.decode(source.tokens(context, f"{args.seed} {i}")) for i in range(args.windows)]
         text = source.tokens(max(context, source.size), str(args.seed))
@@ -154,11 +150,11 @@ class Study:
 
 async def run(args: argparse.Namespace, source: TextSource, results: Results) -> None:
     """Measure every context; a row is kept even if it stops half-way, with what it has."""
-    contexts = parse_numbers(args.contexts, "--contexts")
+    contexts = numbers(args.contexts, "--contexts")
     key: dict[str, Any] = {"api_key": args.api_key, "concurrency": args.concurrency}
     servers = 2 if args.reference_url else 1
     reference = args.reference_url or args.base_url, args.reference_model or args.model
-    with setup.Steps(len(contexts) * servers * (args.windows + NEEDLES * args.haystacks)) as steps:
+    with Steps(len(contexts) * servers * (args.windows + NEEDLES * args.haystacks)) as steps:
         async with (
             Completions(args.base_url, args.model, extra=args.kv and {"kv": args.kv}, **key) as server,
             Completions(*reference, **key) as other,
@@ -174,27 +170,21 @@ async def run(args: argparse.Namespace, source: TextSource, results: Results) ->
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kvloom eval server", description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--base-url", required=True, help="such as http://127.0.0.1:8000, without /v1")
-    add("--model", required=True, help="its name in the server's API")
-    add("--reference-url", help="a second server to compare with")
-    add("--reference-model", help="its model (default: --model)")
-    add("--api-key", help="sent to both servers as a bearer token")
-    add("--kv", help='JSON object sent as the request field "kv" to --base-url')
-    add(
-        "--tokenizer", default="smollm2", help="cuts the texts to length: built-in name, folder or .gguf (default: %(default)s)"
-    )
-    add("--contexts", default="1000", help="tokens of a text (default: %(default)s)")
-    add("--windows", type=setup.count, default=8, help="texts per context (default: %(default)s)")
-    add("--haystacks", type=int, default=2, help="with 8 needles each; 0 for none (default: %(default)s)")
-    add("--top", type=setup.count, default=5, help="likeliest tokens to ask for, 5 with OpenAI's limit (default: %(default)s)")
-    add("--concurrency", type=setup.count, default=4, help="requests at once (default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--json", type=Path, help="write rows into this file")
-    add("--markdown", type=Path, help="write the table into this file")
-    add_publish(parser)
-    args = parser.parse_args(argv)
+    made = parser("eval server", __doc__)
+    made.add_argument("--base-url", required=True, help="such as http://127.0.0.1:8000, without /v1")
+    made.add_argument("--model", required=True, help="its name in the server's API")
+    made.add_argument("--reference-url", help="a second server to compare with")
+    made.add_argument("--reference-model", help="its model (default: --model)")
+    made.add_argument("--api-key", help="sent to both servers as a bearer token")
+    made.add_argument("--kv", help='JSON object sent as the request field "kv" to --base-url')
+    add(made, ("tokenizer", "smollm2", "cuts the texts to length: built-in name, folder or .gguf"), kind=str)
+    add(made, ("contexts", "1000", "tokens of a text"), kind=str)
+    add(made, ("windows", 8, "texts per context"))
+    add(made, ("haystacks", 2, "with 8 needles each; 0 for none"), kind=int)
+    add(made, ("top", 5, "likeliest tokens to ask for, 5 with OpenAI's limit"), ("concurrency", 4, "requests at once"))
+    made.add_argument("--seed", type=int, default=0)
+    add_outputs(made)
+    args = made.parse_args(argv)
     try:
         args.kv = json.loads(args.kv or "{}")
     except ValueError as error:
@@ -208,17 +198,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     need("aiohttp")
     source = TextSource.load(args.tokenizer)
     note = f"Text: Python's reference, fingerprint {source.fingerprint}. In brackets: 95% intervals over texts. {describe()}."
-    results = Results(
-        COLUMNS,
-        ("base_url", "model", "options", "context"),
-        "Quality of a server",
-        args.json,
-        args.markdown,
-        args.publish,
-        note,
-    )
-    return setup.finish(results, lambda: asyncio.run(run(args, source, results)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    identity, files = ("base_url", "model", "options", "context"), (args.json, args.markdown, args.publish)
+    results = Results(COLUMNS, identity, "Quality of a server", *files, note)
+    return finish(results, lambda: asyncio.run(run(args, source, results)))

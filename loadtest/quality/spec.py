@@ -7,10 +7,12 @@ Every sparse method is measured at every budget, and the cheap baseline stands b
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from kvloom.engine import LLM
@@ -18,6 +20,9 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 from kvloom.engine.selection import METHODS
 from kvloom.engine.selection.base import read_options
+from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, numbers
+from kvloom.loadtest.study.results import Row
+from kvloom.loadtest.study.runner import Case, engine
 
 DENSE = "dense"
 BASELINE = "sink_window"
@@ -37,6 +42,11 @@ class MethodSpec:
     def kv(self) -> KVOptions:
         """What its requests carry."""
         return KVOptions(selection=self.method, budget=self.budget, options=dict(self.options))
+
+    @property
+    def row(self) -> Row:
+        """What tells its rows from other methods'."""
+        return {"method": self.method, "budget": self.budget, "options": dict(self.options)}
 
     @property
     def label(self) -> str:
@@ -63,17 +73,6 @@ def _value(text: str) -> Any:
         return text
 
 
-def parse_numbers(text: str, flag: str) -> list[int]:
-    """Positive whole numbers separated by commas. Raises ConfigError."""
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < 1:
-        raise ConfigError(f"{flag} is {text!r}; allowed: whole numbers of 1 or more, separated by commas")
-    return numbers
-
-
 def plan(methods: str, budgets: str, *, baseline: bool = True) -> list[MethodSpec]:
     """What to measure, in order: dense, budget by budget the baseline and every method, then methods without a budget.
 
@@ -82,7 +81,7 @@ def plan(methods: str, budgets: str, *, baseline: bool = True) -> list[MethodSpe
     chosen = [(name, options) for name, options in parse_methods(methods) if name != DENSE]
     if baseline and chosen and all(name != BASELINE for name, _ in chosen):
         chosen.insert(0, (BASELINE, {}))
-    sizes = parse_numbers(budgets, "--budgets")
+    sizes = numbers(budgets, "--budgets")
     without = [MethodSpec(name, None, options) for name, options in chosen if not _takes_budget(name, options)]
     chosen = [(name, options) for name, options in chosen if _takes_budget(name, options)]
     return [MethodSpec(DENSE), *(MethodSpec(name, size, options) for size in sizes for name, options in chosen), *without]
@@ -92,6 +91,32 @@ def _takes_budget(name: str, options: Mapping[str, Any]) -> bool:
     """Whether a method reads more or less by a budget. Unknown names do here; `check` refuses them."""
     method = METHODS.get(name)
     return method is None or method.takes_budget(read_options(method, options))
+
+
+def cases(specs: Sequence[MethodSpec]) -> list[Case]:
+    """A row for each."""
+    return [Case(spec, spec.label, spec.row) for spec in specs]
+
+
+def add_flags(made: Any) -> None:
+    """Flags of every study of methods: the engine, the methods, the text, where results go."""
+    add_model(made)
+    add_engine(made)
+    methods = "NAME or NAME:OPTION=VALUE:..., comma-separated"
+    add(made, ("methods", "dense,sink_window", methods), ("budgets", "128,256,512", "positions a sparse row reads"), kind=str)
+    add(made, ("batch", 8, "requests that decode at once"))
+    made.add_argument("--seed", type=int, default=0)
+    text = "a text file to measure on (default: the Python reference, about 85,000 tokens)"
+    made.add_argument("--text", type=Path, help=text)
+    add_outputs(made)
+    add_resume(made)
+
+
+def engine_for(args: argparse.Namespace, specs: Sequence[MethodSpec]) -> LLM:
+    """An engine that knows every method. Raises ModelError, ConfigError or InvalidRequestError."""
+    made = engine(args, max_num_seqs=max(64, args.batch))
+    check(made, specs)
+    return made
 
 
 def check(llm: LLM, specs: Sequence[MethodSpec]) -> None:

@@ -10,20 +10,18 @@ Writes a heat map of length x depth per task into --out. The default model does 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 
-from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.quality import setup
+from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.decoding import prefill
 from kvloom.loadtest.quality.heatmap import DEPTHS, Grid, draw
-from kvloom.loadtest.quality.spec import MethodSpec, parse_numbers, plan
-from kvloom.loadtest.quality.tasks import TASKS, haystacks, trials
-from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.quality.tasks import TASKS, Trial, haystacks, trials
+from kvloom.loadtest.study.flags import add, need, numbers
 from kvloom.loadtest.study.results import Column, Results, Row
+from kvloom.loadtest.study.runner import Case, Steps, Study, command, console, described
 
 COLUMNS = (
     Column("task", "task"),
@@ -38,35 +36,56 @@ COLUMNS = (
     Column("positions read", "attended_share", ".1%"),
     Column("KV MB", "kv_bytes", ".1f", 1e-6),
 )
-IDENTITY = ("model", "dtype", "weights", "task", "method", "budget", "options", "context", "batch", "haystacks", "seed")
 
 
-def measure(llm: LLM, args: argparse.Namespace, specs: Sequence[MethodSpec], results: Results) -> None:
-    """Measure every task, length and spec that the results lack."""
-    text = setup.real_text(llm, args.text)
-    lengths = parse_numbers(args.lengths, "--lengths")
-    with setup.Steps(len(args.tasks) * len(lengths) * len(specs)) as steps:
-        for task in args.tasks:
-            for length in lengths:
-                questions = trials(task, llm.tokenizer, text, length, args.haystacks, args.seed)
-                missing = [spec for spec in specs if results.find(_row(llm, args, spec, task, length)) is None]
-                steps.skip(len(specs) - len(missing))
-                if missing:
-                    steps.name(f"{task} {length}: computing prompts")
-                    prefill(llm, haystacks(questions))
-                for spec in missing:
-                    steps.name(f"{task} {length}: {spec.label}")
-                    found = ask(llm, questions, spec.kv, args.batch)
-                    depths = [[answer.trial.depth, answer.score] for answer in found.answers]
-                    row = _row(llm, args, spec, task, length) | found.figures() | found.cost.figures()
-                    results.add({**row, "label": spec.label, "scores": depths})
-                    steps.done()
+class Tasks(Study):
+    """Measures methods on every task at every length."""
 
+    title = "Long-context tasks"
+    columns = COLUMNS
+    identity = ("model", "dtype", "weights", "task", "method", "budget", "options", "context", "batch", "haystacks", "seed")
 
-def _row(llm: LLM, args: argparse.Namespace, spec: MethodSpec, task: str, length: int) -> Row:
-    settings = {"context": length, "batch": args.batch, "haystacks": args.haystacks, "seed": args.seed}
-    method = {"method": spec.method, "budget": spec.budget, "options": dict(spec.options)}
-    return {"task": task, **method, **settings, **setup.about(llm)}
+    @staticmethod
+    def add_flags(made: argparse.ArgumentParser) -> None:
+        spec.add_flags(made)
+        add(made, ("tasks", "needle,number,multi_key,documents", f"of {', '.join(TASKS)}"), kind=str)
+        add(made, ("lengths", "1000,2000,4000,7000", "tokens of haystack"), kind=str)
+        add(made, ("haystacks", 4, "per task and length"))
+        add(made, ("out", Path("results/tasks"), "folder for heat maps"), kind=Path)
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        tasks = args.tasks.split(",")
+        if unknown := [task for task in tasks if task not in TASKS]:
+            raise ConfigError(f"--tasks names {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
+        need("matplotlib")
+        self.args, specs, lengths = args, spec.plan(args.methods, args.budgets), numbers(args.lengths, "--lengths")
+        self.cases = [
+            Case(one, f"{task} {length}: {one.label}", {"task": task, **one.row, "context": length}, (task, length))
+            for task in tasks
+            for length in lengths
+            for one in specs
+        ]
+        self.llm = spec.engine_for(args, specs)
+        self.text = text.real_text(self.llm, args.text)
+        brackets = "95% intervals (Wilson's; by bootstrap over haystacks where answers are shares)"
+        self.note = f"In brackets: {brackets}. {described(self.llm)}"
+
+    def prepare(self, group: Hashable, steps: Steps) -> None:
+        assert isinstance(group, tuple)
+        task, length = group
+        steps.name(f"{task} {length}: computing prompts")
+        self.questions: list[Trial] = trials(task, self.llm.tokenizer, self.text, length, self.args.haystacks, self.args.seed)
+        prefill(self.llm, haystacks(self.questions))
+
+    def measure(self, case: Case, steps: Steps) -> Row:
+        found = ask(self.llm, self.questions, case.what.kv, self.args.batch)
+        steps.done()
+        depths = [[answer.trial.depth, answer.score] for answer in found.answers]
+        return {**found.figures(), **found.cost.figures(), "label": case.what.label, "scores": depths}
+
+    def conclude(self, results: Results) -> None:
+        for path in maps(self.args.out, results.rows):
+            console.print(f"written: {path}")
 
 
 def maps(folder: Path, rows: Sequence[Row]) -> list[Path]:
@@ -85,37 +104,4 @@ def maps(folder: Path, rows: Sequence[Row]) -> list[Path]:
     return written
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = setup.parser("tasks", __doc__)
-    default = "needle,number,multi_key,documents"
-    parser.add_argument("--tasks", default=default, help=f"of {', '.join(TASKS)} (default: %(default)s)")
-    parser.add_argument("--lengths", default="1000,2000,4000,7000", help="tokens of haystack (default: %(default)s)")
-    parser.add_argument("--haystacks", type=setup.count, default=4, help="per task and length (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("results/tasks"), help="folder for heat maps (default: %(default)s)")
-    args = parser.parse_args(argv)
-    args.tasks = args.tasks.split(",")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print and write; returns the exit code."""
-    args = parse(argv)
-    if unknown := [task for task in args.tasks if task not in TASKS]:
-        raise ConfigError(f"--tasks names {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
-    need("matplotlib")
-    specs = plan(args.methods, args.budgets)
-    llm = setup.engine(args, specs)
-    note = (
-        f"In brackets: 95% intervals (Wilson's; by bootstrap over haystacks where answers are shares). {setup.described(llm)}"
-    )
-    results = Results(COLUMNS, IDENTITY, "Long-context tasks", args.json, args.markdown, args.publish, note)
-    if args.resume:
-        results.resume()
-    code = setup.finish(results, lambda: measure(llm, args, specs, results))
-    for path in maps(args.out, results.rows):
-        setup.console.print(f"written: {path}")
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+main = command("eval tasks", Tasks)

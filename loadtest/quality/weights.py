@@ -8,24 +8,32 @@ weight bytes from the same engines in the same run.
 
 from __future__ import annotations
 
-import argparse
 import gc
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 
 from kvloom.engine import LLM
 from kvloom.loadtest.bench.engine import add, median_seconds, random_tokens, weight_bytes
-from kvloom.loadtest.figures import add_publish, markdown, publish
 from kvloom.loadtest.quality.forced import Agreement, agreement, log_probabilities
 from kvloom.loadtest.quality.text import reference_text, windows
+from kvloom.loadtest.study.flags import add_model, add_outputs, parser
 from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.results import Column, Results, Row, console
 
-console = Console(highlight=False)
 MODES = ("bf16", "int8", "int4", "auto")
+COLUMNS = (
+    Column("weights", "weights"),
+    Column("MB read per step", "bytes", ".0f", 1e-6),
+    Column("perplexity", "ppl", ".3f"),
+    Column("against fp32", "over_fp32", "+.2%"),
+    Column("KL mean", "kl_mean", ".5f"),
+    Column("KL p99", "kl_p99", ".4f"),
+    Column("top-1 agreement", "top1", ".1%"),
+    Column("decode ms, batch 1", "ms_1", ".1f"),
+    Column("batch 8", "ms_8", ".1f"),
+)
 
 
 def decode_ms(llm: LLM, batch: int, steps: int = 24) -> float:
@@ -39,35 +47,14 @@ def decode_ms(llm: LLM, batch: int, steps: int = 24) -> float:
     return seconds * 1e3
 
 
-COLUMNS = (
-    "weights",
-    "MB read per step",
-    "perplexity",
-    "against fp32",
-    "KL mean",
-    "KL p99",
-    "top-1 agreement",
-    "decode ms, batch 1",
-    "batch 8",
-)
-
-
-def row(mode: str, llm: LLM, found: Agreement, perplexity: float) -> list[str]:
+def row(mode: str, llm: LLM, found: Agreement, perplexity: float) -> Row:
     """One row of the table; `perplexity` is the reference's."""
-    return [
-        mode,
-        f"{weight_bytes(llm) / 1e6:.0f}",
-        f"{found.perplexity:.3f}",
-        f"{found.perplexity / perplexity - 1:+.2%}",
-        f"{found.kl_mean:.5f}",
-        f"{found.kl_p99:.4f}",
-        f"{found.top1:.1%}",
-        f"{decode_ms(llm, 1):.1f}",
-        f"{decode_ms(llm, 8):.1f}",
-    ]
+    quality = {"ppl": found.perplexity, "over_fp32": found.perplexity / perplexity - 1, "kl_mean": found.kl_mean}
+    speed = {"bytes": weight_bytes(llm), "ms_1": decode_ms(llm, 1), "ms_8": decode_ms(llm, 8)}
+    return {"weights": mode, **quality, "kl_p99": found.kl_p99, "top1": found.top1, **speed}
 
 
-def measure(model: str, length: int, count: int) -> tuple[list[list[str]], str]:
+def measure(model: str, length: int, count: int) -> tuple[list[Row], str]:
     """Every mode: the rows of the table, and its note."""
     reference = LLM(model, dtype="fp32", weights="bf16", kv_memory="512MiB")
     texts = windows(reference.tokenizer.encode(reference_text()), length, count)
@@ -78,33 +65,20 @@ def measure(model: str, length: int, count: int) -> tuple[list[list[str]], str]:
     for mode in MODES:
         gc.collect()
         llm = LLM(model, weights=mode, kv_memory="512MiB")
-        found = agreement(llm, texts, wanted)
-        rows.append(row(mode, llm, found, base.perplexity))
-        console.print(*rows[-1])
+        rows.append(row(mode, llm, agreement(llm, texts, wanted), base.perplexity))
+        console.print(f"measured: {mode}")
         del llm
-    name = Path(model).name
-    note = f"{name}, {base.tokens} tokens of the Python reference in {count} windows of {length}. Measured {describe()}."
-    return rows, note
+    tokens = f"{base.tokens} tokens of the Python reference in {count} windows of {length}"
+    return rows, f"{Path(model).name}, {tokens}. Measured {describe()}."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="kvloom eval weights", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default="smollm2")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=6)
-    parser.add_argument("--markdown", type=Path, help="also write the table into this file")
-    add_publish(parser)
-    args = parser.parse_args(argv)
+    made = parser("eval weights", __doc__, allow_abbrev=True)
+    add_model(made)
+    made.add_argument("--length", type=int, default=1024)
+    made.add_argument("--windows", type=int, default=6)
+    add_outputs(made, rows="", table="also write the table into this file")
+    args = made.parse_args(argv)
     rows, note = measure(args.model, args.length, args.windows)
-    text = f"{markdown(COLUMNS, rows)}\n\n{note}"
-    console.print(text, soft_wrap=True)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
-    if args.publish:
-        publish(args.publish, COLUMNS, rows, note)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return Results(COLUMNS, (), "", None, args.markdown, args.publish, note, rows).conclude()

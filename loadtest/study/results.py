@@ -7,15 +7,19 @@ settings are not measured again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.figures import markdown, publish
 
 Row = dict[str, Any]
+console = Console(highlight=False)
 
 
 class Column(NamedTuple):
@@ -23,9 +27,11 @@ class Column(NamedTuple):
 
     title: str
     key: str
-    form: str = ""
-    """As in format(); empty for text and whole numbers."""
+    form: str | Callable[[Any], str] = ""
+    """As in format(), empty for text and whole numbers; or what makes text of a value."""
     factor: float = 1.0
+    always: bool = False
+    """Whether it is shown if no row has a value for it."""
 
 
 def cell(column: Column, row: Mapping[str, Any]) -> str:
@@ -33,24 +39,38 @@ def cell(column: Column, row: Mapping[str, Any]) -> str:
     value = row.get(column.key)
     if value is None:
         return "-"
+    if callable(column.form):
+        return column.form(value)
     if isinstance(value, (dict, list)):
         return json.dumps(value) if value else ""
     if isinstance(value, str):
         return value
-    show = lambda n: format(n if column.factor == 1 else n * column.factor, column.form or ",")  # noqa: E731
+    form = column.form or ","
+    show = lambda n: format(n if column.factor == 1 else n * column.factor, form)  # noqa: E731
     interval = row.get(f"{column.key}_ci")
     return show(value) + (f" ({show(interval[0])} to {show(interval[1])})" if interval else "")
 
 
 def cells(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table as text; columns that no row has a value for are left out."""
-    kept = [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+    """Head and rows of a table as text; most columns that no row has a value for are left out."""
+    kept = [column for column in columns if column.always or any(row.get(column.key) is not None for row in rows)]
     return [column.title for column in kept], [[cell(column, row) for column in kept] for row in rows]
 
 
 def table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
     """The same in Markdown."""
     return markdown(*cells(columns, rows))
+
+
+def console_table(head: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> Table:
+    """The same for a terminal; numbers stand to the right."""
+    made = Table(title=title or None)
+    for i, name in enumerate(head):
+        figures = rows and all(row[i][:1].isdigit() or row[i][:1] in "+-" for row in rows)
+        made.add_column(name, justify="right" if figures else "left")
+    for row in rows:
+        made.add_row(*row)
+    return made
 
 
 @dataclass(slots=True)
@@ -81,6 +101,12 @@ class Results:
         except (ValueError, TypeError):
             raise ConfigError(f"--json {self.json} holds no list of rows; give another file, or leave out --resume") from None
 
+    def resumed(self, resume: bool) -> Results:
+        """The same with the rows of an earlier run, if that is to go on. Raises ConfigError."""
+        if resume:
+            self.resume()
+        return self
+
     def find(self, row: Mapping[str, Any]) -> Row | None:
         """The row that was measured with the same identity."""
         wanted = self._key(row)
@@ -106,7 +132,14 @@ class Results:
 
     def text(self) -> str:
         """The Markdown."""
-        return f"# {self.title}\n\n{table(self.columns, self.rows)}\n\n{self.note}"
+        head = f"# {self.title}\n\n" if self.title else ""
+        return f"{head}{table(self.columns, self.rows)}\n\n{self.note}"
+
+    def conclude(self) -> int:
+        """Write the files and print the table; returns the exit code 0."""
+        self.write()
+        console.print(self.text(), soft_wrap=True, markup=False)
+        return 0
 
     def _key(self, row: Mapping[str, Any]) -> str:
         return json.dumps([row.get(key) for key in self.identity], sort_keys=True)

@@ -10,7 +10,6 @@ import pytest
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, find_razor, store
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.calibrations import razor as calibrate_razor
-from kvloom.loadtest.calibrations import razor_heatmap
 from kvloom.server import cli
 from kvloom.server.exit_codes import USAGE_ERROR
 
@@ -86,7 +85,7 @@ def test_maps_of_any_shape_are_drawn(tmp_path: Path, shape: tuple[int, int]) -> 
     calibration = RazorCalibration(model_key="key", model="model", induction=scores, echo=scores)
     sizes: list[Any] = []
     for classes in (calibration.classes(), HeadClasses.all(layers, heads)):
-        razor_heatmap.draw(tmp_path / "map.png", calibration, classes)
+        calibrate_razor.draw(tmp_path / "map.png", calibration, classes)
         sizes.append(image.imread(tmp_path / "map.png"))
     assert sizes[0].shape == sizes[1].shape and max(sizes[0].shape) < 3000
     assert shape == (1, 1) or (sizes[0] != sizes[1]).any(), "frames are seen"

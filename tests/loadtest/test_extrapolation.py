@@ -1,5 +1,6 @@
 """`kvloom eval extrapolation` on the tiny model, whose trained length is 512."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -18,6 +19,12 @@ def argv(tiny: Path, out: Path, *more: str) -> list[str]:
     return [str(tiny), "--dtype", "fp32", "--weights", "bf16", "--kv-memory", "32MiB", "--text", str(text), "--budgets", "64",
             "--json", str(out / "rows.json"), "--markdown", str(out / "rows.md"), "--batch", "8", "--threads",
             "1", *more]  # fmt: skip
+
+
+def parsed(words: list[str]) -> argparse.Namespace:
+    made = argparse.ArgumentParser()
+    extrapolation.Extrapolation.add_flags(made)
+    return made.parse_args(words)
 
 
 def test_rows_within_and_beyond_the_trained_length(tiny: Path, tmp_path: Path) -> None:
@@ -44,7 +51,7 @@ def test_dense_rows_are_those_of_the_model(tiny: Path, tmp_path: Path) -> None:
     """Lifting the limit changes no figure within it: log-probabilities are an ordinary engine's."""
     from kvloom import LLM, KVOptions, SamplingParams
 
-    args = extrapolation.parse(argv(tiny, tmp_path, "--methods", f"{SPARSE}:positions=reindexed"))
+    args = parsed(argv(tiny, tmp_path, "--methods", f"{SPARSE}:positions=reindexed"))
     lifted = extrapolation.engine(args, extrapolation.plan(args.methods, args.budgets, baseline=False), 900)
     text = [3 + 7 * i % 300 for i in range(200)]
     plain = LLM(str(tiny), dtype="fp32", weights="bf16", kv_memory="8MiB")

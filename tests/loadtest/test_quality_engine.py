@@ -15,7 +15,8 @@ from torch import Tensor
 from kvloom import LLM, KVOptions, SamplingParams
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.loadtest.bench.engine import Ceilings, decode_case, prefill_case
-from kvloom.loadtest.quality import agreement, facts, long, methods, setup, task_eval
+from kvloom.loadtest.quality import agreement, facts, long, methods, task_eval
+from kvloom.loadtest.quality import text as setup
 from kvloom.loadtest.quality.answers import Answer, Answers, ask
 from kvloom.loadtest.quality.decoding import Cost, Passage, _Clock, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvloom.loadtest.quality import setup
+from kvloom.loadtest.study import runner as setup
 
 
 def test_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
