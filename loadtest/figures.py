@@ -69,11 +69,6 @@ def without_outputs(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def add_publish(parser: argparse.ArgumentParser) -> None:
-    """The flag of a measuring command."""
-    parser.add_argument("--publish", type=Path, metavar="FILE", help="also write docs/figures/NAME.json, the documents' source")
-
-
 def render(result: Result, view: str = "") -> str:
     """The Markdown between the marks: the table, and below it the note with the command, the machine and the commit."""
     head, rows = list(result["head"]), [list(row) for row in result["rows"]]
@@ -171,15 +166,8 @@ def adopt(root: Path, place: str, name: str, command: str, machine: str) -> None
     table = tables(text)[int(number) - 1]
     head, _, *rows = ([cell.strip() for cell in line.strip().removeprefix("|").removesuffix("|").split("|")]
                       for line in table.splitlines())  # fmt: skip
-    content: dict[str, Any] = {
-        "command": command,
-        "machine": machine,
-        "commit": None,
-        "head": head,
-        "rows": rows,
-        "note": "",
-        "views": {},
-    }
+    said: dict[str, Any] = {"command": command, "machine": machine, "commit": None}
+    content = {**said, "head": head, "rows": rows, "note": "", "views": {}}
     (root / FOLDER / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     (root / page).write_text(text.replace(table, f"<!-- figures: {name} -->\n{render(content)}<!-- /figures -->\n"))
 

@@ -12,33 +12,32 @@ find their context in the prefix cache, filled with random numbers instead of co
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.request import Request
 from kvloom.kernels import Kernels
-from kvloom.loadtest.figures import add_publish, markdown, publish
-from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.figures import markdown, publish
+from kvloom.loadtest.study import results
+from kvloom.loadtest.study.flags import add_engine, add_model, add_outputs, need, parser
 from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.pictures import picture
+from kvloom.loadtest.study.results import Column, console, console_table
 
-console = Console(highlight=False)
 DECODES = ((1, 128), (1, 512), (1, 4096), (1, 7500), (2, 512), (4, 512), (8, 512), (16, 1024), (8, 4096), (8, 7500))
 PREFILLS = (128, 512, 1024, 4096)
+LINEARS = ("qkv", "o", "gate_up", "down")
 
 
 def median_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -115,25 +114,30 @@ class TimedKernels:
         return getattr(self._kernels, name)
 
 
-def instrument(llm: LLM) -> tuple[Clock, Callable[[], None]]:
-    """Time every kernel and linear layer of an engine. Returns the clock, and what undoes it."""
+@contextlib.contextmanager
+def instrumented(llm: LLM) -> Iterator[Clock]:
+    """Time every kernel and linear layer of an engine meanwhile, called one by one."""
     runner: Any = llm.core.runner
     decoder, attention, clock = runner.decoder, runner._attention, Clock()
-    kernels, layers, head, replaced = decoder.kernels, list(decoder.layers), decoder.head, contextlib.ExitStack()
-    replaced.enter_context(decoder.capturing("none"))
-    decoder.kernels = attention._kernels = TimedKernels(kernels, clock)
-    names = ("qkv", "o", "gate_up", "down")
-    decoder.layers[:] = [
-        dataclasses.replace(layer, **{n: clock.wrap("linear", getattr(layer, n)) for n in names}) for layer in layers
-    ]
-    decoder.head = clock.wrap("head", head)
+    kernels, layers, head = decoder.kernels, list(decoder.layers), decoder.head
+    with decoder.capturing("none"):
+        decoder.kernels = attention._kernels = TimedKernels(kernels, clock)
+        decoder.layers[:] = [
+            dataclasses.replace(layer, **{name: clock.wrap("linear", getattr(layer, name)) for name in LINEARS})
+            for layer in layers
+        ]
+        decoder.head = clock.wrap("head", head)
+        try:
+            yield clock
+        finally:
+            decoder.kernels = attention._kernels = kernels
+            decoder.layers[:], decoder.head = layers, head
 
-    def undo() -> None:
-        decoder.kernels = attention._kernels = kernels
-        decoder.layers[:], decoder.head = layers, head
-        replaced.close()
 
-    return clock, undo
+def linears(llm: LLM) -> list[Any]:
+    """Every linear layer but the head."""
+    decoder: Any = llm.core.runner.decoder
+    return [getattr(layer, name) for layer in decoder.layers for name in LINEARS]
 
 
 def random_tokens(count: int, vocab: int, seed: int) -> list[int]:
@@ -205,14 +209,13 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
         core.step()
     seconds, shares = steps_as_served(llm, steps)
     plain = statistics.median(seconds)
-    clock, undo = instrument(llm)
     attention, linear = [], []
-    for _ in range(steps):
-        clock.spent.clear()
-        core.step()
-        attention.append(clock.spent["attend"])
-        linear.append(clock.spent["linear"] + clock.spent["head"])
-    undo()
+    with instrumented(llm) as clock:
+        for _ in range(steps):
+            clock.spent.clear()
+            core.step()
+            attention.append(clock.spent["attend"])
+            linear.append(clock.spent["linear"] + clock.spent["head"])
     for i in range(batch):
         core.abort(f"decode-{i}")
     core.cache.evict()
@@ -238,9 +241,8 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
 
 def weight_bytes(llm: LLM) -> int:
     """Bytes of weights that a decode step reads: every linear layer and the head, once."""
-    decoder: Any = llm.core.runner.decoder
-    linears = [linear for layer in decoder.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    return sum(linear.nbytes for linear in (*linears, decoder.head))
+    head: Any = llm.core.runner.decoder.head
+    return sum(linear.nbytes for linear in (*linears(llm), head))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,23 +259,20 @@ class PrefillRow:
 
 def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
     core, config = llm.core, llm.core.runner.decoder.config
-    clock, undo = instrument(llm)
     seconds, attention, linear = [], [], []
-    for i in range(repeats + 1):
-        add(llm, random_tokens(length, llm.model.vocab_size, i), f"prefill-{i}", 1)
-        clock.spent.clear()
-        began = time.perf_counter()
-        while core.busy:
-            core.step()
-        if i:  # the first is warm-up
-            seconds.append(time.perf_counter() - began)
-            attention.append(clock.spent["attend"])
-            linear.append(clock.spent["linear"])
-    undo()
+    with instrumented(llm) as clock:
+        for i in range(repeats + 1):
+            add(llm, random_tokens(length, llm.model.vocab_size, i), f"prefill-{i}", 1)
+            clock.spent.clear()
+            began = time.perf_counter()
+            while core.busy:
+                core.step()
+            if i:  # the first is warm-up
+                seconds.append(time.perf_counter() - began)
+                attention.append(clock.spent["attend"])
+                linear.append(clock.spent["linear"])
     core.cache.evict()
-    decoder: Any = llm.core.runner.decoder
-    linears = [one for layer in decoder.layers for one in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-    weights = sum(one.in_features * one.out_features for one in linears)
+    weights = sum(one.in_features * one.out_features for one in linears(llm))
     attention_flops = 4 * config.q_heads * config.head_dim * config.layers * length * (length + 1) / 2
     total = statistics.median(seconds)
     return PrefillRow(tokens=length, seconds=total, tokens_per_s=length / total,
@@ -282,19 +281,8 @@ def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
                       attention_share=statistics.median(attention) / total)  # fmt: skip
 
 
-def show(title: str, rows: Sequence[Any]) -> None:
-    table = Table(title=title)
-    for column in asdict(rows[0]):
-        table.add_column(column, justify="right")
-    for row in rows:
-        table.add_row(*(cell(value) for value in asdict(row).values()))
-    console.print(table)
-
-
-def cell(value: object) -> str:
-    """Three significant digits, a whole number, or text as it is."""
-    if isinstance(value, str):
-        return value
+def digits(value: float) -> str:
+    """Three significant digits, or a whole number."""
     if not isinstance(value, float):
         return f"{value:,}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
@@ -302,61 +290,49 @@ def cell(value: object) -> str:
 
 def cells(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table, as text."""
-    return list(asdict(rows[0])), [[cell(value) for value in asdict(row).values()] for row in rows]
+    names = list(asdict(rows[0]))
+    return results.cells([Column(name, name, digits) for name in names], [asdict(row) for row in rows])
 
 
 def plot(path: Path, decodes: Sequence[DecodeRow], prefills: Sequence[PrefillRow], ceilings: Ceilings) -> None:
     """Bars of decode step against its floor, and of prefill rates."""
-    import matplotlib
+    with picture(path, 1, 2, (12, 4.5)) as (_, axes):
+        from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    names = [f"{row.batch} x {row.context}" for row in decodes]
-    for offset, label, heights in (
-        (-0.2, "measured", [row.step_ms for row in decodes]),
-        (0.2, "memory floor", [row.floor_ms for row in decodes]),
-    ):
-        bars = left.bar([x + offset for x in range(len(names))], heights, 0.38, label=label)
-        left.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=7, padding=1)
-    left.set(title="Decode step by batch x context (log scale)", ylabel="ms", yscale="log")
-    left.set_xticks(range(len(names)), names, rotation=40)
-    left.yaxis.set_major_formatter(ScalarFormatter())
-    left.yaxis.set_minor_formatter(NullFormatter())
-    left.margins(y=0.1)
-    left.legend()
-    lengths = [row.tokens for row in prefills]
-    right.plot(lengths, [row.linear_gflops for row in prefills], "o-", label="linear layers")
-    right.plot(lengths, [row.attention_gflops for row in prefills], "s-", label="attention")
-    right.axhline(ceilings.bf16_gflops, color="grey", linestyle="--", label="torch bf16 matrix product")
-    right.axhline(ceilings.fp32_gflops, color="grey", linestyle=":", label="torch fp32 matrix product")
-    right.set(title="Prefill", xlabel="prompt tokens", ylabel="GFLOP/s (integer operations count as such)", xscale="log")
-    right.set_ylim(bottom=0)
-    right.set_xticks(lengths, [f"{length}" for length in lengths])
-    right.xaxis.set_minor_formatter(NullFormatter())
-    right.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kvloom bench engine", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("model", nargs="?", default="smollm2")
-    for name, default in (("dtype", "bf16"), ("weights", "auto"), ("backend", "auto"), ("kv-memory", "4GiB")):
-        parser.add_argument(f"--{name}", default=default, help="as in kvloom serve (default: %(default)s)")
-    parser.add_argument("--decode", default=",".join(f"{b}x{c}" for b, c in DECODES), help="batch x context: %(default)s")
-    parser.add_argument("--prefill", default=",".join(map(str, PREFILLS)), help="prompt lengths: %(default)s")
-    parser.add_argument("--markdown", type=Path, help="also write the tables into this file")
-    add_publish(parser)
-    parser.add_argument("--out", type=Path, default=Path("results/engine"), help="folder for engine.json and engine.png")
-    return parser.parse_args(argv)
+        left, right = axes[0]
+        names = [f"{row.batch} x {row.context}" for row in decodes]
+        for offset, label, key in ((-0.2, "measured", "step_ms"), (0.2, "memory floor", "floor_ms")):
+            heights = [getattr(row, key) for row in decodes]
+            bars = left.bar([x + offset for x in range(len(names))], heights, 0.38, label=label)
+            left.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=7, padding=1)
+        left.set(title="Decode step by batch x context (log scale)", ylabel="ms", yscale="log")
+        left.set_xticks(range(len(names)), names, rotation=40)
+        left.yaxis.set_major_formatter(ScalarFormatter())
+        left.yaxis.set_minor_formatter(NullFormatter())
+        left.margins(y=0.1)
+        left.legend()
+        lengths = [row.tokens for row in prefills]
+        right.plot(lengths, [row.linear_gflops for row in prefills], "o-", label="linear layers")
+        right.plot(lengths, [row.attention_gflops for row in prefills], "s-", label="attention")
+        right.axhline(ceilings.bf16_gflops, color="grey", linestyle="--", label="torch bf16 matrix product")
+        right.axhline(ceilings.fp32_gflops, color="grey", linestyle=":", label="torch fp32 matrix product")
+        right.set(title="Prefill", xlabel="prompt tokens", ylabel="GFLOP/s (integer operations count as such)", xscale="log")
+        right.set_ylim(bottom=0)
+        right.set_xticks(lengths, [f"{length}" for length in lengths])
+        right.xaxis.set_minor_formatter(NullFormatter())
+        right.legend()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    args = parse(argv)
+    made = parser("bench engine", __doc__, allow_abbrev=True)
+    add_model(made)
+    add_engine(made, leave_out=("threads",))
+    made.add_argument("--decode", default=",".join(f"{b}x{c}" for b, c in DECODES), help="batch x context: %(default)s")
+    made.add_argument("--prefill", default=",".join(map(str, PREFILLS)), help="prompt lengths: %(default)s")
+    add_outputs(made, rows="", table="also write the tables into this file")
+    made.add_argument("--out", type=Path, default=Path("results/engine"), help="folder for engine.json and engine.png")
+    args = made.parse_args(argv)
     need("matplotlib")
     llm = LLM(args.model, dtype=args.dtype, weights=args.weights, backend=args.backend, kv_memory=args.kv_memory)
     ceilings = measure_ceilings(llm.core.runner.decoder.kernels)
@@ -370,28 +346,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     prefills = [prefill_case(llm, int(length)) for length in args.prefill.split(",") if length]
     cases = [tuple(map(int, case.split("x"))) for case in args.decode.split(",") if case]
     decodes = [decode_case(llm, batch, context, ceilings) for batch, context in cases]
-    tables = [(title, rows) for title, rows in (("prefill", prefills), ("decode", decodes)) if rows]
-    for title, rows in tables:
-        show(title, rows)
-    args.out.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, list[Any]] = {"prefill": list(prefills), "decode": list(decodes)}
+    tables = {title: cells(part) for title, part in rows.items() if part}
+    for title, table in tables.items():
+        console.print(console_table(*table, title))
     report = {"machine": describe(), "model": asdict(llm.model), "ceilings": asdict(ceilings),
-              "prefill": [asdict(row) for row in prefills], "decode": [asdict(row) for row in decodes]}  # fmt: skip
+              **{title: [asdict(row) for row in part] for title, part in rows.items()}}  # fmt: skip
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "engine.json").write_text(json.dumps(report, indent=1))
     plot(args.out / "engine.png", decodes, prefills, ceilings)
     if args.markdown:
-        about = (__doc__ or "").split("\n", 2)[2]
-        parts = [
-            "# The engine alone",
-            f"`kvloom bench engine` measures:\n\n```\n{about}```",
-            head,
-            *(markdown(*cells(rows)) for _, rows in tables),
-        ]
+        about = "`kvloom bench engine` measures:\n\n```\n" + (__doc__ or "").split("\n", 2)[2] + "```"
+        parts = ["# The engine alone", about, head, *(markdown(*table) for table in tables.values())]
         args.markdown.write_text("\n\n".join(parts) + "\n")
-    for title, rows in tables if args.publish else ():
-        publish(args.publish.with_stem(f"{args.publish.stem}-{title}"), *cells(rows), head if title == "decode" else "")
+    for title, table in tables.items() if args.publish else ():
+        publish(args.publish.with_stem(f"{args.publish.stem}-{title}"), *table, head if title == "decode" else "")
     console.print(f"written: {args.out / 'engine.json'}, {args.out / 'engine.png'}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -16,18 +16,74 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
-
-from rich.console import Console
-from rich.table import Table
 
 from kvloom.loadtest.bench import flood_kinds
 from kvloom.loadtest.bench.flood_kinds import FLOODS, Target
-from kvloom.loadtest.bench.neighbour import KEY, Figures, Neighbour
 from kvloom.loadtest.client.servers import Server, StartError, running
-from kvloom.loadtest.figures import add_publish, publish
-from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.figures import publish
+from kvloom.loadtest.study.flags import add_publish, need
+from kvloom.loadtest.study.results import Column, Row, cells, console, console_table
+
+KEY = "neighbour-key"
+HEALTH_PAUSE = 0.02
+
+
+class Figures(NamedTuple):
+    """What the neighbour got in one window."""
+
+    tokens_per_second: float
+    health_p95_ms: float
+
+
+class Neighbour:
+    """Streams and looks at /health until it is cancelled, and notes when what came."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._tokens: list[float] = []
+        self._health: list[tuple[float, float]] = []  # when asked, seconds to the answer
+
+    async def stream(self) -> None:
+        """One answer after the other; a token is an event."""
+        import aiohttp  # an extra: help is read without it
+
+        body = {"prompt": "Once upon a time", "max_tokens": 256, "ignore_eos": True, "stream": True, "temperature": 0}
+        async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {KEY}"}) as session:
+            while True:
+                try:
+                    async with session.post(f"{self._url}/v1/completions", json=body) as reply:
+                        async for line in reply.content:
+                            if line.startswith(b"data: {"):
+                                self._tokens.append(time.monotonic())
+                except aiohttp.ClientError:
+                    await asyncio.sleep(0.05)
+
+    async def look(self) -> None:
+        """Ask for /health, on a new connection each time as probes do. A refused connection counts as a second."""
+        import aiohttp
+
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(10)) as session:
+            while True:
+                began = time.monotonic()
+                seconds = 1.0
+                try:
+                    async with session.get(f"{self._url}/health") as reply:
+                        await reply.read()
+                        seconds = time.monotonic() - began
+                except (TimeoutError, aiohttp.ClientError):
+                    seconds = max(seconds, time.monotonic() - began)
+                self._health.append((began, seconds))
+                await asyncio.sleep(HEALTH_PAUSE)
+
+    def between(self, begin: float, end: float) -> Figures:
+        """What came in a window."""
+        tokens = sum(begin <= moment < end for moment in self._tokens)
+        health = sorted(seconds for asked, seconds in self._health if begin <= asked < end) or [end - begin]
+        return Figures(tokens / (end - begin), 1000 * health[min(len(health) - 1, int(0.95 * len(health)))])
+
 
 FLOOD = "flood-key"
 TENANTS = f"tenants:\n  neighbour: {{api_keys: [{KEY}]}}\n  flood: {{api_keys: [{FLOOD}]}}\n"
@@ -42,7 +98,7 @@ async def _window(neighbour: Neighbour, seconds: float) -> Figures:
     return neighbour.between(begin, begin + seconds)
 
 
-async def measure(url: str, names: Sequence[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
+async def measure(url: str, names: Sequence[str], rounds: int, seconds: float) -> list[Row]:
     """A row per flood: medians without and under it."""
     neighbour = Neighbour(url)
     tasks = [asyncio.ensure_future(work) for work in (neighbour.stream(), neighbour.look())]
@@ -71,9 +127,8 @@ async def measure(url: str, names: Sequence[str], rounds: int, seconds: float) -
     return rows
 
 
-def _row(name: str, without: Sequence[Figures], under: Sequence[Figures]) -> dict[str, Any]:
-    calm = Figures(*(statistics.median(values) for values in zip(*without)))
-    flooded = Figures(*(statistics.median(values) for values in zip(*under)))
+def _row(name: str, without: Sequence[Figures], under: Sequence[Figures]) -> Row:
+    calm, flooded = (Figures(*map(statistics.median, zip(*part))) for part in (without, under))
     return {
         "flood": name,
         "rounds": len(under),
@@ -84,60 +139,49 @@ def _row(name: str, without: Sequence[Figures], under: Sequence[Figures]) -> dic
     }
 
 
-HEAD = ("flood", "tok/s", "under it", "times slower", "/health p95, ms", "under it, ms", "times longer")
+COLUMNS = (
+    Column("flood", "flood"),
+    Column("tok/s", "tokens_per_second", ".1f"),
+    Column("under it", "tokens_under", ".1f"),
+    Column("times slower", "tokens_ratio", ".2f"),
+    Column("/health p95, ms", "health_p95_ms", ".1f"),
+    Column("under it, ms", "health_under", ".1f"),
+    Column("times longer", "health_ratio", ".2f"),
+)
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row as it is shown."""
-    tokens, health = row["tokens_per_second"], row["health_p95_ms"]
-    figures = (*tokens, row["tokens_ratio"], *health, row["health_ratio"])
-    return [row["flood"], *(f"{value:.{digits}f}" for value, digits in zip(figures, (1, 1, 2, 1, 1, 2)))]
-
-
-def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    """The table: without, under, and how many times worse."""
-    table = Table(*HEAD)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
+def shown(row: Row) -> Row:
+    """A row with a value per column, of those that hold one without the flood and one under it."""
+    (calm, under), (health, longer) = row["tokens_per_second"], row["health_p95_ms"]
+    return {**row, "tokens_per_second": calm, "tokens_under": under, "health_p95_ms": health, "health_under": longer}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Returns the exit code."""
-    arguments = _parser().parse_args(argv)
+    made = argparse.ArgumentParser(prog="kvloom bench floods", description="What a neighbour feels of each flood.")
+    made.add_argument("--model", default="smollm2", help="model to serve (default: %(default)s)")
+    rounds: dict[str, Any] = {"choices": range(1, 21), "metavar": "N", "help": "1 to 20 (default: %(default)s)"}
+    made.add_argument("--rounds", type=int, default=3, **rounds)
+    made.add_argument("--seconds", type=float, default=4.0, help="per window (default: %(default)s)")
+    made.add_argument("--flood", action="append", choices=list(FLOODS), help="only this one; repeat it for several")
+    made.add_argument("--out", type=Path, default=Path("floods"), help="folder for floods.jsonl and the server's log")
+    add_publish(made)
+    args = made.parse_args(argv)
     need("aiohttp")
-    names = arguments.flood or list(FLOODS)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         tenants = Path(folder) / "tenants.yaml"
         tenants.write_text(TENANTS)
-        command = f"{sys.executable} -m kvloom.server.cli serve {arguments.model} --port {{port}} --tenants {tenants}"
+        command = f"{sys.executable} -m kvloom.server.cli serve {args.model} --port {{port}} --tenants {tenants}"
         try:
-            with running(Server("floods", f"{command} --no-access-log --kv-memory 1GiB"), arguments.out) as started:
-                rows = asyncio.run(measure(started.url, names, arguments.rounds, arguments.seconds))
+            with running(Server("floods", f"{command} --no-access-log --kv-memory 1GiB"), args.out) as started:
+                rows = asyncio.run(measure(started.url, args.flood or list(FLOODS), args.rounds, args.seconds))
         except StartError as error:
             print(f"kvloom bench floods: {error}", file=sys.stderr)
             return 1
-    with (arguments.out / "floods.jsonl").open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-    show(Console(), rows)
-    if arguments.publish:
-        publish(arguments.publish, HEAD, list(map(cells, rows)), f"Medians of {arguments.rounds} rounds.")
+    (args.out / "floods.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    table = cells(COLUMNS, list(map(shown, rows)))
+    console.print(console_table(*table))
+    if args.publish:
+        publish(args.publish, *table, f"Medians of {args.rounds} rounds.")
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kvloom bench floods", description="What a neighbour feels of each flood.")
-    parser.add_argument("--model", default="smollm2", help="model to serve (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, choices=range(1, 21), metavar="N", help="1 to 20 (default: %(default)s)"
-    )
-    parser.add_argument("--seconds", type=float, default=4.0, help="per window (default: %(default)s)")
-    parser.add_argument("--flood", action="append", choices=list(FLOODS), help="only this one; repeat it for several")
-    parser.add_argument("--out", type=Path, default=Path("floods"), help="folder for floods.jsonl and the server's log")
-    add_publish(parser)
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

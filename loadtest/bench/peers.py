@@ -20,22 +20,61 @@ import random
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from kvloom.loadtest.bench.peers_table import CASES, MORE, OWN_PRECISION, About, Case, Run, cells, note, plot, table
-from kvloom.loadtest.client.record import Job
+from kvloom.loadtest.client.record import Job, Record
 from kvloom.loadtest.client.servers import Server, StartError, model_name, running
-from kvloom.loadtest.figures import add_publish, commit, publish
-from kvloom.loadtest.load.measures import Summary, summarise
-from kvloom.loadtest.study.flags import need
+from kvloom.loadtest.figures import commit, publish
+from kvloom.loadtest.load.measures import Spread, Summary, summarise
+from kvloom.loadtest.study.flags import add_outputs, need, parser
+from kvloom.loadtest.study.results import console
 from kvloom.version import __version__
 
-console = Console(highlight=False)
+if TYPE_CHECKING:
+    from kvloom.loadtest.client.client import Client  # aiohttp: the command's help is read without it
+
+LEAD = 20
+"""Chunks that every stream has sent before prompts arrive."""
+LEAD_SECONDS = 300.0
+
+
+async def measure_arriving(client: Client, streams: Sequence[Job], prompts: Sequence[Job]) -> Summary:
+    """Start the streams, send all prompts at once when all of them flow, and end them when the prompts have their first tokens.
+
+    `ttft` is of the prompts; `itl` of the streams' gaps of which some part lies between the sending of the prompts and the last
+    of their first tokens. A stream that failed, or ended before that, counts as failed; on a server that does not let all of
+    them flow together they all do, and no prompt is sent.
+    """
+    flowing = [Record.of(index, job) for index, job in enumerate(streams)]
+    tasks = [asyncio.create_task(client.send(job, record)) for job, record in zip(streams, flowing)]
+    try:
+        begun = time.perf_counter()
+        while any(len(record.chunks) < LEAD for record in flowing) and not any(task.done() for task in tasks):
+            if time.perf_counter() - begun > LEAD_SECONDS:
+                return replace(summarise([]), failed=len(streams))
+            await asyncio.sleep(0.01)
+        arrived = [Record.of(index, job) for index, job in enumerate(prompts)]
+        await asyncio.gather(*(client.send(job, record) for job, record in zip(prompts, arrived)))
+        ended = sum(task.done() for task in tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    summary = summarise(arrived)
+    return replace(summary, itl=Spread.of(gaps(flowing, arrived)), failed=summary.failed + ended)
+
+
+def gaps(streams: Sequence[Record], prompts: Sequence[Record]) -> list[float]:
+    """Seconds between chunks of streams while prompts were computed; of a stream that sent no more, until the end of that."""
+    begin, end = min(record.sent for record in prompts), max((record.chunks or [record.sent])[0] for record in prompts)
+    instants = [[*record.chunks, *([end] if record.chunks and record.chunks[-1] < end else [])] for record in streams]
+    return [late - early for chunks in instants for early, late in pairwise(chunks) if late > begin and early < end]
 
 
 FIRST_TOKEN, LAST_TOKEN = 300, 48_000
@@ -59,7 +98,6 @@ def _job(source: random.Random, inputs: int, outputs: int) -> Job:
 
 
 async def measure(url: str, case: Case, seed: int) -> Summary:
-    from kvloom.loadtest.bench.arriving import measure_arriving  # aiohttp: the command's help is read without it
     from kvloom.loadtest.client.client import Client
     from kvloom.loadtest.client.drive import closed_loop
 
@@ -113,28 +151,24 @@ def recorded(path: Path) -> tuple[list[Run], dict[str, About]]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="kvloom bench peers", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--start", action="append", default=[], metavar="NAME=COMMAND", help="a peer to start; {port} is filled in"
-    )
-    parser.add_argument("--url", action="append", default=[], metavar="NAME=URL", help="a peer that already runs")
-    parser.add_argument("--kvloom", default="", help="further flags for kvloom serve")
+    made = parser("bench peers", __doc__, allow_abbrev=True)
     several: dict[str, Any] = {"action": "append", "default": []}
-    parser.add_argument("--also", **several, metavar="kvloom-NAME=FLAGS", help="a further kvloom: 'kvloom-bf16=--weights bf16'")
-    parser.add_argument("--precision", **several, metavar="NAME=TEXT", help="of a server's weights: vllm=bf16; in every head")
-    parser.add_argument("--version", **several, metavar="NAME=COMMAND", help="prints a server's version and build flags")
-    parser.add_argument("--rounds", type=int, default=3)
+    made.add_argument("--start", **several, metavar="NAME=COMMAND", help="a peer to start; {port} is filled in")
+    made.add_argument("--url", **several, metavar="NAME=URL", help="a peer that already runs")
+    made.add_argument("--kvloom", default="", help="further flags for kvloom serve")
+    made.add_argument("--also", **several, metavar="kvloom-NAME=FLAGS", help="a further kvloom: 'kvloom-bf16=--weights bf16'")
+    made.add_argument("--precision", **several, metavar="NAME=TEXT", help="of a server's weights: vllm=bf16; in every head")
+    made.add_argument("--version", **several, metavar="NAME=COMMAND", help="prints a server's version and build flags")
+    made.add_argument("--rounds", type=int, default=3)
     more = "; ".join(f"{what}: {_names(cases)}" for what, cases in MORE.items())
-    parser.add_argument("--cases", default=_names(CASES), help=f"which of: %(default)s; {more}")
-    parser.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
-    parser.add_argument(
-        "--from", type=Path, nargs="+", dest="recorded", metavar="FILE", help="report recorded runs (runs.json)"
-    )
-    parser.add_argument("--plot", type=Path, default=None, help="also draw the comparison into this PNG file")
-    parser.add_argument("--markdown", type=Path, default=None, help="also write the table into this file")
-    add_publish(parser)
-    return parser.parse_args(argv)
+    made.add_argument("--cases", default=_names(CASES), help=f"which of: %(default)s; {more}")
+    made.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
+    made.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
+    again = "report recorded runs (runs.json)"
+    made.add_argument("--from", type=Path, nargs="+", dest="recorded", metavar="FILE", help=again)
+    made.add_argument("--plot", type=Path, help="also draw the comparison into this PNG file")
+    add_outputs(made, rows="", table="also write the table into this file")
+    return made.parse_args(argv)
 
 
 def _names(cases: Sequence[Case]) -> str:
@@ -158,8 +192,8 @@ def servers(args: argparse.Namespace) -> list[Server]:
     if wrong := [name for name in ours if not name.startswith("kvloom")]:
         raise SystemExit(f"--also {wrong[0]}=... is a kvloom; let its name begin with kvloom-")
     serve = f"{sys.executable} -m kvloom.server.cli serve smollm2 --port {{port}} "
-    found = [Server(name, command=serve + flags) for name, flags in ours.items()]
-    found += [Server(name, command=command) for name, command in named("start", args.start).items()]
+    commands = {**{name: serve + flags for name, flags in ours.items()}, **named("start", args.start)}
+    found = [Server(name, command=command) for name, command in commands.items()]
     found += [Server(name, url=url) for name, url in named("url", args.url).items()]
     wanted = [name for name in args.only.split(",") if name]
     return [server for server in found if not wanted or server.name in wanted]
@@ -218,14 +252,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     need(*([] if args.recorded else ["aiohttp"]), *(["matplotlib"] if args.plot else []))
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        if args.recorded:
-            found = [recorded(file) for file in args.recorded]
-            runs = [run for part, _ in found for run in part]
-            about = {name: known for _, part in found for name, known in part.items()}
-        else:
-            runs, about = measure_all(args, cases)
+        found = [recorded(file) for file in args.recorded] if args.recorded else [measure_all(args, cases)]
     except StartError as error:
         raise SystemExit(str(error)) from None
+    runs = [run for part, _ in found for run in part]
+    about = {name: told for _, part in found for name, told in part.items()}
     text = table(runs, cases, about)
     console.print(text, soft_wrap=True)
     if args.plot:
@@ -233,11 +264,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.publish:
         publish(args.publish, *cells(runs, cases, about), note(runs, about))
     if args.markdown:
-        args.markdown.write_text(
-            f"# kvloom beside its peers\n\n{' '.join((__doc__ or '').split(chr(10) * 2)[2].split())}\n\n{text}\n"
-        )
+        how = " ".join((__doc__ or "").split("\n\n")[2].split())
+        args.markdown.write_text(f"# kvloom beside its peers\n\n{how}\n\n{text}\n")
     return 1 if any(run.summary.failed for run in runs) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

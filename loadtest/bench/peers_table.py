@@ -12,6 +12,7 @@ from pathlib import Path
 from kvloom.loadtest.figures import markdown
 from kvloom.loadtest.load.measures import Summary
 from kvloom.loadtest.study.machine import describe
+from kvloom.loadtest.study.pictures import picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,26 +187,18 @@ def table(runs: Sequence[Run], cases: Sequence[Case], about: Mapping[str, About]
 
 def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path, about: Mapping[str, About] | None = None) -> None:
     """One panel per metric, a group of bars per case, medians over rounds, as multiples of kvloom's figure."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     names = list(dict.fromkeys(run.server for run in runs))
     panels = (("time to first token", "ttft"), ("time per output token", "tpot"), ("wall time", "wall"))
-    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
-    for axis, (title, metric) in zip(axes, panels):
-        for i, name in enumerate(names):
-            medians = [
-                median_of(runs, name, case.name, metric) / median_of(runs, "kvloom", case.name, metric) for case in cases
-            ]
-            places = [x + i * 0.8 / len(names) for x in range(len(cases))]
-            bars = axis.bar(places, medians, 0.76 / len(names), label=titled(name, about or {}))
-            axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
-        axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
-        axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
-        axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
-        axis.margins(y=0.12)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, 1, len(panels), (13, 4)) as (_, axes):
+        for axis, (title, metric) in zip(axes[0], panels):
+            own = [median_of(runs, "kvloom", case.name, metric) for case in cases]
+            for i, name in enumerate(names):
+                medians = [median_of(runs, name, case.name, metric) / base for case, base in zip(cases, own)]
+                places = [x + i * 0.8 / len(names) for x in range(len(cases))]
+                bars = axis.bar(places, medians, 0.76 / len(names), label=titled(name, about or {}))
+                axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
+            axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
+            axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
+            axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
+            axis.margins(y=0.12)
+        axes[0, 0].legend()

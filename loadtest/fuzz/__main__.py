@@ -11,9 +11,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from kvloom.loadtest.fuzz.engines import engine, stage
+from kvloom.loadtest.fuzz.engines import SETTINGS, engine, stage
 from kvloom.loadtest.fuzz.fuzzer import Fuzzer, FuzzError
-from kvloom.loadtest.fuzz.settings import SETTINGS
 
 BATCHES = 6
 """Of one engine before the next one's turn."""

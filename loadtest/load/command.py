@@ -18,8 +18,8 @@ from rich.console import Console
 
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.loadtest.load.plan import Plan, parse
-from kvloom.loadtest.load.printout import failures, show
 from kvloom.loadtest.load.search import sentence
+from kvloom.loadtest.load.terminal import failures, show
 from kvloom.loadtest.study.flags import FAILED, INTERRUPTED, USAGE_ERROR, complain, need
 
 if TYPE_CHECKING:

@@ -1,16 +1,21 @@
-"""From records to figures. The definitions that every report prints are `DEFINITIONS`.
+"""From records to figures: of a run as an object (`summarise`), of a stage as it stands in summary.json (`stage_summary`).
 
-Failed and cancelled requests are counted, never averaged in.
+summary.json has the key names and units (ms) of `vllm bench serve`, and more of our own; what nothing was measured for is null.
+The definitions that every report prints are `DEFINITIONS`. Failed and cancelled requests are counted, never averaged in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from kvloom.loadtest.client.arrivals import Load
+from kvloom.loadtest.client.drive import StageRun
 from kvloom.loadtest.client.record import Record
 from kvloom.loadtest.study.flags import seconds_of
 
@@ -156,3 +161,171 @@ def peak_concurrency(records: Sequence[Record]) -> int:
         now += change
         most = max(most, now)
     return most
+
+
+SHOWN = (50.0, 90.0, 99.0)
+"""Percentiles that every stage has, since plots and other tools look for them."""
+LIMIT_NAMES = ("ttft_ms", "tpot_ms", "e2el_ms")
+
+
+def stage_summary(
+    run: StageRun, load: Load, slo: Slo | None, last_due: float = 0.0, percentiles: Sequence[float] = SHOWN
+) -> dict[str, Any]:
+    """What the client measured in a stage. `last_due`: seconds after the start at which its last request was due;
+    `percentiles`: which ones are to be shown of every time."""
+    records = run.records
+    good = [record for record in records if record.ok]
+    total = summarise(records)
+    wall = total.wall or _elapsed(records)
+    met = sum(slo.met(record) for record in records) if slo else None
+    return {
+        "num_prompts": run.planned,
+        "ran_out": run.ran_out,
+        "percentiles": list(percentiles),
+        "request_rate": _rate(load, run.planned, last_due),
+        "burstiness": load.burstiness,
+        "max_concurrency": load.limit,
+        "duration": wall,
+        "completed": total.completed,
+        "failed": total.failed,
+        "cancelled": sum(record.cancelled and record.error is None for record in records),
+        "not_sent": run.planned - len(records),
+        "failures": dict(Counter(record.error_kind for record in records if record.error is not None).most_common()),
+        "first_errors": _first_errors(records),
+        "retries": sum(record.retries for record in records),
+        "total_input_tokens": total.prompt_tokens,
+        "total_output_tokens": total.output_tokens,
+        "request_throughput": _per(total.completed, wall),
+        "request_goodput": None if met is None else _per(met, wall),
+        "goodput_share": None if met is None else _ratio(met, total.completed + total.failed),
+        "slo": {name: getattr(slo, name) for name in LIMIT_NAMES} if slo else None,
+        "output_throughput": _per(total.output_tokens, wall),
+        "total_token_throughput": _per(total.prompt_tokens + total.output_tokens, wall),
+        **_times("ttft", [record.ttft for record in good], percentiles),
+        **_times("tpot", tpots(good), percentiles),
+        **_times("itl", [gap for record in good for gap in record.itl], percentiles),
+        **_times("e2el", [record.e2e for record in good], percentiles),
+        "median_ttft_ms_ci95": _interval([record.ttft for record in good]),
+        "median_tpot_ms_ci95": _interval(tpots(good)),
+        "client_lag": _lag(records),
+        "peak_concurrency": peak_concurrency(records),
+        "tokens_from_chunks": sum(record.tokens_from == "chunks" for record in good),
+        "tokens_per_chunk": _ratio(total.output_tokens, sum(len(record.chunks) for record in good)),
+        **_reuse(good),
+        "correct_rate": _correct(good),
+        "kv": _kv(good),
+        "tenants": _groups(records, lambda record: record.tenant),
+        "labels": _groups(records, lambda record: record.label),
+    }
+
+
+def _rate(load: Load, count: int, last_due: float) -> float | str:
+    """Requests per second that were offered: a number, or "inf" for a closed loop and for all at once, as vLLM writes."""
+    if load.mode == "closed" or last_due <= 0:
+        return "inf"
+    return load.rate if load.rate is not None else count / last_due
+
+
+def _elapsed(records: Sequence[Record]) -> float:
+    """Seconds that a stage without any completed request took."""
+    return max((r.ended or r.sent for r in records), default=0.0) - min((r.sent for r in records), default=0.0)
+
+
+def _per(amount: float, seconds: float) -> float:
+    return amount / seconds if seconds > 0 else 0.0
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def _ms(seconds: float) -> float | None:
+    return None if math.isnan(seconds) else seconds * 1e3
+
+
+def _times(name: str, values: Sequence[float], percentiles: Sequence[float]) -> dict[str, float | None]:
+    spread = Spread.of(values)
+    figures = {"mean": spread.mean, "median": spread.p50, "std": spread.std}
+    for percentile in sorted({*SHOWN, *percentiles}):
+        figures[f"p{percentile:g}"] = float(np.percentile(values, percentile)) if values else math.nan
+    return {f"{figure}_{name}_ms": _ms(value) for figure, value in figures.items()}
+
+
+def _interval(values: Sequence[float]) -> list[float] | None:
+    found = median_interval(values)
+    return None if found is None else [bound * 1e3 for bound in found]
+
+
+def _lag(records: Sequence[Record]) -> dict[str, float] | None:
+    lags = [record.lag * 1e3 for record in records if record.error_kind != "follows"]
+    if not lags:
+        return None
+    return {"mean_ms": float(np.mean(lags)), "p99_ms": float(np.percentile(lags, 99)), "max_ms": max(lags)}
+
+
+def _first_errors(records: Sequence[Record]) -> dict[str, str]:
+    """One message for every kind of failure."""
+    found: dict[str, str] = {}
+    for record in records:
+        if record.error_kind is not None and record.error is not None:
+            found.setdefault(record.error_kind, record.error)
+    return found
+
+
+def _reuse(good: Sequence[Record]) -> dict[str, Any]:
+    """What came from the cache, beside what an ideal cache could have given."""
+    told = [record for record in good if record.cached_tokens is not None]
+    cached = sum(record.cached_tokens or 0 for record in told)
+    return {
+        "cached_tokens": cached if told else None,
+        "hit_rate": _ratio(cached, sum(record.prompt_tokens for record in told)),
+        "reusable_tokens": sum(record.reusable_tokens for record in good),
+        "reusable_anywhere_tokens": sum(record.reusable_anywhere for record in good),
+    }
+
+
+def _correct(good: Sequence[Record]) -> float | None:
+    marks = [record.correct for record in good if record.correct is not None]
+    return _ratio(sum(marks), len(marks))
+
+
+def _kv(good: Sequence[Record]) -> dict[str, float] | None:
+    """Sums of the numbers in `usage.kv`; those of inner objects under `outer.inner`."""
+    totals: Counter[str] = Counter()
+    for record in good:
+        _add(totals, record.kv or {}, "")
+    return dict(totals) or None
+
+
+def _add(totals: Counter[str], values: Mapping[str, Any], prefix: str) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _add(totals, value, f"{prefix}{name}.")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            totals[prefix + name] += value  # type: ignore[assignment]
+
+
+def _groups(records: Sequence[Record], key: Callable[[Record], str]) -> dict[str, dict[str, Any]]:
+    """Figures by tenant or label, in the order of first appearance; `share` is a group's part of all output tokens."""
+    every = sum(record.output_tokens for record in records if record.ok)
+    names = dict.fromkeys(key(record) for record in records)
+    return {name: _group([record for record in records if key(record) == name], every) for name in names if name}
+
+
+def _group(records: Sequence[Record], every: int) -> dict[str, Any]:
+    good = [record for record in records if record.ok]
+    total = summarise(records)
+    return {
+        "completed": total.completed,
+        "failed": total.failed,
+        "cancelled": len(records) - total.completed - total.failed,
+        "input_tokens": total.prompt_tokens,
+        "output_tokens": total.output_tokens,
+        "mean_ttft_ms": _ms(total.ttft.mean),
+        "p99_ttft_ms": _ms(total.ttft.p99),
+        "mean_tpot_ms": _ms(total.tpot.mean),
+        "mean_e2el_ms": _ms(total.e2e.mean),
+        "share": _ratio(total.output_tokens, every),
+        **_reuse(good),
+        "correct_rate": _correct(good),
+    }

@@ -22,17 +22,16 @@ from kvloom.loadtest.client.client import Client, Job
 from kvloom.loadtest.client.drive import Driver, StageRun, check_order
 from kvloom.loadtest.client.ready import check, first_model, wait_until_ready
 from kvloom.loadtest.client.scrape import Scraper
-from kvloom.loadtest.load.measures import DEFINITIONS
+from kvloom.loadtest.load.measures import DEFINITIONS, stage_summary
 from kvloom.loadtest.load.outputs import Outputs
 from kvloom.loadtest.load.plan import Plan
-from kvloom.loadtest.load.progress import Meter
 from kvloom.loadtest.load.search import Search
-from kvloom.loadtest.load.summary import stage_summary
+from kvloom.loadtest.load.terminal import Meter
 from kvloom.loadtest.study.flags import BenchError
 from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.workloads import WORKLOADS, Workload
 from kvloom.loadtest.workloads.corpus import TextSource
-from kvloom.loadtest.workloads.random_ids import RANDOM, RandomOptions
+from kvloom.loadtest.workloads.synthetic import RandomOptions, random_ids
 
 WARMUP_SEED = 1_000_003
 """Added to the seed, so that warming up does not fill the cache with the prompts that are measured."""
@@ -75,7 +74,7 @@ class Work:
 
     def _warmup(self) -> list[Job]:
         """Requests of the same kind with other prompts; random ones if the workload has no others."""
-        workload, options = (self._workload, self._plan.options) if self._workload.endless else (RANDOM, RandomOptions())
+        workload, options = (self._workload, self._plan.options) if self._workload.endless else (random_ids, RandomOptions())
         return self._build(workload, options, self._plan.seed + WARMUP_SEED, self._plan.warmup) if self._plan.warmup else []
 
     def _build(self, workload: Workload, options: Any, seed: int, count: int) -> list[Job]:

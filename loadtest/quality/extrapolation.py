@@ -22,10 +22,9 @@ from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality import spec, text
-from kvloom.loadtest.quality.answers import ask
 from kvloom.loadtest.quality.divergence import BLOCK
 from kvloom.loadtest.quality.spec import MethodSpec, plan
-from kvloom.loadtest.quality.tasks import haystacks, trials
+from kvloom.loadtest.quality.tasks import ask, haystacks, trials
 from kvloom.loadtest.study import runner
 from kvloom.loadtest.study.flags import add, numbers
 from kvloom.loadtest.study.intervals import bootstrap, exponential

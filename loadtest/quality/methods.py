@@ -23,11 +23,10 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality import spec, text
-from kvloom.loadtest.quality.answers import Answers, ask
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement, Scores
 from kvloom.loadtest.quality.spec import BASELINE, DENSE, MethodSpec
-from kvloom.loadtest.quality.tasks import NEEDLES, haystacks, in_prompt, trials
+from kvloom.loadtest.quality.tasks import NEEDLES, Answers, ask, haystacks, in_prompt, trials
 from kvloom.loadtest.study.flags import add
 from kvloom.loadtest.study.intervals import bootstrap, ratio
 from kvloom.loadtest.study.results import Column, Row

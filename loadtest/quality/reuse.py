@@ -10,28 +10,105 @@ of computing the same prompt are timed in turns. What is measured leaves nothing
     KL less      than as copied, and than the policy random at the same ratio, paired by prompt: below 0 is better
     of its ratio the policy with the lowest KL, and which others cannot be told apart from it on these prompts (the interval of
                  the difference, prompt by prompt, holds 0)
+
+With --charge also: after how many uses reuse has paid for what it took to have something to reuse. Times to the first token of
+all uses so far, beside the same with full passes, production charged in front. In context, the donor's prompt was computed for
+its own sake, and copying its KV out is what reuse adds; isolated, every document is computed once more, alone, and copied out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.request import KVOptions, Request, SamplingParams
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
-from kvloom.loadtest.quality import reuse_charge
-from kvloom.loadtest.quality.reuse_prompts import Maker, check_length
+from kvloom.loadtest.quality import reuse as reuse_charge
+from kvloom.loadtest.quality.reuse_prompts import Case, Maker, check_length
 from kvloom.loadtest.quality.reuse_runs import KINDS, Reference, Sample, Times, compare, donate, race, reference
 from kvloom.loadtest.quality.reuse_scores import EVERYTHING, NAIVE, Setting, Trend, figures, relate, settings, trends
 from kvloom.loadtest.study import runner
 from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, parser
 from kvloom.loadtest.study.results import Column, Results, Row
 from kvloom.loadtest.study.runner import described
+
+CHARGE_COLUMNS = (
+    Column("donors", "donors"),
+    Column("uses", "uses"),
+    Column("production ms", "production_ms", ".1f"),
+    Column("full passes, ms in all", "exact_ms", ".0f"),
+    Column("KVShare with production, ms in all", "share_ms", ".0f"),
+    Column("of full", "cost_share", ".2f"),
+    Column("has paid", "paid"),
+)
+CHARGE_IDENTITY = ("model", "dtype", "weights", "donors", "uses", "policy", "ratio", "boundary", "documents", "document_len",
+                   "sets", "seed", "kvshare_options", "corpus")  # fmt: skip
+
+
+class Charged(NamedTuple):
+    """One case."""
+
+    production: float
+    """Seconds."""
+    times: Times
+    """Of its uses, in order."""
+
+
+def charge(llm: LLM, case: Case, kind: str, options: Mapping[str, Any]) -> Charged:
+    """Produce donors and use them, once by every use of the case, with and without reuse in turns."""
+    production, times = produce(llm, case, kind), Times([], [])
+    for use in case.uses:
+        race(llm, use, options, 1, times)
+    return Charged(production, times)
+
+
+def produce(llm: LLM, case: Case, kind: str) -> float:
+    """As `donate`; returns the seconds that nobody would have spent without reuse."""
+    if kind == "isolated":
+        llm.core.purge("")
+        began = time.perf_counter()
+        donate(llm, case, kind)
+        return time.perf_counter() - began
+    core = llm.core
+    core.purge("")
+    core.cache.evict()
+    sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+    request = Request(id="donor", prompt=case.donor, sampling=sampling, kv=KVOptions(reuse="approx"), arrival=time.monotonic())
+    core.add(request)
+    try:
+        while request.generated == 0:
+            core.step()
+        assert core.share is not None
+        began = time.perf_counter()
+        core.share.between_steps()  # what the next step would do first: copy out
+        return time.perf_counter() - began
+    finally:
+        core.abort(request.id)
+
+
+def cumulative(found: Sequence[Charged]) -> list[Row]:
+    """A row for every number of uses: medians over cases of the sums up to there."""
+    production = [one.production for one in found]
+    exact, share = (np.cumsum([getattr(one.times, name) for one in found], axis=1) for name in ("exact", "approximate"))
+    rows = []
+    for uses in range(1, exact.shape[1] + 1):
+        full, reusing = np.median(exact[:, uses - 1]), np.median(share[:, uses - 1] + production)
+        rows.append({
+            "uses": uses, "production_ms": float(np.median(production)) * 1e3, "exact_ms": float(full) * 1e3,
+            "share_ms": float(reusing) * 1e3, "cost_share": float(reusing / full), "paid": "yes" if reusing < full else "no",
+        })  # fmt: skip
+    return rows
+
 
 COLUMNS = (
     Column("donors", "donors"),

@@ -1,16 +1,18 @@
-"""Plots with a bar per class of request (tenant, label) or per run."""
+"""Plots with a bar per class of request (tenant, label) or per run; and which plots a report has."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvloom.loadtest.report.plot import Plot, legend_below, short_number, shorten, time_unit
+from kvloom.loadtest.report import bars, timeline
+from kvloom.loadtest.report.curves import CURVES
+from kvloom.loadtest.report.plot import Plot, Theme, legend_below, short_number, shorten, time_unit
 from kvloom.loadtest.report.run import Run, Stage, number
-from kvloom.loadtest.report.theme import Theme
 from kvloom.loadtest.report.timeline import heaviest
 
 MOST_BARS = 16
@@ -106,3 +108,23 @@ def runs_beside(runs: Sequence[Run]) -> Plot:
             axis.grid(axis="y", visible=False)
 
     return Plot(name, title, caption, draw, height=1.6 + len(panels) * (0.45 + 0.28 * len(runs)))
+
+
+MOST_RUNS = 6
+"""Runs that curves can be told apart for."""
+
+
+def curves(runs: Sequence[Run]) -> list[Plot]:
+    """The plots of figures over load; of many runs the first are drawn, and the captions say so."""
+    found = [curve(runs[:MOST_RUNS]) for curve in CURVES]
+    if len(runs) <= MOST_RUNS:
+        return found
+    return [replace(plot, caption=f"{plot.caption} Of {len(runs)} runs {MOST_RUNS} are drawn.") for plot in found]
+
+
+def plots(runs: Sequence[Run]) -> list[Plot]:
+    """All plots of a report on one run, or on several side by side."""
+    if len(runs) > 1:
+        return [bars.runs_beside(runs), *curves(runs)]
+    (run,) = runs
+    return [*curves(runs), timeline.itl_timeline(run), timeline.cache_hits(run), bars.tenants(run), bars.labels(run)]

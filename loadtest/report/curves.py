@@ -9,9 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from kvloom.loadtest.report.plot import Plot, legend_below, log_axis, shorten, time_unit
+from kvloom.loadtest.report.plot import LINES, MARKERS, Plot, Theme, legend_below, log_axis, shorten, time_unit
 from kvloom.loadtest.report.run import Run, Stage
-from kvloom.loadtest.report.theme import LINES, MARKERS, Theme
 from kvloom.loadtest.report.timeline import heaviest
 
 MOST_LINES = 8

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvloom.loadtest.report import html, markdown
-from kvloom.loadtest.report.compare import comparison
+from kvloom.loadtest.report.compare import comparison, document
 from kvloom.loadtest.report.document import Document
-from kvloom.loadtest.report.plot import render
+from kvloom.loadtest.report.plot import DARK, LIGHT, render
 from kvloom.loadtest.report.run import Run, load_run
-from kvloom.loadtest.report.single import document
-from kvloom.loadtest.report.theme import DARK, LIGHT
 
 
 def write_report(folder: Path) -> list[Path]:

@@ -12,9 +12,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from kvloom.loadtest.report.plot import Plot, legend_below, short_number
+from kvloom.loadtest.report.plot import Plot, Theme, legend_below, short_number
 from kvloom.loadtest.report.run import Row, Run, Stage, number
-from kvloom.loadtest.report.theme import Theme
 
 MOST_ROWS = 150
 BINS = 24

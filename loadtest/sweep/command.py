@@ -22,8 +22,7 @@ from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.loadtest.load.plan import Plan
 from kvloom.loadtest.load.plan import parse as parse_load
 from kvloom.loadtest.study.flags import FAILED, INTERRUPTED, USAGE_ERROR, Parser, complain, need
-from kvloom.loadtest.sweep.grid import Point, Settings, expand, flags, parse_grid
-from kvloom.loadtest.sweep.results import PROBES
+from kvloom.loadtest.sweep.grid import PROBES, Point, Settings, expand, flags, parse_grid
 
 OWN_FLAGS = ("--base-url", "--out")
 """Flags of the load that the sweep sets itself."""

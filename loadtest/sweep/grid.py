@@ -7,11 +7,15 @@ same server is not measured twice under two names.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 from kvloom.engine.errors import ConfigError
+from kvloom.loadtest.report.run import ReportError
 
 Settings = tuple[tuple[str, str], ...]
 Grid = Mapping[str, Sequence[str]]
@@ -94,3 +98,39 @@ def flags(settings: Settings) -> list[str]:
         flag = name.replace("_", "-")
         words += [f"--{flag}"] if value == "true" else [f"--no-{flag}"] if value == "false" else [f"--{flag}", value]
     return words
+
+
+RESULTS = "sweep.json"
+PROBES = ("agreement", "needle")
+"""How quality can be measured over HTTP."""
+Outcome = Literal["measured", "refused", "failed", "interrupted"]
+
+
+@dataclass(slots=True)
+class Result:
+    """One combination of settings."""
+
+    server: str
+    settings: dict[str, str]
+    label: str
+    folder: str
+    """Of the run, in the sweep's folder."""
+    outcome: Outcome = "failed"
+    message: str = ""
+    """Why it was refused or failed."""
+    start_seconds: float | None = None
+    quality: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Figures by probe; {"error": why} where the server could not be probed."""
+
+
+def load_results(folder: Path) -> tuple[list[Result], bool]:
+    """The results in a sweep's folder, and whether it was interrupted. Raises ReportError."""
+    try:
+        content = json.loads((folder / RESULTS).read_text())
+        return [_result(row) for row in content["results"]], bool(content["interrupted"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ReportError(f"{folder / RESULTS} does not hold a sweep: {error}") from None
+
+
+def _result(row: Mapping[str, Any]) -> Result:
+    return Result(**row)

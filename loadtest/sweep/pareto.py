@@ -10,10 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from kvloom.loadtest.report.document import NONE, percent
-from kvloom.loadtest.report.plot import Plot, shorten
+from kvloom.loadtest.report.plot import MARKERS, Plot, Theme, shorten
 from kvloom.loadtest.report.run import Run, Stage
-from kvloom.loadtest.report.theme import MARKERS, Theme
-from kvloom.loadtest.sweep.results import Result
+from kvloom.loadtest.sweep.grid import Result
 
 
 class Speed(NamedTuple):

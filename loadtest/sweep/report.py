@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from kvloom.loadtest.report.bars import runs_beside
+from kvloom.loadtest.report.bars import curves, runs_beside
+from kvloom.loadtest.report.compare import definitions, origin
 from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent
-from kvloom.loadtest.report.figures import curves
 from kvloom.loadtest.report.files import write_document
 from kvloom.loadtest.report.run import load_run
-from kvloom.loadtest.report.single import definitions, origin
 from kvloom.loadtest.report.tables import settings as settings_table
 from kvloom.loadtest.report.verdict import warnings
+from kvloom.loadtest.sweep.grid import Result, load_results
 from kvloom.loadtest.sweep.pareto import QUALITIES, SPEEDS, Entry, Row, front, pareto_plot, precise, quality_of
-from kvloom.loadtest.sweep.results import Result, load_results
 
 DEFINITIONS = {
     "front": "no other combination at the same load is at least as good in quality and in the named speed, and better in one",

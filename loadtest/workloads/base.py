@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from kvloom.engine.bounds import wrong
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads.corpus import TextSource
@@ -46,6 +47,11 @@ class Workload:
         return with_sharing([_as_text(job, text) for job in jobs] if chat else jobs, text)
 
 
+def workload(name: str, options: type, about: str, *, endless: bool = True) -> Callable[[Build], Workload]:
+    """Makes a workload of the function that builds its jobs."""
+    return lambda make: Workload(name=name, help=about, options=options, make=make, endless=endless)
+
+
 def _as_text(job: Job, text: TextSource) -> Job:
     """The job with text for its token ids, of as many tokens, or nearly: some neighbours merge when they are read again."""
     if isinstance(job.prompt, str):
@@ -56,15 +62,19 @@ def _as_text(job: Job, text: TextSource) -> Job:
     return replace(job, prompt=said)
 
 
-def require(options: object, low: float, high: float, *names: str) -> None:
-    """Raise ConfigError unless each named option lies within [low, high]."""
-    for name in names:
-        value = getattr(options, name)
-        if not low <= value <= high:
-            raise ConfigError(f"{name} is {value:g}; allowed: {low:g} to {high:g}")
+class Options:
+    """Settings whose fields are declared with their ranges (`engine.bounds.bounded`)."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a value of another type, or out of its range."""
+        if (found := wrong(self)) is not None:
+            value = f"{found.value:g}" if isinstance(found.value, (int, float)) else repr(found.value)
+            raise ConfigError(f"{found.name} is {value}; allowed: {found.allowed}")
 
 
-def choose(options: object, name: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless the named option is one of `allowed`."""
-    if getattr(options, name) not in allowed:
-        raise ConfigError(f"{name} is {getattr(options, name)!r}; allowed: {', '.join(allowed)}")
+def require(options: object, low: float, high: float, name: str) -> None:
+    """Raise ConfigError unless an option lies within [low, high], where that follows from another option."""
+    if not low <= (value := getattr(options, name)) <= high:
+        raise ConfigError(f"{name} is {value:g}; allowed: {low:g} to {high:g}")

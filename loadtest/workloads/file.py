@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from kvloom.engine.bounds import bounded
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.client.record import Job
-from kvloom.loadtest.workloads.base import LONGEST, Workload, require
+from kvloom.loadtest.workloads.base import LONGEST, Options, workload
 from kvloom.loadtest.workloads.corpus import TextSource
 
 LARGEST = 1 << 30
@@ -33,19 +34,15 @@ EXAMPLE = '{"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FileOptions:
+class FileOptions(Options):
     """A file with fewer prompts than are sent is gone through again."""
 
     file: str = ""
     """JSONL with a prompt or messages on each line, or ShareGPT's JSON."""
-    output_len: int | None = None
+    output_len: int | None = bounded(None, 1, LONGEST)
     """Tokens of an answer, instead of what the file says; 64 where it says nothing."""
     shuffle: bool = True
     """In an order that the seed decides, so that stages differ; switched off, in the file's order."""
-
-    def __post_init__(self) -> None:
-        if self.output_len is not None:
-            require(self, 1, LONGEST, "output_len")
 
 
 class Entry(NamedTuple):
@@ -58,7 +55,13 @@ class Entry(NamedTuple):
     """What was answered once; as many tokens are asked for."""
 
 
-def build(options: FileOptions, text: TextSource, seed: int, count: int) -> list[Job]:
+@workload(
+    "file",
+    FileOptions,
+    "prompts of your own from --file: JSONL with a prompt or messages on each line, or ShareGPT's JSON",
+    endless=False,
+)
+def file(options: FileOptions, text: TextSource, seed: int, count: int) -> list[Job]:
     if not options.file:
         raise ConfigError("the workload file needs --file PROMPTS.jsonl")
     entries = read(Path(options.file))
@@ -145,12 +148,3 @@ def _talk(turns: Any, length: int | None) -> Entry:
     if not turns or not turns[0]["value"]:
         raise ValueError("conversations holds no question")
     return Entry(turns[0]["value"], output_len=length, reply=turns[1]["value"] if len(turns) > 1 else "")
-
-
-FILE = Workload(
-    name="file",
-    help="prompts of your own from --file: JSONL with a prompt or messages on each line, or ShareGPT's JSON",
-    options=FileOptions,
-    make=build,
-    endless=False,
-)

@@ -10,8 +10,7 @@ import pytest
 
 from kvloom import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.quality.answer_changes import ask, changes, main, rows
-from kvloom.loadtest.quality.questions import questions
+from kvloom.loadtest.quality.answer_changes import ask, changes, main, questions, rows
 
 
 def test_there_are_three_hundred_different_questions() -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.loadtest.fuzz.engines import engine, stage
+from kvloom.loadtest.fuzz.engines import SETTINGS, engine, stage
 from kvloom.loadtest.fuzz.fuzzer import Fuzzer, FuzzError
-from kvloom.loadtest.fuzz.settings import SETTINGS
 
 SEED = 20_261_128
 

@@ -9,8 +9,7 @@ import pytest
 from kvloom.loadtest.client.arrivals import Load
 from kvloom.loadtest.client.drive import StageRun
 from kvloom.loadtest.client.record import Record
-from kvloom.loadtest.load.measures import Slo, Spread, median_interval, peak_concurrency, summarise
-from kvloom.loadtest.load.summary import stage_summary
+from kvloom.loadtest.load.measures import Slo, Spread, median_interval, peak_concurrency, stage_summary, summarise
 
 
 def record(index: int, sent: float, first: float, gap: float, tokens: int, **more: object) -> Record:

@@ -11,18 +11,20 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from kvloom.loadtest.bench.arriving import LEAD, gaps, measure_arriving
 from kvloom.loadtest.bench.peers import (
     CASES,
+    LEAD,
     OWN_PRECISION,
     Run,
     Server,
     arrivals,
     busy,
     cells,
+    gaps,
     jobs,
     known_of,
     main,
+    measure_arriving,
     note,
     parse,
     plot,

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from kvloom.loadtest.client.record import Record
-from kvloom.loadtest.load.progress import Meter
+from kvloom.loadtest.load.terminal import Meter
 
 
 def drawn(*, terminal: bool) -> str:

@@ -17,12 +17,11 @@ from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.loadtest.bench.engine import Ceilings, decode_case, prefill_case
 from kvloom.loadtest.quality import agreement, facts, long, methods, task_eval
 from kvloom.loadtest.quality import text as setup
-from kvloom.loadtest.quality.answers import Answer, Answers, ask
 from kvloom.loadtest.quality.decoding import Cost, Passage, _Clock, follow, prefill
 from kvloom.loadtest.quality.divergence import Agreement
-from kvloom.loadtest.quality.forced import log_probabilities
 from kvloom.loadtest.quality.spec import MethodSpec, check
-from kvloom.loadtest.quality.tasks import NEEDLES, TASKS, Trial, haystacks, trials
+from kvloom.loadtest.quality.tasks import NEEDLES, TASKS, Answer, Answers, Trial, ask, haystacks, trials
+from kvloom.loadtest.quality.weights import log_probabilities
 
 MakeLLM = Callable[..., LLM]
 DENSE = KVOptions(selection="dense")

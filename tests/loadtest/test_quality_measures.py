@@ -12,9 +12,9 @@ import torch
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality.divergence import divergence
-from kvloom.loadtest.quality.heatmap import Grid, draw
 from kvloom.loadtest.quality.long import first_difference
 from kvloom.loadtest.quality.spec import MethodSpec, parse_methods, plan
+from kvloom.loadtest.quality.task_eval import Grid, draw
 from kvloom.loadtest.study import runner as setup
 from kvloom.loadtest.study.flags import numbers as parse_numbers
 from kvloom.loadtest.study.intervals import Interval, bootstrap, exponential, ratio, wilson

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from kvloom.loadtest.report import main
-from kvloom.loadtest.report.bars import heaviest
+from kvloom.loadtest.report.bars import heaviest, plots
 from kvloom.loadtest.report.compare import differences
-from kvloom.loadtest.report.figures import plots
 from kvloom.loadtest.report.files import write_report
 from kvloom.loadtest.report.run import ReportError, Row, load_run
 from kvloom.loadtest.report.tables import failures, latency

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 from matplotlib import pyplot as plt
 
-from kvloom.loadtest.report.figures import plots
+from kvloom.loadtest.report.bars import plots
 from kvloom.loadtest.report.files import compare_runs, write_report
-from kvloom.loadtest.report.plot import Plot
+from kvloom.loadtest.report.plot import DPI, LIGHT, WIDTH, Plot, applied
 from kvloom.loadtest.report.run import load_run
-from kvloom.loadtest.report.theme import DPI, LIGHT, WIDTH, applied
 
 from .test_report import rich_run
 

@@ -12,8 +12,7 @@ from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions
 from kvloom.loadtest.quality import retention
-from kvloom.loadtest.quality.answers import ask
-from kvloom.loadtest.quality.tasks import in_prompt, trials
+from kvloom.loadtest.quality.tasks import ask, in_prompt, trials
 from kvloom.server.cli import main
 
 SCORES = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))

@@ -11,7 +11,8 @@ import pytest
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.quality import reuse, reuse_charge
+from kvloom.loadtest.quality import reuse
+from kvloom.loadtest.quality import reuse as reuse_charge
 from kvloom.loadtest.quality.reuse_prompts import Case, Maker, check_length, fitting
 from kvloom.loadtest.quality.reuse_runs import EXACT, KINDS, Sample, Times, approximate, ask, compare, donate, race, reference
 from kvloom.loadtest.quality.reuse_scores import Setting, figures, relate, settings, spearman, trends

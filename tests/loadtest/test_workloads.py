@@ -18,10 +18,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.text import Tokenizer
 from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads import WORKLOADS
+from kvloom.loadtest.workloads.checked import facts, plant
 from kvloom.loadtest.workloads.corpus import TextSource
-from kvloom.loadtest.workloads.facts import facts, plant
 from kvloom.loadtest.workloads.sharing import RUN, shared
-from kvloom.loadtest.workloads.trace_rows import SHAPES, read_rows, synthetic_rows
+from kvloom.loadtest.workloads.trace import SHAPES, read_rows, synthetic_rows
 
 SMALL: dict[str, dict[str, Any]] = {
     "random": {"input_len": 40, "output_len": 5, "range_ratio": 0.5},
