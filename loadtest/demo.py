@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +23,8 @@ from openai import AsyncOpenAI, BadRequestError, OpenAI
 from openai.types.chat import ChatCompletionMessageParam
 from rich.console import Console
 from rich.table import Table
+
+from kvloom.loadtest.client.servers import answers, free_port
 
 SYSTEM = (
     "You are the guide of a small botanical garden. Answer visitors in one or two friendly sentences. The garden has a palm "
@@ -125,20 +126,20 @@ async def crowd(base_url: str, model: str) -> tuple[list[Answer], float]:
     """All questions at once; the answers and the wall time."""
     async with AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0) as client:
         began = time.perf_counter()
-        answers = await asyncio.gather(*(stream(client, model, question) for question in QUESTIONS))
-        return list(answers), time.perf_counter() - began
+        given = await asyncio.gather(*(stream(client, model, question) for question in QUESTIONS))
+        return list(given), time.perf_counter() - began
 
 
-def report(console: Console, answers: list[Answer], wall: float) -> None:
+def report(console: Console, given: list[Answer], wall: float) -> None:
     talk = Table("question", "answer", title="Concurrent streams with a shared system prompt", show_lines=True)
-    for answer in answers:
+    for answer in given:
         talk.add_row(answer.question, " ".join(answer.text.split()))
     console.print(talk)
     figures = Table("", "median", "worst", title="What the client measured")
-    for name, values in (("TTFT", [a.ttft for a in answers]), ("TPOT", [a.tpot for a in answers])):
+    for name, values in (("TTFT", [a.ttft for a in given]), ("TPOT", [a.tpot for a in given])):
         figures.add_row(name, f"{statistics.median(values) * 1e3:.1f} ms", f"{max(values) * 1e3:.1f} ms")
     console.print(figures)
-    tokens, prompt, cached = (sum(getattr(a, name) for a in answers) for name in ("tokens", "prompt_tokens", "cached_tokens"))
+    tokens, prompt, cached = (sum(getattr(a, name) for a in given) for name in ("tokens", "prompt_tokens", "cached_tokens"))
     console.print(f"throughput        {tokens / wall:.1f} output tokens/s ({tokens} tokens in {wall:.2f} s)")
     console.print(f"prefix-hit tokens {cached} of {prompt} prompt tokens ({cached / prompt:.0%})")
 
@@ -149,9 +150,9 @@ def converse(console: Console, base_url: str, model: str) -> None:
     require(model in [entry.id for entry in client.models.list()], "the model is not listed")
     console.print(f"[bold]plain answer[/]      {ask(client, model)}")
     console.print(f"[bold]refused request[/]   {refuse(client, model)}")
-    answers, wall = asyncio.run(crowd(base_url, model))
-    report(console, answers, wall)
-    require(all(answer.cached_tokens > 0 for answer in answers), "the shared system prompt was not reused")
+    given, wall = asyncio.run(crowd(base_url, model))
+    report(console, given, wall)
+    require(all(answer.cached_tokens > 0 for answer in given), "the shared system prompt was not reused")
     kv = json.loads(get(base_url.removesuffix("/v1") + "/v1/kv"))
     used = [group["in_use"] for group in kv["blocks"].values()]
     require(not any(used), f"blocks are still in use afterwards: {used}")
@@ -164,24 +165,14 @@ def get(url: str) -> bytes:
         return bytes(answer.read())
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> float:
     """Seconds until /health says 200. Raises Malformed if the server ends or takes too long."""
     began = time.perf_counter()
-    while time.perf_counter() - began < START_SECONDS:
+    while not answers(url):
         require(server.poll() is None, f"the server ended with exit code {server.returncode}")
-        try:
-            get(url)
-        except OSError:  # nobody listens yet, or it answers 503
-            time.sleep(0.05)
-        else:
-            return time.perf_counter() - began
-    raise Malformed(f"the server was not healthy after {START_SECONDS:.0f} s")
+        require(time.perf_counter() - began < START_SECONDS, f"the server was not healthy after {START_SECONDS:.0f} s")
+        time.sleep(0.05)
+    return time.perf_counter() - began
 
 
 def main() -> int:
@@ -193,7 +184,7 @@ def main() -> int:
     base_url = f"http://127.0.0.1:{port}"
     server = subprocess.Popen([sys.executable, "-m", "kvloom.server.cli", "serve", args.model, "--port", str(port)])
     try:
-        seconds = wait_until_healthy(f"{base_url}/health", server)
+        seconds = wait_until_healthy(base_url, server)
         console.print(f"server healthy after {seconds:.1f} s")
         converse(console, f"{base_url}/v1", args.model)
         server.send_signal(signal.SIGINT)

@@ -7,9 +7,9 @@ The definitions that every report prints are `DEFINITIONS`. Failed and cancelled
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from kvloom.loadtest.client.arrivals import Load
 from kvloom.loadtest.client.drive import StageRun
 from kvloom.loadtest.client.record import Record
 from kvloom.loadtest.study.flags import seconds_of
+from kvloom.loadtest.study.intervals import bootstrap_median
 
 DEFINITIONS = {
     "ttft": "time to first token: sending -> arrival of the first non-empty text. Setting up the connection counts (each "
@@ -143,14 +144,9 @@ class Slo:
         return all(limit is None or seconds * 1e3 <= limit for limit, seconds in taken)
 
 
-def median_interval(values: Sequence[float], resamples: int = 1000) -> tuple[float, float] | None:
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """95% bootstrap interval of the median, in the unit of the values; None for fewer than two."""
-    if len(values) < 2:
-        return None
-    random, array = np.random.default_rng(0), np.asarray(values)
-    medians = [np.median(random.choice(array, len(array))) for _ in range(resamples)]
-    low, high = np.percentile(medians, (2.5, 97.5))
-    return float(low), float(high)
+    return bootstrap_median(values) if len(values) > 1 else None
 
 
 def peak_concurrency(records: Sequence[Record]) -> int:
@@ -165,7 +161,6 @@ def peak_concurrency(records: Sequence[Record]) -> int:
 
 SHOWN = (50.0, 90.0, 99.0)
 """Percentiles that every stage has, since plots and other tools look for them."""
-LIMIT_NAMES = ("ttft_ms", "tpot_ms", "e2el_ms")
 
 
 def stage_summary(
@@ -178,6 +173,9 @@ def stage_summary(
     total = summarise(records)
     wall = total.wall or _elapsed(records)
     met = sum(slo.met(record) for record in records) if slo else None
+    failed = [record for record in records if record.error is not None]
+    times = {"ttft": [record.ttft for record in good], "tpot": tpots(good),
+             "itl": [gap for record in good for gap in record.itl], "e2el": [record.e2e for record in good]}  # fmt: skip
     return {
         "num_prompts": run.planned,
         "ran_out": run.ran_out,
@@ -190,29 +188,24 @@ def stage_summary(
         "failed": total.failed,
         "cancelled": sum(record.cancelled and record.error is None for record in records),
         "not_sent": run.planned - len(records),
-        "failures": dict(Counter(record.error_kind for record in records if record.error is not None).most_common()),
-        "first_errors": _first_errors(records),
+        "failures": dict(Counter(record.error_kind for record in failed).most_common()),
+        "first_errors": _first_errors(failed),
         "retries": sum(record.retries for record in records),
         "total_input_tokens": total.prompt_tokens,
         "total_output_tokens": total.output_tokens,
         "request_throughput": _per(total.completed, wall),
         "request_goodput": None if met is None else _per(met, wall),
         "goodput_share": None if met is None else _ratio(met, total.completed + total.failed),
-        "slo": {name: getattr(slo, name) for name in LIMIT_NAMES} if slo else None,
+        "slo": asdict(slo) if slo else None,
         "output_throughput": _per(total.output_tokens, wall),
         "total_token_throughput": _per(total.prompt_tokens + total.output_tokens, wall),
-        **_times("ttft", [record.ttft for record in good], percentiles),
-        **_times("tpot", tpots(good), percentiles),
-        **_times("itl", [gap for record in good for gap in record.itl], percentiles),
-        **_times("e2el", [record.e2e for record in good], percentiles),
-        "median_ttft_ms_ci95": _interval([record.ttft for record in good]),
-        "median_tpot_ms_ci95": _interval(tpots(good)),
+        **{key: value for name, values in times.items() for key, value in _times(name, values, percentiles).items()},
+        **{f"median_{name}_ms_ci95": _interval(times[name]) for name in ("ttft", "tpot")},
         "client_lag": _lag(records),
         "peak_concurrency": peak_concurrency(records),
         "tokens_from_chunks": sum(record.tokens_from == "chunks" for record in good),
         "tokens_per_chunk": _ratio(total.output_tokens, sum(len(record.chunks) for record in good)),
         **_reuse(good),
-        "correct_rate": _correct(good),
         "kv": _kv(good),
         "tenants": _groups(records, lambda record: record.tenant),
         "labels": _groups(records, lambda record: record.label),
@@ -263,17 +256,17 @@ def _lag(records: Sequence[Record]) -> dict[str, float] | None:
     return {"mean_ms": float(np.mean(lags)), "p99_ms": float(np.percentile(lags, 99)), "max_ms": max(lags)}
 
 
-def _first_errors(records: Sequence[Record]) -> dict[str, str]:
+def _first_errors(failed: Sequence[Record]) -> dict[str | None, str | None]:
     """One message for every kind of failure."""
-    found: dict[str, str] = {}
-    for record in records:
-        if record.error_kind is not None and record.error is not None:
-            found.setdefault(record.error_kind, record.error)
+    found: dict[str | None, str | None] = {}
+    for record in failed:
+        found.setdefault(record.error_kind, record.error)
     return found
 
 
 def _reuse(good: Sequence[Record]) -> dict[str, Any]:
-    """What came from the cache, beside what an ideal cache could have given."""
+    """What came from the cache, beside what an ideal cache could have given; and how many answers were right."""
+    marks = [record.correct for record in good if record.correct is not None]
     told = [record for record in good if record.cached_tokens is not None]
     cached = sum(record.cached_tokens or 0 for record in told)
     return {
@@ -281,28 +274,24 @@ def _reuse(good: Sequence[Record]) -> dict[str, Any]:
         "hit_rate": _ratio(cached, sum(record.prompt_tokens for record in told)),
         "reusable_tokens": sum(record.reusable_tokens for record in good),
         "reusable_anywhere_tokens": sum(record.reusable_anywhere for record in good),
+        "correct_rate": _ratio(sum(marks), len(marks)),
     }
-
-
-def _correct(good: Sequence[Record]) -> float | None:
-    marks = [record.correct for record in good if record.correct is not None]
-    return _ratio(sum(marks), len(marks))
 
 
 def _kv(good: Sequence[Record]) -> dict[str, float] | None:
     """Sums of the numbers in `usage.kv`; those of inner objects under `outer.inner`."""
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(int)
+
+    def add(values: Mapping[str, Any], prefix: str = "") -> None:
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                add(value, f"{prefix}{name}.")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                totals[prefix + name] += value
+
     for record in good:
-        _add(totals, record.kv or {}, "")
+        add(record.kv or {})
     return dict(totals) or None
-
-
-def _add(totals: Counter[str], values: Mapping[str, Any], prefix: str) -> None:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            _add(totals, value, f"{prefix}{name}.")
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
-            totals[prefix + name] += value  # type: ignore[assignment]
 
 
 def _groups(records: Sequence[Record], key: Callable[[Record], str]) -> dict[str, dict[str, Any]]:
@@ -327,5 +316,4 @@ def _group(records: Sequence[Record], every: int) -> dict[str, Any]:
         "mean_e2el_ms": _ms(total.e2e.mean),
         "share": _ratio(total.output_tokens, every),
         **_reuse(good),
-        "correct_rate": _correct(good),
     }

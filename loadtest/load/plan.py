@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
@@ -92,9 +92,8 @@ def _stages(text: str, open_loop: dict[str, Any]) -> tuple[Load, ...]:
                 raise ConfigError("--stages has a rate of inf; for a time a rate must be a number")
             loads.append(Load(rate=rate, seconds=seconds, **open_loop))
     if len(marks) > 1 or len(loads) > MOST_STAGES:
-        raise ConfigError(
-            f"--stages is {text!r}; allowed: up to {MOST_STAGES} stages, all of rates or all of requests under way"
-        )
+        allowed = f"up to {MOST_STAGES} stages, all of rates or all of requests under way"
+        raise ConfigError(f"--stages is {text!r}; allowed: {allowed}")
     return tuple(loads)
 
 
@@ -110,9 +109,8 @@ def _seconds(text: str) -> float:
 
 def _ramp(args: argparse.Namespace) -> Ramp:
     if not all(rate is not None and 0 < rate <= FASTEST for rate in (args.ramp_from, args.ramp_to)):
-        raise ConfigError(
-            f"--ramp-up needs --ramp-from and --ramp-to, in requests per second, more than 0 and up to {FASTEST:g}"
-        )
+        rates = f"--ramp-from and --ramp-to, in requests per second, more than 0 and up to {FASTEST:g}"
+        raise ConfigError(f"--ramp-up needs {rates}")
     return Ramp(args.ramp_up, args.ramp_from, args.ramp_to)
 
 
@@ -125,9 +123,8 @@ def _numbers(flag: str, text: str, most: float, *, whole: bool) -> list[float]:
     allowed = all(0 < value <= most or (not whole and value == math.inf) for value in values)
     if not (values and allowed and len(values) <= MOST_STAGES):
         kind = "whole numbers" if whole else "numbers (or inf)"
-        raise ConfigError(
-            f"{flag} is {text!r}; allowed: up to {MOST_STAGES} {kind} above 0, up to {most:g}, separated by commas"
-        )
+        numbers = f"up to {MOST_STAGES} {kind} above 0, up to {most:g}, separated by commas"
+        raise ConfigError(f"{flag} is {text!r}; allowed: {numbers}")
     return values
 
 
@@ -260,13 +257,8 @@ def _add_server(group: Any) -> None:
     add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="an HTTP header of every request; repeat it")
     add("--retries", type=int, default=0, metavar="N", help="tries again after a 429 or 503, when the server says (default: 0)")
     add("--timeout", type=float, default=1800.0, metavar="S", help="seconds for a request (default: %(default)g)")
-    add(
-        "--ready-timeout",
-        type=float,
-        default=10.0,
-        metavar="S",
-        help="seconds until the server is healthy (default: %(default)g)",
-    )
+    healthy = "seconds until the server is healthy (default: %(default)g)"
+    add("--ready-timeout", type=float, default=10.0, metavar="S", help=healthy)
 
 
 def _add_report(group: Any) -> None:
@@ -297,33 +289,21 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"--stages has a stage of more than {MOST_REQUESTS:,} requests; give a shorter time or a lower rate")
     if args.num_requests is not None and any(load.seconds is not None and load.rate is not None for load in loads):
         raise ConfigError("--num-requests follows from rates and times; leave it out with --stages of rates")
-    return Plan(
-        base_url=args.base_url.rstrip("/").removesuffix("/v1"),
-        model=args.model,
-        endpoint=args.endpoint,
-        tokenizer=args.tokenizer,
-        workload=args.workload,
-        options=options_of(WORKLOADS[args.workload].options, args),
-        count=args.num_requests,
-        seed=args.seed,
-        same_prompts=args.same_prompts,
-        loads=loads,
-        warmup=args.warmup,
-        slo=slo,
-        slo_share=args.slo_share,
-        find_steps=args.find_steps if args.find_rate else None,
-        percentiles=_percentiles(args.percentiles),
-        api_key=args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
-        tenant_keys=dict(_pair(text) for text in args.tenant_key),
-        extra_body=_extra_body(args.extra_body),
-        headers=dict(_header(text) for text in args.header),
-        retries=args.retries,
-        timeout=args.timeout,
-        ready_timeout=args.ready_timeout,
-        scrape_interval=args.scrape_interval,
-        out=args.out,
-        save_text=args.save_text,
-    )
+    given = {field.name: getattr(args, field.name, None) for field in fields(Plan)}
+    made = {
+        "base_url": args.base_url.rstrip("/").removesuffix("/v1"),
+        "options": options_of(WORKLOADS[args.workload].options, args),
+        "count": args.num_requests,
+        "loads": loads,
+        "slo": slo,
+        "find_steps": args.find_steps if args.find_rate else None,
+        "percentiles": _percentiles(args.percentiles),
+        "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
+        "tenant_keys": dict(map(_pair, args.tenant_key)),
+        "extra_body": _extra_body(args.extra_body),
+        "headers": dict(map(_header, args.header)),
+    }
+    return Plan(**{**given, **made})
 
 
 def _percentiles(text: str) -> tuple[float, ...]:
@@ -333,9 +313,8 @@ def _percentiles(text: str) -> tuple[float, ...]:
     except ValueError:
         found = []
     if not (0 < len(found) <= MOST_PERCENTILES and all(0 < value <= 100 for value in found)):
-        raise ConfigError(
-            f"--percentiles is {text!r}; allowed: up to {MOST_PERCENTILES} numbers above 0, up to 100, separated by commas"
-        )
+        allowed = f"up to {MOST_PERCENTILES} numbers above 0, up to 100, separated by commas"
+        raise ConfigError(f"--percentiles is {text!r}; allowed: {allowed}")
     return tuple(found)
 
 

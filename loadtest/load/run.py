@@ -148,9 +148,8 @@ class Bench:
             self._console.print(f"step {index + 1}: rate {rate:g}, {search.steps[-1].share:.1%} of requests within the limits")
 
     def _client(self, model: str) -> Client:
-        plan = self._plan
-        return Client(plan.base_url, model, api_key=plan.api_key, tenant_keys=plan.tenant_keys, endpoint=plan.endpoint,
-                      extra_body=plan.extra_body, headers=plan.headers, retries=plan.retries, timeout=plan.timeout)  # fmt: skip
+        names = ("api_key", "tenant_keys", "endpoint", "extra_body", "headers", "retries", "timeout")
+        return Client(self._plan.base_url, model, **{name: getattr(self._plan, name) for name in names})
 
     async def _warm_up(self, client: Client) -> None:
         jobs = self._work.warmup
@@ -196,6 +195,7 @@ class Bench:
 
 def summary_of(plan: Plan, outcome: Outcome, corpus: str) -> dict[str, Any]:
     """summary.json: the settings and the stages; the keys of a single stage also stand at the top, where vLLM's tools look."""
+    same = {name: getattr(plan, name) for name in ("tokenizer", "seed", "same_prompts", "warmup", "retries", "timeout")}
     settings = {
         "base_url": plan.base_url,
         "model": outcome.model,
@@ -203,16 +203,11 @@ def summary_of(plan: Plan, outcome: Outcome, corpus: str) -> dict[str, Any]:
         "workload": plan.workload,
         "workload_options": {name: _plain(value) for name, value in asdict(plan.options).items()},
         "num_requests": plan.count,
-        "tokenizer": plan.tokenizer,
+        **same,
         "corpus": corpus,
-        "seed": plan.seed,
-        "same_prompts": plan.same_prompts,
         "mode": plan.loads[0].mode,
         "loads": [stage["name"] for stage in outcome.stages],
         "slo_share": plan.slo_share if plan.slo else None,
-        "warmup": plan.warmup,
-        "retries": plan.retries,
-        "timeout": plan.timeout,
         "extra_body": dict(plan.extra_body),
         "headers": sorted(plan.headers),
         "machine": describe(),
@@ -220,14 +215,8 @@ def summary_of(plan: Plan, outcome: Outcome, corpus: str) -> dict[str, Any]:
         "definitions": DEFINITIONS,
     }
     top = outcome.stages[0] if len(plan.loads) == len(outcome.stages) == 1 and not outcome.search else {}
-    return {
-        **top,
-        "settings": settings,
-        "interrupted": outcome.interrupted,
-        "server_lost": outcome.lost,
-        "search": outcome.search,
-        "stages": outcome.stages,
-    }
+    ended = {"interrupted": outcome.interrupted, "server_lost": outcome.lost, "search": outcome.search}
+    return {**top, "settings": settings, **ended, "stages": outcome.stages}
 
 
 def _plain(value: Any) -> Any:

@@ -18,13 +18,13 @@ import argparse
 import asyncio
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.quality.completions import Completions, Scored, all_of
+from kvloom.loadtest.quality.scoring import Completions, Scored, all_of, coarse_divergence, likeliest
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
 from kvloom.loadtest.study.flags import add, add_outputs, need, numbers, parser
 from kvloom.loadtest.study.intervals import bootstrap, exponential, wilson
@@ -47,26 +47,6 @@ COLUMNS = (
     Column("trials", "needle_trials"),
     Column("reference's", "needle_dense", ".1%"),
 )
-FLOOR = -100.0
-"""Log-probability of what cannot be less likely; some servers send -9999 for minus infinity."""
-
-
-def coarse_divergence(reference: Mapping[str, float], found: Mapping[str, float]) -> float:
-    """KL(reference || found) in nats over the tokens that both list, and one class for all the rest.
-
-    Merging classes never adds to a KL, so this is a lower bound of the whole one.
-    """
-    shared = reference.keys() & found.keys()
-    p = [math.exp(max(reference[token], FLOOR)) for token in shared]
-    q = [math.exp(max(found[token], FLOOR)) for token in shared]
-    p.append(max(1.0 - sum(p), 0.0))
-    q.append(max(1.0 - sum(q), 1e-12))
-    return max(0.0, sum(a * math.log(a / max(b, 1e-45)) for a, b in zip(p, q) if a > 0.0))
-
-
-def likeliest(top: Mapping[str, float]) -> str:
-    """The token with the highest log-probability."""
-    return max(top, key=lambda token: top[token])
 
 
 def perplexity(scored: Sequence[Scored], texts: Sequence[str]) -> Row:

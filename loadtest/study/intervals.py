@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,7 +56,7 @@ def bootstrap(
         found = sums[draws].sum(1) / counts[draws].sum(1)
     else:
         found = np.array([statistic(np.concatenate([groups[i] for i in draw])) for draw in draws])
-    return Interval(*(float(edge) for edge in np.percentile(found, (2.5, 97.5))))
+    return _edges(found)
 
 
 def exponential(interval: Interval | None) -> Interval | None:
@@ -78,13 +78,24 @@ def wilson(right: float, count: int) -> Interval | None:
     return Interval(min(max(0.0, low), share), max(min(1.0, high), share))
 
 
+def _medians(values: npt.ArrayLike, generator: np.random.Generator, resamples: int) -> Floats:
+    data = np.asarray(values, np.float64)
+    return np.median(data[generator.integers(0, len(data), (resamples, len(data)))], axis=1)
+
+
+def bootstrap_median(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Interval of the median of values that are drawn one by one."""
+    return _edges(_medians(values, np.random.default_rng(seed), resamples))
+
+
 def ratio(above: npt.ArrayLike, below: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
     """Interval of median(above) / median(below), both drawn anew: how sure a speed-up is. None if either is a single value."""
     if np.size(above) == 1 or np.size(below) == 1:
         return None
-    generator: Any = np.random.default_rng(seed)
-    medians = []
-    for values in (above, below):
-        data = np.asarray(values, np.float64)
-        medians.append(np.median(data[generator.integers(0, len(data), (resamples, len(data)))], axis=1))
-    return Interval(*(float(edge) for edge in np.percentile(medians[0] / medians[1], (2.5, 97.5))))
+    generator = np.random.default_rng(seed)
+    upper, lower = (_medians(values, generator, resamples) for values in (above, below))
+    return _edges(upper / lower)
+
+
+def _edges(found: Floats) -> Interval:
+    return Interval(*(float(edge) for edge in np.percentile(found, (2.5, 97.5))))

@@ -16,7 +16,7 @@ from kvloom.loadtest.client.servers import Server, Started, StartError, running
 from kvloom.loadtest.load.plan import Plan, parse
 from kvloom.loadtest.load.run import bench
 from kvloom.loadtest.load.terminal import show
-from kvloom.loadtest.quality.http_probe import ProbeError, Scores, Window, compare, score, windows
+from kvloom.loadtest.quality.scoring import ProbeError, Scores, Window, compare, score, windows
 from kvloom.loadtest.study.flags import FAILED, complain
 from kvloom.loadtest.study.intervals import wilson
 from kvloom.loadtest.sweep.grid import RESULTS, Point, Result

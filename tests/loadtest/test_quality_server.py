@@ -14,7 +14,7 @@ from aiohttp import web
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality import server_eval
-from kvloom.loadtest.quality.completions import Completions, Scored, ServerError
+from kvloom.loadtest.quality.scoring import Completions, Scored, ServerError
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -13,7 +13,7 @@ import pytest
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.load.run import Outcome
-from kvloom.loadtest.quality.http_probe import Position, ProbeError, Window, _positions, compare, kl
+from kvloom.loadtest.quality.scoring import Position, ProbeError, Window, _positions, compare, kl
 from kvloom.loadtest.report import main as report_main
 from kvloom.loadtest.sweep import command, measure
 from kvloom.loadtest.sweep.grid import Point, expand, flags, parse_grid
