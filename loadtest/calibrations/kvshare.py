@@ -29,10 +29,19 @@ from kvloom.engine.calibration import store
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, SamplingParams
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions, ShareOptions
-from kvloom.loadtest.quality import reuse_prompts
 from kvloom.loadtest.quality.reuse import add_flags, engine
-from kvloom.loadtest.quality.reuse_prompts import Maker
-from kvloom.loadtest.quality.reuse_runs import KINDS, Sample, approximate, ask, compare, donate, reference
+from kvloom.loadtest.quality.reuse_runs import (
+    KINDS,
+    Maker,
+    Sample,
+    approximate,
+    ask,
+    check_length,
+    compare,
+    donate,
+    fitting,
+    reference,
+)
 from kvloom.loadtest.quality.reuse_scores import figures
 from kvloom.loadtest.study.flags import FAILED, add, count, parser
 from kvloom.loadtest.study.machine import describe
@@ -169,9 +178,9 @@ def show(content: dict[str, Any]) -> None:
 def calibrate(llm: LLM, args: argparse.Namespace) -> Path | None:
     """Measure, print, and store if all is within bounds. Returns the file, or None if something was not."""
     if args.documents is None:
-        args.documents = reuse_prompts.fitting(llm, args.document_len, args.answer_len)
+        args.documents = fitting(llm, args.document_len, args.answer_len)
     maker = Maker(llm, args.documents, args.document_len, text=args.text, seed=args.seed)
-    reuse_prompts.check_length(llm, maker.case(0), args.answer_len)
+    check_length(llm, maker.case(0), args.answer_len)
     default = ShareOptions.read(args.kvshare_options).repair
     try:
         offsets = identity(llm, maker)

@@ -30,7 +30,7 @@ def conclude(plan: Plan, outcome: Outcome, console: Console) -> int:
     """Print and report what was measured; returns the exit code."""
     if not outcome.stages:
         return complain("interrupted before anything was measured", INTERRUPTED)
-    from kvloom.loadtest.report.files import write_report
+    from kvloom.loadtest.report.pages import write_report
 
     show(console, outcome.stages)
     if outcome.search:

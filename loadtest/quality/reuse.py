@@ -34,8 +34,19 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
 from kvloom.loadtest.quality import reuse as reuse_charge
-from kvloom.loadtest.quality.reuse_prompts import Case, Maker, check_length
-from kvloom.loadtest.quality.reuse_runs import KINDS, Reference, Sample, Times, compare, donate, race, reference
+from kvloom.loadtest.quality.reuse_runs import (
+    KINDS,
+    Case,
+    Maker,
+    Reference,
+    Sample,
+    Times,
+    check_length,
+    compare,
+    donate,
+    race,
+    reference,
+)
 from kvloom.loadtest.quality.reuse_scores import EVERYTHING, NAIVE, Setting, Trend, figures, relate, settings, trends
 from kvloom.loadtest.study import runner
 from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, parser

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvloom.loadtest.report.bars import curves, runs_beside
 from kvloom.loadtest.report.compare import definitions, origin
 from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent
-from kvloom.loadtest.report.files import write_document
+from kvloom.loadtest.report.pages import write_document
 from kvloom.loadtest.report.run import load_run
 from kvloom.loadtest.report.tables import settings as settings_table
 from kvloom.loadtest.report.verdict import warnings

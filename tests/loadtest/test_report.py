@@ -15,7 +15,7 @@ import pytest
 from kvloom.loadtest.report import main
 from kvloom.loadtest.report.bars import heaviest, plots
 from kvloom.loadtest.report.compare import differences
-from kvloom.loadtest.report.files import write_report
+from kvloom.loadtest.report.pages import write_report
 from kvloom.loadtest.report.run import ReportError, Row, load_run
 from kvloom.loadtest.report.tables import failures, latency
 from kvloom.loadtest.report.timeline import Kinds, kinds

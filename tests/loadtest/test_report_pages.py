@@ -14,7 +14,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from kvloom.loadtest.report.bars import plots
-from kvloom.loadtest.report.files import compare_runs, write_report
+from kvloom.loadtest.report.pages import compare_runs, write_report
 from kvloom.loadtest.report.plot import DPI, LIGHT, WIDTH, Plot, applied
 from kvloom.loadtest.report.run import load_run
 

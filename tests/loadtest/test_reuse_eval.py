@@ -13,8 +13,22 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality import reuse
 from kvloom.loadtest.quality import reuse as reuse_charge
-from kvloom.loadtest.quality.reuse_prompts import Case, Maker, check_length, fitting
-from kvloom.loadtest.quality.reuse_runs import EXACT, KINDS, Sample, Times, approximate, ask, compare, donate, race, reference
+from kvloom.loadtest.quality.reuse_runs import (
+    EXACT,
+    KINDS,
+    Case,
+    Maker,
+    Sample,
+    Times,
+    approximate,
+    ask,
+    check_length,
+    compare,
+    donate,
+    fitting,
+    race,
+    reference,
+)
 from kvloom.loadtest.quality.reuse_scores import Setting, figures, relate, settings, spearman, trends
 
 SHARE = '{"min_match": 32, "min_reusable": 48, "check_layer": 1}'

@@ -17,7 +17,7 @@ from kvloom.loadtest.load.command import main
 from kvloom.loadtest.load.outputs import COLUMNS, cells
 from kvloom.loadtest.load.plan import parse
 from kvloom.loadtest.load.search import Search, sentence
-from kvloom.loadtest.report import files
+from kvloom.loadtest.report import pages as files
 from kvloom.loadtest.workloads.corpus import TextSource
 
 KEYS = {
