@@ -10,7 +10,6 @@ imported when the command line has been read: its help needs neither aiohttp nor
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -69,7 +68,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, USAGE_ERROR)
     except (KVLoomError, OSError) as error:
         return complain(error, FAILED)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

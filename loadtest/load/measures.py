@@ -10,15 +10,17 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvloom.loadtest.client.arrivals import Load
-from kvloom.loadtest.client.drive import StageRun
 from kvloom.loadtest.client.record import Record
 from kvloom.loadtest.study.flags import seconds_of
 from kvloom.loadtest.study.intervals import bootstrap_median
+
+if TYPE_CHECKING:
+    from kvloom.loadtest.client.drive import StageRun  # aiohttp: a command's help is read without it
 
 DEFINITIONS = {
     "ttft": "time to first token: sending -> arrival of the first non-empty text. Setting up the connection counts (each "

@@ -9,10 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from kvloom.loadtest.client.drive import Driver
 from kvloom.loadtest.client.record import Record
+from kvloom.loadtest.study.results import console_table
 
 TIMES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2el"))
 LATE_MS = 50.0
@@ -21,36 +21,47 @@ KNOWN_SHARE = 0.05
 """Part of prompts that share nothing that may be cached all the same, such as the beginning of a chat template."""
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
 def show(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
     """One table for a single stage, else a row per stage; then what to know about each."""
-    if len(stages) == 1:
-        _single(console, stages[0])
-    else:
-        _several(console, stages)
+    (_several if len(stages) > 1 else _single)(console, stages)
     for stage in stages:
         for line in remarks(stage):
             console.print(f"[bold]{stage['name']}[/]  {line}", soft_wrap=True)
 
 
-def _single(console: Console, stage: Mapping[str, Any]) -> None:
+def _single(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
+    (stage,) = stages
     console.print(_counts(stage), soft_wrap=True)
-    columns = ("mean", *(f"p{percentile:g}" for percentile in stage["percentiles"]))
-    table = Table("ms", *columns)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for title, key in TIMES:
-        table.add_row(title, *(_number(stage[f"{column}_{key}_ms"]) for column in columns))
-    console.print(table)
+    quantiles = ("mean", *(f"p{percentile:g}" for percentile in stage["percentiles"]))
+    rows = [[title, *(_number(stage[f"{quantile}_{key}_ms"]) for quantile in quantiles)] for title, key in TIMES]
+    console.print(console_table(("ms", *quantiles), rows))
+
+
+COLUMNS = (
+    ("completed", "completed", str),
+    ("failed", "failed", str),
+    ("TTFT p50", "p50_ttft_ms", _number),
+    ("TTFT p99", "p99_ttft_ms", _number),
+    ("TPOT p50", "p50_tpot_ms", _number),
+    ("E2E p50", "p50_e2el_ms", _number),
+    ("tok/s", "output_throughput", _number),
+    ("goodput/s", "request_goodput", _number),
+    ("hit rate", "hit_rate", _share),
+)
+"""Of a table of several stages: title, key and form."""
 
 
 def _several(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
-    names = ("completed", "failed", "TTFT p50", "TTFT p99", "TPOT p50", "E2E p50", "tok/s", "goodput/s", "hit rate")
-    table = Table("stage", *names, title="times in ms")
-    keys = ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p50_e2el_ms", "output_throughput", "request_goodput")
-    for stage in stages:
-        cells = [_number(stage[key]) for key in keys]
-        table.add_row(stage["name"], str(stage["completed"]), str(stage["failed"]), *cells, _share(stage["hit_rate"]))
-    console.print(table)
+    rows = [[stage["name"], *(form(stage[key]) for _, key, form in COLUMNS)] for stage in stages]
+    console.print(console_table(("stage", *(title for title, _, _ in COLUMNS)), rows, "times in ms"))
 
 
 def _counts(stage: Mapping[str, Any]) -> str:
@@ -101,14 +112,6 @@ def failures(stage: Mapping[str, Any]) -> str | None:
     kind, example = next(iter(stage["first_errors"].items()))
     hint = "; --retries N waits as the server asks" if kind == "http_429" else ""
     return f"{stage['name']}: {stage['failed']} of {stage['num_prompts']} requests failed: {kinds} ({example}){hint}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
 
 
 REDRAW_SECONDS = 0.5

@@ -33,7 +33,6 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
-from kvloom.loadtest.quality import reuse as reuse_charge
 from kvloom.loadtest.quality.reuse_runs import (
     KINDS,
     Case,
@@ -243,9 +242,9 @@ def run_charge(study: Study, kinds: Sequence[str], results: Results) -> None:
             found = []
             for number in range(args.charge):
                 steps.name(f"{kind} donors, set of documents {number + 1}")
-                found.append(reuse_charge.charge(study.llm, study.maker.case(number, CHARGE_USES), kind, setting.options))
+                found.append(charge(study.llm, study.maker.case(number, CHARGE_USES), kind, setting.options))
                 steps.done()
-            for row in reuse_charge.cumulative(found):
+            for row in cumulative(found):
                 results.add({**about, "donors": kind, **row})
 
 
@@ -319,6 +318,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     about = f"Medians over {args.charge} sets of documents, used in another order every time. {described(study.llm)}"
     json_, markdown, publish = map(beside, (args.json, args.markdown, args.publish))
-    charged = Results(reuse_charge.COLUMNS, reuse_charge.IDENTITY, "What donors cost", json_, markdown, publish, about)
+    charged = Results(CHARGE_COLUMNS, CHARGE_IDENTITY, "What donors cost", json_, markdown, publish, about)
     charged = charged.resumed(args.resume)
     return runner.finish(charged, lambda: run_charge(study, kinds, charged))

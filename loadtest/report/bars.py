@@ -9,11 +9,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from kvloom.loadtest.report import bars, timeline
 from kvloom.loadtest.report.curves import CURVES
 from kvloom.loadtest.report.plot import Plot, Theme, legend_below, short_number, shorten, time_unit
 from kvloom.loadtest.report.run import Run, Stage, number
-from kvloom.loadtest.report.timeline import heaviest
+from kvloom.loadtest.report.timeline import cache_hits, heaviest, itl_timeline
 
 MOST_BARS = 16
 Classes = Mapping[str, Mapping[str, Any]]
@@ -25,13 +24,13 @@ def classes(stage: Stage, key: str) -> Classes:
     return found if isinstance(found, Mapping) and len(found) > 1 else {}
 
 
-def by_class(run: Run, key: str, name: str, title: str, why: str) -> Plot:
+def by_class(run: Run, key: str, title: str, what: str) -> Plot:
     """TTFT (mean, p99) and output tokens of every tenant or label of the heaviest stage."""
     caption = "Left: how long each waited for its first token. Right: the output tokens it got."
     stage = heaviest(run)
     found = classes(stage, key)
     if not found:
-        return Plot(name, title, caption, why=why)
+        return Plot(key, title, caption, why=f"the requests belong to fewer than two {what}")
     names = list(found)
     if len(names) > MOST_BARS:
         caption += f" The first {MOST_BARS} of {len(names)} are drawn."
@@ -53,7 +52,7 @@ def by_class(run: Run, key: str, name: str, title: str, why: str) -> Plot:
             axis.grid(axis="y", visible=False)
         legend_below(figure, left)
 
-    return Plot(name, title, caption, draw, height=1.9 + 0.42 * len(names))
+    return Plot(key, title, caption, draw, height=1.9 + 0.42 * len(names))
 
 
 def _tokens_label(figures: Mapping[str, Any]) -> str:
@@ -74,12 +73,8 @@ def _draw_ttft(axis: Axes, theme: Theme, entries: Sequence[Mapping[str, Any]]) -
     axis.set(xlabel=f"time to first token, {unit}")
 
 
-def tenants(run: Run) -> Plot:
-    return by_class(run, "tenants", "tenants", "Tenants", "the requests belong to fewer than two tenants")
-
-
-def labels(run: Run) -> Plot:
-    return by_class(run, "labels", "labels", "Classes of requests", "the requests belong to fewer than two classes")
+CLASSES = (("tenants", "Tenants", "tenants"), ("labels", "Classes of requests", "classes"))
+"""Key of a stage's figures, title, and what they are."""
 
 
 def runs_beside(runs: Sequence[Run]) -> Plot:
@@ -97,9 +92,8 @@ def runs_beside(runs: Sequence[Run]) -> Plot:
         axes = figure.subplots(len(panels), 1)
         for axis, (label, key) in zip(axes, panels):
             values = [stage.number(key) for stage in stages]
-            bars = axis.barh(
-                range(len(runs)), [v or 0.0 for v in values], 0.72, color=[theme.color(i) for i in range(len(runs))]
-            )
+            colors = [theme.color(i) for i in range(len(runs))]
+            bars = axis.barh(range(len(runs)), [v or 0.0 for v in values], 0.72, color=colors)
             axis.bar_label(bars, ["no figure" if v is None else short_number(v) for v in values], padding=3, fontsize=9.5)
             axis.set_yticks(range(len(runs)), [shorten(run.title, 26) for run in runs])
             axis.set_ylim(len(runs) - 0.4, -0.6)
@@ -125,6 +119,6 @@ def curves(runs: Sequence[Run]) -> list[Plot]:
 def plots(runs: Sequence[Run]) -> list[Plot]:
     """All plots of a report on one run, or on several side by side."""
     if len(runs) > 1:
-        return [bars.runs_beside(runs), *curves(runs)]
+        return [runs_beside(runs), *curves(runs)]
     (run,) = runs
-    return [*curves(runs), timeline.itl_timeline(run), timeline.cache_hits(run), bars.tenants(run), bars.labels(run)]
+    return [*curves(runs), itl_timeline(run), cache_hits(run), *(by_class(run, *kind) for kind in CLASSES)]

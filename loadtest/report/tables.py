@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from kvloom.loadtest.report.bars import classes
+from kvloom.loadtest.report.bars import CLASSES, classes
 from kvloom.loadtest.report.document import NONE, Table, amount, ms, percent
 from kvloom.loadtest.report.run import Run, Stage
 
@@ -18,7 +18,7 @@ ERROR_LENGTH = 160
 def tables(run: Run) -> list[Table]:
     """All of them; those without rows are left out."""
     made = [stages(run), latency(run), failures(run), beside_server(run), kv_totals(run)]
-    made += [by_class(run, key, title) for key, title in (("tenants", "Tenants"), ("labels", "Classes of requests"))]
+    made += [by_class(run, key, title) for key, title, _ in CLASSES]
     return [table for table in made if table.rows]
 
 

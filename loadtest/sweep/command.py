@@ -117,7 +117,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(f"interrupted; what was measured until then is in {args.out}", INTERRUPTED)
     outcomes = {result.outcome for result in sweep.results}
     return 0 if "measured" in outcomes and "failed" not in outcomes else FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main())
