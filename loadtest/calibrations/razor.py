@@ -59,8 +59,10 @@ def calibrate(llm: LLM, args: argparse.Namespace) -> Result:
     shares = {"induction_share": args.induction_share, "echo_share": args.echo_share}
     settings = {
         "date": datetime.date.today().isoformat(),
-        **{name: getattr(pattern, name) for name in ("tokens", "repeats", "bos")},
+        "tokens": pattern.tokens,
+        "repeats": pattern.repeats,
         "ids": [pattern.ids.start, pattern.ids.stop],
+        "bos": pattern.bos,
         "seeds": list(seeds),
         "overlap": {**shares, "jaccard": [round(overlap, 4) for overlap in overlaps(per_seed)]},
         **{name: getattr(llm.model, name) for name in ("weights", "dtype")},

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from kvloom.loadtest.client.drive import Driver
 from kvloom.loadtest.client.record import Record
 from kvloom.loadtest.study.results import console_table
+
+if TYPE_CHECKING:
+    from kvloom.loadtest.client.drive import Driver  # aiohttp: a command's help is read without it
 
 TIMES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2el"))
 LATE_MS = 50.0
