@@ -126,7 +126,7 @@ def draw(path: Path, calibration: RazorCalibration, classes: HeadClasses) -> Non
     """Write a PNG of all scores: layers down, KV heads across, a panel per score. Framed: the retrieval heads."""
     layers, heads = calibration.layers, calibration.kv_heads
     size = (2.4 + 2 * min(6.0, 0.9 + 0.35 * heads), 1.8 + min(14.0, 0.22 * layers))
-    with picture(path, 1, 2, size, sharey=True) as (figure, axes):
+    with picture(path, 1, 2, size, 130, sharey=True) as (figure, axes):
         from matplotlib.collections import PatchCollection
         from matplotlib.colors import PowerNorm
         from matplotlib.patches import Rectangle

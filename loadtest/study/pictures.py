@@ -9,7 +9,9 @@ from typing import Any
 
 
 @contextmanager
-def picture(path: Path, down: int, across: int, size: tuple[float, float], **more: Any) -> Iterator[tuple[Any, Any]]:
+def picture(
+    path: Path, down: int, across: int, size: tuple[float, float], dpi: int = 110, **more: Any
+) -> Iterator[tuple[Any, Any]]:
     """A figure of `down` x `across` panels and its axes [down, across], written to `path` at the end. `size`: inches."""
     import matplotlib  # not before it is drawn: of the `bench` extra
 
@@ -20,6 +22,6 @@ def picture(path: Path, down: int, across: int, size: tuple[float, float], **mor
     try:
         yield figure, axes
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=dpi)
     finally:
         plt.close(figure)
