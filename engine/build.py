@@ -101,11 +101,13 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     trained = loaded.config.max_position
     loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
     geometry = _geometry(loaded, length)
+    states = _states(config, cache.bytes, razor)
     runner = Runner(
         loaded.decoder,
         cache,
         backend,
         geometry,
+        states,
         max_rows=config.scheduler.max_batched_tokens,
         max_seqs=config.scheduler.max_num_seqs,
         shadow_interval=config.selection.shadow_interval,
@@ -123,7 +125,6 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
     limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
-    states = StateMemory(_state_bound(config, cache.bytes), razor)
     core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
     return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
 
@@ -203,6 +204,15 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
             f"give at least {2 * block}"
         )
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+
+
+def _states(config: EngineConfig, kv_bytes: int, razor: Razor | None) -> StateMemory:
+    """Memory of what methods remember. Raises ConfigError if there cannot be so much."""
+    bound = _state_bound(config, kv_bytes)
+    try:
+        return StateMemory(bound, razor)
+    except (OSError, OverflowError):
+        raise ConfigError(f"selection_memory is {bound} bytes, which cannot be allocated; lower it") from None
 
 
 def _state_bound(config: EngineConfig, kv_bytes: int) -> int:

@@ -306,11 +306,11 @@ class EngineCore:
     def _publish(self, plan: StepPlan, computed: Computed, outputs: list[RequestOutput]) -> None:
         """What a step computed, request by request: what fails here fails for one of them."""
         result, at = computed.result, 0
-        for i, chunk in enumerate(plan.chunks):
+        for i, (chunk, seen) in enumerate(zip(plan.chunks, result.seen())):
             with self._alone(chunk.request, outputs):
-                self._scheduler.completed(chunk, saw_everything=result.saw_everything[i])
+                self._scheduler.completed(chunk, saw_everything=seen.everything)
                 if chunk.samples and chunk.start >= len(chunk.request.prompt) and not chunk.request.replay:
-                    self._states[chunk.request.id].attended(result.attended[i], chunk.stop)
+                    self._states[chunk.request.id].attended(seen.attended, chunk.stop)
                 self._score_prompt(chunk, result, result.starts[i])
                 if chunk.samples and chunk.request.replay:
                     replay_next(chunk.request)
@@ -371,7 +371,7 @@ class EngineCore:
         request = chunk.request
         decodes_next = len(request.prompt) < len(request.tokens) == request.computed + 1
         if request.id in self._states and decodes_next:
-            retention.advance(request, chunk.table)
+            retention.advance(request, chunk.table, self.states)
 
     def check(self) -> None:
         """Prove that no block and no state is lost. Raises AssertionError."""

@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvloom.engine.cache import HeadGroup
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.retention.compensation import Compensation
+from kvloom.engine.retention.compensation import Tokens
 from kvloom.kernels.interface import Kernels, Plan, Rows
 
 
@@ -27,14 +25,6 @@ class GroupRows(NamedTuple):
     rows: Rows
     slots: Tensor
     """[rows] int64: where each row's KV goes."""
-
-
-class Folded(NamedTuple):
-    """Rows of the last group in front of the step that have a compensation token."""
-
-    state: Compensation
-    slots: npt.NDArray[np.int64]
-    """Of the first rows: the request's slot in `state`. A row whose request has folded nothing is left as it is."""
 
 
 class GroupedAttention:
@@ -50,8 +40,9 @@ class GroupedAttention:
         self._plans: dict[tuple[int, int], Plan] = {}
         """By group and KV heads of a layer: made anew in their place, where captured calls look for them."""
 
-    def plan(self, groups: Sequence[GroupRows], positions: Tensor, q: Tensor, out: Tensor, folded: Folded | None) -> None:
-        """Set the step up. positions: [rows] int64; q, out: [rows, q_heads, head_dim] contiguous work space."""
+    def plan(self, groups: Sequence[GroupRows], positions: Tensor, q: Tensor, out: Tensor, folded: Tokens | None) -> None:
+        """Set the step up. positions: [rows] int64; q, out: [rows, q_heads, head_dim] contiguous work space; folded: of the
+        first rows of the last group."""
         self._rows, self._positions, self._folded = groups, positions, folded
         self._q, self._out, self._flat = q.flatten(), out, out.view(out.shape[0], -1)
         for index, heads in self._shapes:
@@ -87,5 +78,5 @@ class GroupedAttention:
             return
         lse = torch.empty(q.shape[:2], dtype=torch.float32)
         kernels.attend(q, kv, plan, scale=self._scale, out=out, lse=lse)
-        front = len(folded.slots)
-        folded.state.merge(kernels, layer, q[:front], folded.slots, out[:front], lse[:front], self._scale)
+        front = folded.rows
+        folded.merge(kernels, layer, q[:front], out[:front], lse[:front], self._scale)

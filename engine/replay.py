@@ -7,7 +7,7 @@ one, each after the row that was computed before it.
     known tokens   [0, kept)     prompt, and what was computed like a prompt    computed as a prompt again, or found
                    [kept, n)     `Request.replay`                               a decode row each, nothing is sampled
 
-A selection method's state begins empty (`Selector.close`, `Selector.open`), so it chooses what it chose before, and the tokens
+A selection method's state begins empty (`engine.state`), so it chooses what it chose before, and the tokens
 that follow are those of a request that was never preempted.
 """
 

@@ -6,21 +6,22 @@ once for the largest step; a step uses their front.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.engine.attention import StepAttention
+from kvloom.engine.attention import Part, StepAttention, replayable
 from kvloom.engine.cache import CacheManager
-from kvloom.engine.head_groups import Folded, GroupedAttention, GroupRows
+from kvloom.engine.head_groups import GroupedAttention, GroupRows
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.retention.razor import Razor
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection import Geometry, Scratch, dense_rows
-from kvloom.engine.view import Place, SparseView, arrange
+from kvloom.engine.state import StateMemory
+from kvloom.engine.view import DECODE, DENSE, Place, Seen, StepParts, arrange, count
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 
@@ -31,10 +32,8 @@ class StepResult(NamedTuple):
     """[rows, hidden]: the last layer's output, ready for `Decoder.logits`."""
     starts: list[int]
     """First row of every chunk of the plan."""
-    attended: list[float]
-    """Positions that every chunk's last row read, mean over layers and KV heads."""
-    saw_everything: list[bool]
-    """Of every chunk, whether it is anything but a decode row that read less than all there was."""
+    seen: Callable[[], list[Seen]]
+    """Of every chunk; to be called once, when the step is over: only then does the host know what methods chose."""
 
 
 class Runner:
@@ -46,17 +45,19 @@ class Runner:
         cache: CacheManager,
         kernels: Kernels,
         geometry: Geometry,
+        states: StateMemory,
         *,
         max_rows: int,
         max_seqs: int,
         shadow_interval: int = 0,
         retention: Razor | None = None,
     ) -> None:
-        """shadow_interval: measure covered attention mass once in so many steps with sparse decode rows; 0 for never.
-        retention: what gives blocks of the cache's second head group back; None if there is one group."""
+        """states: what selection and retention remember of requests. shadow_interval: measure covered attention mass once in
+        so many steps with sparse decode rows; 0 for never. retention: what gives blocks of the cache's second head group back;
+        None if there is one group."""
         config = decoder.config
-        self._kernels, self.geometry = kernels, geometry
-        self._scratch = Scratch()
+        self._kernels, self.geometry, self._states = kernels, geometry, states
+        self._scratch, self._moves = Scratch(), 0
         self._shadow_interval, self._sparse_steps = shadow_interval, 0
         self.decoder = decoder
         self._size = cache.block_size
@@ -67,6 +68,7 @@ class Runner:
         self._slots = [np.zeros(max_rows, np.int64) for _ in cache.groups]
         self._request, self._stop = (np.zeros(max_rows, np.int32) for _ in range(2))
         self._zeros = torch.zeros(max_rows, dtype=torch.int32)
+        self._read = torch.zeros(max_rows, dtype=torch.int64)
         self._tables = [np.zeros((2 * max_seqs, -(-geometry.max_len // self._size)), np.int32) for _ in cache.groups]
         shape = (max_rows, config.q_heads, config.head_dim)
         self._q, self._out = (torch.empty(shape, dtype=decoder.dtype) for _ in range(2))
@@ -79,35 +81,46 @@ class Runner:
             return self._run_grouped(chunks, self._retention)
         if any(chunk.request.selector is not None for chunk in chunks):
             places = arrange(chunks)
-            if any(place.selects for place in places):
+            if places[0].kind != DENSE:
                 return self._run_selecting(chunks, places)
         starts = self._fill(chunks)
         visible = dense_rows(*self._seen(plan.rows, len(chunks)), self._zeros[: plan.rows])
-        hidden = self._forward(visible, plan.rows)
-        return StepResult(hidden, starts, [float(chunk.stop) for chunk in chunks], [True] * len(chunks))
+        hidden = self._forward(visible, (), plan.rows)
+        return StepResult(hidden, starts, lambda: [count(chunk, None, self.geometry) for chunk in chunks])
 
     def _run_selecting(self, chunks: list[Chunk], places: list[Place]) -> StepResult:
         """The same, with selection methods among the rows."""
         rows = sum(chunk.count for chunk in chunks)
-        starts = self._fill([chunks[place.chunk] for place in places])
-        seen = self._seen(rows, len(chunks))
-        view = SparseView(chunks, places, *seen, self.geometry, self._kernels, self._scratch)
+        ordered = [chunks[place.chunk] for place in places]
+        selecting = [chunks[place.chunk] for place in places if place.kind != DENSE]
+        starts = self._fill(ordered)
+        tables, request, stop = self._seen(rows, len(chunks))
+        first = sum(chunk.count for chunk in selecting)
+        step = StepParts(selecting, tables, self._read[:first], self.geometry, self._kernels, self._scratch, self._states)
         shadow = False
-        if self._shadow_interval and any(batch.decodes for batch in view.batches):
+        if self._shadow_interval and any(part.decodes for part in step.parts):
             self._sparse_steps += 1
             shadow = self._sparse_steps % self._shadow_interval == 0
-        hidden = self._forward(view, rows, shadow=shadow)
-        attended, whole = view.result(chunks)
-        by_chunk = {place.chunk: start for place, start in zip(places, starts)}
-        return StepResult(hidden, [by_chunk[i] for i in range(len(chunks))], attended, whole)
+        visible = dense_rows(tables, request[first:], stop[first:], self._zeros[: rows - first])
+        hidden = self._forward(visible, step.parts, rows, shadow=shadow)
+        first_rows = {place.chunk: start for place, start in zip(places, starts)}
+
+        def seen() -> list[Seen]:
+            read = step.finish()
+            found = {
+                place.chunk: count(chunk, read[start] if place.kind == DECODE else None, self.geometry)
+                for place, chunk, start in zip(places, ordered, starts)
+            }
+            return [found[i] for i in range(len(chunks))]
+
+        return StepResult(hidden, [first_rows[i] for i in range(len(chunks))], seen)
 
     def _run_grouped(self, chunks: list[Chunk], retention: Razor) -> StepResult:
         """The same over two head groups, one of which may have forgotten the middle of sequences."""
-        starts, count = self._fill(chunks), [chunk.count for chunk in chunks]
-        rows = sum(count)
-        requests = [chunk.request for chunk in chunks]
-        begins = retention.begins(requests, [chunk.table for chunk in chunks], self._size)
-        begin = torch.from_numpy(np.repeat(begins, count))
+        starts, counts = self._fill(chunks), [chunk.count for chunk in chunks]
+        rows = sum(counts)
+        begins = retention.begins([chunk.table for chunk in chunks], self._size)
+        begin = torch.from_numpy(np.repeat(begins, counts))
         sinks = Lists(
             torch.arange(max(1, retention.window.sinks), dtype=torch.int32),
             torch.zeros(rows, 1, dtype=torch.int32),
@@ -123,14 +136,15 @@ class Runner:
         folded, behind = None, begins.nonzero()[0]
         if retention.state is not None and len(behind):
             front = behind[-1] + 1  # chunks in front: single decode rows, all or nearly all with something folded
-            folded = Folded(retention.state, np.repeat(retention.state.slots(requests[:front]), count[:front]))
+            at, to = self._states.at(retention.state, [chunk.request for chunk in chunks[:front]]), begins[:front]
+            folded = retention.state.tokens(self._states.words, np.repeat(at, counts[:front]), np.repeat(to, counts[:front]))
         tokens, positions = torch.from_numpy(self._tokens[:rows]), torch.from_numpy(self._positions[:rows])
         self._grouped.plan(groups, positions, self._q[:rows], self._out[:rows], folded)
         hidden = self.decoder.forward(tokens, self._grouped, "full" if folded is None else "piecewise")
         local = 1.0 - retention.classes.share
         hidden_tokens = np.maximum(0, begins - retention.window.sinks) * local
         return StepResult(
-            hidden, starts, [chunk.stop - float(h) for chunk, h in zip(chunks, hidden_tokens)], [not begin for begin in begins]
+            hidden, starts, lambda: [Seen(c.stop - float(h), not b) for c, h, b in zip(chunks, hidden_tokens, begins)]
         )
 
     def _seen(self, rows: int, chunks: int, group: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,10 +155,15 @@ class Runner:
             torch.from_numpy(self._stop[:rows]),
         )
 
-    def _forward(self, visible: Rows | SparseView, rows: int, *, shadow: bool = False) -> Tensor:
+    def _forward(self, visible: Rows, parts: Sequence[Part], rows: int, *, shadow: bool = False) -> Tensor:
         tokens, positions, slots = (torch.from_numpy(array[:rows]) for array in (self._tokens, self._positions, self._slots[0]))
-        self._attention.plan(visible, positions, slots, self._q[:rows], self._out[:rows], shadow=shadow)
-        return self.decoder.forward(tokens, self._attention, "full" if isinstance(visible, Rows) else "piecewise")
+        self._attention.plan(visible, parts, positions, slots, self._q[:rows], self._out[:rows], shadow=shadow)
+        if self._scratch.moves != self._moves:
+            self._moves = self._scratch.moves
+            self.decoder.forget_programs()
+        hidden = self.decoder.forward(tokens, self._attention, *(kind := replayable(visible, parts, shadow=shadow)))
+        assert kind[1] is None or self._scratch.moves == self._moves, "calls were captured whose work space has moved"
+        return hidden
 
     @torch.inference_mode()
     def logits(self, result: StepResult, rows: list[int]) -> Tensor:

@@ -1,19 +1,51 @@
 """State of running requests beside their KV: what selection methods and retention remember from step to step, in one bound.
 
 A request has state from its admission to its preemption or end, and only if it may grow beyond what its method reads anyway
-(`Selector.budget`). Methods keep it in slabs, with a slot per request; slabs without requests hold no memory.
+(`Keeper.budget`). All of it lies in one array of words that is made at start-up and stays where it is; a request holds one
+stretch of it, whose parts are its keepers' records.
 
-    held        slots that requests have                    held + wanted <= bound, or the request waits
-    allocated   slabs, which may have slots to spare        never more than the bound: spare slots go first
+    held        words of stretches that requests have       held + wanted <= bound, or the request waits
+
+Stretches are handed out where they first fit. Where enough is free but not in one piece, they are moved together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from kvloom.engine.request import Request
-from kvloom.engine.slots import Slab, grown
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvloom.engine.cache.storage import lazy_zeros
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+WORD = 4
+"""Bytes of a word."""
+NO_STATE = -1
+"""In place of where a request's record begins, if it has none."""
+
+
+class Record(Protocol):
+    """One keeper's part of a request's state."""
+
+    @property
+    def words(self) -> int:
+        """How many it takes: the same for every request."""
+        ...
+
+    def opened(self, request: Request, words: Tensor) -> None:
+        """A request gets this record: [words] int32 with anything in it, to be made empty."""
+        ...
+
+    def closed(self, request: Request) -> None:
+        """It has it no more."""
+        ...
 
 
 class Keeper(Protocol):
@@ -25,85 +57,110 @@ class Keeper(Protocol):
         ...
 
     @property
-    def slabs(self) -> tuple[Slab, ...]:
-        """Where the state of a longer one is."""
+    def records(self) -> tuple[Record, ...]:
+        """What it remembers of a longer one."""
         ...
 
 
+@dataclass(slots=True)
+class _Stretch:
+    records: tuple[Record, ...]
+    at: int
+    """First word."""
+    words: int
+
+
 class StateMemory:
-    """The bound, and who holds what. Called on the engine's thread."""
+    """The array, and who holds what of it. Called on the engine's thread."""
 
     def __init__(self, bound: int, retention: Keeper | None = None) -> None:
-        """bound: most bytes of all slabs together. retention: keeps state of every request, beside its selection."""
+        """bound: bytes, of which at most 2^31 words are used. retention: keeps state of every request, beside its selection."""
+        self.words: Tensor = lazy_zeros((min(bound // WORD, 2**31 - 1),), torch.int32)
+        """[total] int32: memory of what is never used is never touched."""
         self.bound = bound
         self._retention = retention
-        self._holders: dict[Request, tuple[Slab, ...]] = {}
-        self._slabs: dict[int, Slab] = {}
-
-    @property
-    def allocated(self) -> int:
-        """Bytes of all slabs, counted from their arrays."""
-        return sum(slab.bytes for slab in self._slabs.values())
+        self._held: dict[Request, _Stretch] = {}
+        """In the order of their words."""
 
     @property
     def held(self) -> int:
-        """Bytes of the slots that requests have."""
-        return sum(len(slab.slots_held) * slab.bytes_per_request for slab in self._slabs.values())
+        """Bytes that requests have."""
+        return sum(stretch.words for stretch in self._held.values()) * WORD
 
     def wanted(self, request: Request) -> int:
         """Bytes of state that a request has while it runs."""
-        return sum(slab.bytes_per_request for slab in self._wanted(request))
+        return sum(record.words for record in self._wanted(request)) * WORD
 
     def could_fit(self, request: Request) -> bool:
         """Whether a request could have its state if no other ran."""
-        return self.wanted(request) <= self.bound
+        return self.wanted(request) <= WORD * len(self.words)
 
     def fits(self, request: Request, without: Sequence[Request] = ()) -> bool:
         """Whether a request could have its state now, or once some that run give theirs up."""
         wanted = self.wanted(request)
-        return not wanted or self.held - sum(map(self.wanted, without)) + wanted <= self.bound
+        return not wanted or self.held - sum(map(self.wanted, without)) + wanted <= WORD * len(self.words)
 
     def open(self, request: Request) -> None:
         """A request that `fits` is admitted: its state is empty."""
-        slabs = self._wanted(request)
-        for slab in slabs:
-            self._make_room(slab)
-            slab.open(request)
-            self._slabs[id(slab)] = slab
-        if slabs:
-            self._holders[request] = slabs
+        records = self._wanted(request)
+        if not records:
+            return
+        at = self._place(sum(record.words for record in records))
+        stretch = _Stretch(records, at, sum(record.words for record in records))
+        self._held[request] = stretch
+        self._held = dict(sorted(self._held.items(), key=lambda item: item[1].at))
+        for record in records:
+            record.opened(request, self.words[at : at + record.words])
+            at += record.words
 
     def close(self, request: Request) -> None:
         """A request is preempted or has ended: its state is gone."""
-        for slab in self._holders.pop(request, ()):
-            slab.close(request)
-            if not len(slab.slots_held):
-                slab.slots_held.resize(0)
-                del self._slabs[id(slab)]
+        stretch = self._held.pop(request, None)
+        for record in () if stretch is None else stretch.records:
+            record.closed(request)
+
+    def at(self, record: Record, requests: Sequence[Request]) -> npt.NDArray[np.int32]:
+        """[len(requests)]: the first word of each one's record, `NO_STATE` without."""
+        return np.array([self._at(record, request) for request in requests], np.int32)
 
     def check(self, running: Sequence[Request]) -> None:
         """Prove that the running requests have state, those that need it, and nobody else. Raises AssertionError."""
         in_need = {request for request in running if self._wanted(request)}
-        assert set(self._holders) == in_need, "state is not where the running requests are"
-        for slab in self._slabs.values():
-            holders = sum(slab in slabs for slabs in self._holders.values())
-            assert holders == len(slab.slots_held) > 0, "a slab's slots differ from its requests"
-            assert slab.bytes == slab.slots_held.capacity * slab.bytes_per_request, "a slab's bytes are miscounted"
-        assert self.held <= self.allocated <= self.bound, "state exceeds its bound"
+        assert set(self._held) == in_need, "state is not where the running requests are"
+        end = 0
+        for request, stretch in self._held.items():
+            assert stretch.at >= end and stretch.words * WORD == self.wanted(request), "stretches overlap, or are miscounted"
+            end = stretch.at + stretch.words
+        assert end <= len(self.words), "state exceeds its bound"
 
-    def _wanted(self, request: Request) -> tuple[Slab, ...]:
+    def _at(self, record: Record, request: Request) -> int:
+        stretch = self._held.get(request)
+        at = 0 if stretch is None else stretch.at
+        for own in () if stretch is None else stretch.records:
+            if own is record:
+                return at
+            at += own.words
+        return NO_STATE
+
+    def _wanted(self, request: Request) -> tuple[Record, ...]:
         keepers = (request.selector, self._retention)
-        return tuple(slab for keeper in keepers if keeper is not None and request.token_limit > keeper.budget
-                     for slab in keeper.slabs)  # fmt: skip
+        return tuple(record for keeper in keepers if keeper is not None and request.token_limit > keeper.budget
+                     for record in keeper.records)  # fmt: skip
 
-    def _make_room(self, slab: Slab) -> None:
-        """A free slot in a slab: with some to spare, unless others must give up theirs for it."""
-        slots, size = slab.slots_held, slab.bytes_per_request
-        if slots.free:
-            return
-        more = grown(len(slots)) - len(slots)
-        if self.allocated + more * size > self.bound:
-            for other in self._slabs.values():
-                other.slots_held.resize(len(other.slots_held))
-            more = 1
-        slots.resize(len(slots) + more)
+    def _place(self, words: int) -> int:
+        """Where that many free words begin."""
+        end = 0
+        for stretch in self._held.values():
+            if stretch.at - end >= words:
+                return end
+            end = stretch.at + stretch.words
+        if len(self.words) - end >= words:
+            return end
+        end = 0
+        for stretch in self._held.values():  # in order, so that nothing is overwritten before it has moved
+            if stretch.at != end:
+                self.words[end : end + stretch.words] = self.words[stretch.at : stretch.at + stretch.words].clone()
+                stretch.at = end
+            end += stretch.words
+        assert len(self.words) - end >= words, "a request is admitted whose state does not fit"
+        return end

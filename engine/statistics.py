@@ -80,7 +80,7 @@ class Statistics:
             evicted_blocks=sum(group.pool.evictions for group in cache.groups),
             preemptions=scheduler.preemptions,
             replayed_tokens=self.replayed,
-            selection_bytes=self.states.allocated,
+            selection_bytes=self.states.held,
             selection_capacity=self.states.bound,
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,

@@ -1,163 +1,130 @@
-"""What all rows of a step see, when selection methods are among them: the arrays that their batches write.
+"""How a step's rows are ordered, and whose business they are.
 
     chunk   the scheduler's: a run of one request's tokens
     run     rows that share a list; a chunk is one run, a sparse prompt one per grid cell
     row     one token
 
-Order of rows: decode rows of methods that ask for logits, of other methods, of none; then prompts. So logits are only written
-for the first rows of a step, however long the prompts behind them are.
+Order of rows: decode rows of selection methods, prompts of selection methods, then all that see everything.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from kvloom.engine.attention import Part
 from kvloom.engine.scheduling.plan import Chunk
-from kvloom.engine.selection.base import Geometry, LayerHook, Selector
-from kvloom.engine.selection.batch import Batch, Ints, Scratch
-from kvloom.kernels.interface import Kernels, Lists, Rows
+from kvloom.engine.selection.base import Geometry, Selector
+from kvloom.engine.selection.batch import Batch, Scratch
+from kvloom.engine.state import StateMemory
+from kvloom.kernels.interface import Kernels
+
+DECODE, PROMPT, DENSE = 0, 1, 2
+"""Classes of rows: decode rows beyond a method's budget, prompts that a method computes or looks at, all others."""
 
 
 class Place(NamedTuple):
     """How a chunk is computed; sorts into the order of rows."""
 
-    rank: int
-    """0: decode with logits, 1: decode of another method, 2: decode without one, 3: prompt of a method, 4: other rows."""
-    group: int
-    """Chunks with the same selector stand together."""
+    kind: int
+    group: tuple[int, int]
+    """Chunks with the same selector, between the same two of its levels, stand together."""
     chunk: int
     """Index in the step's plan."""
-
-    @property
-    def selects(self) -> bool:
-        return self.rank in (0, 1, 3)
 
 
 def arrange(chunks: Sequence[Chunk]) -> list[Place]:
     """The order of rows."""
-    places = []
-    for i, chunk in enumerate(chunks):
-        selector = chunk.request.selector
+    return sorted(Place(*_kind(chunk), i) for i, chunk in enumerate(chunks))
+
+
+def _kind(chunk: Chunk) -> tuple[int, tuple[int, int]]:
+    selector = chunk.request.selector
+    if selector is not None:
         if chunk.decodes:
-            if selector is None or not chunk.request.sparse:
-                places.append(Place(2, 0, i))
-            else:
-                places.append(Place(0 if selector.emits else 1, id(selector), i))
-        elif selector is not None and (selector.prompts == "sparse" or (selector.prompts == "seed" and chunk.samples)):
-            places.append(Place(3, id(selector), i))
-        else:
-            places.append(Place(4, 0, i))
-    return sorted(places)
+            if chunk.request.sparse and chunk.stop > selector.budget:
+                return DECODE, (id(selector), bisect.bisect_left(selector.levels, chunk.stop))
+        elif selector.prompts == "sparse" or (selector.prompts == "seed" and chunk.samples):
+            return PROMPT, (id(selector), 0)
+    return DENSE, (0, 0)
 
 
-class SparseView:
-    """One step's visibility. Made by the runner, written by batches, read by `attention`."""
+class StepParts:
+    """A step's batches of selection methods, and what came of them."""
 
     def __init__(
         self,
         chunks: Sequence[Chunk],
-        places: Sequence[Place],
         tables: Tensor,
-        request: Tensor,
-        stop: Tensor,
+        read: Tensor,
         geometry: Geometry,
         kernels: Kernels,
         scratch: Scratch,
+        states: StateMemory,
     ) -> None:
-        """tables: [chunks, max_blocks], request, stop: [rows], all int32 and in the order of `places`."""
-        self._tables, self._request, self._stop = tables, request, stop
-        self._places = places
-        cuts = [_cut(chunks[place.chunk], place) for place in places]
-        self.chunk_runs = np.cumsum([0, *map(len, cuts)])
-        """Runs of the chunk at place i: [chunk_runs[i], chunk_runs[i + 1])."""
-        table, begins, counts = (np.array(column, np.int32) for column in zip(
-            *((i, begin, count) for i, cut in enumerate(cuts) for begin, count in cut)))  # fmt: skip
-        runs = len(counts)
-        self._counts: Ints = counts
-        self._single = runs == len(request)
-        self._start = np.zeros((runs, geometry.kv_heads), np.int32)
-        self._offsets = np.zeros((runs, geometry.kv_heads), np.int32)
-        self._lengths = np.zeros((runs, geometry.kv_heads), np.int32)
-        self.batches: list[Batch] = []
-        self.hooks: list[LayerHook] = []
-        row_of = np.concatenate([[0], np.cumsum(counts)])
-        spans = list(_spans(places))
-        sizes = [self._size(places[lo], chunks, self.chunk_runs[hi] - self.chunk_runs[lo]) for lo, hi in spans]
-        self._positions = scratch.take("positions", max(1, sum(sizes)), dtype=torch.int32)
-        base = 0
-        for (lo, hi), size in zip(spans, sizes):
-            first, last = int(self.chunk_runs[lo]), int(self.chunk_runs[hi])
-            selector = _selector(chunks[places[lo].chunk])
-            here = slice(first, last)
+        """chunks: in the order of `arrange`, without those that see everything; tables: [chunks, max_blocks] int32;
+        read: [rows of these chunks] int64, zeroed here."""
+        self.parts: list[Part] = []
+        self._read = read.zero_()
+        first, numbered = 0, list(enumerate(chunks))
+        for i, ((kind, _), group) in enumerate(groupby(numbered, lambda pair: _kind(pair[1]))):
+            members = list(group)
+            selector = _selector(members[0][1])
+            runs = [(of, *cut) for of, chunk in members for cut in _cut(chunk, selector.grid if kind == PROMPT else 0)]
+            of, begins, counts = (np.array(column, np.int32) for column in zip(*runs))
+            last = first + int(counts.sum())
             batch = Batch(
-                requests=[chunks[places[i].chunk].request for i in table[here]],
-                first_row=int(row_of[first]),
-                counts=counts[here],
-                begins=begins[here],
-                stops=begins[here] + counts[here],
+                requests=[chunks[i].request for i in of],
+                counts=counts,
+                begins=begins,
                 tables=tables,
-                table=table[here],
-                start=self._start[here],
-                offsets=self._offsets[here],
-                lengths=self._lengths[here],
-                lists=self._positions[base : base + size].view(last - first, selector.heads, selector.width),
-                base=base,
+                of=of,
+                read=read[first:last],
                 kernels=kernels,
                 geometry=geometry,
                 scratch=scratch,
+                states=states,
                 stats=selector.stats,
-                decodes=places[lo].rank < 3,
+                name=f"part {i}",
             )
-            base += size
-            self.batches.append(batch)
-            self.hooks.append(selector.decode(batch) if batch.decodes else selector.prefill(batch))
-        self.spans = spans
-        """Places of every batch: [lo, hi)."""
+            rows = selector.decode(batch) if kind == DECODE else selector.prefill(batch)
+            self.parts.append(Part(first, last, selector, batch, rows, kind == DECODE))
+            first = last
 
-    @property
-    def changed(self) -> bool:
-        """Whether what is seen may have changed since `seen` was last called."""
-        return any(batch.changed for batch in self.batches)
+    def finish(self) -> list[int | None]:
+        """After the last layer, by row of the parts: positions seen, summed over KV heads and layers; None for prompts."""
+        found: list[int | None] = []
+        read = self._read.tolist()
+        for part in self.parts:
+            part.rows.finish()
+            found += read[part.first : part.last] if part.decodes else [None] * (part.last - part.first)
+        return found
 
-    def seen(self) -> bytes:
-        """What every row sees now, as a key: equal keys, equal rows. Nothing has `changed` then."""
-        for batch in self.batches:
-            batch.changed = False
-        return b"".join((self._start.tobytes(), self._offsets.tobytes(), self._lengths.tobytes()))
 
-    def rows(self) -> Rows:
-        """What every row sees now."""
-        lists = Lists(self._positions, self._by_row(self._offsets), self._by_row(self._lengths))
-        start = self._start if any(batch.per_head for batch in self.batches) else self._start[:, 0]
-        return Rows(self._tables, self._request, self._by_row(start), self._stop, lists)
+class Seen(NamedTuple):
+    """What a chunk's last row saw."""
 
-    def result(self, chunks: Sequence[Chunk]) -> tuple[list[float], list[bool]]:
-        """After the step, for every chunk of the plan: positions its last row read (mean over layers and KV heads), and if it
-        is a decode row, whether it saw everything in all layers. Adds to the methods' statistics."""
-        attended, whole = [float(chunk.stop) for chunk in chunks], [True] * len(chunks)
-        for batch, (lo, hi) in zip(self.batches, self.spans):
-            if not batch.decodes:
-                continue
-            layers = batch.geometry.layers
-            batch.stats.decode_rows += batch.runs
-            batch.stats.attended += float(batch.attended.sum())
-            batch.stats.held += int(batch.stops.sum()) * layers
-            for place, seen, partial in zip(self._places[lo:hi], batch.attended, batch.partial):
-                attended[place.chunk], whole[place.chunk] = float(seen) / layers, not partial
-        return attended, whole
+    attended: float
+    """Positions, mean over layers and KV heads."""
+    everything: bool
+    """Whether the chunk is anything but a decode row that saw less than all there was."""
 
-    def _by_row(self, array: Ints) -> Tensor:
-        """A copy: a plan reads it until the next one is made, while hooks write the original."""
-        return torch.from_numpy(array.copy() if self._single else np.repeat(array, self._counts, axis=0))
 
-    def _size(self, place: Place, chunks: Sequence[Chunk], runs: int) -> int:
-        selector = _selector(chunks[place.chunk])
-        return int(runs) * selector.heads * selector.width
+def count(chunk: Chunk, read: int | None, geometry: Geometry) -> Seen:
+    """Add a decode row to its method's statistics. read: positions over all layers and KV heads; None for everything."""
+    selector, whole = chunk.request.selector, chunk.stop * geometry.layers
+    if selector is None or not chunk.decodes or not chunk.request.sparse:
+        return Seen(float(chunk.stop), True)
+    attended = whole if read is None else read / geometry.kv_heads
+    selector.stats.decode_rows += 1
+    selector.stats.attended += attended
+    selector.stats.held += whole
+    return Seen(attended / geometry.layers, attended >= whole)
 
 
 def _selector(chunk: Chunk) -> Selector:
@@ -165,22 +132,8 @@ def _selector(chunk: Chunk) -> Selector:
     return chunk.request.selector
 
 
-def _spans(places: Sequence[Place]) -> list[tuple[int, int]]:
-    """Stretches of places with one selector and rank."""
-    spans: list[tuple[int, int]] = []
-    for i, place in enumerate(places):
-        if not place.selects:
-            continue
-        if spans and spans[-1][1] == i and places[i - 1][:2] == place[:2]:
-            spans[-1] = (spans[-1][0], i + 1)
-        else:
-            spans.append((i, i + 1))
-    return spans
-
-
-def _cut(chunk: Chunk, place: Place) -> list[tuple[int, int]]:
+def _cut(chunk: Chunk, grid: int) -> list[tuple[int, int]]:
     """A chunk's runs, as (first position, rows): one, or one per grid cell of a sparse prompt."""
-    grid = _selector(chunk).grid if place.rank == 3 else 0
     if not grid:
         return [(chunk.start, chunk.count)]
     ends = [*range((chunk.start // grid + 1) * grid, chunk.stop, grid), chunk.stop]

@@ -59,6 +59,8 @@ class Rows(NamedTuple):
     start: [rows], or [rows, kv_heads] when heads differ
     stop: [rows]                     tail [start, stop) of positions, start <= stop
     lists: optional                  explicit positions in front of the tail
+    most: [rows], optional           the most positions that a row ever sees for a KV head: then `start`, and the lists' offsets
+                                     and lengths, are read whenever the plan is used, and may be other ones each time
     """
 
     tables: Tensor
@@ -66,6 +68,7 @@ class Rows(NamedTuple):
     start: Tensor
     stop: Tensor
     lists: Lists | None = None
+    most: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -149,14 +152,47 @@ class Graph(Protocol):
 PoolHow = Literal["sum", "max"]
 """How `Kernels.pool` combines the query heads of a group."""
 
+Compare = Literal["none", "mean", "min", "flat"]
+"""What of two queries is compared: nothing; their means over heads; every head on its own, of which the least alike counts;
+all heads as one vector."""
+COMPARES: tuple[Compare, ...] = ("none", "mean", "min", "flat")
+
+
+class Renewal(NamedTuple):
+    """How `Kernels.renew` decides, and where in a request's words a layer's state lies."""
+
+    tail: int
+    """Word that holds the position from which everything is seen; `NO_LIST` without a list."""
+    query: int
+    """First word of what is kept of the query, fp32: head_dim of them for "mean", else q_heads * head_dim."""
+    width: int
+    """Positions of a list."""
+    recent: int
+    """A list that is made when N tokens are known has its tail at N - recent."""
+    most: int
+    """Tokens since it was made after which a list is made anew."""
+    compare: Compare
+    threshold: float
+    """A cosine below this makes a list anew."""
+    dense: bool
+    """Whether a row that renews sees everything in this layer, instead of its new list."""
+
+
+NO_LIST = 2**31 - 1
+"""The tail of a request that has no list."""
+
 
 class Kernels(Protocol):
     """A back end. Every `out` argument is written in place and returned; all other tensors are read only."""
 
     name: str
-    counters: Counters
     quantized: QuantizedLinears | None
     """Quantised linear layers, if this back end has them."""
+
+    @property
+    def counters(self) -> Counters:
+        """As of now."""
+        ...
 
     def graph(self) -> Graph | None:
         """An empty graph; None if this back end has none."""
@@ -173,7 +209,8 @@ class Kernels(Protocol):
         starts, and end one position further each (a prefill chunk), may be computed together.
 
         A plan reads the contents of `rows.lists.positions` when it is used, not when it is made: they may be rewritten in
-        place between two uses, as long as lists stay ascending and below start. Nothing else of `rows` may change.
+        place between two uses, as long as lists stay ascending and below start. Nothing else of `rows` may change, unless
+        bounds are given (`Rows.most`).
 
         into: a plan for the same heads that nobody uses any more, but for graphs: calls captured with it see the new rows.
         A back end without graphs may ignore it.
@@ -190,17 +227,27 @@ class Kernels(Protocol):
         out: Tensor,
         lse: Tensor | None = None,
         logits: Tensor | None = None,
+        positions: Tensor | None = None,
+        heads: Tensor | None = None,
+        read: Tensor | None = None,
     ) -> Tensor:
         """softmax(scale * q k^T) v over what each row sees.
 
         q, out: [rows, q_heads, head_dim]   lse: [rows, q_heads] fp32, natural log
         logits: [n, q_heads, width] fp32, n <= rows: of the first n rows the scaled products, in the order in which a head sees
         positions (list, then tail); columns past its count are left as they were. Rows from n on pay nothing.
+        positions: [total] int32, in place of those of the plan's lists
+        heads: [kv_heads] int32: KV head h reads the list of head heads[h], which is as long as its own or within the plan's
+        bounds; negative, and its query heads are left out: nothing is read for them or written
+        read: [rows] int64, to which is added how many positions each row sees, summed over KV heads
         """
         ...
 
-    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
-        """The products alone, without reading V. out: [rows, q_heads, width] fp32, laid out as `attend`'s logits."""
+    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
+        """The products alone, without reading V. out: [rows, q_heads, width] fp32, laid out as `attend`'s logits.
+
+        active: [rows] int32; rows of which it is negative are left out. No two rows of the plan are of one request then.
+        """
         ...
 
     def pool(
@@ -213,6 +260,7 @@ class Kernels(Protocol):
         how: PoolHow,
         window: int,
         out: Tensor,
+        active: Tensor | None = None,
     ) -> Tensor:
         """From raw logits to one ranking per group of query heads, for `select`.
 
@@ -222,7 +270,8 @@ class Kernels(Protocol):
         Per query head a softmax over its candidates alone; the q_heads / groups consecutive heads of a group are combined by
         `how`; then, if window > 1 (odd), the maximum over a centred window of that many columns, cut off at the candidates'
         ends. out[r, g, j] is column first + j; what lies past last - first is left as it was, so a row without candidates
-        writes nothing. A head whose candidates are all -inf contributes 0.
+        writes nothing; nor does one of which active [rows] int32, if given, is negative. A head whose candidates are all -inf
+        contributes 0.
         """
         ...
 
@@ -233,13 +282,47 @@ class Kernels(Protocol):
         k: int,
         *,
         offset: Tensor | None = None,
-        out: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Deterministic top-k of every row of scores: [rows, width] fp32, of which lengths: [rows] int32 count.
+        out: tuple[Tensor, Tensor | None] | None = None,
+        at: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Deterministic top-k of every row of scores: [rows, width] or [rows, heads, width] fp32, of which the first
+        lengths: [rows] int32 columns count.
 
-        Ties go to the lower column. Returns columns: [rows, k] int32, ascending, padded with -1, and counts: [rows] int32,
-        min(k, length); new tensors, or those of `out`: columns of any row stride, counts contiguous. offset: [rows] int32,
-        added to each column of the row that is not padding.
+        Ties go to the lower column. Returns columns: [rows, k] or [rows, heads, k] int32, ascending, padded with -1, and
+        counts: [rows] or [rows, heads] int32, min(k, length); new tensors, or those of `out`: columns of any strides whose
+        last is 1, counts contiguous, or None if nobody wants them. offset: [rows] int32, added to each column of the row that
+        is not padding. at: [rows] int32: `out` is where a row with at = 0 goes, [k] or [heads, k]; others go so many elements
+        further on, and a row whose at is negative is left out.
+        """
+        ...
+
+    def renew(
+        self,
+        q: Tensor,
+        words: Tensor,
+        at: Tensor,
+        stop: Tensor,
+        due: Tensor,
+        how: Renewal,
+        angles: tuple[Tensor, Tensor] | None,
+        active: Tensor,
+        start: Tensor,
+        lengths: Tensor,
+        counts: Tensor,
+    ) -> None:
+        """Decide which rows make their list of a layer anew, and keep what later steps decide by. Nothing is read by the host.
+
+        q: [rows, q_heads, head_dim]   words: [total] int32, the state of all requests
+        at: [rows] int32, where each row's begins   stop: [rows] int32, tokens known
+        due: [rows] int32: 1 renews, 2 renews if the queries differ, 0 if it must
+        angles: cos, sin [rows, rotary/2] fp32 of the rows' positions, from which queries are turned back to 0 before they are
+        compared; None to compare them as they are
+
+        A row renews if it is due, has no list with a tail below stop (drafts may have been taken back), or one that is too
+        old, or if its query's cosine with the one that the list was made for is below the threshold. Then its tail is
+        stop - recent, and its query is kept. Written: active: [rows] int32, `at` of rows that renew and -1 of all others;
+        start: [rows] and lengths: [rows, lists] int32, what is seen in this layer; counts: [3] int64, to which are added rows
+        that renew, those of them that had a list, and rows that do not.
         """
         ...
 

@@ -6,12 +6,13 @@ Runs on any device. Slow on purpose: each function reads as its definition.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Rows
+from kvloom.kernels.interface import COMPARES, Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
 
 
 def wide(x: Tensor) -> Tensor:
@@ -26,21 +27,27 @@ class ReferencePlan:
     rows: Rows
 
 
-def visible(rows: Rows, kv_heads: int) -> list[list[Tensor]]:
-    """Positions each row sees for each KV head, list first, then tail: int64 tensors."""
+def visible(rows: Rows, kv_heads: int, heads: Tensor | None = None, listed: Tensor | None = None) -> list[list[Tensor]]:
+    """Positions each row sees for each KV head, list first, then tail: int64 tensors.
+
+    heads, listed: `heads` and `positions` of `interface.Kernels.attend`. A head that is left out sees nothing.
+    """
     seen = []
     for row in range(rows.size):
-        heads = []
-        for head in range(kv_heads):
+        found = []
+        for head, lister in enumerate(range(kv_heads) if heads is None else heads.tolist()):
             start = int(rows.start[row] if rows.start.ndim == 1 else rows.start[row, head])
             tail = torch.arange(start, int(rows.stop[row]), device=rows.start.device)
-            if rows.lists is None:
-                heads.append(tail)
+            if lister < 0:
+                tail = tail[:0]
+            if rows.lists is None or lister < 0:
+                found.append(tail)
                 continue
-            column = head if rows.lists.offsets.shape[1] > 1 else 0
+            column = lister if rows.lists.offsets.shape[1] > 1 else 0
             offset, length = int(rows.lists.offsets[row, column]), int(rows.lists.lengths[row, column])
-            heads.append(torch.cat([rows.lists.positions[offset : offset + length].long(), tail]))
-        seen.append(heads)
+            positions = rows.lists.positions if listed is None else listed
+            found.append(torch.cat([positions[offset : offset + length].long(), tail]))
+        seen.append(found)
     return seen
 
 
@@ -73,6 +80,19 @@ def check_pool(logits: Tensor, groups: int, how: str, window: int) -> None:
         raise ValueError(f"window is {window}; it must be odd, 1 for none")
 
 
+def check_renewal(q: Tensor, how: Renewal, indices: Sequence[Tensor], words: Tensor, lengths: Tensor, counts: Tensor) -> None:
+    """Raises ValueError for what no back end can renew. indices: at, stop, due, active and start, [rows] each."""
+    if how.compare not in COMPARES:
+        raise ValueError(f"compare is {how.compare!r}; allowed: {', '.join(COMPARES)}")
+    for tensor in (*indices, words, lengths):
+        if tensor.dtype is not torch.int32 or not tensor.is_contiguous():
+            raise ValueError(f"all but counts must be contiguous int32; got {tensor.dtype} with strides {tensor.stride()}")
+    if counts.dtype is not torch.int64 or counts.shape != (3,):
+        raise ValueError(f"counts must be int64 [3]; got {counts.dtype} {tuple(counts.shape)}")
+    if lengths.ndim != 2 or any(len(tensor) != len(q) for tensor in (*indices, lengths)):
+        raise ValueError(f"there are {len(q)} rows; got {[tuple(tensor.shape) for tensor in (*indices, lengths)]}")
+
+
 class ReferenceKernels:
     """`interface.Kernels` in plain torch."""
 
@@ -80,7 +100,12 @@ class ReferenceKernels:
     quantized: QuantizedLinears | None = None
 
     def __init__(self) -> None:
-        self.counters = Counters()
+        self._counted = Counters()
+
+    @property
+    def counters(self) -> Counters:
+        """As of now."""
+        return replace(self._counted)
 
     def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
         """Write rows into slots; see `interface.Kernels.store`."""
@@ -96,33 +121,41 @@ class ReferenceKernels:
         """Nothing to prepare."""
         return ReferencePlan(rows)
 
-    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
-               lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
+    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
+               logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
+               read: Tensor | None = None) -> Tensor:  # fmt: skip
         """Softmax attention; see `interface.Kernels.attend`."""
         assert isinstance(plan, ReferencePlan)
         group = q.shape[1] // kv.k.shape[1]
-        seen = visible(plan.rows, kv.k.shape[1])
-        for row, heads in enumerate(seen):
+        seen = visible(plan.rows, kv.k.shape[1], heads, positions)
+        for row, by_head in enumerate(seen):
             table = plan.rows.tables[int(plan.rows.request[row])]
+            if read is not None:
+                read[row] += sum(map(len, by_head))
             for q_head in range(q.shape[1]):
-                positions = heads[q_head // group]
-                keys = wide(gather(kv.k, table, positions, q_head // group))
-                values = wide(gather(kv.v, table, positions, q_head // group))
+                if heads is not None and int(heads[q_head // group]) < 0:
+                    continue
+                own = by_head[q_head // group]
+                keys = wide(gather(kv.k, table, own, q_head // group))
+                values = wide(gather(kv.v, table, own, q_head // group))
                 products = keys @ wide(q[row, q_head]) * scale
                 out[row, q_head] = (torch.softmax(products, 0) @ values).to(out.dtype)
                 if lse is not None:
                     lse[row, q_head] = torch.logsumexp(products, 0)
                 if logits is not None and row < logits.shape[0]:
-                    logits[row, q_head, : len(positions)] = products.to(logits.dtype)
-        self._count(kv, plan.rows, seen, scores_only=False)
+                    logits[row, q_head, : len(own)] = products.to(logits.dtype)
+        self._count(kv, plan.rows, seen, scores_only=False, heads=heads)
         return out
 
-    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
+    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """Query-key products; see `interface.Kernels.score`."""
         assert isinstance(plan, ReferencePlan)
         group = q.shape[1] // kv.k.shape[1]
         seen = visible(plan.rows, kv.k.shape[1])
         for row, heads in enumerate(seen):
+            if active is not None and int(active[row]) < 0:
+                seen[row] = []
+                continue
             table = plan.rows.tables[int(plan.rows.request[row])]
             for q_head in range(q.shape[1]):
                 keys = wide(gather(kv.k, table, heads[q_head // group], q_head // group))
@@ -130,25 +163,26 @@ class ReferenceKernels:
         self._count(kv, plan.rows, seen, scores_only=True)
         return out
 
-    def _count(self, kv: PagedKV, rows: Rows, seen: list[list[Tensor]], scores_only: bool) -> None:
+    def _count(self, kv: PagedKV, rows: Rows, seen: list[list[Tensor]], scores_only: bool, heads: Tensor | None = None) -> None:
         positions = sum(len(head) for heads in seen for head in heads)
         position_bytes = kv.k.shape[3] * kv.k.element_size()
         if scores_only:
-            self.counters.score_bytes += positions * position_bytes
+            self._counted.score_bytes += positions * position_bytes
             return
-        self.counters.rows += rows.size
-        self.counters.positions += positions
-        self.counters.kv_bytes += 2 * positions * position_bytes
+        self._counted.rows += rows.size
+        self._counted.positions += positions
+        self._counted.kv_bytes += 2 * positions * position_bytes
         if rows.lists is not None:
-            listed = int(rows.lists.lengths.sum()) * (kv.k.shape[1] // rows.lists.lengths.shape[1])
-            self.counters.list_kv_bytes += 2 * listed * position_bytes
+            listers = torch.arange(kv.k.shape[1]) if heads is None else heads[heads >= 0]
+            listed = int(rows.lists.lengths.expand(-1, kv.k.shape[1])[:, listers.long()].sum())
+            self._counted.list_kv_bytes += 2 * listed * position_bytes
 
     def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
-             how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
+             how: PoolHow, window: int, out: Tensor, active: Tensor | None = None) -> Tensor:  # fmt: skip
         """Softmax per head, combined per group, then a running maximum; see `interface.Kernels.pool`."""
         check_pool(logits, groups, how, window)
         for row, (begin, end) in enumerate(zip(first.tolist(), last.tolist())):
-            if begin >= end:
+            if begin >= end or (active is not None and int(active[row]) < 0):
                 continue
             shares = torch.softmax(wide(logits[row, :, begin:end]), dim=-1).unflatten(0, (groups, -1))
             shares = torch.where((logits[row, :, begin:end] == -torch.inf).unflatten(0, (groups, -1)), 0.0, shares)
@@ -159,15 +193,48 @@ class ReferenceKernels:
         return out
 
     def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
-               out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+               out: tuple[Tensor, Tensor | None] | None = None,
+               at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Top-k with ties to the lower column; see `interface.Kernels.select`."""
-        columns, counts = out or (lengths.new_empty(len(scores), k), lengths.new_empty(len(scores)))
-        columns.fill_(-1)
+        shape = scores.shape[:-1]
+        columns, counts = out or (lengths.new_empty(*shape, k), lengths.new_empty(shape))
         for row, length in enumerate(lengths.tolist()):
-            order = torch.sort(scores[row, :length], descending=True, stable=True).indices[:k]
-            columns[row, : len(order)] = order.sort().values + (0 if offset is None else offset[row])
-        counts.copy_(lengths.clamp(max=k))
+            if at is not None and int(at[row]) < 0:
+                continue
+            order = torch.sort(scores[row, ..., :length], descending=True, stable=True).indices[..., :k].sort().values
+            place = columns[row] if at is None else columns.as_strided(columns.shape, columns.stride(),
+                                                                       columns.storage_offset() + int(at[row]))  # fmt: skip
+            place.fill_(-1)
+            place[..., : order.shape[-1]] = order + (0 if offset is None else offset[row])
+            if counts is not None:
+                counts[row] = min(length, k)
         return columns, counts
+
+    def renew(self, q: Tensor, words: Tensor, at: Tensor, stop: Tensor, due: Tensor, how: Renewal,
+              angles: tuple[Tensor, Tensor] | None, active: Tensor, start: Tensor, lengths: Tensor,
+              counts: Tensor) -> None:  # fmt: skip
+        """Which lists are made anew; see `interface.Kernels.renew`."""
+        check_renewal(q, how, (at, stop, due, active, start), words, lengths, counts)
+        for row, (where, known) in enumerate(zip(at.tolist(), stop.tolist())):
+            record, query = words[where:], wide(q[row])
+            if angles is not None:
+                query = turn(query, angles[0][row], -angles[1][row])
+            query = query.mean(0) if how.compare == "mean" else query.flatten()
+            kept = record.view(torch.float32)[how.query : how.query + len(query)]
+            tail = int(record[how.tail])
+            anew = int(due[row]) == 1 or tail >= known or known - tail - how.recent > how.most
+            if not anew and int(due[row]) == 2 and how.compare != "none":
+                parts = (query.view(q.shape[1], -1), kept.view(q.shape[1], -1)) if how.compare == "min" else (query, kept)
+                cosines = torch.cosine_similarity(parts[0].double(), parts[1].double(), dim=-1, eps=1e-38)
+                anew = float(cosines.min()) < how.threshold
+            counts += torch.tensor([anew, anew and tail < known, not anew])
+            if anew:
+                record[how.tail] = known - how.recent
+                if how.compare != "none":
+                    kept.copy_(query)
+            active[row] = where if anew else -1
+            sees_all = anew and how.dense
+            start[row], lengths[row] = (0, 0) if sees_all else (int(record[how.tail]), how.width)
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         """Combine two states into the first; see `interface.Kernels.merge`."""

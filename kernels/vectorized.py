@@ -7,8 +7,8 @@ numbers of working memory, or two tiles' own: 2 * keys * (TILE * query heads + 2
 see 7,168 positions. Shapes are known when the plan is made; between two operations nothing waits for a result.
 
 On a CPU, a row's bits do not depend on what else is in the batch: its tile's shape follows from its own positions (or its
-chunk's), sums run over that shape alone, and products are batches of two or more, which MKL computes one matrix to a thread;
-a single one it may cut among threads. What the reference already computes for all rows at once is inherited from it.
+chunk's, or its bound), sums run over that shape alone, and products are batches of two or more, which MKL computes one matrix
+to a thread; a single one it may cut among threads. What the reference already computes for all rows at once is inherited.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, Rows
-from kvloom.kernels.reference import ReferenceKernels, check_pool
+from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.reference import ReferenceKernels, check_pool, check_renewal, turn
 
 TILE = 64
 """Most rows of a prefill chunk that share one read of their keys."""
 ROOM = 1 << 20
 """fp32 elements of keys, values and scores at once: 4 MiB, and about as much again while they are converted."""
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +60,61 @@ class Group:
         for begin in range(0, tiles, step):
             yield slice(min(begin, tiles - 2), begin + step)
 
-    def addresses(self, cache: Tensor, rows: Rows) -> Tensor:
-        """[tiles, keys] int64: the row of `as_matrix(cache)` that holds each column's key or value."""
+    def addresses(self, cache: Tensor, rows: Rows, positions: Tensor | None) -> Tensor:
+        """[tiles, keys] int64: the row of `as_matrix(cache)` that holds each column's key or value. positions: in place of
+        those of the rows' lists."""
         layout = (cache.shape[2], *(stride // pitch(cache) for stride in cache.stride()[:3]))
         if layout in self._addresses:
             return self._addresses[layout]
         position = self.tail
         if self.listed is not None and rows.lists is not None:
-            position = torch.where(self.listed < 0, position, rows.lists.positions[self.listed])
+            entries = rows.lists.positions if positions is None else positions
+            position = torch.where(self.listed < 0, position, entries[self.listed])
         block_size, per_block, per_head, per_token = layout
         blocks = rows.tables[self.request, position // block_size].long()
         found = blocks * per_block + self.heads * per_head + position % block_size * per_token
         if self.listed is None:  # the same in every layer
             self._addresses[layout] = found
         return found
+
+    def now(self, rows: Rows, use: Use) -> Group:
+        """Tiles of one row each, as they are in this use of the plan: by contents that may be other ones than when it was
+        made, and without what is left out."""
+        column, row, head = torch.arange(self.tail.shape[1], device=self.tail.device), self.rows[:, 0], self.heads[:, 0]
+        start = use.start[row, head][:, None]
+        listed, offset = (x[row, use.listers[head].clamp(min=0)][:, None] for x in (use.listed, use.offset))
+        seen = use.seen[row, head][:, None]
+        column = column.minimum((seen - 1).clamp(min=0))
+        hidden = torch.arange(self.tail.shape[1], device=self.tail.device) >= seen
+        return Group(
+            self.rows, self.heads, self.request, torch.where(seen > 0, start + (column - listed).clamp(min=0), 0),
+            None if rows.lists is None else torch.where(column < listed, offset + column, -1),
+            hidden[:, None, None], 0, self.emits,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What rows see in one use of a plan. start, listed, offset, seen: [rows, kv_heads] int64; listers: [kv_heads]."""
+
+    start: Tensor
+    listed: Tensor
+    offset: Tensor
+    seen: Tensor
+    listers: Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, kv_heads: int, heads: Tensor | None, active: Tensor | None) -> Use:
+        """heads, active: see `interface.Kernels`."""
+        device = rows.start.device
+        start = rows.start.view(rows.size, -1).expand(-1, kv_heads).long()
+        listers = torch.arange(kv_heads, device=device) if heads is None else heads.long()
+        listed = offset = torch.zeros_like(start)
+        if rows.lists is not None:
+            listed, offset = (x.expand(-1, kv_heads).long() for x in (rows.lists.lengths, rows.lists.offsets))
+        seen = listed[:, listers.clamp(min=0)] + rows.stop.long()[:, None] - start
+        seen = torch.where(listers < 0, 0, seen)
+        return cls(start, listed, offset, seen if active is None else torch.where(active[:, None] < 0, 0, seen), listers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +134,11 @@ class TorchPlan:
     kv_heads: int
     head_dim: int
     cuts: dict[int, Cut]
+
+    @property
+    def open(self) -> bool:
+        """Whether contents are read when the plan is used."""
+        return self.rows.most is not None
 
     def cut(self, alone: int) -> Cut:
         if alone not in self.cuts:
@@ -124,7 +171,9 @@ def cut(rows: Rows, kv_heads: int, head_dim: int, alone: int) -> Cut:
         return Cut((), False, Counters())
     request, start, stop = (x.cpu().long() for x in (rows.request, rows.start.view(rows.size, -1), rows.stop))
     listed = offset = torch.zeros(rows.size, 1, dtype=torch.int64)
-    if rows.lists is not None:
+    if rows.most is not None:
+        start, stop = torch.zeros(rows.size, 1, dtype=torch.int64), rows.most.cpu().long()
+    elif rows.lists is not None:
         listed, offset = rows.lists.lengths.cpu().long(), rows.lists.offsets.cpu().long()
     first, size = tiles_of(request, start, stop, listed, offset, alone)
     start, listed, offset = (x.expand(-1, kv_heads) for x in (start, listed, offset))
@@ -188,6 +237,9 @@ class TorchKernels(ReferenceKernels):
 
     name = "torch"
 
+    def __init__(self) -> None:
+        self._counts: list[int | Tensor] = [0] * 5
+
     # Attention ---------------------------------------------------------------------------------------------------
 
     def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
@@ -208,40 +260,62 @@ class TorchKernels(ReferenceKernels):
             raise ValueError(f"{q_heads} query heads do not divide into {kv_heads} KV heads")
         return TorchPlan(rows, kv_heads, head_dim, {0: cut(rows, kv_heads, head_dim, 0)})
 
-    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
-               lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
+    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
+               logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
+               read: Tensor | None = None) -> Tensor:  # fmt: skip
         """Softmax attention; see `interface.Kernels.attend`."""
         assert isinstance(plan, TorchPlan)
-        tiles = plan.cut(0 if logits is None else len(logits))
-        self._run(q, kv, plan, tiles, scale, out, lse, logits)
-        self.counters.rows += tiles.counts.rows
-        self.counters.positions += tiles.counts.positions
-        self.counters.kv_bytes += tiles.counts.kv_bytes * kv.k.element_size()
-        self.counters.list_kv_bytes += tiles.counts.list_kv_bytes * kv.k.element_size()
+        use = Use.of(plan.rows, plan.kv_heads, heads, None) if read is not None or heads is not None or plan.open else None
+        if use is not None and read is not None:
+            read += use.seen.sum(1)
+        if use is not None and (heads is not None or plan.open):
+            tiles, item = plan.cut(plan.rows.size), plan.head_dim * kv.k.element_size()
+            listed = torch.where(use.listers < 0, 0, use.listed[:, use.listers.clamp(min=0)])
+            seen = use.seen.sum()
+            self._add(plan.rows.size, seen, 2 * item * seen, 0, 2 * item * listed.sum())
+        else:
+            use, tiles, item = None, plan.cut(0 if logits is None else len(logits)), kv.k.element_size()
+            counts = tiles.counts
+            self._add(counts.rows, counts.positions, counts.kv_bytes * item, 0, counts.list_kv_bytes * item)
+        self._run(q, kv, plan, tiles, scale, out, lse, logits, use, positions)
         return out
 
-    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
+    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """Query-key products; see `interface.Kernels.score`."""
         assert isinstance(plan, TorchPlan)
         tiles = plan.cut(len(out))
-        self._run(q, kv, plan, tiles, scale, None, None, out)
-        self.counters.score_bytes += tiles.counts.score_bytes * kv.k.element_size()
+        use = Use.of(plan.rows, plan.kv_heads, None, active) if active is not None or plan.open else None
+        self._run(q, kv, plan, tiles, scale, None, None, out, use, None)
+        elements = tiles.counts.score_bytes if use is None else use.seen.sum() * plan.head_dim
+        self._add(0, 0, 0, elements * kv.k.element_size(), 0)
         return out
 
+    @property
+    def counters(self) -> Counters:
+        """As of now."""
+        return Counters(*map(int, self._counts))
+
+    def _add(self, *counts: int | Tensor) -> None:
+        """Add to the fields of `Counters`: numbers, or tensors that nobody waits for."""
+        self._counts = [known + count for known, count in zip(self._counts, counts)]
+
     def _run(self, q: Tensor, kv: PagedKV, plan: TorchPlan, tiles: Cut, scale: float, out: Tensor | None,
-             lse: Tensor | None, logits: Tensor | None) -> None:  # fmt: skip
-        """Attention in base 2, a part of a group at a time; without `out` the products alone."""
+             lse: Tensor | None, logits: Tensor | None, use: Use | None, positions: Tensor | None) -> None:  # fmt: skip
+        """Attention in base 2, a part of a group at a time; without `out` the products alone. use: what rows see now, if that
+        may differ from what they saw when planned; positions: in place of those of lists."""
         if {q.dtype, kv.v.dtype, q.dtype if out is None else out.dtype} != {kv.k.dtype}:
             raise TypeError(f"q is {q.dtype}, the cache {kv.k.dtype} and {kv.v.dtype}; they and out must be of one dtype")
-        if tiles.blind and out is not None:
-            out.zero_()
-        if tiles.blind and lse is not None:
-            lse.fill_(-math.inf)
         by_head = (plan.kv_heads, q.shape[1] // plan.kv_heads)
         q = q.unflatten(1, by_head)
-        for group in tiles.groups:
-            keys_at = group.addresses(kv.k, plan.rows)
-            values_at = keys_at if kv.v.stride() == kv.k.stride() else group.addresses(kv.v, plan.rows)
+        if tiles.blind and out is not None:  # rows of open plans that see nothing have tiles even so
+            left_out = torch.zeros(1, dtype=torch.bool, device=q.device) if use is None else use.listers < 0
+            out.unflatten(1, by_head).masked_fill_(~left_out[:, None, None], 0.0)
+            if lse is not None:
+                lse.unflatten(1, by_head).masked_fill_(~left_out[:, None], -math.inf)
+        for planned in tiles.groups:
+            group = planned if use is None else planned.now(plan.rows, use)
+            keys_at = group.addresses(kv.k, plan.rows, positions)
+            values_at = keys_at if kv.v.stride() == kv.k.stride() else group.addresses(kv.v, plan.rows, positions)
             for part in group.parts(by_head[1], plan.head_dim):
                 at, hidden = (group.rows[part], group.heads[part]), group.hidden[part]
                 queries = q[at].float() * (scale * LOG2E)  # [tiles, size, query heads, head_dim]
@@ -253,17 +327,21 @@ class TorchKernels(ReferenceKernels):
                     continue
                 by_row[..., group.common :].masked_fill_(hidden, -math.inf)
                 top = scores.amax(-1, keepdim=True)
-                weights = scores.sub_(top).exp2_()
+                weights = scores.sub_(top if use is None else torch.where(top == -math.inf, 0.0, top)).exp2_()
                 total = weights.sum(-1, keepdim=True)
-                mean = torch.bmm(weights, gather(kv.v, values_at[part])).div_(total)
-                out.unflatten(1, by_head)[at] = mean.view(queries.shape).to(out.dtype)
+                mean = torch.bmm(weights, gather(kv.v, values_at[part])).div_(total.clamp(min=SMALLEST))
+                found, of = mean.view(queries.shape).to(out.dtype), out.unflatten(1, by_head)
+                kept = None if use is None else (use.listers[at[1]] < 0)[..., None]
+                of[at] = found if kept is None else torch.where(kept[..., None], of[at], found)
                 if lse is not None:
-                    lse.unflatten(1, by_head)[at] = (top * LN2 + total.log()).view(queries.shape[:3])
+                    logs, of = (top * LN2 + total.log()).view(queries.shape[:3]), lse.unflatten(1, by_head)
+                    of[at] = logs if kept is None else torch.where(kept, of[at], logs)
 
     def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
-             how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
+             how: PoolHow, window: int, out: Tensor, active: Tensor | None = None) -> Tensor:  # fmt: skip
         """From logits to rankings; see `interface.Kernels.pool`. Sums run from left to right: padding changes no bit."""
         check_pool(logits, groups, how, window)
+        last = last if active is None else torch.where(active < 0, first, last)
         column = first[:, None] + torch.arange(out.shape[2], device=out.device)
         outside = (column >= last[:, None])[:, None]
         column = column.clamp(max=logits.shape[2] - 1).long()[:, None].expand(-1, logits.shape[1], -1)
@@ -278,26 +356,79 @@ class TorchKernels(ReferenceKernels):
         return out.copy_(torch.where(outside, out, combined))
 
     def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
-               out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+               out: tuple[Tensor, Tensor | None] | None = None,
+               at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Top-k with ties to the lower column; see `interface.Kernels.select`."""
-        rows, width = scores.shape
-        columns, counts = out or (lengths.new_empty(rows, k), lengths.new_empty(rows))
-        taken = min(k, width)
-        if columns.dtype != torch.int32 or columns.shape != (rows, k) or counts.shape != (rows,):
-            raise ValueError(f"out must be int32 [{rows}, {k}] and [{rows}]; got {columns.dtype} {tuple(columns.shape)} "
-                             f"and {tuple(counts.shape)}")  # fmt: skip
-        counts.copy_(lengths.clamp(max=k))
+        shape, width = scores.shape[:-1], scores.shape[-1]
+        columns, counts = out or (lengths.new_empty(*shape, k), lengths.new_empty(shape))
+        taken, wanted = min(k, width), (*shape, k) if at is None else (*shape[1:], k)
+        if columns.dtype != torch.int32 or columns.shape != wanted or (counts is not None and counts.shape != shape):
+            raise ValueError(f"out must be int32 {list(wanted)} and {list(shape)}; got {columns.dtype} {tuple(columns.shape)} "
+                             f"and {None if counts is None else tuple(counts.shape)}")  # fmt: skip
+        by_row = (-1, *(1,) * len(shape))
+        if counts is not None:
+            counts.copy_(lengths.clamp(max=k).view(by_row[:-1]).expand(shape))
         if taken == 0:
-            columns.fill_(-1)
-            return columns, counts
-        column = torch.arange(width, dtype=torch.int32, device=scores.device).expand(rows, -1)
-        there = column < lengths[:, None]
+            nothing = torch.full((*shape, k), -1, dtype=torch.int32, device=scores.device)
+            return (columns.copy_(nothing) if at is None else scatter(columns, nothing, at)), counts
+        column = torch.arange(width, dtype=torch.int32, device=scores.device).expand(*shape, -1)
+        there = column < lengths.view(by_row)
         scores = scores.masked_fill(~there, -math.inf)
         least = scores.topk(taken, sorted=False).values.amin(-1, keepdim=True)
         above, equal = scores > least, (scores == least) & there
         chosen = above | (equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
         place = torch.where(chosen, chosen.cumsum(-1) - 1, k)  # what is not chosen goes into a last column, which is cut off
-        found = torch.full((rows, k + 1), -1, dtype=torch.int32, device=scores.device)
-        found.scatter_(1, place, column if offset is None else column + offset[:, None])
-        columns.copy_(found[:, :k])
+        found = torch.full((*shape, k + 1), -1, dtype=torch.int32, device=scores.device)
+        found.scatter_(-1, place, column if offset is None else column + offset.view(by_row))
+        if at is None:
+            columns.copy_(found[..., :k])
+        else:
+            scatter(columns, found[..., :k], at)
         return columns, counts
+
+    def renew(self, q: Tensor, words: Tensor, at: Tensor, stop: Tensor, due: Tensor, how: Renewal,
+              angles: tuple[Tensor, Tensor] | None, active: Tensor, start: Tensor, lengths: Tensor,
+              counts: Tensor) -> None:  # fmt: skip
+        """Which lists are made anew; see `interface.Kernels.renew`."""
+        check_renewal(q, how, (at, stop, due, active, start), words, lengths, counts)
+        where = at.long() + how.tail
+        tail = words[where]
+        have = tail < stop
+        anew = (due == 1) | ~have | (stop.long() - tail - how.recent > how.most)
+        if how.compare != "none":
+            query = q.float()
+            if angles is not None:
+                query = turn(query, angles[0][:, None], -angles[1][:, None])
+            query = query.mean(1) if how.compare == "mean" else query.flatten(1)
+            floats, place = (
+                words.view(torch.float32),
+                at.long()[:, None] + how.query + torch.arange(query.shape[1], device=q.device),
+            )
+            kept = floats[place]
+            by_part = (len(q), q.shape[1] if how.compare == "min" else 1, -1)
+            pair = (query.view(by_part).double(), kept.view(by_part).double())
+            anew |= (due == 2) & (torch.cosine_similarity(*pair, dim=-1, eps=1e-38).amin(1) < how.threshold)
+            floats[place] = torch.where(anew[:, None], query, kept)
+        words[where] = torch.where(anew, stop - how.recent, tail)
+        active.copy_(torch.where(anew, at, -1))
+        everything = anew & how.dense
+        start.copy_(torch.where(everything, 0, words[where]))
+        lengths.copy_(torch.where(everything, 0, how.width)[:, None].expand_as(lengths))
+        counts += torch.stack([anew.sum(), (anew & have).sum(), (~anew).sum()])
+
+
+def scatter(columns: Tensor, found: Tensor, at: Tensor) -> Tensor:
+    """Write rows of found [rows, ..] where `columns` [..] would be `at` elements further on. Rows whose `at` is negative write
+    what some other row writes, or, if there is none, what is there. Returns columns."""
+    written = at >= 0
+    source = torch.where(written, torch.arange(len(at), device=at.device), written.byte().argmax())
+    begin = columns.storage_offset()
+    size = columns.untyped_storage().nbytes() // columns.element_size() - begin
+    flat = columns.as_strided((size,), (1,), begin)
+    place = torch.arange(columns.shape[-1], device=at.device)
+    for length, stride in zip(reversed(columns.shape[:-1]), reversed(columns.stride()[:-1])):
+        place = torch.arange(length, device=at.device).view(-1, *(1,) * place.ndim) * stride + place
+    by_row = (-1, *(1,) * place.ndim)
+    index = at[source].clamp(min=0).long().view(by_row) + place
+    flat[index] = torch.where(written[source].view(by_row), found[source], flat[index])
+    return columns

@@ -80,7 +80,7 @@ def make_llm(tiny: Path) -> Iterator[Callable[..., LLM]]:
     made: list[LLM] = []
 
     def make(**config: Any) -> LLM:
-        made.append(LLM(str(tiny), **{"dtype": "fp32", "kv_memory": "8MiB", **config}))
+        made.append(LLM(str(tiny), **{"dtype": "fp32", "kv_memory": "8MiB", "step_time_ms": 0, **config}))
         return made[-1]
 
     yield make

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,13 @@ def test_imports_point_one_way(room: str) -> None:
     for path in files:
         extra = imports(path) - MAY_IMPORT[room] - {"__version__"}
         assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
+
+
+def test_the_readers_path_leads_to_files_and_is_as_long_as_it_says() -> None:
+    page = (ROOT / "docs" / "engine.md").read_text().split("## Reading the code")[1]
+    said = int(re.findall(r"About ([\d,]+) lines", page)[0].replace(",", ""))
+    lines = sum(len((ROOT / name).read_text().splitlines()) for name in re.findall(r"^\| `(.+?)` \|", page, re.MULTILINE))
+    assert abs(lines - said) < 150
 
 
 def test_every_room_is_linked() -> None:

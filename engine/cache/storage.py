@@ -48,7 +48,7 @@ class Storage:
         self.block_size = block_size
         shapes = [(blocks, len(heads), block_size, head_dim) for heads in spec.heads]
         try:
-            self.layers: Sequence[PagedKV] = [PagedKV(_zeros(s, dtype), _zeros(s, dtype)) for s in shapes]
+            self.layers: Sequence[PagedKV] = [PagedKV(lazy_zeros(s, dtype), lazy_zeros(s, dtype)) for s in shapes]
         except (OSError, OverflowError):
             size = blocks * block_size * bytes_per_token(spec, head_dim, dtype)
             raise ConfigError(f"the KV cache of {size} bytes cannot be allocated; lower kv_memory") from None
@@ -56,11 +56,14 @@ class Storage:
         """Bytes of one block over all layers."""
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that cost nothing until they are touched. Raises OSError or OverflowError if there cannot be so many.
+
+    They come page by page: a new block of a cache is new in every layer at once, and clearing huge pages of two megabytes in
+    each of them would hold up a step for a fifth of a second.
+    """
     if 0 in shape:  # a layer without heads in this group
         return torch.empty(shape, dtype=dtype)
-    # Zeroed when first touched, so that a large cache costs nothing until it is used; and page by page: a new block is new in
-    # every layer at once, and clearing two megabytes in each of them would hold up a step for a fifth of a second.
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # of a kernel without huge pages

@@ -32,8 +32,8 @@ from kvloom.engine.llm import LLM
 from kvloom.engine.request import Request, SamplingParams
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection.base import Geometry, Layer, MethodStats
-from kvloom.engine.selection.batch import EVERY, Batch
-from kvloom.engine.slots import Slab
+from kvloom.engine.selection.batch import Batch
+from kvloom.engine.state import Record
 from kvloom.kernels.interface import PagedKV, Rows
 
 _CHUNK = 256
@@ -157,11 +157,12 @@ def _step(llm: LLM, request: Request, table: BlockTable, start: int) -> None:
 class ScoreProbe:
     """A selector for one prompt: dense attention, and what its weights at the pattern's positions add up to."""
 
-    budget, heads, width, grid, tail, dense_until = 0, 1, 1, 0, 0, 0
-    slabs: tuple[Slab, ...] = ()
+    budget, grid, tail, dense_until = 0, 0, 0, 0
+    levels: tuple[int, ...] = ()
+    records: tuple[Record, ...] = ()
+    emits = False
     prompts: Literal["dense", "seed", "sparse"] = "sparse"
     domain = ""
-    emits = False
 
     def __init__(self, geometry: Geometry, pattern: Pattern) -> None:
         self.stats = MethodStats()
@@ -182,33 +183,33 @@ class ScoreProbe:
 
 
 class _ScoreStep:
-    """One chunk of the prompt. The step's own attention is told to see next to nothing, and done again here with its lse."""
+    """One chunk of the prompt: everything is seen."""
+
+    program = None
 
     def __init__(self, probe: ScoreProbe, batch: Batch) -> None:
-        assert batch.runs == 1, "one chunk of one prompt"
+        assert len(batch.counts) == 1, "one chunk of one prompt"
         self._probe, self._batch = probe, batch
         geometry, rows = batch.geometry, batch.rows
         self._first = int(batch.begins[0])
         stops = torch.arange(self._first + 1, self._first + rows + 1, dtype=torch.int32)
-        table = torch.full((rows,), int(batch.table[0]), dtype=torch.int32)
-        seen = Rows(batch.tables, table, torch.zeros(rows, dtype=torch.int32), stops)
-        self._plan = batch.kernels.plan(seen, geometry.q_heads, geometry.kv_heads, geometry.head_dim)
-        self._blocks = batch.tables[int(batch.table[0])].long()
+        table = torch.full((rows,), int(batch.of[0]), dtype=torch.int32)
+        self._plan = batch.plan("razor", Rows(batch.tables, table, torch.zeros(rows, dtype=torch.int32), stops))
+        self._blocks = batch.tables[int(batch.of[0])].long()
         self._lse = batch.scratch.take("razor lse", rows, geometry.q_heads)
 
-    def before(self, layer: Layer) -> None:
-        """Only the chunk's own rows: what comes out is overwritten."""
-        self._batch.see(EVERY, self._batch.begins, 0)
-
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """Attend densely, then add up the weights of this chunk's rows at the pattern's positions."""
         batch, pattern = self._batch, self._probe.pattern
-        batch.kernels.attend(layer.q, layer.kv, self._plan, scale=batch.geometry.scale, out=out, lse=self._lse)
+        batch.attend(layer, self._plan, out, heads=heads, lse=self._lse)
         q, last = layer.q.float(), self._first + batch.rows
         for back in range(pattern.tokens, pattern.tokens * pattern.repeats, pattern.tokens):
             first = max(self._first, pattern.offset + back)  # the first row with a copy so far back
             if first < last:
                 self._add(layer, q, first, last, back)
+
+    def finish(self) -> None:
+        """Nothing is chosen."""
 
     def _add(self, layer: Layer, q: Tensor, first: int, last: int, back: int) -> None:
         """Of rows at positions [first, last): their weights at `back` positions before them, and one after that."""

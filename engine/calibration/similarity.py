@@ -19,17 +19,18 @@ from torch import Tensor
 
 from kvloom.engine.selection.base import Layer, MethodStats
 from kvloom.engine.selection.batch import Batch
-from kvloom.engine.slots import Slab
+from kvloom.engine.state import Record
 
 
 class WeightProbe:
     """A selector that reads everything and keeps the attention weights of every row and layer."""
 
-    budget, heads, width, grid, tail, dense_until = 0, 1, 1, 0, 0, 0
-    slabs: tuple[Slab, ...] = ()
+    budget, grid, tail, dense_until = 0, 0, 0, 0
+    levels: tuple[int, ...] = ()
+    records: tuple[Record, ...] = ()
+    emits = True
     prompts: Literal["dense", "seed", "sparse"] = "dense"
     domain = ""
-    emits = True
 
     def __init__(self) -> None:
         self.stats = MethodStats()
@@ -39,7 +40,7 @@ class WeightProbe:
         """[rows]: positions that each row sees."""
 
     def decode(self, batch: Batch) -> _ProbeStep:
-        self.weights, self.stops = [], torch.from_numpy(batch.stops.copy())
+        self.weights, self.stops = [], batch.stop.clone()
         return _ProbeStep(self, batch)
 
     def prefill(self, batch: Batch) -> _ProbeStep:
@@ -47,22 +48,24 @@ class WeightProbe:
 
 
 class _ProbeStep:
+    program = None
+
     def __init__(self, probe: WeightProbe, batch: Batch) -> None:
         self._probe, self._batch = probe, batch
-        self._first = batch.stops * 0
-        self._unseen = torch.arange(int(batch.stops.max())) >= probe.stops[:, None]
+        self._whole = batch.span("whole", 0, batch.stops)
+        self._unseen = torch.arange(self._whole.width) >= probe.stops[:, None]
 
-    def before(self, layer: Layer) -> None:
-        """Ask for the logits."""
-        self._batch.emits = True
-
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
-        """Keep the weights."""
-        assert logits is not None
-        heads = self._batch.geometry.kv_heads
-        weights = self._batch.rank(logits, self._first, self._batch.stops, heads, how="sum")
-        group = self._batch.geometry.q_heads // heads
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """See everything, and keep the weights."""
+        batch, whole = self._batch, self._whole
+        logits, kv_heads = batch.logits(batch.rows, whole.width), batch.geometry.kv_heads
+        batch.attend(layer, whole.plan, out, heads=heads, lse=lse, logits=logits)
+        weights = batch.rank(logits, whole.zeros, batch.stop, kv_heads, how="sum")
+        group = batch.geometry.q_heads // kv_heads
         self._probe.weights.append((weights / group).masked_fill_(self._unseen[:, None], 0.0))
+
+    def finish(self) -> None:
+        """Nothing is chosen."""
 
 
 def read_by(weights: Tensor, stops: Tensor, sinks: int, selected: int, recent: int) -> Tensor:

@@ -14,7 +14,8 @@ each sub-layer's result is added by the norm that follows it, which is why `laye
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -30,6 +31,8 @@ from kvloom.kernels.interface import Graph, Kernels
 GraphMode = Literal["none", "piecewise", "full"]
 """What of a step is captured in a graph and replayed: nothing, all but attention, or all. Attention that is captured makes the
 same calls at the same addresses in every step."""
+MOST_GRAPHS = 32
+"""Kept at a time; the one that was used longest ago goes first."""
 _MODES: tuple[GraphMode, ...] = ("none", "piecewise", "full")
 
 
@@ -78,8 +81,8 @@ class Workspace(NamedTuple):
 class Decoder:
     """A model ready to run. Not thread-safe: one step at a time.
 
-    The first step of an attention and a mode is captured, and later ones replay it: whoever puts other kernels, other layers or
-    another attention in their place does so within `capturing`.
+    The first step of an attention, a mode and a program is captured, and later ones replay it: whoever puts other kernels,
+    other layers or another attention in their place does so within `capturing`.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Decoder:
         projections = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         captures = kernels.graph() is not None and all(linear.capturable for linear in projections)
         self._most: GraphMode = "full" if captures else "none"
-        self._graphs: dict[tuple[LayerAttention, GraphMode], Graph] = {}
+        self._graphs: OrderedDict[tuple[LayerAttention, GraphMode, Hashable], Graph] = OrderedDict()
         self._whole = self._part = self._allocate(1)
 
     @functools.cached_property
@@ -107,16 +110,22 @@ class Decoder:
         """Cosines and sines for the runner: of all positions, unless a table of another length is set before anybody asks."""
         return rotary_table(self.config.rope, self.config.max_position)
 
-    def forward(self, tokens: Tensor, attention: LayerAttention, graphs: GraphMode = "none") -> Tensor:
+    def forward(
+        self, tokens: Tensor, attention: LayerAttention, graphs: GraphMode = "none", program: Hashable = None
+    ) -> Tensor:
         """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]
-        fp32, valid until the next call."""
+        fp32, valid until the next call.
+
+        program: what the attention's calls depend on beside the contents of their tensors; kept while they are captured."""
         x, rows = self.embed(tokens), tokens.shape[0]
         mode = min(graphs, self._most if rows else "none", key=_MODES.index)
         if mode == "none":
             return self.finish(x, self._through(x, attention, nullcontext))
-        graph = self._graphs.get((attention, mode))
+        key = (attention, mode, program if mode == "full" else None)
+        graph = self._graphs.get(key)
         if graph is None:
-            return self.finish(x, self._capture(x, attention, mode))
+            return self.finish(x, self._capture(x, key))
+        self._graphs.move_to_end(key)
         ws = self._workspace(rows)
         graph.replay(0, rows)
         if mode == "piecewise":
@@ -134,18 +143,24 @@ class Decoder:
             yield
         finally:
             self._most = before
-            self._graphs = {key: graph for key, graph in self._graphs.items() if known.get(key) is graph}
+            self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if known.get(key) is graph)
 
-    def _capture(self, x: Tensor, attention: LayerAttention, graphs: GraphMode) -> Tensor:
+    def forget_programs(self) -> None:
+        """What was captured of attentions with a program has moved."""
+        self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key[2] is None)
+
+    def _capture(self, x: Tensor, key: tuple[LayerAttention, GraphMode, Hashable]) -> Tensor:
         """Run all layers, and keep what was called for steps to come."""
-        graph = self.kernels.graph()
+        graph, (attention, mode, _) = self.kernels.graph(), key
         assert graph is not None
-        if graphs == "piecewise":
+        if mode == "piecewise":
             delta = self._through(x, attention, graph.piece)
         else:
             with graph.piece():
                 delta = self._through(x, attention, nullcontext)
-        self._graphs[attention, graphs] = graph
+        self._graphs[key] = graph
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
         return delta
 
     def _through(self, x: Tensor, attention: LayerAttention, piece: Callable[[], AbstractContextManager[None]]) -> Tensor:

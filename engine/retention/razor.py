@@ -34,7 +34,7 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.retention.compensation import Compensation
 from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
-from kvloom.engine.slots import Slab
+from kvloom.engine.state import Record, StateMemory
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
@@ -152,7 +152,8 @@ class Razor:
         self.specs = group_specs(classes)
         self._model, self._dtype = model, dtype
         local = [len(heads) for heads in self.specs[LOCAL].heads]
-        self._state = Compensation(model.layers, local, model.q_heads // model.kv_heads, model.head_dim, dtype)
+        group = model.q_heads // model.kv_heads
+        self._state = Compensation(model.layers, local, group, model.head_dim, options.sinks)
         self._cache: CacheManager | None = None
 
     def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
@@ -177,34 +178,25 @@ class Razor:
         return self.window.least
 
     @property
-    def slabs(self) -> tuple[Slab, ...]:
+    def records(self) -> tuple[Record, ...]:
         """State of requests that may drop something."""
         return (self._state,) if self.options.compensation else ()
 
-    def begins(self, requests: Sequence[Request], tables: Sequence[BlockTable], block_size: int) -> np.ndarray:
-        """[requests] int32: where the tails of local heads begin, 0 for those that read everything.
+    def begins(self, tables: Sequence[BlockTable], block_size: int) -> np.ndarray:
+        """[tables] int32: where the tails of local heads begin, 0 for those that read everything."""
+        return np.array([table.forgotten * block_size for table in tables], np.int32)
 
-        A request that was preempted begins anew: what stood for its dropped tokens is forgotten here.
-        """
-        begins = np.array([table.forgotten * block_size for table in tables], np.int32)
-        if self.state is None:
-            return begins
-        slots = self._state.slots(requests)
-        if (stale := slots[self._state.dropped_to(slots) != begins]).size:
-            self._state.forget(stale)
-        return begins
-
-    def advance(self, request: Request, table: BlockTable) -> None:
+    def advance(self, request: Request, table: BlockTable, states: StateMemory) -> None:
         """All known tokens but the last are computed: fold and give back what the next row's window leaves behind."""
         cache = self._cache
         assert cache is not None
         size = cache.block_size
-        begin, at = int(self.window.begin(np.array([len(request.tokens)]), size)[0]), table.forgotten * size
-        if begin <= at:
+        begin = int(self.window.begin(np.array([len(request.tokens)]), size)[0])
+        if begin <= table.forgotten * size:
             return
         if self.state is not None:
-            (slot,) = self.state.slots([request])
-            blocks = np.array(table.parts[LOCAL], np.int32)
-            self.state.fold(int(slot), cache.groups[LOCAL].storage.layers, blocks, max(at, self.window.sinks), begin)
+            (at,) = states.at(self._state, [request])
+            blocks = torch.from_numpy(np.array(table.parts[LOCAL], np.int32))
+            self._state.fold(states.words, int(at), cache.groups[LOCAL].storage.layers, request, blocks, begin)
         keep = -(-self.window.sinks // size)
         cache.forget(table, LOCAL, max(keep, table.forgotten), begin // size)

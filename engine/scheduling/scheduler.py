@@ -138,8 +138,8 @@ class Scheduler:
         try:
             self._fairness.stopped(request)
             if status is Status.RUNNING:
-                self.running.remove(request)
                 self._states.close(request)
+                self.running.remove(request)
             else:
                 self.queued_tokens -= request.known
                 self._waiting.remove(request)

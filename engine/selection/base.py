@@ -1,10 +1,9 @@
 """What a selection method is to the engine: three small protocols and a table of names.
 
-    Method     one per name: its options, and how to make a selector of them
-    Selector   one per (method, budget, options) in use: knows its requests' state, outlives steps
-    LayerHook  one per step and batch of rows: says before each layer what the rows see, and looks at the layer afterwards
+    Method       one per name: its options, and how to make a selector of them
+    Selector     one per (method, budget, options) in use: knows where its requests' state lies, outlives steps
+    RowsInStep   one per step and batch of rows: attends, layer by layer, to what the method lets the rows see
 
-A selector decides *which positions a row sees*; `engine.attention` makes one attention call per layer for all rows.
 Budgets count positions: a sparse decode row reads about `budget` of them, forced ones (sinks, recent tokens) included.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from kvloom.engine.bounds import shown, wrong
 from kvloom.engine.client import MethodStats as MethodStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.slots import Slab
+from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels, PagedKV
 
 if TYPE_CHECKING:
@@ -65,17 +64,25 @@ class Layer(NamedTuple):
     """The layer's cache; the step's own rows are stored already."""
 
 
-class LayerHook(Protocol):
-    """One batch's way through one step."""
+class RowsInStep(Protocol):
+    """A batch's way through one step: the rows of one method."""
 
-    def before(self, layer: Layer) -> None:
-        """Say what the rows see in this layer: through `Batch.see_all`, `Batch.see`. What was said stays until said anew.
-        Setting `batch.emits` asks for the logits of this layer's attention, `batch.wants_lse` for its `batch.lse`."""
+    @property
+    def program(self) -> Hashable | None:
+        """Of rows that decode, if they are all that a step has, what their kernel calls depend on beside tensors that stay in
+        place: steps with equal programs may replay one another's calls. None if there is more to them than kernel calls."""
         ...
 
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
-        """Look at the layer. logits: [rows, q_heads, width] fp32, scaled, in the order seen, if `batch.emits` was set;
-        out: [rows, q_heads, head_dim], may be written by methods that attend on their own."""
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """Choose what the rows see in this layer, and write their attention over it.
+
+        out: [rows, q_heads, head_dim]; heads: [kv_heads] int32, negative for KV heads that are left out, None for all;
+        lse: [rows, q_heads] fp32, written if given, of what was seen. Reads no tensor's value on the host while rows decode.
+        """
+        ...
+
+    def finish(self) -> None:
+        """All layers are done: add to the method's statistics."""
         ...
 
 
@@ -83,32 +90,31 @@ class Selector(Protocol):
     """One method with one budget and one set of options. Called on the engine's thread only."""
 
     budget: int
+    """Rows that know no more tokens than that see everything, and are none of the method's business."""
+    levels: tuple[int, ...]
+    """More numbers of known tokens from which rows are treated otherwise: a batch has rows between two of them only."""
+    emits: bool
+    """Whether it chooses by the logits of a layer's own attention, which leaves no head out."""
     stats: MethodStats
-    heads: int
-    """Lists per row: 1 (shared by all KV heads) or the number of KV heads."""
-    width: int
-    """Most positions a list can hold."""
     prompts: Literal["dense", "seed", "sparse"]
     """How prompts are computed: densely; densely, with `prefill` called for the last chunk to look at; or sparsely."""
     grid: int
     """With sparse prompts: chunks end at multiples of this many positions, whatever the scheduler's budget; else 0."""
     domain: str
     """What must agree beside the model for prompt KV to be shared: "" when it is the dense one."""
-    emits: bool
-    """Whether decode rows may ask for logits."""
-    slabs: tuple[Slab, ...]
-    """State of running requests that may know more tokens than `budget`, with which a row sees everything and leaves nothing.
-    It is empty when a request is admitted, also after a preemption (`engine.state`)."""
+    records: tuple[Record, ...]
+    """State of running requests that may know more tokens than `budget`. It is empty when a request is admitted, also after a
+    preemption (`engine.state`)."""
     tail: int
     """Last rows of a prompt that are computed in one step, whatever is found of it: those that `prefill` looks at; else 0."""
     dense_until: int
     """Rows of a prompt below this position see everything."""
 
-    def decode(self, batch: Batch) -> LayerHook:
-        """A step's decode rows, one run of one row per request."""
+    def decode(self, batch: Batch) -> RowsInStep:
+        """A step's decode rows beyond the budget, one run of one row per request."""
         ...
 
-    def prefill(self, batch: Batch) -> LayerHook:
+    def prefill(self, batch: Batch) -> RowsInStep:
         """A step's prompt rows, if `prompts` is not "dense". Sparse: a run per grid cell; seed: a run per last chunk."""
         ...
 

@@ -1,19 +1,16 @@
-"""A batch: the runs of one step that one selector decides for, and what each of them sees.
+"""A batch: the rows of one step that one selector decides for, and what it needs to make its kernel calls.
 
     run   consecutive rows of one request that share a list and the beginning of their tail
           decode: one row        sparse prefill: a grid cell        seeding: the last chunk of a prompt
 
-    row at position p sees    list (positions < start, one per KV head)    followed by    [start, p]
-
-Tails of a run begin at the same position for all KV heads, unless a hook sets `per_head`. A hook writes `start`, `lengths` and
-`lists` through the methods here; the step reads them when the layer attends. All arrays are views of the step's own, so nothing
-is copied per layer.
+Index arrays are numpy's on the host, where a step is prepared, and int32 tensors where it runs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,160 +18,175 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvloom.engine.selection.base import Geometry, MethodStats
-from kvloom.kernels.interface import Kernels, PagedKV, PoolHow, Rows
+from kvloom.engine.client import MethodStats
+from kvloom.engine.selection.base import Geometry, Layer
+from kvloom.engine.state import NO_STATE, Record, StateMemory
+from kvloom.kernels.interface import Kernels, Lists, Plan, PoolHow, Rows
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
 
 Ints = npt.NDArray[np.int32]
-Which = npt.NDArray[np.int64] | slice
-EVERY = slice(None)
 
 
 class Scratch:
-    """Work space for logits and rankings, kept between layers and steps. One user at a time per name."""
+    """Work space that is kept between layers and steps, by name. One user at a time per name.
+
+    What is taken under a name lies where it lay the last time, unless more was wanted than ever before.
+    """
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
+        self.plans: dict[str, Plan] = {}
+        """Made anew in their place in every step."""
+        self.moves = 0
+        """How often something came to lie elsewhere."""
 
     def take(self, name: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A contiguous tensor of this shape; its contents are whatever was there."""
-        size = int(np.prod(shape))
+        size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             with torch.inference_mode(False):
                 buffer = self._buffers[name] = torch.empty(size + size // 4, dtype=dtype)
+            self.moves += 1
         return buffer[:size].view(shape)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Batch:
-    """Runs of one selector in one step. Index arrays are int32; `which` selects runs (indices or a slice)."""
+    """Runs of one selector in one step."""
 
     requests: Sequence[Request]
     """Of every run."""
-    first_row: int
-    """The batch's rows are [first_row, first_row + rows) of the step."""
     counts: Ints
     """[runs]: rows of every run."""
     begins: Ints
     """[runs]: position of a run's first row."""
-    stops: Ints
-    """[runs]: position after a run's last row: all that is known there."""
     tables: Tensor
     """[requests, max_blocks] int32: the step's block tables."""
-    table: Ints
+    of: Ints
     """[runs]: row of `tables`."""
-    start: Ints
-    """[runs, kv_heads]: where tails begin."""
-    offsets: Ints
-    """[runs, kv_heads]: where lists begin in the step's positions."""
-    lengths: Ints
-    """[runs, kv_heads]: entries of lists."""
-    lists: Tensor
-    """[runs, heads, width] int32: room for the lists; head 0 is every KV head's when heads is 1."""
-    base: int
-    """Offset of `lists` in the step's positions."""
+    read: Tensor
+    """[rows] int64: positions that a row has seen so far, summed over KV heads and layers."""
     kernels: Kernels
     geometry: Geometry
     scratch: Scratch
+    states: StateMemory
     stats: MethodStats
-    decodes: bool
-    """Whether these are decode rows: one per run."""
+    name: str = ""
+    """Tells the work space of a step's batches apart."""
 
-    changed: bool = True
-    """Whether what is seen has changed since the last layer (contents of lists alone do not count)."""
-    emits: bool = False
-    """Whether this layer's logits are wanted; reset before every layer."""
-    per_head: bool = False
-    """Whether tails of one run may begin at different positions for different KV heads."""
-    wants_lse: bool = False
-    """Whether a hook wants `lse` in `after`."""
-    lse: Tensor | None = None
-    """[rows, q_heads] fp32, natural log: of what was seen in this layer, if `wants_lse`. A hook that merges more into `out`
-    may write it. Valid during `after`."""
+    stops: Ints = field(init=False)
+    """[runs]: position after a run's last row: all that is known there."""
     rows: int = field(init=False)
     """All rows of the batch."""
-    attended: npt.NDArray[np.float64] = field(init=False)
-    """[runs]: positions read by a run's last row so far, mean over KV heads, summed over layers."""
-    seen: npt.NDArray[np.float64] = field(init=False)
-    """[runs]: the same in the last layer."""
-    partial: npt.NDArray[np.bool_] = field(init=False)
-    """[runs]: whether a run saw less than everything in some layer."""
+    stop: Tensor = field(init=False)
+    """[runs] int32: `stops` as a tensor, and `of` as another."""
+    table: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.rows = int(self.counts.sum())
-        self.attended, self.seen = np.zeros(len(self.counts)), np.zeros(len(self.counts))
-        self.partial = np.zeros(len(self.counts), np.bool_)
-        self.see_all()
-        self.own_lists()
+        self.stops, self.rows = self.begins + self.counts, int(self.counts.sum())
+        self.stop, self.table = self.tensor("stop", self.stops), self.tensor("table", self.of)
 
-    @property
-    def runs(self) -> int:
-        return len(self.counts)
+    def tensor(self, name: str, values: Any) -> Tensor:
+        """An int32 tensor of these values, where one of that name was in the last step."""
+        found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.int32))
+        return self.ints(name, *found.shape).copy_(found)
 
-    def own_lists(self) -> None:
-        """Every run reads its own lists, each KV head the list of its own head."""
-        _, heads, width = self.lists.shape
-        runs = np.arange(self.runs, dtype=np.int32)[:, None] * np.int32(heads * width) + np.int32(self.base)
-        columns = np.arange(self.geometry.kv_heads, dtype=np.int32) * np.int32(width if heads > 1 else 0)
-        self.offsets[:] = runs + columns
-        self.changed = True
+    def ints(self, name: str, *shape: int) -> Tensor:
+        """An int32 tensor with anything in it, the same throughout the step."""
+        return self.scratch.take(f"{self.name} {name}", *shape, dtype=torch.int32)
 
-    def see_all(self, which: Which = EVERY) -> None:
-        """These runs see everything."""
-        self.start[which] = 0
-        self.lengths[which] = 0
-        self.changed = True
+    def at(self, record: Record) -> Tensor:
+        """[runs] int32: where the requests' records begin in `states.words`."""
+        found = self.states.at(record, self.requests)
+        assert (found != NO_STATE).all(), "a request has no state, but is longer than what needs none"
+        return self.tensor("at", found)
 
-    def see(self, which: Which, start: Any, lengths: Any) -> None:
-        """These runs see their lists, then tails from `start`.
+    def floats(self, name: str, values: Tensor) -> Tensor:
+        """An fp32 tensor of these values, where one of that name was in the last step."""
+        return self.scratch.take(f"{self.name} {name}", *values.shape).copy_(values)
 
-        start: a number or [selected], or with `per_head` [selected, kv_heads]
-        lengths: a number, [selected, 1] or [selected, kv_heads]
+    def plan(self, name: str, rows: Rows) -> Plan:
+        """What kernels need to know of these rows, in the place of the last step's plan of that name."""
+        geometry, name = self.geometry, f"{self.name} {name}"
+        plan = self.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim, self.scratch.plans.get(name))
+        self.scratch.plans[name] = plan
+        return plan
+
+    def seen(self, name: str, start: Tensor, lists: Lists | None = None, most: Tensor | None = None) -> Plan:
+        """Decode rows that see lists, and everything from `start` on. start: [rows] int32."""
+        return self.plan(name, Rows(self.tables, self.table, start, self.stop, lists, most))
+
+    def sinks(self, counts: npt.NDArray[np.integer]) -> Lists:
+        """Lists of the first positions, so many of them for every decode row."""
+        most = self.tensor("sink positions", np.arange(max(1, int(counts.max()))))
+        return Lists(most, self.tensor("sinks at", np.zeros((self.rows, 1))), self.tensor("sinks", counts[:, None]))
+
+    def span(self, name: str, first: Any, last: Any) -> Span:
+        """Candidates [first, last) of decode rows. There is work space for more of them than there are, so that it stays as it
+        is for many steps."""
+        first, last = (np.broadcast_to(np.asarray(end, np.int32), self.rows) for end in (first, last))
+        span = self.spans(name, self.table, first, last)
+        span = replace(span, width=max(256, 1 << (span.width - 1).bit_length()) + 16)
+        self.reserve(span.width)
+        return span
+
+    def reserve(self, width: int) -> None:
+        """Make room for logits and rankings of all rows beforehand: replayed calls write where they lay when captured."""
+        self.logits(self.rows, width)
+        self.scratch.take("ranking", self.rows, self.geometry.kv_heads, width)
+
+    def spans(self, name: str, table: Tensor, first: Ints, last: Ints) -> Span:
+        """Candidates [first, last) of queries of these rows of `tables`."""
+        begin, end = self.tensor(f"{name} first", first), self.tensor(f"{name} last", last)
+        return Span(
+            self.plan(name, Rows(self.tables, table, begin, end)), begin, end, self.tensor(f"{name} columns", last - first),
+            self.ints(f"{name} zeros", len(begin)).zero_(), max(1, int((last - first).max(initial=0))),
+        )  # fmt: skip
+
+    def attend(self, layer: Layer, plan: Plan, out: Tensor, **more: Any) -> None:
+        """Attention over what a plan says. more: of `Kernels.attend`."""
+        self.kernels.attend(layer.q, layer.kv, plan, scale=self.geometry.scale, out=out, read=self.read, **more)
+
+    def logits(self, rows: int, width: int) -> Tensor:
+        """[rows, q_heads, width] fp32 with anything in it."""
+        return self.scratch.take("logits", rows, self.geometry.q_heads, width)
+
+    def score(self, layer: Layer, span: Span, scale: float | None = None, active: Tensor | None = None) -> Tensor:
+        """Query-key products of candidates: [rows, q_heads, width] fp32, column 0 at the first one. Reads K alone.
+
+        scale: 1 / sqrt(head_dim) unless given. active: see `Kernels.score`.
         """
-        self.start[which] = start[:, None] if np.ndim(start) == 1 else start
-        self.lengths[which] = lengths
-        self.changed = True
+        out = self.logits(layer.q.shape[0], span.width)
+        scale = self.geometry.scale if scale is None else scale
+        return self.kernels.score(layer.q, layer.kv, span.plan, scale=scale, out=out, active=active)
 
-    def score(self, q: Tensor, kv: PagedKV, table: Ints, first: Ints, last: Ints, scale: float, name: str = "logits") -> Tensor:
-        """Query-key products over positions [first, last): one row per query, without reading V.
-
-        q: [n, q_heads, head_dim]; table: [n] rows of `tables`. Returns [n, q_heads, width] fp32 (scratch), column 0 at `first`.
-        """
-        geometry = self.geometry
-        rows = Rows(self.tables, _tensor(table), _tensor(first), _tensor(last))
-        plan = self.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim)
-        width = max(1, int((last - first).max(initial=0)))
-        out = self.scratch.take(name, len(first), geometry.q_heads, width)
-        return self.kernels.score(q, kv, plan, scale=scale, out=out)
-
-    def rank(self, logits: Tensor, first: Ints, last: Ints, groups: int, *, how: PoolHow, window: int = 1) -> Tensor:
+    def rank(
+        self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *, how: PoolHow, window: int = 1,
+        active: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Softmax over columns [first, last) per query head, pooled over each of `groups` head groups: see `Kernels.pool`.
 
-        Returns [n, groups, width] fp32 (scratch), column 0 at `first`.
+        Returns [rows, groups, columns of logits] fp32 (scratch), column 0 at `first`.
         """
-        width = max(1, int((last - first).max(initial=0)))
-        out = self.scratch.take("ranking", logits.shape[0], groups, width)
-        return self.kernels.pool(logits, _tensor(first), _tensor(last), groups, how=how, window=window, out=out)
-
-    def count_layer(self) -> None:
-        """Called once per layer, after `before`: what the last row of every run reads."""
-        if self.changed:
-            self.seen = self.stops + (self.lengths - self.start).sum(axis=1) / self.geometry.kv_heads
-            self.partial |= self.seen < self.stops
-        self.attended += self.seen
-
-    def sees_less(self) -> npt.NDArray[np.bool_]:
-        """[runs]: whether a run sees something, but not everything, in the layer that was counted last."""
-        less: npt.NDArray[np.bool_] = (self.seen < self.stops) & (self.seen > 0)
-        return less
-
-    def everything(self) -> Rows:
-        """The batch's rows with everything visible. Decode batches only."""
-        return Rows(self.tables, _tensor(self.table), torch.zeros(self.runs, dtype=torch.int32), _tensor(self.stops))
+        out = self.scratch.take("ranking", logits.shape[0], groups, logits.shape[2])
+        return self.kernels.pool(logits, first, last, groups, how=how, window=window, out=out, active=active)
 
 
-def _tensor(array: Ints) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, np.int32))
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Candidates of some rows: positions [first, last) of each."""
+
+    plan: Plan
+    first: Tensor
+    """[rows] int32"""
+    last: Tensor
+    """[rows] int32"""
+    columns: Tensor
+    """[rows] int32: how many there are."""
+    zeros: Tensor
+    """[rows] int32"""
+    width: int
+    """At least that of the longest."""

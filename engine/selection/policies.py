@@ -1,7 +1,7 @@
 """Which selector a request uses: its own wishes over the server's defaults, checked against the model.
 
-Requests with the same method, budget and options share one selector, whose state they then share slabs of; a selector that
-no open request uses is forgotten when too many have gathered.
+Requests with the same method, budget and options share one selector; a selector that no open request uses is forgotten when too
+many have gathered.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
 from kvloom.engine.selection.base import Method, read_options
+from kvloom.engine.state import WORD
 from kvloom.kernels.interface import Kernels
 
 MOST_SELECTORS = 64
@@ -123,10 +124,10 @@ class Selectors:
         def state(budget: int) -> int:
             """Bytes; none for budgets that are too small for the other options, so that larger ones are tried."""
             try:
-                slabs = method.make(options, budget, self._geometry, self._kernels).slabs
+                records = method.make(options, budget, self._geometry, self._kernels).records
             except InvalidRequestError:
                 return 0
-            return sum(slab.bytes_per_request for slab in slabs)
+            return sum(record.words for record in records) * WORD
 
         largest = bisect.bisect_right(range(1, self._geometry.max_len + 1), memory, key=state)
         return largest if largest and state(largest) else 0

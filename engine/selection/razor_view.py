@@ -25,8 +25,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from kvloom.engine.bounds import bounded
@@ -38,7 +36,7 @@ from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
 from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.razor_view_step import RazorViewStep
-from kvloom.engine.slots import Slab
+from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels
 
 NAME = "razor_view"
@@ -92,23 +90,26 @@ class RazorView:
         self.inner = _inner(options.retrieval, budget, geometry, kernels)
         whole = options.sinks + options.least
         self.budget = whole if self.inner is None else min(whole, self.inner.budget)
-        """Rows that know no more tokens than that see everything."""
-        self.heads = 1 if self.inner is None else self.inner.heads + 1
-        self.width = max(1, options.sinks, 0 if self.inner is None else self.inner.width)
-        self.local = _shared([np.isin(np.arange(classes.kv_heads), classes.local(at)) for at in range(classes.layers)])
-        """[layers] of [kv_heads] bool: local heads. Layers that are alike share one array."""
-        tensors = {id(local): torch.from_numpy(local) for local in self.local}
-        self.masks = [tensors[id(local)] for local in self.local]
-        """The same as tensors, alike layers sharing one."""
+        self.levels: tuple[int, ...] = () if self.inner is None else (self.inner.budget,)
+        layers, kv_heads = range(classes.layers), torch.arange(geometry.kv_heads, dtype=torch.int32)
+        self.local = [torch.isin(kv_heads, torch.tensor(classes.local(layer), dtype=torch.int32)) for layer in layers]
+        """[layers] of [kv_heads] bool: local heads."""
+        self.any_local = [bool(classes.local(layer)) for layer in layers]
+        self.any_retrieval = [bool(heads) for heads in classes.retrieval]
+        """[layers]: whether there are heads of that kind."""
+        none = torch.full_like(kv_heads, -1)
+        self.local_heads = [torch.where(local, kv_heads, none) for local in self.local]
+        """[layers] of [kv_heads] int32, for `Kernels.attend`."""
+        self.retrieval_heads = [torch.where(local, none, kv_heads) for local in self.local]
         self.stats = MethodStats()
         group = geometry.q_heads // geometry.kv_heads
         self.state = (
-            Compensation(geometry.layers, geometry.kv_heads, group, geometry.head_dim, torch.float32)
+            Compensation(geometry.layers, geometry.kv_heads, group, geometry.head_dim, options.sinks)
             if options.compensation
             else None
         )
-        own: tuple[Slab, ...] = () if self.state is None else (self.state,)
-        self.slabs: tuple[Slab, ...] = (*own, *(() if self.inner is None else self.inner.slabs))
+        own: tuple[Record, ...] = () if self.state is None else (self.state,)
+        self.records: tuple[Record, ...] = (*own, *(() if self.inner is None else self.inner.records))
 
     def decode(self, batch: Batch) -> RazorViewStep:
         return RazorViewStep(self, batch)
@@ -132,7 +133,7 @@ def head_classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:
 
 def _inner(name: str | None, budget: int, geometry: Geometry, kernels: Kernels) -> Selector | None:
     """The method of the retrieval heads. It must leave prompts alone, and choose without looking at a layer's own logits:
-    those of local heads are not of the positions that it would take them for. Raises InvalidRequestError."""
+    local heads have none. Raises InvalidRequestError."""
     if name is None:
         return None
     from kvloom.engine.selection import METHODS  # which lists this method too
@@ -145,9 +146,3 @@ def _inner(name: str | None, budget: int, geometry: Geometry, kernels: Kernels) 
     if inner.prompts != "dense" or inner.emits:
         raise refuse(NAME, "retrieval", name, "methods that compute prompts densely and choose before they attend")
     return inner
-
-
-def _shared(arrays: list[npt.NDArray[np.bool_]]) -> list[npt.NDArray[np.bool_]]:
-    """The same, with one object for all arrays that are equal."""
-    kept: dict[bytes, npt.NDArray[np.bool_]] = {}
-    return [kept.setdefault(array.tobytes(), array) for array in arrays]

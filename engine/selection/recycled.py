@@ -3,7 +3,7 @@
 In the paper's words and symbols, with N tokens known and K the budget:
 
     full cache C_f       all N tokens; here the paged cache itself
-    small cache C_p      K of them per layer and KV head; here a list of positions (`ListStore`), nothing is copied
+    small cache C_p      K of them per layer and KV head; here a list of positions (`KeptLists`), nothing is copied
     full step            dense attention; its scores give a new C_p (section 3, "refresh")
     partial step         attention over C_p and the tokens since the full step
     score of a position  attention probability, maximum over the g query heads of a KV head, then max-pooled over 7 positions
@@ -40,9 +40,9 @@ from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, check_fields
 from kvloom.engine.selection.batch import Batch
+from kvloom.engine.selection.lists import KeptLists
 from kvloom.engine.selection.recycled_step import RecycledStep, Schedule, Seeding
-from kvloom.engine.selection.store import ListStore
-from kvloom.engine.slots import Slab
+from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels
 
 MOST_SEED_ROWS = 64
@@ -85,6 +85,7 @@ class Recycled:
     grid = 0
     dense_until = EVERYWHERE
     domain = ""
+    levels: tuple[int, ...] = ()
 
     def __init__(self, options: RecycledOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
         self.options, self.budget, self.geometry = options, budget, geometry
@@ -98,28 +99,28 @@ class Recycled:
                 f"of {budget}; make them smaller, or the budget larger",
                 param="kv.recycled.recent" if self.recent else "kv.recycled.sinks",
             )
-        self.heads = geometry.kv_heads
-        self.width = self.sinks + self.chosen
         self.prompts = "seed" if options.seed_rows else "dense"
         self.tail = options.seed_rows
         self.emits = options.refresh == "dense"
+        """Whether a row that refreshes reads everything, and chooses by the logits of that."""
         self.stats = MethodStats()
-        self.schedule = Schedule.of(options.stride, self._check_every(), geometry.layers, stagger=options.stagger)
-        self.store = ListStore(geometry.layers, self.heads, self.width, self._query_size())
-        self.slabs: tuple[Slab, ...] = (self.store,)
-        self.sink_positions = np.arange(self.sinks, dtype=np.int32)
+        compares = options.similarity > -1.0
+        self.schedule = Schedule.of(
+            options.stride, options.check_every if compares else 0, geometry.layers, stagger=options.stagger
+        )
+        query = geometry.head_dim * (1 if options.compare == "mean" else geometry.q_heads)
+        width = self.sinks + self.chosen
+        self.lists = KeptLists(geometry.layers, geometry.kv_heads, width, self.sinks, query if compares else 0)
+        self.records: tuple[Record, ...] = (self.lists,)
+        self.renewal = self.lists.renewal(
+            recent=self.recent,
+            compare=options.compare if compares else "none",
+            threshold=float(np.nextafter(np.float32(options.similarity), np.float32(np.inf))),  # at most s
+            dense=self.emits,
+        )
 
     def decode(self, batch: Batch) -> RecycledStep:
         return RecycledStep(self, batch)
 
     def prefill(self, batch: Batch) -> Seeding:
         return Seeding(self, batch)
-
-    def _check_every(self) -> int:
-        """0: queries are never compared."""
-        return 0 if self.options.similarity <= -1.0 else self.options.check_every
-
-    def _query_size(self) -> int:
-        if not self._check_every():
-            return 0
-        return self.geometry.head_dim * (1 if self.options.compare == "mean" else self.geometry.q_heads)

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
-from kvloom.engine.slots import Slab
+from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels
 
 
@@ -33,19 +33,18 @@ class SinkWindowOptions:
 class SinkWindow:
     """Reads `sinks` first tokens and the last `budget - sinks`. No state."""
 
-    heads = 1
+    emits = False
     prompts: Literal["dense", "seed", "sparse"] = "dense"
     grid = tail = 0
     dense_until = EVERYWHERE
     domain = ""
-    emits = False
-    slabs: tuple[Slab, ...] = ()
+    levels: tuple[int, ...] = ()
+    records: tuple[Record, ...] = ()
 
     def __init__(self, options: SinkWindowOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
         if options.sinks >= budget:
             raise refuse("sink_window", "sinks", options.sinks, f"less than the budget of {budget}")
         self.budget, self.sinks = budget, options.sinks
-        self.width = max(1, options.sinks)
         self.stats = MethodStats()
 
     def decode(self, batch: Batch) -> SinkWindowStep:
@@ -58,11 +57,16 @@ class SinkWindow:
 class SinkWindowStep:
     """The same rows in every layer."""
 
+    program = ()
+
     def __init__(self, method: SinkWindow, batch: Batch) -> None:
-        (long,) = (batch.stops > method.budget).nonzero()
-        batch.lists[:, :, : method.sinks] = torch.arange(method.sinks, dtype=torch.int32)
-        batch.see(long, batch.stops[long] - (method.budget - method.sinks), method.sinks)
+        self._batch = batch
+        start = batch.tensor("start", batch.stops - (method.budget - method.sinks))
+        self._plan = batch.seen("seen", start, batch.sinks(np.full(batch.rows, method.sinks)))
 
-    def before(self, layer: Layer) -> None: ...
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """See `RowsInStep`."""
+        self._batch.attend(layer, self._plan, out, heads=heads, lse=lse)
 
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None: ...
+    def finish(self) -> None:
+        """Nothing is chosen."""

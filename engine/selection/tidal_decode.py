@@ -32,16 +32,15 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.calibration import TidalCalibration, find_tidal
 from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, check_fields, refuse
-from kvloom.engine.selection.batch import Batch, Ints
-from kvloom.engine.slots import Slab
-from kvloom.kernels.interface import Kernels, PoolHow
+from kvloom.engine.selection.batch import Batch
+from kvloom.engine.state import Record
+from kvloom.kernels.interface import Kernels, Lists, PoolHow
 
 NAME = "tidal_decode"
 
@@ -86,7 +85,8 @@ class TidalDecode:
     grid = tail = 0
     dense_until = EVERYWHERE
     domain = ""
-    slabs: tuple[Slab, ...] = ()
+    levels: tuple[int, ...] = ()
+    records: tuple[Record, ...] = ()
 
     def __init__(
         self,
@@ -107,12 +107,12 @@ class TidalDecode:
         self.heads = 1 if options.pool == "all" else geometry.kv_heads
         self.how: PoolHow = "max" if options.pool == "max" else "sum"
         self.width = self.sinks + self.selected
-        self.dense_output = options.output == "dense"
-        self.emits = self.dense_output
+        self.emits = options.output == "dense"
+        """Whether selection layers choose by the logits of their own attention."""
         self.correct_every = options.correct_every
         calibration = calibration or find_tidal(geometry.model_key)
         self.layers = selection_layers(options, geometry.layers, calibration)
-        self.roles = _roles(self.layers, geometry.layers, self.dense_output)
+        self.roles = _roles(self.layers, geometry.layers, self.emits)
         self.maps = _maps(options, self.layers, geometry, calibration)
         self.stats = MethodStats()
 
@@ -161,79 +161,66 @@ def _roles(selections: tuple[int, ...], layers: int, dense_output: bool) -> list
 
 def _maps(
     options: TidalDecodeOptions, selections: tuple[int, ...], geometry: Geometry, calibration: TidalCalibration | None
-) -> list[Ints]:
-    """[layers] of [kv_heads]: whose list each KV head reads."""
+) -> list[Tensor | None]:
+    """[layers] of [kv_heads] int32: whose list each KV head reads. None: its own, or the one that all share."""
     if options.head_map and calibration is None:
         raise refuse(NAME, "head_map", True, "false or null: this model has no calibration; run kvloom calibrate tidal")
     if options.head_map and options.pool == "all":
         raise refuse(NAME, "head_map", True, "false or null with pool all, where all heads share a list")
-    own = np.zeros(geometry.kv_heads, np.int32) if options.pool == "all" else np.arange(geometry.kv_heads, dtype=np.int32)
     if calibration is None or options.head_map is False or options.pool == "all":
-        return [own] * geometry.layers
+        return [None] * geometry.layers
     anchors = [max((s for s in selections if s < layer), default=None) for layer in range(geometry.layers)]
-    return [own if anchor is None or layer in selections else np.array(calibration.heads(anchor, layer), np.int32)
-            for layer, anchor in enumerate(anchors)]  # fmt: skip
+    return [
+        None if anchor is None or layer in selections else torch.tensor(calibration.heads(anchor, layer), dtype=torch.int32)
+        for layer, anchor in enumerate(anchors)
+    ]
 
 
 class TidalDecodeStep:
-    """One step of all rows. Rows within the budget see everything throughout."""
+    """One step of all rows."""
 
     def __init__(self, method: TidalDecode, batch: Batch) -> None:
-        self.method, self.batch = method, batch
-        (self.long,) = (batch.stops > method.budget).nonzero()
-        if not len(self.long):
-            return
-        batch.lists[:, :, : method.sinks] = torch.arange(method.sinks, dtype=torch.int32)
-        self.start = batch.stops[self.long] - np.int32(method.recent)
-        ends = np.where(batch.stops > method.budget, batch.stops, 0).astype(np.int32)
-        self.first, self.last = np.zeros(batch.runs, np.int32), ends
-        candidates = np.maximum(ends - np.int32(method.sinks + method.recent), 0)
-        self.candidates = torch.from_numpy(np.repeat(candidates, method.heads))
-        self.offset = torch.full((batch.runs * method.heads,), method.sinks, dtype=torch.int32)
-        self.counts = torch.empty(batch.runs * method.heads, dtype=torch.int32)
-        self.chosen = batch.lists.flatten(0, 1)[:, method.sinks :]
-        size = np.int32(method.heads * method.width)
-        self.begins = np.arange(batch.runs, dtype=np.int32)[:, None] * size + np.int32(batch.base)
-        self.map: npt.NDArray[np.int32] | None = None
-        self.sparse = False
+        self._method, self._batch = method, batch
+        rows, heads, width = batch.rows, method.heads, method.width
+        lists = batch.ints("lists", rows, heads, width)
+        lists[..., : method.sinks] = torch.arange(method.sinks, dtype=torch.int32)
+        self._chosen = lists[..., method.sinks :]
+        offsets = np.arange(rows * heads).reshape(rows, heads) * width
+        listed = Lists(lists.flatten(), batch.tensor("offsets", offsets), batch.tensor("lengths", np.full_like(offsets, width)))
+        self._whole = batch.span("whole", 0, batch.stops)
+        self._sparse = batch.seen("sparse", batch.tensor("start", batch.stops - method.recent), listed)
+        self._candidates = batch.tensor("candidates", batch.stops - (method.sinks + method.recent))
+        self._offset = batch.tensor("offset", np.full(rows, method.sinks))
+        self.program = self._whole.width
 
-    def before(self, layer: Layer) -> None:
-        """Set up what the layer's role needs."""
-        if not len(self.long):
-            return
-        role, batch = self.method.roles[layer.layer], self.batch
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """See `RowsInStep`."""
+        method, batch, whole = self._method, self._batch, self._whole
+        role, listers = method.roles[layer.layer], method.maps[layer.layer]
         if role == "choose":
-            self._choose(batch.score(layer.q, layer.kv, batch.table, self.first, self.last, batch.geometry.scale))
+            self._choose(batch.score(layer, whole))
         if role in ("choose", "reuse"):
-            self._read_lists(self.method.maps[layer.layer])
-            batch.stats.reused += len(self.long) if role == "reuse" else 0
-        elif self.sparse:
-            batch.see_all(self.long)
-            self.sparse = False
-        batch.emits = role == "select"
-
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
-        """Choose from the logits of a dense layer."""
-        if logits is not None and len(self.long):
+            if heads is not None:
+                listers = heads if listers is None else torch.where(heads < 0, heads, listers)
+            batch.attend(layer, self._sparse, out, heads=listers, lse=lse)
+            return
+        logits = batch.logits(batch.rows, whole.width) if role == "select" else None
+        batch.attend(layer, whole.plan, out, heads=heads, lse=lse, logits=logits)
+        if logits is not None:
             self._choose(logits)
+
+    def finish(self) -> None:
+        """See `RowsInStep`."""
+        roles, stats = self._method.roles, self._batch.stats
+        stats.selections += self._batch.rows * (roles.count("choose") + roles.count("select"))
+        stats.reused += self._batch.rows * roles.count("reuse")
 
     def _choose(self, logits: Tensor) -> None:
         """Lists for the layers to come. logits: [rows, q_heads, width], column j being position j.
 
         The softmax runs over everything, as in attention, so that a head which looks at sinks has little say.
         """
-        method, batch = self.method, self.batch
-        weights = batch.rank(logits, self.first, self.last, method.heads, how=method.how)
-        ranking = weights.flatten(0, 1)[:, method.sinks :]
-        batch.kernels.select(ranking, self.candidates, method.selected, offset=self.offset, out=(self.chosen, self.counts))
-        batch.stats.selections += len(self.long)
-
-    def _read_lists(self, heads: npt.NDArray[np.int32]) -> None:
-        """Every KV head h of the long rows reads the list of heads[h], then the recent tokens."""
-        method, batch = self.method, self.batch
-        if heads is not self.map:
-            batch.offsets[:] = self.begins + heads * np.int32(method.width)
-            self.map, batch.changed = heads, True
-        if not self.sparse:
-            batch.see(self.long, self.start, method.width)
-            self.sparse = True
+        method, batch = self._method, self._batch
+        weights = batch.rank(logits, self._whole.zeros, batch.stop, method.heads, how=method.how)
+        ranking = weights[..., method.sinks :]
+        batch.kernels.select(ranking, self._candidates, method.selected, offset=self._offset, out=(self._chosen, None))

@@ -41,12 +41,12 @@ from torch import Tensor
 from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.client import MethodStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, check_fields, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Geometry, RowsInStep, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
-from kvloom.engine.selection.store import ListStore
+from kvloom.engine.selection.lists import KeptLists
 from kvloom.engine.selection.token_select_positions import TurnBack
-from kvloom.engine.selection.token_select_step import DecodeStep, PromptStep
-from kvloom.engine.slots import Slab
+from kvloom.engine.selection.token_select_step import DecodeStep, PromptStep, ReindexedStep
+from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels
 
 MOST_LOCAL = 512
@@ -121,9 +121,9 @@ class Split(NamedTuple):
 class TokenSelect:
     """`Selector`: a list per layer, voted for by all query heads, kept while the query stays alike."""
 
-    heads = 1
-    emits = False
     tail = 0
+    levels: tuple[int, ...] = ()
+    emits = False
     prompts: Literal["dense", "seed", "sparse"]
 
     def __init__(self, options: TokenSelectOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
@@ -142,17 +142,23 @@ class TokenSelect:
         self.domain = self._domain()
         self.extrapolates = self.reindexed and self.prompt is not None
         self.max_gap = self._max_gap()
-        self.width = max(self.split.width, self.prompt.width if self.prompt else 0)
         self.scale = geometry.scale if options.vote == "scaled" else 1.0
-        self.compares = -1.0 < options.theta <= 1.0
-        """Whether queries are kept and compared; else lists are never, or always, used again."""
-        query_size = geometry.q_heads * geometry.head_dim if self.compares else 0
-        self.store = ListStore(geometry.layers, self.heads, self.split.width, query_size)
-        self.slabs: tuple[Slab, ...] = (self.store,)
+        compares = -1.0 < options.theta <= 1.0
+        self.due = 2 if compares else 1 if options.theta > 1.0 else 0
+        """Whether queries are compared; else lists are always made anew, or never."""
+        query = geometry.q_heads * geometry.head_dim if compares else 0
+        self.lists = KeptLists(geometry.layers, 1, self.split.width, self.split.sinks, query)
+        self.records: tuple[Record, ...] = (self.lists,)
+        self.renewal = self.lists.renewal(
+            recent=self.split.local,
+            most=self.max_gap,
+            compare="flat" if compares else "none",
+            threshold=options.theta,
+        )
         self.stats = MethodStats()
 
-    def decode(self, batch: Batch) -> DecodeStep:
-        return DecodeStep(self, batch)
+    def decode(self, batch: Batch) -> RowsInStep:
+        return ReindexedStep(self, batch) if self.reindexed else DecodeStep(self, batch)
 
     def prefill(self, batch: Batch) -> PromptStep:
         return PromptStep(self, batch)

@@ -67,23 +67,20 @@ def neutral_scores(
     turned = _paged(turn_back(keys.view(len(tables), blocks * size, *keys.shape[2:])).flatten(0, 1), size)
     pages = torch.arange(len(ids), dtype=torch.int32).view(len(tables), blocks)
     rows = Rows(pages, torch.from_numpy(which.astype(np.int32)), torch.from_numpy(first), torch.from_numpy(last))
-    geometry = batch.geometry
-    plan = batch.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim)
-    out = batch.scratch.take("logits", len(first), geometry.q_heads, int((last - first).max()))
-    return batch.kernels.score(q, PagedKV(turned, turned), plan, scale=scale, out=out)
+    out = batch.logits(len(first), int((last - first).max()))
+    return batch.kernels.score(q, PagedKV(turned, turned), batch.plan("neutral", rows), scale=scale, out=out)
 
 
 class Reindexed:
     """Attention of some runs over copies of their lists and tails. Serves every layer in which tails begin at `starts`."""
 
     def __init__(self, batch: Batch, runs: Indices, starts: Ints, width: int, size: int) -> None:
-        """runs, starts: [n]; width: entries of each run's list, to be found in `batch.lists`; size: tokens per block."""
-        self.starts = starts
+        """runs, starts: [n]; width: entries of each run's list; size: tokens per block."""
+        self.starts = starts.copy()
         self.counts = batch.stops[runs] - starts + np.int32(width)
         """[n]: positions that a run's last row reads."""
         self._batch, self._width, self._size = batch, width, size
-        self._which = torch.from_numpy(runs)
-        self._tables = batch.tables.numpy()[batch.table[runs]]
+        self._tables = batch.tables.numpy()[batch.of[runs]]
         self._pages = -(-int(self.counts.max()) // size)
         places = np.arange(self._pages * size, dtype=np.int32) + (starts - np.int32(width))[:, None]
         self._positions = np.minimum(places, batch.stops[runs, None] - 1)  # nobody reads what lies behind a run's end
@@ -93,29 +90,32 @@ class Reindexed:
         self._rows = torch.from_numpy(np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]))
         self._plan = self._planned(counts)
 
-    def attend(self, layer: Layer, out: Tensor) -> None:
-        """Write these runs' rows of out: [rows of the batch, q_heads, head_dim]."""
+    def attend(self, layer: Layer, lists: Tensor, out: Tensor, read: Tensor | None = None) -> None:
+        """Write these runs' rows of out: [rows of the batch, q_heads, head_dim].
+
+        lists: [n, width] int32; read: [rows of these runs] int64, see `Kernels.attend`.
+        """
         batch, width = self._batch, self._width
-        lists = batch.lists[self._which, 0, :width].numpy()
-        self._positions[:, :width] = lists
-        self._delta[:, :width] = self._places - lists
+        self._positions[:, :width] = lists.numpy()
+        self._delta[:, :width] = self._places - lists.numpy()
         blocks = torch.from_numpy(np.take_along_axis(self._tables, self._positions // self._size, axis=1).ravel())
         offsets = torch.from_numpy((self._positions % self._size).ravel())
         keys, values = layer.kv.k[blocks, :, offsets], layer.kv.v[blocks, :, offsets]
         batch.kernels.rotate(keys, torch.from_numpy(self._delta.ravel()), batch.geometry.inv_freq, keys)
         kv = PagedKV(_paged(keys, self._size), _paged(values, self._size))
         q = layer.q[self._rows]
-        out[self._rows] = batch.kernels.attend(q, kv, self._plan, scale=batch.geometry.scale, out=torch.empty_like(q))
+        scale = batch.geometry.scale
+        out[self._rows] = batch.kernels.attend(q, kv, self._plan, scale=scale, out=torch.empty_like(q), read=read)
 
     def _planned(self, counts: Ints) -> Plan:
         """Row i of a run sees its list, and its tail up to itself."""
-        runs, geometry = len(counts), self._batch.geometry
+        runs = len(counts)
         pages = torch.arange(runs * self._pages, dtype=torch.int32).view(runs, self._pages)
         request = np.repeat(np.arange(runs, dtype=np.int32), counts)
         last = np.cumsum(counts, dtype=np.int32) - 1
         stop = np.repeat(self.counts - last, counts) + np.arange(len(request), dtype=np.int32)
         rows = Rows(pages, torch.from_numpy(request), torch.zeros(len(request), dtype=torch.int32), torch.from_numpy(stop))
-        return self._batch.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim)
+        return self._batch.plan("reindexed", rows)
 
 
 def _paged(tokens: Tensor, size: int) -> Tensor:

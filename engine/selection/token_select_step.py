@@ -1,6 +1,7 @@
 """One step of TokenSelect: who votes, who uses a list again, and what is read. `token_select` has the paper.
 
 DecodeStep   decode rows: Selection Cache (Algorithm 1), vote, lists that outlive the step
+ReindexedStep   the same with positions of the release (`token_select_positions`)
 PromptStep   cells of sparse prompts: one list per cell, by the mean of its queries
 """
 
@@ -9,14 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from kvloom.engine.selection.base import Layer
-from kvloom.engine.selection.batch import EVERY, Batch, Ints
-from kvloom.engine.selection.token_select_positions import Indices, Reindexed, TurnBack, neutral_query, neutral_scores
-from kvloom.kernels.interface import PagedKV
+from kvloom.engine.selection.batch import Batch, Ints
+from kvloom.engine.selection.lists import Renewed
+from kvloom.engine.selection.token_select_positions import Reindexed, neutral_query, neutral_scores
+from kvloom.kernels.interface import Lists, Plan, Rows
 
 if TYPE_CHECKING:
     from kvloom.engine.selection.token_select import Split, TokenSelect
@@ -24,168 +25,160 @@ if TYPE_CHECKING:
 MOST_LOGITS = 1 << 22
 """Scores that are made at once: a prompt of small cells has many queries, and work space is kept."""
 
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float32]
-
 
 class DecodeStep:
-    """`LayerHook` of decode rows, one per request."""
+    """Decode rows, one per request."""
 
     def __init__(self, method: TokenSelect, batch: Batch) -> None:
-        self.method, self.batch = method, batch
-        self.long: Bools = batch.stops > method.budget
-        self.any_long = bool(self.long.any())
-        if not self.any_long:
-            return
-        store = method.store
-        self.slots = store.slots(batch.requests)
-        self._first_list = torch.from_numpy(np.maximum(self.slots, 0) * batch.geometry.layers)
-        tails, made = store.tail[self.slots].T, store.made[self.slots].T
-        self._usable: Bools = self.long & (tails < batch.stops) & (batch.stops - made <= method.max_gap)
-        """[layers, runs]: rows with a list that is young enough."""
-        self._tails = np.where(self.long, tails, np.int32(0))
-        """[layers, runs]: where tails begin, once this step's selections are made."""
-        self._lengths = np.where(self.long, np.int32(method.split.width), np.int32(0))[:, None]
-        self._shown: Ints | None = None
-        (self._long_runs,) = self.long.nonzero()
-        self._turn_back = TurnBack(batch.begins, batch.geometry.inv_freq)
+        self._method, self._batch = method, batch
+        self._rows = Renewed(batch, method.lists, method.renewal, _angles(batch))
+        self._due = batch.tensor("due", np.full(batch.rows, method.due))
+        self._span = batch.span("candidates", method.split.sinks, batch.stops - method.split.local)
+        self.program = self._span.width
+
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """See `RowsInStep`."""
+        method, batch, rows, span = self._method, self._batch, self._rows, self._span
+        words = rows.renew(layer, self._due)
+        logits = batch.score(layer, span, method.scale, rows.active)
+        ranking = batch.rank(logits, span.zeros, span.columns, 1, how="sum", window=method.options.pool, active=rows.active)
+        method.lists.select(batch, words, ranking, span, rows.active)
+        batch.attend(layer, rows.plan, out, positions=words, heads=heads, lse=lse)
+
+    def finish(self) -> None:
+        """See `RowsInStep`."""
+        self._rows.finish()
+
+
+class ReindexedStep:
+    """The same with re-indexed positions: chooses by scores of turned keys, and attends to turned copies of what it chose.
+
+    Copies are cut to what a step reads, so their shapes depend on which rows renew: the host asks for that in every layer.
+    """
+
+    program = None
+
+    def __init__(self, method: TokenSelect, batch: Batch) -> None:
+        self._method, self._batch = method, batch
+        self._rows = Renewed(batch, method.lists, method.renewal, _angles(batch))
+        self._due = batch.tensor("due", np.full(batch.rows, method.due))
         self._reindexed: Reindexed | None = None
-        if method.reindexed:
-            batch.see(self._long_runs, batch.stops[self._long_runs], 0)
 
-    def before(self, layer: Layer) -> None:
-        if not self.any_long:
-            return
-        batch, at = self.batch, layer.layer
-        query = self._query(layer) if self.method.compares else None
-        hits = self._hits(at, query)
-        (misses,) = (self.long & ~hits).nonzero()
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """See `RowsInStep`."""
+        assert heads is None, "re-indexed positions are for all heads of a layer"
+        method, batch, rows = self._method, self._batch, self._rows
+        words = rows.renew(layer, self._due)
+        at = method.lists.offsets(rows.at)[:, 0].long()
+        lists = words[at[:, None] + torch.arange(method.split.width)]
+        misses = (rows.active >= 0).nonzero()[:, 0]
         if len(misses):
-            self._select(layer, misses)
-            if query is not None:
-                self.method.store.query[self.slots[misses], at] = query[misses]
-        torch.index_select(self.method.store.lists.flatten(0, 1)[:, 0], 0, self._first_list + at, out=self._room())
-        if not self.method.reindexed and (self._shown is None or not np.array_equal(self._shown, self._tails[at])):
-            self._shown = self._tails[at]
-            batch.see(EVERY, self._shown, self._lengths)
-        batch.stats.selections += len(misses)
-        batch.stats.reused += len(self._long_runs) - len(misses)
-
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
-        """Re-indexed positions: attend to copies of what was chosen."""
-        if not self.any_long or not self.method.reindexed:
-            return
-        batch, runs, starts = self.batch, self._long_runs, self._tails[layer.layer][self._long_runs]
+            which = misses.numpy()
+            lists[misses] = vote(method, batch, method.split, layer._replace(q=layer.q[misses]), batch.of[which],
+                                 batch.stops[which] - 1)  # fmt: skip
+            words[at[misses, None] + torch.arange(method.split.width)] = lists[misses]
+        starts = rows.start.numpy()
         if self._reindexed is None or not np.array_equal(self._reindexed.starts, starts):
-            self._reindexed = Reindexed(batch, runs, starts, self.method.split.width, layer.kv.k.shape[2])
-        self._reindexed.attend(layer, out)
-        batch.attended[runs] += self._reindexed.counts
+            self._reindexed = Reindexed(batch, np.arange(batch.rows), starts, method.split.width, layer.kv.k.shape[2])
+        self._reindexed.attend(layer, lists, out, batch.read)
 
-    def _room(self) -> Tensor:
-        return self.batch.lists[:, 0, : self.method.split.width]
-
-    def _query(self, layer: Layer) -> Floats:
-        """Queries turned back to position 0, at unit length, all heads in one vector: [runs, q_heads * head_dim].
-
-        Where a query stands does not count: what it asks of far tokens hardly depends on it, and lists are used longer.
-        """
-        flat: Floats = self._turn_back(layer.q).flatten(1).numpy()
-        lengths = np.sqrt(np.vecdot(flat, flat))
-        unit: Floats = np.divide(flat, np.maximum(lengths, 1e-30)[:, None], dtype=np.float32)
-        return unit
-
-    def _hits(self, at: int, query: Floats | None) -> Bools:
-        """[runs]: whose list is used again."""
-        usable = self._usable[at]
-        if query is None:
-            return usable if self.method.options.theta <= 1.0 else np.zeros_like(usable)
-        if not usable.any():
-            return usable
-        cosines = np.vecdot(query, self.method.store.query[self.slots, at])
-        hits: Bools = usable & (cosines >= self.method.options.theta)
-        return hits
-
-    def _select(self, layer: Layer, misses: Indices) -> None:
-        """New lists for some rows, kept and shown."""
-        method, batch, at = self.method, self.batch, layer.layer
-        stops, slots = batch.stops[misses], self.slots[misses]
-        q = layer.q if len(misses) == batch.runs else layer.q[torch.from_numpy(misses)]
-        lists = vote(method, batch, method.split, q, layer.kv, batch.table[misses], stops - 1)
-        tails = stops - np.int32(method.split.local)
-        store = method.store
-        store.lists[torch.from_numpy(slots), at, 0] = lists
-        store.counts[slots, at] = method.split.width
-        store.tail[slots, at] = self._tails[at, misses] = tails
-        store.made[slots, at] = stops
+    def finish(self) -> None:
+        """See `RowsInStep`."""
+        self._rows.finish()
 
 
 class PromptStep:
-    """`LayerHook` of sparse prompts, a run per cell."""
+    """Sparse prompts, a run per cell. Cells that begin within the budget see everything."""
+
+    program = None
 
     def __init__(self, method: TokenSelect, batch: Batch) -> None:
         assert method.prompt is not None, "prompts are dense"
-        self.method, self.batch, self.split = method, batch, method.prompt
-        (self.runs,) = (batch.begins >= self.split.budget).nonzero()
-        if not len(self.runs):
-            return
-        begins = batch.begins[self.runs]
-        starts = begins + np.int32(1 - self.split.local)
-        self._reindexed: Reindexed | None = None
-        if method.reindexed:  # rows see only their own cell here, and are written anew in `after`
-            batch.see(self.runs, begins, 0)
+        self._method, self._batch, self._split = method, batch, method.prompt
+        sparse = batch.begins >= self._split.budget
+        (self._runs,) = sparse.nonzero()
+        self._first_rows = np.cumsum(batch.counts) - batch.counts
+        self._begins = batch.begins[self._runs]
+        self._starts = self._begins + np.int32(1 - self._split.local)
+        if method.reindexed:  # rows of sparse cells see only their own cell at first, and are written anew
+            start, lengths = np.where(sparse, batch.begins, 0), np.zeros_like(batch.begins)
         else:
-            batch.see(self.runs, starts, self.split.width)
-        self._rows = np.cumsum(batch.counts) - batch.counts
-        self._begins, self._starts, self._which = begins, starts, torch.from_numpy(self.runs)
+            start = np.where(sparse, batch.begins + np.int32(1 - self._split.local), 0)
+            lengths = np.where(sparse, np.int32(self._split.width), 0)
+        self._lists = batch.ints("prompt lists", len(batch.counts), self._split.width)
+        self._which = torch.from_numpy(self._runs)
+        self._reindexed: Reindexed | None = None
+        self._plan = self._planned(start, lengths)
 
-    def before(self, layer: Layer) -> None:
-        if not len(self.runs):
-            return
-        batch = self.batch
-        lists = vote(self.method, batch, self.split, self._means(layer.q), layer.kv, batch.table[self.runs], self._begins)
-        batch.lists[self._which, 0, : self.split.width] = lists
-        batch.stats.selections += len(self.runs)
-
-    def after(self, layer: Layer, logits: Tensor | None, out: Tensor) -> None:
-        if not len(self.runs) or not self.method.reindexed:
+    def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """See `RowsInStep`."""
+        batch = self._batch
+        lists = None
+        if len(self._runs):
+            means = layer._replace(q=self._means(layer.q))
+            lists = vote(self._method, batch, self._split, means, batch.of[self._runs], self._begins)
+            self._lists[self._which] = lists
+        batch.attend(layer, self._plan, out, heads=heads, lse=lse)
+        if lists is None or not self._method.reindexed:
             return
         if self._reindexed is None:
-            self._reindexed = Reindexed(self.batch, self.runs, self._starts, self.split.width, layer.kv.k.shape[2])
-        self._reindexed.attend(layer, out)
+            self._reindexed = Reindexed(batch, self._runs, self._starts, self._split.width, layer.kv.k.shape[2])
+        self._reindexed.attend(layer, lists, out)
+
+    def finish(self) -> None:
+        """See `RowsInStep`."""
+        self._batch.stats.selections += len(self._runs) * self._batch.geometry.layers
+
+    def _planned(self, start: Ints, lengths: Ints) -> Plan:
+        """Rows of a run share its list and start. start, lengths: [runs]."""
+        batch, width = self._batch, self._split.width
+        run = np.repeat(np.arange(len(batch.counts)), batch.counts)
+        stop = batch.begins[run] + np.arange(batch.rows) - self._first_rows[run] + 1
+        table, starts, stops, offsets, counts = (
+            batch.tensor(f"rows' {name}", values)
+            for name, values in (("table", batch.of[run]), ("start", start[run]), ("stop", stop),
+                                 ("offsets", run[:, None] * width), ("lengths", lengths[run][:, None]))
+        )  # fmt: skip
+        return batch.plan("prompt", Rows(batch.tables, table, starts, stops, Lists(self._lists.flatten(), offsets, counts)))
 
     def _means(self, q: Tensor) -> Tensor:
         """Mean queries of the sparse cells: [sparse runs, q_heads, head_dim] in the model's dtype."""
-        sums = np.add.reduceat(q.float().numpy(), self._rows, axis=0)[self.runs]
-        return torch.from_numpy(sums / self.batch.counts[self.runs, None, None].astype(np.float32)).to(q.dtype)
+        sums = np.add.reduceat(q.float().numpy(), self._first_rows, axis=0)[self._runs]
+        return torch.from_numpy(sums / self._batch.counts[self._runs, None, None].astype(np.float32)).to(q.dtype)
 
 
-def vote(method: TokenSelect, batch: Batch, split: Split, q: Tensor, kv: PagedKV, table: Ints, positions: Ints) -> Tensor:
+def _angles(batch: Batch) -> tuple[Tensor, Tensor]:
+    """cos, sin [rows, rotary/2] fp32 of decode rows' positions."""
+    turns = (batch.stop.double() - 1.0)[:, None] * batch.geometry.inv_freq.double()
+    return batch.floats("cos", turns.cos()), batch.floats("sin", turns.sin())
+
+
+def vote(method: TokenSelect, batch: Batch, split: Split, layer: Layer, of: Ints, positions: Ints) -> Tensor:
     """Sinks and the k candidates with most votes (Eq. 7): [queries, width] int32 (scratch), ascending.
 
-    q: [queries, q_heads, head_dim], each at its position p: candidates are [n_init, p + 1 - n_local), more than k of them.
+    layer.q: [queries, q_heads, head_dim], each at its position p: candidates are [n_init, p + 1 - n_local), more than k of
+    them. of: [queries] rows of `tables`.
     """
-    lists = batch.scratch.take("lists", len(table), split.width, dtype=torch.int32)
+    lists = batch.ints("votes", len(of), split.width)
     lists[:, : split.sinks] = torch.arange(split.sinks, dtype=torch.int32)
-    at_once = max(1, MOST_LOGITS // (q.shape[1] * max(1, int(positions.max(initial=0)))))
-    for first in range(0, len(table), at_once):
+    at_once = max(1, MOST_LOGITS // (layer.q.shape[1] * max(1, int(positions.max(initial=0)))))
+    for first in range(0, len(of), at_once):
         part = slice(first, first + at_once)
-        _vote(method, batch, split, q[part], kv, table[part], positions[part], lists[part, split.sinks :])
+        _vote(method, batch, split, layer._replace(q=layer.q[part]), of[part], positions[part], lists[part, split.sinks :])
     return lists
 
 
-def _vote(
-    method: TokenSelect, batch: Batch, split: Split, q: Tensor, kv: PagedKV, table: Ints, positions: Ints, chosen: Tensor
-) -> None:
+def _vote(method: TokenSelect, batch: Batch, split: Split, layer: Layer, of: Ints, positions: Ints, chosen: Tensor) -> None:
     """The same for as many queries as there is work space for. chosen: [queries, k], written."""
-    first, last = np.full(len(table), split.sinks, np.int32), positions + np.int32(1 - split.local)
+    first, last = np.full(len(of), split.sinks, np.int32), positions + np.int32(1 - split.local)
     if method.reindexed:
-        q = neutral_query(batch, q, positions, split.local)
-        logits = neutral_scores(batch, method.turn_back(), q, kv, table, first, last, method.scale)
+        q = neutral_query(batch, layer.q, positions, split.local)
+        logits = neutral_scores(batch, method.turn_back(), q, layer.kv, of, first, last, method.scale)
+        begin, columns = torch.from_numpy(first), torch.from_numpy(last - first)
+        zeros = torch.zeros_like(begin)
     else:
-        logits = batch.score(q, kv, table, first, last, method.scale)
-    columns = last - first
-    ranking = batch.rank(logits, np.zeros_like(columns), columns, 1, how="sum", window=method.options.pool)
-    counts = batch.scratch.take("counts", len(table), dtype=torch.int32)
-    batch.kernels.select(
-        ranking[:, 0], torch.from_numpy(columns), split.chosen, offset=torch.from_numpy(first), out=(chosen, counts)
-    )
+        span = batch.spans("votes", batch.tensor("votes of", of), first, last)
+        logits = batch.score(layer, span, method.scale)
+        begin, columns, zeros = span.first, span.columns, span.zeros
+    ranking = batch.rank(logits, zeros, columns, 1, how="sum", window=method.options.pool)
+    batch.kernels.select(ranking[:, 0], columns, split.chosen, offset=begin, out=(chosen, None))

@@ -1,9 +1,8 @@
-"""The compensation token and the window: Z3 to Z5 of the specification, and a state that is empty, reused or grown."""
+"""The compensation token and the window: Z3 to Z5 of the specification, and a state that is empty or reused."""
 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -46,10 +45,32 @@ def table(blocks: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).permutation(20)[:blocks].astype(np.int32)
 
 
-def opened(dtype: torch.dtype = torch.float32) -> tuple[Compensation, int]:
-    state, one = Compensation(LAYERS, HEADS, GROUP, DIM, dtype), request()
-    state.open(one)
-    return state, int(state.slots([one])[0])
+class Sums:
+    """A `Compensation` whose requests have their records one behind the other."""
+
+    def __init__(self, heads: int | list[int] = HEADS, sinks: int = 4) -> None:
+        self.state = Compensation(LAYERS, heads, GROUP, DIM, sinks)
+        self.words = torch.full((20 * self.state.words,), 7, dtype=torch.int32)
+        self.at: dict[Request, int] = {}
+
+    def open(self, one: Request) -> None:
+        self.at[one] = at = len(self.at) * self.state.words
+        self.state.opened(one, self.words[at : at + self.state.words])
+
+    def fold(self, one: Request, layers: list[PagedKV], table: np.ndarray, to: int) -> None:
+        self.state.fold(self.words, self.at[one], layers, one, torch.from_numpy(table), to)
+
+    def merge(
+        self, kernel: Any, layer: int, q: Tensor, requests: list[Request], out: Tensor, lse: Tensor, mask: Tensor | None = None
+    ) -> None:
+        at = np.array([self.at.get(one, -1) for one in requests], np.int32)
+        self.state.tokens(self.words, at, self.state.to(requests)).merge(kernel, layer, q, out, lse, SCALE, mask)
+
+
+def opened(sinks: int = 4) -> tuple[Sums, Request]:
+    sums, one = Sums(sinks=sinks), request()
+    sums.open(one)
+    return sums, one
 
 
 def attend(kernel: Any, q: Tensor, kv: PagedKV, blocks: np.ndarray, begin: int, stop: int) -> tuple[Tensor, Tensor]:
@@ -67,15 +88,15 @@ def test_identical_dropped_keys_are_exact(backend: str) -> None:
     for kv in kvs:
         for position in range(3, 50):
             kv.k[int(blocks[position // SIZE]), :, position % SIZE] = kv.k[int(blocks[0]), :, 2]
-    state, slot = opened()
-    state.fold(slot, kvs, blocks, 2, 50)
+    sums, one = opened(2)
+    sums.fold(one, kvs, blocks, 50)
     for layer, kv in enumerate(kvs):
         q = 3 * drawn(4, HEADS * GROUP, DIM, seed=9)
         whole, whole_lse = attend(kernel, q, kv, blocks, 0, 75)
         out, lse = attend(kernel, q, kv, blocks, 50, 75)
         kernel.merge(out, lse, *attend(kernel, q, kv, blocks, 0, 2))
         assert (out - whole).abs().max() > 1e-2
-        state.merge(kernel, layer, q, np.full(4, slot), out, lse, SCALE)
+        sums.merge(kernel, layer, q, [one] * 4, out, lse)
         torch.testing.assert_close(out, whole, atol=2e-6, rtol=0)
         torch.testing.assert_close(lse, whole_lse, atol=2e-6, rtol=1e-6)
 
@@ -86,13 +107,13 @@ def test_merged_state_is_a_biased_token(backend: str, dtype: torch.dtype) -> Non
     """Z4: against an explicit softmax in fp64 with one more token; only masked heads; strided queries and outputs."""
     kernel, blocks = kernels.load(backend), table(12)
     kvs = [PagedKV(kv.k.to(dtype), kv.v.to(dtype)) for kv in cache()]
-    state, slot = opened(dtype)
-    state.fold(slot, kvs, blocks, 4, 61)
+    sums, one = opened()
+    sums.fold(one, kvs, blocks, 61)
     q, out = drawn(3, 2 * HEADS * GROUP, DIM).to(dtype)[:, ::2], torch.empty(3, 2 * HEADS * GROUP, DIM, dtype=dtype)[:, ::2]
     for layer, kv in enumerate(kvs):
         plain, lse = attend(kernel, q.contiguous(), kv, blocks, 61, 90)
         out.copy_(plain)
-        state.merge(kernel, layer, q, np.full(3, slot), out, lse, SCALE, torch.tensor([False, True]))
+        sums.merge(kernel, layer, q, [one] * 3, out, lse, torch.tensor([False, True]))
         k, v = (sequence(cached, blocks).double() for cached in kv)
         for head in range(HEADS * GROUP):
             mine = head // GROUP
@@ -113,14 +134,14 @@ def test_merged_state_is_a_biased_token(backend: str, dtype: torch.dtype) -> Non
 def test_sums_grow_as_if_made_at_once(steps: list[int]) -> None:
     """Z5: whatever the pieces, and however many blocks are gathered at once."""
     kernel, kvs, blocks = kernels.load("reference"), cache(), table(10)
-    state, slot = opened()
-    for first, last in pairwise(steps):
-        state.fold(slot, kvs, blocks, first, last)
-        assert state.dropped_to(np.array([slot])).tolist() == [last]
+    sums, one = opened()
+    for last in steps[1:]:
+        sums.fold(one, kvs, blocks, last)
+        assert sums.state.to([one]).tolist() == [last]
     q = drawn(1, HEADS * GROUP, DIM)
     for layer, kv in enumerate(kvs):
         out, lse = torch.zeros_like(q), torch.full((1, HEADS * GROUP), -torch.inf)
-        state.merge(kernel, layer, q, np.array([slot]), out, lse, SCALE)
+        sums.merge(kernel, layer, q, [one], out, lse)
         k, v = (sequence(cached, blocks)[:, 4:61].mean(1).repeat_interleave(GROUP, 0) for cached in kv)
         torch.testing.assert_close(out[0], v, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(lse[0], (q[0] * k).sum(-1) * SCALE + math.log(57), atol=1e-6, rtol=1e-5)
@@ -130,12 +151,12 @@ def test_long_prompts_are_gathered_in_pieces() -> None:
     """The pieces of a sequence that is longer than one."""
     kvs = [PagedKV(*(drawn(150, HEADS, SIZE, DIM, seed=seed) for seed in (layer, layer + 5))) for layer in range(LAYERS)]
     blocks = np.random.default_rng(1).permutation(150).astype(np.int32)
-    state, slot = opened()
-    state.fold(slot, kvs, blocks, 3, 1190)
+    sums, one = opened(3)
+    sums.fold(one, kvs, blocks, 1190)
     q = torch.zeros(1, HEADS * GROUP, DIM)
     for layer, kv in enumerate(kvs):
         out, lse = torch.zeros_like(q), torch.full((1, HEADS * GROUP), -torch.inf)
-        state.merge(kernels.load("reference"), layer, q, np.array([slot]), out, lse, SCALE)
+        sums.merge(kernels.load("reference"), layer, q, [one], out, lse)
         expected = sequence(kv.v, blocks)[:, 3:1190].mean(1).repeat_interleave(GROUP, 0)
         torch.testing.assert_close(out[0], expected, atol=1e-6, rtol=1e-4)
         torch.testing.assert_close(lse[0], torch.full((HEADS * GROUP,), math.log(1187)))
@@ -146,55 +167,57 @@ def test_long_prompts_are_gathered_in_pieces() -> None:
 def test_nothing_folded_contributes_nothing(backend: str, dtype: torch.dtype) -> None:
     """Bit for bit; so do a slot that was forgotten, and one that another request has used."""
     kernel, kvs, blocks = kernels.load(backend), cache(), table(10)
-    state = Compensation(LAYERS, HEADS, GROUP, DIM, dtype)
+    sums = Sums()
     first, second, third = (request(name) for name in ("first", "second", "third"))
     for one in (first, second):
-        state.open(one)
-        state.fold(int(state.slots([one])[0]), kvs, blocks, 4, 61)
-    state.forget(state.slots([first]))
-    state.close(second)
-    state.open(third)
-    slots = state.slots([first, third])
-    assert state.dropped_to(slots).tolist() == [0, 0]
+        sums.open(one)
+        sums.fold(one, kvs, blocks, 61)
+    sums.state.forget(first)
+    sums.state.closed(second)
+    sums.at[third] = sums.at[second]
+    sums.state.opened(third, sums.words[sums.at[third] : sums.at[third] + sums.state.words])
+    both = [first, third]
+    assert sums.state.to(both).tolist() == [0, 0]
     q, out, lse = (
         drawn(2, HEADS * GROUP, DIM).to(dtype),
         drawn(2, HEADS * GROUP, DIM, seed=1).to(dtype),
         drawn(2, HEADS * GROUP),
     )
     before = out.clone(), lse.clone()
-    state.merge(kernel, 1, q, slots, out, lse, SCALE)
+    sums.merge(kernel, 1, q, both, out, lse)
+    sums.merge(kernel, 1, q, [request("without"), third], out, lse)
     assert torch.equal(out, before[0]) and torch.equal(lse, before[1])
-    state.fold(int(slots[0]), kvs, blocks, 4, 61)
-    state.merge(kernel, 1, q, slots, out, lse, SCALE)
+    sums.fold(first, kvs, blocks, 61)
+    sums.merge(kernel, 1, q, both, out, lse)
     assert not torch.equal(out[0], before[0][0]) and torch.equal(out[1], before[0][1])
 
 
-def test_state_survives_growth() -> None:
+def test_requests_have_sums_of_their_own() -> None:
     kvs, blocks = cache(), table(10)
-    state, requests = Compensation(LAYERS, HEADS, GROUP, DIM, torch.float32), [request(str(i)) for i in range(11)]
+    sums, requests = Sums(), [request(str(i)) for i in range(11)]
     for i, one in enumerate(requests):
-        state.open(one)
-        state.fold(int(state.slots([one])[0]), kvs, blocks, 4, 8 + i)
-    slots = state.slots(requests)
-    assert len(set(slots.tolist())) == 11
-    assert state.dropped_to(slots).tolist() == list(range(8, 19))
+        sums.open(one)
+        sums.fold(one, kvs, blocks, 8 + i)
+    assert sums.state.to(requests).tolist() == list(range(8, 19))
     q = torch.zeros(11, HEADS * GROUP, DIM)
     out, lse = torch.zeros_like(q), torch.full((11, HEADS * GROUP), -torch.inf)
-    state.merge(kernels.load("reference"), 0, q, slots, out, lse, SCALE)
+    sums.merge(kernels.load("reference"), 0, q, requests, out, lse)
     torch.testing.assert_close(lse[:, 0], torch.arange(4.0, 15.0).log())
-    assert state.bytes_per_request == 16 + LAYERS * HEADS * DIM * (8 + GROUP * 8)
+    values = sequence(kvs[0].v, blocks)
+    expected = torch.stack([values[:, 4 : 8 + i].mean(1).repeat_interleave(GROUP, 0) for i in range(11)])
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-4)
+    assert sums.state.words == LAYERS * HEADS * DIM * 2
 
 
 def test_layers_may_have_other_numbers_of_heads() -> None:
     kvs = cache()
     kvs[0] = PagedKV(kvs[0].k[:, :0], kvs[0].v[:, :0])
-    state, one, blocks = Compensation(LAYERS, [0, HEADS], GROUP, DIM, torch.float32), request(), table(10)
-    state.open(one)
-    slots = state.slots([one])
-    state.fold(int(slots[0]), kvs, blocks, 4, 61)
+    sums, one, blocks = Sums([0, HEADS]), request(), table(10)
+    sums.open(one)
+    sums.fold(one, kvs, blocks, 61)
     q = torch.zeros(1, HEADS * GROUP, DIM)
     out, lse = torch.zeros_like(q), torch.full((1, HEADS * GROUP), -torch.inf)
-    state.merge(kernels.load("reference"), 1, q, slots, out, lse, SCALE)
+    sums.merge(kernels.load("reference"), 1, q, [one], out, lse)
     torch.testing.assert_close(out[0, 0], sequence(kvs[1].v, blocks)[0, 4:61].mean(0), atol=1e-6, rtol=1e-4)
 
 

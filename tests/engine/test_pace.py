@@ -123,7 +123,7 @@ def test_a_prompt_in_large_pieces_has_its_turns_beside_another_tenants() -> None
     simulation, _ = begun()
     simulation.submit(Job(0.0, prompt(60_000), 1, "a"))
     pieces = simulation.submit(Job(0.0, prompt(2048), 1, "c"))
-    pieces.selector = SimpleNamespace(grid=512, tail=0, dense_until=0, prompts="sparse", budget=0, slabs=())  # type: ignore[assignment]
+    pieces.selector = SimpleNamespace(grid=512, tail=0, dense_until=0, prompts="sparse", budget=0, records=())  # type: ignore[assignment]
     since = simulation.now
     while pieces.computed < 2048 and simulation.now - since < 60:
         simulation.step()

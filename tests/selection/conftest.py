@@ -34,25 +34,40 @@ class Call(NamedTuple):
     v: Tensor
     out: Tensor
     scale: float
+    dense: bool
+    """Whether it is that of the rows that no method decides for."""
+    left_out: bool
+    """Whether it was made in two, each of which left heads out."""
 
 
 class Traced:
     """Kernels that keep every call of `attend`."""
 
-    def __init__(self, kernels: Any) -> None:
-        self._kernels = kernels
+    def __init__(self, kernels: Any, attention: Any) -> None:
+        self._kernels, self._attention = kernels, attention
         self.calls: list[Call] = []
+        self._partial: Call | None = None
+        """The last one, if it left heads out."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._kernels, name)
 
-    def attend(self, q: Tensor, kv: PagedKV, plan: Any, *, scale: float, out: Tensor, **wanted: Any) -> Tensor:
-        result: Tensor = self._kernels.attend(q, kv, plan, scale=scale, out=out, **wanted)
-        seen = visible(plan.rows, kv.k.shape[1])
+    def attend(self, q: Tensor, kv: PagedKV, plan: Any, *, scale: float, out: Tensor, heads: Tensor | None = None,
+               positions: Tensor | None = None, **wanted: Any) -> Tensor:  # fmt: skip
+        result: Tensor = self._kernels.attend(q, kv, plan, scale=scale, out=out, heads=heads, positions=positions, **wanted)
+        seen = visible(plan.rows, kv.k.shape[1], heads, positions)
         rows = plan.rows._replace(  # the originals are the engine's work space
-            tables=plan.rows.tables.clone(), request=plan.rows.request.clone(), stop=plan.rows.stop.clone()
-        )
-        self.calls.append(Call(rows, seen, q.clone(), kv.k.clone(), kv.v.clone(), result.clone(), scale))
+            tables=plan.rows.tables.clone(), request=plan.rows.request.clone(), start=plan.rows.start.clone(),
+            stop=plan.rows.stop.clone()
+        )  # fmt: skip
+        dense = plan is self._attention._dense
+        call = Call(rows, seen, q.clone(), kv.k.clone(), kv.v.clone(), result.clone(), scale, dense, False)
+        if self._partial is not None:  # the other heads of the same rows
+            seen = [[torch.cat(pair) for pair in zip(*of_row)] for of_row in zip(self._partial.seen, seen)]
+            self.calls[-1], self._partial = call._replace(seen=seen, left_out=True), None
+            return result
+        self._partial = call if heads is not None and (heads < 0).any() else None
+        self.calls.append(call)
         return result
 
 
@@ -99,15 +114,15 @@ def trace() -> Iterator[Callable[[LLM], Traced]]:
     undo: list[tuple[Any, Any]] = []
 
     def start(llm: LLM) -> Traced:
-        attention: Any = llm.core.runner._attention
-        undo.append((attention, attention._kernels))
-        llm.core.runner.decoder._most = "none"
-        attention._kernels = traced = Traced(attention._kernels)
+        runner: Any = llm.core.runner
+        undo.append((runner, runner._kernels))
+        runner.decoder._most = "none"
+        runner._kernels = runner._attention._kernels = traced = Traced(runner._kernels, runner._attention)
         return traced
 
     yield start
-    for attention, kernels in undo:
-        attention._kernels = kernels
+    for runner, kernels in undo:
+        runner._kernels = runner._attention._kernels = kernels
 
 
 def greedy(tokens: int, **more: Any) -> SamplingParams:

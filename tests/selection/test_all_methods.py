@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -279,8 +280,34 @@ def test_captured_steps_give_the_bits_of_calls_made_one_by_one(make_llm: Make, n
         kv = DENSE if name == "dense" else using(name)
         jobs = [(text, kv if i % 2 == 0 else DENSE) for i, text in enumerate(prompts((60, 7, 90, 41)))]
         found.append([run(llm, jobs[:1]), run(llm, jobs, tokens=20), run(llm, jobs[2:])])
-        modes = {mode for _, mode in decoder._graphs}
+        modes = {mode for _, mode, _ in decoder._graphs}
         assert modes == (set() if not captures else {"full"} if name == "dense" else {"full", "piecewise"})
         counters = llm.stats().kv_bytes
         found[-1].append(counters)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_captured_batches_of_one_method_may_grow_and_shrink(make_llm: Make, name: str) -> None:
+    """Steps in which one method alone decodes are replayed whole: many short rows, then few long ones, then more of them; rows
+    that come and go between. Nothing that a replay uses may depend on how many rows there were when it was captured."""
+    found: list[Any] = []
+    for captures in (True, False):
+        llm = make_llm(backend="native", weights="int8", dtype="bf16", max_num_seqs=32, kv_memory="64MiB", shadow_interval=0)
+        llm.core.runner.decoder._most = "full" if captures else "none"
+        rng, outputs = random.Random(3), {}
+        arrivals = {0: (14, 60, 8), 20: (2, 300, 40), 28: (12, 300, 12), 34: (5, 120, 20)}  # step: requests, tokens in and out
+        for step in range(120):
+            for i in range(arrivals.get(step, (0,))[0]):
+                _, tokens, most = arrivals[step]
+                prompt = [rng.randrange(300) for _ in range(tokens + i)]
+                sampling = greedy(most + i, logprobs=0)
+                llm.core.add(Request(id=f"{step} {i}", prompt=prompt, sampling=sampling, kv=using(name)))
+            for output in llm.core.step():
+                outputs.setdefault(output.id, []).extend((entry.token, entry.logprob) for entry in output.logprobs)
+            llm.core.check()
+        assert not llm.core.busy and len(outputs) == 33
+        whole = [program for _, mode, program in llm.core.runner.decoder._graphs if mode == "full" and program is not None]
+        assert bool(whole) == (captures and not name.startswith("razor_view"))
+        found.append((outputs, asdict(llm.stats().selection[using(name).selection or ""]), llm.stats().kv_bytes))
     assert found[0] == found[1]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.attention import StepAttention
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, save_razor, store
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import KVOptions
@@ -66,21 +67,24 @@ def some_heads(retrieval_heads: None, set_heads: SetHeads) -> None:
 
 
 def outputs(llm: LLM) -> list[Tensor]:
-    """What every layer with selection methods among its rows gives, in order: [rows, q_heads, head_dim]."""
-    attention: Any = llm.core.runner._attention
-    select, found = attention._select, []
+    """What every layer gives rows that selection methods decide for, in order: [rows, q_heads, head_dim]."""
+    runner: Any = llm.core.runner
+    found: list[Tensor] = []
 
-    def kept(*arguments: Any) -> None:
-        select(*arguments)
-        found.append(attention._out.clone())
+    class Kept(StepAttention):
+        def __call__(self, *arguments: Any) -> Tensor:
+            result = super().__call__(*arguments)
+            if self._parts:
+                found.append(self._out[: self._from].clone())
+            return result
 
-    attention._select = kept
+    runner._attention.__class__ = Kept
     return found
 
 
 def assert_oracle(traced: Traced, outs: list[Tensor], classes: HeadClasses = SOME, *, token: bool = True) -> int:
     """Every layer's output against dense attention under a mask. Returns how often a head saw less than everything."""
-    calls = [call for call in traced.calls if call.rows.lists is not None]
+    calls = [call for call in traced.calls if not call.dense]
     assert len(calls) == len(outs) and len(calls) % LAYERS == 0
     less = 0
     for i, (call, out) in enumerate(zip(calls, outs)):
@@ -110,7 +114,7 @@ def test_nothing_dropped_is_dense(make_llm: Make) -> None:
     last = next(n for n in range(1, 99) if WINDOW.begin(np.array([n + 1]), 16)[0] > 0)
     prompts = texts(last - 8, last - 20, 2)
     states: list[Any] = []
-    llm.core.observer = lambda request, row: states.append(request.selector.state._to.max(initial=0))
+    llm.core.observer = lambda request, row: states.append(max(request.selector.state._to.values(), default=0))
     sparse = logprobs(llm, prompts, using(), tokens=9)
     assert max(states) == 0, "something was folded"
     llm.core.observer = None
@@ -145,14 +149,15 @@ def test_heads_see_what_their_class_says(make_llm: Make, trace: Trace, block: in
     assert kv_bytes["list"] == 19 * 3 * 3 * 2 * 16 * 4  # rows, local heads, sinks, K and V, dims, fp32
 
 
-def test_only_batches_that_differ_by_head_say_so(make_llm: Make, trace: Trace) -> None:
+def test_heads_are_left_out_only_where_they_differ(make_llm: Make, trace: Trace) -> None:
     llm = make_llm()
     traced = trace(llm)
     llm.generate(texts(60), greedy(3), kv=KVOptions(selection="sink_window", budget=24))
-    assert {call.rows.start.ndim for call in traced.calls} == {1}
+    assert not any(call.left_out for call in traced.calls)
     traced.calls.clear()
     llm.generate(texts(60, seed=1), greedy(3), kv=using())
-    assert {call.rows.start.ndim for call in traced.calls if call.rows.lists is not None} == {2}
+    differ = [bool(SOME.local(i) and SOME.retrieval[i]) for i in range(LAYERS)]
+    assert [call.left_out for call in traced.calls if not call.dense] == differ * 2
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
@@ -255,7 +260,7 @@ def test_retrieval_heads_read_by_another_method(make_llm: Make, trace: Trace, re
         llm = make_llm(kv_memory="256KiB", max_model_len=160)
         traced, outs = trace(llm), outputs(llm)
         llm.generate([text], greedy(12), kv=kv)
-        calls = [call for call in traced.calls if call.rows.lists is not None]
+        calls = [call for call in traced.calls if not call.dense]
         first[kv.selection] = [seen.tolist() for seen in calls[0].seen[0]]
     assert first["razor_view"] == first[retrieval]
     assert all(20 <= len(seen) <= 40 for seen in first["razor_view"])
@@ -319,7 +324,7 @@ def test_heads_come_from_the_calibration(make_llm: Make, monkeypatch: pytest.Mon
 
     def local(**options: Any) -> list[tuple[int, ...]]:
         selector: Any = llm.core._admission.selectors.policy(using(**options)).selector
-        return [tuple(mask.nonzero()[0].tolist()) for mask in selector.local]
+        return [tuple(mask.nonzero()[:, 0].tolist()) for mask in selector.local]
 
     assert local() == [(0, 1), (), (0, 1)]  # the best by induction, the best by echo
     assert local(induction_share=0.3) == [(0, 1), (), (0,)]

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import KVOptions, Request
-from kvloom.engine.selection.store import ListStore
-from kvloom.engine.slots import NO_SLOT
+from kvloom.engine.selection.lists import KeptLists
+from kvloom.engine.state import NO_STATE, StateMemory
+from kvloom.kernels.interface import NO_LIST
 from tests.selection.conftest import greedy, logprobs_of
 
 Make = Callable[..., LLM]
@@ -41,7 +43,7 @@ def run(llm: LLM, jobs: list[tuple[list[int], KVOptions]], tokens: int) -> tuple
 
 
 def test_many_budgets_stay_within_the_bound(make_llm: Make) -> None:
-    """140 selectors with slabs of their own: requests wait for each other's state, and all finish."""
+    """140 selectors with records of their own size: requests wait for each other's state, and all finish."""
     bound = 40_000
     llm = make_llm(threads=1, selection_memory=bound)
     requests, most = run(llm, [(text(60, i), recycled(16 + i % 40)) for i in range(140)], 4)
@@ -101,20 +103,57 @@ def test_aborted_and_preempted_requests_give_it_back(make_llm: Make) -> None:
     assert llm.stats().selection_bytes == 0
 
 
-def test_slots_move_with_their_contents() -> None:
-    store = ListStore(layers=2, heads=1, width=3, query_size=4)
-    requests = [Request(id=str(i), prompt=[1], sampling=greedy(1)) for i in range(9)]
-    for i, request in enumerate(requests):
-        store.open(request)
-        store.tail[store.slots([request])] = i
+class Words:
+    """A record, and a keeper that has it and nothing else."""
+
+    budget = 0
+
+    def __init__(self, words: int) -> None:
+        self.words, self.records = words, (self,)
+        self.closings: list[str] = []
+
+    def opened(self, request: Request, words: torch.Tensor) -> None:
+        assert len(words) == self.words
+        words.fill_(int(request.id))
+
+    def closed(self, request: Request) -> None:
+        self.closings.append(request.id)
+
+
+def test_records_move_together_with_their_contents() -> None:
+    memory, small, large = StateMemory(4 * 100), Words(10), Words(25)
+    array = memory.words.data_ptr()
+
+    def job(i: int, keeper: Words) -> Request:
+        request: Any = Request(id=str(i), prompt=[1], sampling=greedy(1))
+        request.selector, request.token_limit = keeper, 2
+        assert memory.fits(request)
+        memory.open(request)
+        return request
+
+    requests = [job(i, small) for i in range(10)]
+    memory.check(requests)
+    assert not memory.fits(requests[0]) and memory.fits(requests[0], without=requests[3:4])
     for request in requests[::2]:
-        store.close(request)
-    store.slots_held.resize(len(store.slots_held))
-    assert store.tail[store.slots(requests[1::2]), 0].tolist() == [1, 3, 5, 7]
-    assert store.slots(requests[:2]).tolist()[0] == NO_SLOT
-    assert store.bytes == 4 * store.bytes_per_request
-    store.open(requests[0])
-    assert not store.usable(store.slots([requests[0]]), 0, store.made[:1, 0] + 100).any(), "a new slot is empty"
+        memory.close(request)
+    assert small.closings == ["0", "2", "4", "6", "8"] and memory.held == 4 * 50
+    late = [job(20, large), job(21, large)]  # in 50 words that lie nowhere together
+    memory.check([*requests[1::2], *late])
+    for keeper, group in ((small, requests[1::2]), (large, late)):
+        for request, at in zip(group, memory.at(keeper, group)):
+            assert memory.words[at : at + keeper.words].tolist() == [int(request.id)] * keeper.words
+    assert memory.at(small, requests[:2]).tolist()[0] == NO_STATE
+    assert memory.words.data_ptr() == array and memory.held == 4 * 100
+
+
+def test_a_new_record_has_no_lists() -> None:
+    lists = KeptLists(layers=2, heads=3, width=5, sinks=2, query=4)
+    words = torch.arange(lists.words, dtype=torch.int32)
+    lists.opened(Request(id="0", prompt=[1], sampling=greedy(1)), words)
+    for layer in range(2):
+        own = lists.of_layer(words, layer)
+        assert own[0] == NO_LIST
+        assert [own[at : at + 2].tolist() for at in lists.offsets(torch.zeros(1, dtype=torch.int32))[0]] == [[0, 1]] * 3
 
 
 def test_small_cells_of_long_prompts_take_little_work_space(make_llm: Make, monkeypatch: pytest.MonkeyPatch) -> None:

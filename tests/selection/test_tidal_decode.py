@@ -49,7 +49,7 @@ def make(deep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     made: list[LLM] = []
 
     def build(**config: Any) -> LLM:
-        made.append(LLM(str(deep), **{"dtype": "fp32", "kv_memory": "16MiB", **config}))
+        made.append(LLM(str(deep), **{"dtype": "fp32", "kv_memory": "16MiB", "step_time_ms": 0, **config}))
         return made[-1]
 
     yield build

@@ -21,6 +21,7 @@ from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import Batch, Geometry, Scratch
 from kvloom.engine.selection.base import Layer
 from kvloom.engine.selection.token_select_positions import Reindexed, TurnBack, neutral_query, neutral_scores
+from kvloom.engine.state import StateMemory
 from kvloom.kernels.interface import PagedKV, Rows
 from kvloom.kernels.reference import ReferenceKernels
 from tests.selection.conftest import greedy
@@ -55,7 +56,7 @@ def turned(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return ReferenceKernels().rotate(x, positions.int(), inv_freq, torch.empty_like(x))
 
 
-def world(backend: str, stops: list[int], counts: list[int], width: int) -> World:
+def world(backend: str, stops: list[int], counts: list[int]) -> World:
     generator = torch.Generator().manual_seed(3)
     table = rotary_table(RopeConfig(dim=DIM), LONGEST)
     draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
@@ -72,11 +73,9 @@ def world(backend: str, stops: list[int], counts: list[int], width: int) -> Worl
     geometry = Geometry(1, GROUP * HEADS, HEADS, DIM, LONGEST, LONGEST, table.inv_freq, "")
     runs = len(stops)
     batch = Batch(
-        requests=[], first_row=0, counts=np.array(counts, np.int32),
-        begins=np.array(stops, np.int32) - np.array(counts, np.int32), stops=np.array(stops, np.int32), tables=tables,
-        table=np.arange(runs, dtype=np.int32), start=np.zeros(runs, np.int32), offsets=np.zeros((runs, HEADS), np.int32),
-        lengths=np.zeros((runs, HEADS), np.int32), lists=torch.zeros(runs, 1, width, dtype=torch.int32), base=0,
-        kernels=back_end, geometry=geometry, scratch=Scratch(), stats=MethodStats(), decodes=False,
+        requests=[], counts=np.array(counts, np.int32), begins=np.array(stops, np.int32) - np.array(counts, np.int32),
+        tables=tables, of=np.arange(runs, dtype=np.int32), read=torch.zeros(sum(counts), dtype=torch.int64),
+        kernels=back_end, geometry=geometry, scratch=Scratch(), states=StateMemory(0), stats=MethodStats(),
     )  # fmt: skip
     return World(keys, values, queries, batch, Layer(0, turned(queries, true, table.inv_freq).float(), kv))
 
@@ -85,14 +84,13 @@ def world(backend: str, stops: list[int], counts: list[int], width: int) -> Worl
 def test_keys_stand_at_their_place_in_the_list(backend: str) -> None:
     """Two runs, a cell of five rows and a decode row: keys rotated at 0, 1, 2 ... and each query at the last place it sees."""
     stops, counts, width, starts = [395, 140], [5, 1], 24, [370, 131]
-    here = world(backend, stops, counts, width)
+    here = world(backend, stops, counts)
     generator = torch.Generator().manual_seed(5)
     lists = [torch.randperm(start, generator=generator)[:width].sort().values for start in starts]
-    here.batch.lists[:, 0] = torch.stack(lists).int()
     own = Reindexed(here.batch, np.arange(2), np.array(starts, np.int32), width, SIZE)
     assert own.counts.tolist() == [width + 25, width + 9]
     out = torch.zeros(6, GROUP * HEADS, DIM)
-    own.attend(here.layer, out)
+    own.attend(here.layer, torch.stack(lists).int(), out)
     inv_freq, row = here.batch.geometry.inv_freq, 0
     for run, (stop, count) in enumerate(zip(stops, counts)):
         for position in range(stop - count, stop):
@@ -108,10 +106,10 @@ def test_keys_stand_at_their_place_in_the_list(backend: str) -> None:
 
 def test_a_complete_list_changes_nothing() -> None:
     """T8: with every position in the list, re-indexed attention is the dense one."""
-    here = world("native", [200, 90], [1, 3], 64)
-    here.batch.lists[:, 0] = torch.arange(64, dtype=torch.int32)
+    here = world("native", [200, 90], [1, 3])
+    lists = torch.arange(64, dtype=torch.int32).expand(2, -1)
     out, dense = torch.zeros(4, GROUP * HEADS, DIM), torch.zeros(4, GROUP * HEADS, DIM)
-    Reindexed(here.batch, np.arange(2), np.array([64, 64], np.int32), 64, SIZE).attend(here.layer, out)
+    Reindexed(here.batch, np.arange(2), np.array([64, 64], np.int32), 64, SIZE).attend(here.layer, lists, out)
     request, stop = torch.tensor([0, 1, 1, 1], dtype=torch.int32), torch.tensor([200, 88, 89, 90], dtype=torch.int32)
     rows = Rows(here.batch.tables, request, torch.zeros(4, dtype=torch.int32), stop)
     back_end = here.batch.kernels
@@ -122,7 +120,7 @@ def test_a_complete_list_changes_nothing() -> None:
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_votes_do_not_look_at_positions(backend: str) -> None:
     """Every candidate is scored as if `local` tokens before the query, wherever it is."""
-    here, local = world(backend, [200, 91], [1, 1], 8), 12
+    here, local = world(backend, [200, 91], [1, 1]), 12
     batch, first, last = here.batch, np.array([4, 7], np.int32), np.array([188, 80], np.int32)
     table = np.array([0, 1], np.int32)
     q = neutral_query(batch, here.layer.q, batch.begins, local)
@@ -141,9 +139,9 @@ def test_reindexed_prompts_beyond_the_trained_length(make_llm: Make, monkeypatch
     counts: list[int] = []
     attend = Reindexed.attend
 
-    def counted(self: Reindexed, layer: Layer, out: Tensor) -> None:
+    def counted(self: Reindexed, *arguments: Any) -> None:
         counts.extend(self.counts.tolist())
-        attend(self, layer, out)
+        attend(self, *arguments)
 
     monkeypatch.setattr(Reindexed, "attend", counted)
     llm = make_llm(**LONG)

@@ -7,14 +7,15 @@ safety rests on three checks made here: element types agree, innermost strides a
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Rows
-from kvloom.kernels.reference import check_pool
+from kvloom.kernels.interface import COMPARES, Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
+from kvloom.kernels.reference import check_pool, check_renewal
 
 from .build import Progress, build
-from .graph import Attended, NativeGraph
+from .graph import NativeGraph
 from .library import DTYPES, Library
 from .plan import NativePlan, make_plan
 from .quantized import NativeQuantized
@@ -28,6 +29,10 @@ def load(threads: int | None = None, *, generic: bool = False, progress: Progres
     return NativeKernels(Library(build(generic=generic, progress=progress)), threads or torch.get_num_threads())
 
 
+_EVERY = 2**62
+"""Rows of a captured call that want logits, however many there are when it is replayed."""
+
+
 class NativeKernels:
     """`kernels.interface.Kernels` in C++. Safe to use from several threads; counters are then approximate."""
 
@@ -36,12 +41,17 @@ class NativeKernels:
     def __init__(self, library: Library, threads: int) -> None:
         self.library = library
         self.threads = threads
-        self.counters = Counters()
+        self._totals = np.zeros(5, np.int64)
         self.quantized: QuantizedLinears | None = NativeQuantized(self)
+
+    @property
+    def counters(self) -> Counters:
+        """As of now; the C++ side adds to them, in calls that are replayed too."""
+        return Counters(*self._totals.tolist())
 
     def graph(self) -> NativeGraph:
         """See the contract."""
-        return NativeGraph(self.library, self.counters)
+        return NativeGraph(self.library)
 
     # Attention ---------------------------------------------------------------------------------------------------
 
@@ -64,22 +74,25 @@ class NativeKernels:
             raise TypeError(f"plan was made by another back end: {type(into).__name__}; use this one's plan()")
         return make_plan(self.library, rows, q_heads, kv_heads, head_dim, self.threads, into)
 
-    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor,
-               lse: Tensor | None = None, logits: Tensor | None = None) -> Tensor:  # fmt: skip
+    def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
+               logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
+               read: Tensor | None = None) -> Tensor:  # fmt: skip
         """See the contract."""
         _same_dtype(q, out, kv.k, kv.v)
         out_row, out_head, _ = _strides(out)
-        self._run(q, kv, plan, scale, (out.data_ptr(), out_row, out_head), lse, logits)
+        listed = 0 if positions is None else _int32(positions)
+        further = (0, _ints(heads, kv.k.shape[1]), listed, _ints(read, q.shape[0], torch.int64))
+        self._run(q, kv, plan, scale, (out.data_ptr(), out_row, out_head), lse, logits, further)
         return out
 
-    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor) -> Tensor:
+    def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """See the contract."""
         _same_dtype(q, kv.k, kv.v)
-        self._run(q, kv, plan, scale, (0, 0, 0), None, out)
+        self._run(q, kv, plan, scale, (0, 0, 0), None, out, (_ints(active, q.shape[0]), 0, 0, 0))
         return out
 
     def _run(self, q: Tensor, kv: PagedKV, plan: Plan, scale: float, out: tuple[int, int, int],
-             lse: Tensor | None, logits: Tensor | None) -> None:  # fmt: skip
+             lse: Tensor | None, logits: Tensor | None, further: tuple[int, ...]) -> None:  # fmt: skip
         if not isinstance(plan, NativePlan):
             raise TypeError(f"plan was made by another back end: {type(plan).__name__}; use this one's plan()")
         expected = (plan.rows.size, plan.q_heads, plan.head_dim)
@@ -89,16 +102,17 @@ class NativeKernels:
             raise ValueError(f"scale must be positive; got {scale}")
         q_row, q_head, _ = _strides(q)
         lse_at = (0, 0) if lse is None else (_fp32(lse), _strides(lse)[0])
-        logits_at = (0,) * 5 if logits is None else (_fp32(logits), len(logits), *_strides(logits)[:2], logits.shape[2])
-        self.library.attend(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), plan.handle, scale,
-                            DTYPES[q.dtype])  # fmt: skip
-        attended = Attended(plan, kv.k.element_size(), reads_values=out[0] != 0)
-        attended.add_to(self.counters)
+        logits_at: tuple[int, ...] = (0,) * 5
+        if logits is not None:
+            wanted = _EVERY if len(logits) == q.shape[0] else len(logits)
+            logits_at = (_fp32(logits), wanted, *_strides(logits)[:2], logits.shape[2])
+        self.library.attend(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), plan.handle, *further,
+                            self._totals.ctypes.data, scale, DTYPES[q.dtype])  # fmt: skip
         if (piece := self.library.capture) is not None:
-            piece.attended(attended)
+            piece.plans.add(plan)
 
     def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *,
-             how: PoolHow, window: int, out: Tensor) -> Tensor:  # fmt: skip
+             how: PoolHow, window: int, out: Tensor, active: Tensor | None = None) -> Tensor:  # fmt: skip
         """See the contract."""
         check_pool(logits, groups, how, window)
         _index(first, torch.int32)
@@ -110,28 +124,53 @@ class NativeKernels:
                 f"{tuple(last.shape)} and out {tuple(out.shape)}; they must have one row each"
             )
         self.library.pool(
-            _fp32(logits), *logits.stride()[:2], first.data_ptr(), last.data_ptr(), _fp32(out), *out.stride()[:2], rows,
+            _fp32(logits), *logits.stride()[:2], first.data_ptr(), last.data_ptr(),
+            _ints(active, rows), _fp32(out), *out.stride()[:2], rows,
             q_heads, groups, window, how == "max", self.threads,
         )  # fmt: skip
         return out
 
     def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
-               out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+               out: tuple[Tensor, Tensor | None] | None = None,
+               at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """See the contract. NaN is not ordered meaningfully."""
-        rows = scores.shape[0]
+        rows, heads = scores.shape[0], 1 if scores.ndim == 2 else scores.shape[1]
         _index(lengths, torch.int32)
         if offset is not None:
             _index(offset, torch.int32)
-        columns, counts = out or (torch.empty((rows, k), dtype=torch.int32), torch.empty(rows, dtype=torch.int32))
-        _index(counts, torch.int32)
-        if columns.dtype is not torch.int32 or columns.shape != (rows, k) or counts.shape != (rows,):
-            raise ValueError(f"out must be int32 [{rows}, {k}] and [{rows}]; got {columns.dtype} {tuple(columns.shape)} "
-                             f"and {tuple(counts.shape)}")  # fmt: skip
+        shape = (*scores.shape[:-1], k)
+        columns, counts = out or (torch.empty(shape, dtype=torch.int32), torch.empty(shape[:-1], dtype=torch.int32))
+        if counts is not None:
+            _index(counts, torch.int32)
+        if (
+            columns.dtype is not torch.int32
+            or columns.shape != (shape if at is None else shape[1:])
+            or (counts is not None and counts.shape != shape[:-1])
+        ):
+            raise ValueError(f"out must be int32 {list(shape)} and {list(shape[:-1])}; got {columns.dtype} "
+                             f"{tuple(columns.shape)} and {None if counts is None else tuple(counts.shape)}")  # fmt: skip
+        strides = (*((0,) if at is not None else ()), *_strides(columns)[:-1], *((0,) if scores.ndim == 2 else ()))
         self.library.select(
-            _fp32(scores), scores.stride(0), lengths.data_ptr(), 0 if offset is None else offset.data_ptr(),
-            columns.data_ptr(), _strides(columns)[0], counts.data_ptr(), rows, k, self.threads,
+            _fp32(scores), scores.stride(0), 0 if scores.ndim == 2 else scores.stride(1), lengths.data_ptr(),
+            0 if offset is None else offset.data_ptr(), columns.data_ptr(), _ints(at, rows), *strides,
+            0 if counts is None else counts.data_ptr(), rows, heads, k, self.threads,
         )  # fmt: skip
         return columns, counts
+
+    def renew(self, q: Tensor, words: Tensor, at: Tensor, stop: Tensor, due: Tensor, how: Renewal,
+              angles: tuple[Tensor, Tensor] | None, active: Tensor, start: Tensor, lengths: Tensor,
+              counts: Tensor) -> None:  # fmt: skip
+        """See the contract."""
+        check_renewal(q, how, (at, stop, due, active, start), words, lengths, counts)
+        q_row, q_head, _ = _strides(q)
+        cos, sin, rotary = (0, 0, 0) if angles is None else (_fp32(angles[0]), _fp32(angles[1]), 2 * angles[0].shape[1])
+        self.library.renew(
+            q.data_ptr(), q_row, q_head, cos, sin, words.data_ptr(), at.data_ptr(), stop.data_ptr(), due.data_ptr(),
+            active.data_ptr(), start.data_ptr(), lengths.data_ptr(), counts.data_ptr(), q.shape[0], how.tail, how.query,
+            q.shape[1], q.shape[2], rotary, COMPARES.index(how.compare), how.recent, how.most, how.width, lengths.shape[1],
+            how.dense,
+            DTYPES[q.dtype], how.threshold,
+        )  # fmt: skip
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
         """See the contract; lse_a becomes that of the union."""
@@ -220,6 +259,21 @@ def _strides(tensor: Tensor) -> tuple[int, ...]:
 def _fp32(tensor: Tensor) -> int:
     if tensor.dtype is not torch.float32 or tensor.stride(-1) != 1:
         raise TypeError(f"must be fp32 with a contiguous last dimension; got {tensor.dtype}, strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _ints(tensor: Tensor | None, size: int, dtype: torch.dtype = torch.int32) -> int:
+    """The address of that many integers; 0 for none."""
+    if tensor is None:
+        return 0
+    _index(tensor, dtype)
+    if tensor.shape != (size,):
+        raise ValueError(f"must have {size} elements; got {tuple(tensor.shape)}")
+    return tensor.data_ptr()
+
+
+def _int32(tensor: Tensor) -> int:
+    _index(tensor, torch.int32)
     return tensor.data_ptr()
 
 

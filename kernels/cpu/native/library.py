@@ -45,13 +45,14 @@ def _layout(fields: str) -> Layout:
 _PAGED = "data:P block:q head:q slot:q "
 
 ROWS = _layout(
-    "tables:P request:P start:P stop:P positions:P offsets:P lengths:P table_stride:q "
+    "tables:P request:P start:P stop:P positions:P offsets:P lengths:P most:P table_stride:q "
     "rows:i start_heads:i list_heads:i q_heads:i kv_heads:i head_dim:i threads:i"
 )
-TOTALS = _layout("positions:q tile_positions:q tile_listed:q")
+TOTALS = _layout("rows:q positions:q kv_bytes:q score_bytes:q list_kv_bytes:q")
 ATTEND = _layout(
     "q:P q_row:q q_head:q out:P out_row:q out_head:q lse:P lse_row:q logits:P "
-    "logits_rows:q logits_row:q logits_head:q width:q " + _PAGED + _PAGED + "block_size:q plan:P scale:f dtype:i"
+    "logits_rows:q logits_row:q logits_head:q width:q " + _PAGED + _PAGED + "block_size:q plan:P "
+    "active:P heads:P positions:P read:P totals:P scale:f dtype:i"
 )
 NORM = _layout(
     "x:P x_row:q delta:P delta_row:q weight:P out:P out_row:q rows:q hidden:q eps:f x_dtype:i weight_dtype:i dtype:i threads:i"
@@ -76,9 +77,16 @@ MERGE = _layout(
     "out_a:P a_row:q a_head:q lse_a:P lse_a_row:q out_b:P b_row:q b_head:q lse_b:P lse_b_row:q rows:q "
     "heads:i head_dim:i dtype:i threads:i"
 )
-SELECT = _layout("scores:P scores_row:q lengths:P offset:P columns:P columns_row:q counts:P rows:q k:i threads:i")
+SELECT = _layout(
+    "scores:P scores_row:q score_head:q lengths:P offset:P columns:P at:P columns_row:q columns_head:q counts:P rows:q "
+    "heads:i k:i threads:i"
+)
+RENEW = _layout(
+    "q:P q_row:q q_head:q cos:P sin:P words:P at:P stop:P due:P active:P start:P lengths:P counts:P rows:q tail_at:q "
+    "query_at:q q_heads:i head_dim:i rotary:i compare:i recent:i most:i width:i lists:i dense:i dtype:i threshold:f"
+)
 POOL = _layout(
-    "logits:P logits_row:q logits_head:q first:P last:P out:P out_row:q out_group:q rows:q "
+    "logits:P logits_row:q logits_head:q first:P last:P active:P out:P out_row:q out_group:q rows:q "
     "q_heads:i groups:i window:i maximum:i threads:i"
 )
 LINEAR = _layout(
@@ -91,7 +99,7 @@ PACK = _layout("codes:P scales:P mins:P packed:P inputs:q outputs:q format:i")
 CALL = _layout("run:P args:P rows_in:P")
 
 # In the order of kvloom_sizes.
-_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, POOL, LINEAR, SILU, PACK, CALL)
+_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, RENEW, POOL, LINEAR, SILU, PACK, CALL)
 
 _FUNCTIONS = {
     "attend": ATTEND,
@@ -101,6 +109,7 @@ _FUNCTIONS = {
     "rotate": ROTATE,
     "merge": MERGE,
     "select": SELECT,
+    "renew": RENEW,
     "pool": POOL,
     "linear": LINEAR,
     "silu_mul": SILU,
@@ -140,7 +149,7 @@ class Library:
         for name, layout in _FUNCTIONS.items():
             setattr(self, name, Function(self, self._function(name, ctypes.c_void_p), layout))
         pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-        self.plan = self._function("plan", pointer, pointer, pointer, result=pointer)
+        self.plan = self._function("plan", pointer, pointer, result=pointer)
         self.plan_free = self._function("plan_free", pointer)
         self.replay = self._function("replay", pointer, int64, int64)
         self.linear_bytes = self._function("linear_bytes", int64, int64, int32, result=int64)

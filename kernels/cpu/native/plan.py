@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import weakref
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from kvloom.kernels.interface import Lists, Rows
 
-from .library import ROWS, TOTALS, Library
+from .library import ROWS, Library
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)
@@ -23,9 +22,6 @@ class NativePlan:
     kv_heads: int
     head_dim: int
     handle: int
-    positions: int  # visible positions summed over rows and KV heads
-    tile_positions: int  # the same with the rows of a tile counted once
-    tile_listed: int  # those of tile_positions that lists name
 
 
 def make_plan(
@@ -44,20 +40,24 @@ def make_plan(
     if start_heads not in (1, kv_heads):
         raise ValueError(f"start must have one column or {kv_heads}, got {tuple(rows.start.shape)}")
     positions, offsets, lengths, list_heads = _list_pointers(rows.lists, kv_heads)
+    most = 0
+    if rows.most is not None:
+        _check("most", rows.most)
+        if rows.most.shape != (rows.size,):
+            raise ValueError(f"most must have {rows.size} elements; got {tuple(rows.most.shape)}")
+        most = rows.most.data_ptr()
     packed = ROWS.struct.pack(
         rows.tables.data_ptr(), rows.request.data_ptr(), rows.start.data_ptr(), rows.stop.data_ptr(),
-        positions, offsets, lengths, rows.tables.stride(0),
+        positions, offsets, lengths, most, rows.tables.stride(0),
         rows.size, start_heads, list_heads, q_heads, kv_heads, head_dim, threads,
     )  # fmt: skip
-    totals = ctypes.create_string_buffer(TOTALS.struct.size)
-    handle = library.plan(packed, ctypes.addressof(totals), 0 if into is None else into.handle)
-    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, *TOTALS.struct.unpack(totals.raw))
-    if into is None:
-        weakref.finalize(plan, library.plan_free, handle).atexit = False
-        return plan
-    for name in ("rows", "positions", "tile_positions", "tile_listed"):
-        setattr(into, name, getattr(plan, name))
-    return into
+    handle = library.plan(packed, 0 if into is None else into.handle)
+    if into is not None:
+        into.rows = rows
+        return into
+    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle)
+    weakref.finalize(plan, library.plan_free, handle).atexit = False
+    return plan
 
 
 def _list_pointers(lists: Lists | None, kv_heads: int) -> tuple[int, int, int, int]:

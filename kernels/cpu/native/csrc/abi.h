@@ -14,12 +14,13 @@ struct Paged {  // one of the two cache tensors: [blocks, heads, block_size, hea
 struct RowsView {  // interface.Rows
   const int32_t *tables, *request, *start, *stop;
   const int32_t *positions, *offsets, *lengths;  // interface.Lists, or null
+  const int32_t* most;                           // null: contents are those of planning
   int64_t table_stride;
   int32_t rows, start_heads, list_heads, q_heads, kv_heads, head_dim, threads;  // *_heads: columns, 1 or kv_heads
 };
 
-struct PlanTotals {  // what `plan` tells the counters
-  int64_t positions, tile_positions, tile_listed;  // tile_listed: those of tile_positions that lists name
+struct Totals {  // interface.Counters
+  int64_t rows, positions, kv_bytes, score_bytes, list_kv_bytes;
 };
 
 struct AttendArgs {
@@ -34,6 +35,11 @@ struct AttendArgs {
   Paged k, v;
   int64_t block_size;
   const void* plan;
+  const int32_t* active;     // [rows]: negative, and the row is left out
+  const int32_t* heads;      // [kv_heads]: whose list a KV head reads; negative, and the head is left out
+  const int32_t* positions;  // of lists, in place of the plan's
+  int64_t* read;             // [rows]: positions seen are added
+  Totals* totals;
   float scale;
   int32_t dtype;
 };
@@ -106,19 +112,33 @@ struct MergeArgs {
 
 struct SelectArgs {
   const float* scores;
-  int64_t scores_row;
+  int64_t scores_row, score_head;
   const int32_t *lengths, *offset;
   int32_t* columns;
-  int64_t columns_row;
+  const int32_t* at;  // [rows]: where in columns a row's first list begins, negative to leave the row out; or null
+  int64_t columns_row, columns_head;
   int32_t* counts;
   int64_t rows;
-  int32_t k, threads;
+  int32_t heads, k, threads;
+};
+
+struct RenewArgs {
+  const void* q;
+  int64_t q_row, q_head;
+  const float *cos, *sin;  // [rows, rotary / 2], or null
+  int32_t* words;
+  const int32_t *at, *stop, *due;
+  int32_t *active, *start, *lengths;
+  int64_t* counts;
+  int64_t rows, tail_at, query_at;
+  int32_t q_heads, head_dim, rotary, compare, recent, most, width, lists, dense, dtype;  // lists: columns of lengths
+  float threshold;
 };
 
 struct PoolArgs {
   const float* logits;
   int64_t logits_row, logits_head;
-  const int32_t *first, *last;
+  const int32_t *first, *last, *active;
   float* out;
   int64_t out_row, out_group, rows;
   int32_t q_heads, groups, window, maximum, threads;  // maximum: combine heads by it, not by their sum

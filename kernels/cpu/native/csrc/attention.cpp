@@ -14,11 +14,12 @@ thread_local Arena local_arena, partial_arena;
 // The positions a tile sees for one KV head, as addresses: its list, then its tail.
 template <class T> class Seen {
  public:
-  Seen(const AttendArgs& args, const Plan& plan, const Tile& tile, int32_t head)
+  Seen(const AttendArgs& args, const Plan& plan, const Tile& tile, int32_t head, int32_t lister)
       : args_(args), shift_(exponent(args.block_size)) {
     const RowsView& rows = plan.rows;
-    list_length_ = plan.list_length(tile.row, head);
-    if (list_length_) list_ = rows.positions + rows.offsets[plan.list_index(tile.row, head)];
+    list_length_ = plan.list_length(tile.row, lister);
+    if (list_length_)
+      list_ = (args.positions ? args.positions : rows.positions) + rows.offsets[plan.list_index(tile.row, lister)];
     start_ = plan.start(tile.row, head);
     table_ = rows.tables + int64_t(rows.request[tile.row]) * rows.table_stride;
     k_ = static_cast<const T*>(args.k.data) + head * args.k.head;
@@ -89,10 +90,10 @@ void fold(State a, State b, int64_t m, int64_t stride) {
 
 template <class T> class TileRun {
  public:
-  TileRun(const AttendArgs& args, const Plan& plan, int32_t tile, int32_t head)
-      : args_(args), plan_(plan), tile_(plan.tiles[size_t(tile)]), head_(head), dim_(plan.rows.head_dim),
+  TileRun(const AttendArgs& args, const Plan& plan, int32_t tile, int32_t head, int32_t lister)
+      : args_(args), plan_(plan), tile_(plan.tiles[size_t(tile)]), head_(head), lister_(lister), dim_(plan.rows.head_dim),
         stride_(plan.padded_dim), m_(int64_t(tile_.rows) * plan.group),
-        seen_(args, plan, tile_, head) {
+        seen_(args, plan, tile_, head, lister) {
     for (Cut cut(nullptr);; cut = Cut(local_arena.reserve(cut.used()))) {
       packed_ = cut.take<float>((dim_ + 8) * kBlock);
       wide_ = cut.take<float>(16 * (dim_ + 32));
@@ -107,7 +108,8 @@ template <class T> class TileRun {
       for (auto& rows : rows_) rows = cut.take<const T*>(kBlock);
       if (packed_ != nullptr) break;
     }
-    longest_ = plan.seen(tile_.row + tile_.rows - 1, head);
+    longest_ = plan.seen(tile_.row + tile_.rows - 1, head, lister);
+    splits_ = int32_t((longest_ + kSplit - 1) / kSplit);
     keys_in_place_ = m_ <= kInPlace && turns_in_place<T>(dim_);
     values_in_place_ = m_ <= kGroup && dim_ == stride_;
   }
@@ -116,7 +118,8 @@ template <class T> class TileRun {
     prepare_queries();
     State total = state_[0];
     begun_at_ = first;
-    if (first == last) clear(total);
+    last = std::min(last, splits_);
+    if (first >= last) clear(total);
     for (int32_t split = first; split < last; split++) {
       State into = partials ? state_at(partials + split * partial_stride, m_, stride_) : state_[split != first];
       compute(split, into);
@@ -125,9 +128,10 @@ template <class T> class TileRun {
     if (!partials && args_.out) finish(total);
   }
 
-  void run_fold(int32_t splits, float* partials, int64_t partial_stride) {
+  void run_fold(float* partials, int64_t partial_stride) {
     State total = state_at(partials, m_, stride_);
-    for (int32_t split = 1; split < splits; split++)
+    if (splits_ == 0) clear(total);
+    for (int32_t split = 1; split < splits_; split++)
       fold(total, state_at(partials + split * partial_stride, m_, stride_), m_, stride_);
     finish(total);
   }
@@ -141,7 +145,7 @@ template <class T> class TileRun {
       const T* q = static_cast<const T*>(args_.q) + token(r) * args_.q_row + query_head(r) * args_.q_head;
       widen(q, dim_, queries_ + r * dim_);
       q_[r] = queries_ + r * dim_;
-      limit_[r] = plan_.seen(int32_t(token(r)), head_);
+      limit_[r] = plan_.seen(int32_t(token(r)), head_, lister_);
     }
   }
 
@@ -277,7 +281,7 @@ template <class T> class TileRun {
   const AttendArgs& args_;
   const Plan& plan_;
   const Tile tile_;
-  const int32_t head_;
+  const int32_t head_, lister_;
   const int64_t dim_, stride_, m_;
   const Seen<T> seen_;
   float *packed_, *wide_, *values_, *queries_, *s_;
@@ -287,25 +291,63 @@ template <class T> class TileRun {
   State state_[2];
   const T** rows_[4];  // K and V addresses of this block, K and V addresses of the next
   int64_t longest_;
+  int32_t splits_;  // that have positions
   int32_t begun_at_ = 0;
   bool keys_in_place_, values_in_place_;  // few rows: no packed copy
 };
 
+// The head whose list a KV head reads; negative if it is left out, or if the tile is.
+int32_t lister_of(const AttendArgs& args, const Tile& tile, int32_t head) {
+  if (args.active && args.active[tile.row] < 0) return -1;
+  return args.heads ? args.heads[head] : head;
+}
+
+// Bytes that must be read are counted once per tile and KV head.
+void count(const AttendArgs& args, const Plan& plan, int64_t item) {
+  const int64_t position_bytes = plan.rows.head_dim * item;
+  Totals& totals = *args.totals;
+  for (const Tile& tile : plan.tiles) {
+    for (int32_t head = 0; head < plan.rows.kv_heads; head++) {
+      const int32_t lister = lister_of(args, tile, head);
+      if (lister < 0) continue;
+      const int64_t shared = plan.seen(tile.row + tile.rows - 1, head, lister);
+      if (!args.out) {
+        totals.score_bytes += shared * position_bytes;
+        continue;
+      }
+      totals.kv_bytes += 2 * shared * position_bytes;
+      totals.list_kv_bytes += 2 * plan.list_length(tile.row, lister) * position_bytes;
+      for (int32_t row = tile.row; row < tile.row + tile.rows; row++) {
+        const int64_t seen = plan.seen(row, head, lister);
+        totals.positions += seen;
+        if (args.read) args.read[row] += seen;
+      }
+    }
+  }
+  if (args.out) totals.rows += plan.rows.rows;
+}
+
 template <class T> void attend(const AttendArgs& args, const Plan& plan) {
+  if (args.active && std::all_of(args.active, args.active + plan.rows.rows, [](int32_t at) { return at < 0; })) return;
   auto* partials = static_cast<float*>(partial_arena.reserve(args.out ? plan.partial_floats * int64_t(sizeof(float)) : 0));
   const int threads = plan.work * plan.rows.head_dim < 65536 ? 1 : plan.rows.threads;
   parallel(threads, int64_t(plan.tasks.size()), [&](int64_t i) {
     const Task& task = plan.tasks[size_t(i)];
+    const Tile& tile = plan.tiles[size_t(task.tile)];
+    const int32_t lister = lister_of(args, tile, task.head);
+    if (lister < 0 || (task.first && plan.seen(tile.row + tile.rows - 1, task.head, lister) <= int64_t(task.first) * kSplit)) return;
     float* memory = args.out && task.partial >= 0 ? partials + task.partial : nullptr;
-    TileRun<T>(args, plan, task.tile, task.head)
-        .run(task.first, task.last, memory, plan.state_floats(plan.tiles[size_t(task.tile)]));
+    TileRun<T>(args, plan, task.tile, task.head, lister).run(task.first, task.last, memory, plan.state_floats(tile));
   });
-  if (!args.out) return;
-  parallel(threads, int64_t(plan.folds.size()), [&](int64_t i) {
-    const Fold& fold = plan.folds[size_t(i)];
-    TileRun<T>(args, plan, fold.tile, fold.head)
-        .run_fold(fold.splits, partials + fold.partial, plan.state_floats(plan.tiles[size_t(fold.tile)]));
-  });
+  if (args.out)
+    parallel(threads, int64_t(plan.folds.size()), [&](int64_t i) {
+      const Fold& fold = plan.folds[size_t(i)];
+      const Tile& tile = plan.tiles[size_t(fold.tile)];
+      const int32_t lister = lister_of(args, tile, fold.head);
+      if (lister < 0) return;
+      TileRun<T>(args, plan, fold.tile, fold.head, lister).run_fold(partials + fold.partial, plan.state_floats(tile));
+    });
+  count(args, plan, sizeof(T));
 }
 
 }  // namespace

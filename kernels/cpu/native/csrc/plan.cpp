@@ -28,7 +28,7 @@ bool extends(const RowsView& rows, int32_t a, int32_t b) {
 }
 
 void make_tiles(Plan& plan) {
-  const int32_t most = std::max(1, kTileRows / plan.group);
+  const int32_t most = plan.rows.most ? 1 : std::max(1, kTileRows / plan.group);
   for (int32_t row = 0; row < plan.rows.rows;) {
     int32_t end = row + 1;
     while (end < plan.rows.rows && end - row < most && extends(plan.rows, end - 1, end)) end++;
@@ -38,7 +38,7 @@ void make_tiles(Plan& plan) {
 }
 
 int32_t splits_of(const Plan& plan, const Tile& tile, int32_t head) {
-  return int32_t((plan.seen(tile.row + tile.rows - 1, head) + kSplit - 1) / kSplit);
+  return int32_t((plan.planned(tile.row + tile.rows - 1, head) + kSplit - 1) / kSplit);
 }
 
 // A tile whose share of the work would keep one thread busy after the others are done is spread, split by split.
@@ -66,22 +66,17 @@ void make_tasks(Plan& plan) {
   std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [&](auto& a, auto& b) { return cost(a) > cost(b); });
 }
 
-void count(Plan& plan) {
+void weigh(Plan& plan) {
   for (const Tile& tile : plan.tiles)
-    for (int32_t h = 0; h < plan.rows.kv_heads; h++) {
-      for (int32_t r = 0; r < tile.rows; r++) plan.totals.positions += plan.seen(tile.row + r, h);
-      const int64_t shared = plan.seen(tile.row + tile.rows - 1, h);
-      plan.totals.tile_positions += shared;
-      plan.totals.tile_listed += plan.list_length(tile.row, h);
-      plan.work += shared * tile.rows * plan.group;
-    }
+    for (int32_t h = 0; h < plan.rows.kv_heads; h++)
+      plan.work += plan.planned(tile.row + tile.rows - 1, h) * tile.rows * plan.group;
 }
 
 }  // namespace
 }  // namespace kvloom
 
 // into: a plan that is made anew in its place, or null.
-KVLOOM_API void* kvloom_plan(const kvloom::RowsView* rows, kvloom::PlanTotals* totals, void* into) {
+KVLOOM_API void* kvloom_plan(const kvloom::RowsView* rows, void* into) {
   auto* plan = into ? static_cast<kvloom::Plan*>(into) : new kvloom::Plan;
   plan->clear();
   plan->rows = *rows;
@@ -89,8 +84,7 @@ KVLOOM_API void* kvloom_plan(const kvloom::RowsView* rows, kvloom::PlanTotals* t
   plan->padded_dim = (rows->head_dim + 31) / 32 * 32;
   kvloom::make_tiles(*plan);
   kvloom::make_tasks(*plan);
-  kvloom::count(*plan);
-  *totals = plan->totals;
+  kvloom::weigh(*plan);
   return plan;
 }
 

@@ -3,7 +3,7 @@
 // A row's arithmetic depends on the row alone. Its seen positions [0, n) are cut into splits of kSplit, each split is
 // reduced with its own running maximum, and splits are folded from left to right. Tiling and the spread over threads
 // decide only where that happens, so a row's result is the same bits alone, in any batch, decoded or prefilled, and a
-// list of all positions equals the dense tail.
+// list of all positions equals the dense tail. A plan from bounds (rows.most) has splits that may turn out to be empty.
 #pragma once
 
 #include <cstdint>
@@ -35,13 +35,12 @@ struct Plan {
   std::vector<Task> tasks;
   std::vector<Fold> folds;
   int64_t partial_floats = 0;
-  PlanTotals totals{};
   int64_t work = 0;      // positions x rows over all tasks
   int32_t group, padded_dim;
 
   void clear() {
     tiles.clear(), tasks.clear(), folds.clear();
-    partial_floats = work = 0, totals = {};
+    partial_floats = work = 0;
   }
   int64_t list_length(int32_t row, int32_t head) const {
     return rows.lengths ? rows.lengths[list_index(row, head)] : 0;
@@ -52,10 +51,11 @@ struct Plan {
   int64_t start(int32_t row, int32_t head) const {
     return rows.start[int64_t(row) * rows.start_heads + (rows.start_heads > 1 ? head : 0)];
   }
-  int64_t seen(int32_t row, int32_t head) const {
+  int64_t seen(int32_t row, int32_t head, int32_t lister) const {  // lister: the head whose list is read
     const int64_t tail = rows.stop[row] - start(row, head);
-    return list_length(row, head) + (tail > 0 ? tail : 0);
+    return list_length(row, lister) + (tail > 0 ? tail : 0);
   }
+  int64_t planned(int32_t row, int32_t head) const { return rows.most ? rows.most[row] : seen(row, head, head); }
   int64_t state_floats(const Tile& tile) const {  // o [m][padded_dim], maximum [m], sum [m]
     const int64_t m = int64_t(tile.rows) * group;
     return (m * (padded_dim + 2) + 15) / 16 * 16;

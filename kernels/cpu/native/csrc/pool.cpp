@@ -57,7 +57,7 @@ void dilate(float* x, int64_t n, int64_t window) {
 
 void pool_group(const PoolArgs& a, int64_t row, int64_t group) {
   const int64_t n = int64_t(a.last[row]) - a.first[row], heads = a.q_heads / a.groups, half = a.window / 2;
-  if (n <= 0) return;
+  if (n <= 0 || (a.active && a.active[row] < 0)) return;
   const int64_t stride = (n + kLanes - 1) / kLanes * kLanes, margin = a.window > 1 ? (half + kLanes - 1) / kLanes * kLanes : 0;
   const int64_t room = margin + stride + 2 * a.window + 2 * kLanes;
   float *weights, *inverse, *ranks;
@@ -84,7 +84,8 @@ void pool_group(const PoolArgs& a, int64_t row, int64_t group) {
 
 KVLOOM_API void kvloom_pool(const kvloom::PoolArgs* args) {
   int64_t elements = 0;
-  for (int64_t r = 0; r < args->rows; r++) elements += int64_t(std::max(0, args->last[r] - args->first[r])) * args->q_heads;
+  for (int64_t r = 0; r < args->rows; r++)
+    if (!args->active || args->active[r] >= 0) elements += int64_t(std::max(0, args->last[r] - args->first[r])) * args->q_heads;
   kvloom::parallel(kvloom::threads_for(elements, args->threads), args->rows * args->groups,
                    [&](int64_t i) { kvloom::pool_group(*args, i / args->groups, i % args->groups); });
 }

@@ -110,13 +110,15 @@ void select_row(const float* scores, int64_t n, int64_t k, int32_t offset, int32
 }  // namespace kvloom
 
 KVLOOM_API void kvloom_select(const kvloom::SelectArgs* args) {
-  const int64_t rows = args->rows, k = args->k;
+  const int64_t k = args->k, heads = args->heads;
   int64_t elements = 0;
-  for (int64_t r = 0; r < rows; r++) elements += args->lengths[r];
-  kvloom::parallel(kvloom::threads_for(elements, args->threads), rows, [&](int64_t r) {
-    const int64_t n = std::max(0, args->lengths[r]);
+  for (int64_t r = 0; r < args->rows; r++) elements += !args->at || args->at[r] >= 0 ? args->lengths[r] * heads : 0;
+  kvloom::parallel(kvloom::threads_for(elements, args->threads), args->rows * heads, [&](int64_t i) {
+    const int64_t r = i / heads, h = i % heads, n = std::max(0, args->lengths[r]);
+    if (args->at && args->at[r] < 0) return;
     const int32_t offset = args->offset ? args->offset[r] : 0;
-    kvloom::select_row(args->scores + r * args->scores_row, n, k, offset, args->columns + r * args->columns_row);
-    args->counts[r] = int32_t(std::min(n, k));
+    int32_t* columns = args->columns + (args->at ? args->at[r] : r * args->columns_row) + h * args->columns_head;
+    kvloom::select_row(args->scores + r * args->scores_row + h * args->score_head, n, k, offset, columns);
+    if (args->counts) args->counts[i] = int32_t(std::min(n, k));
   });
 }

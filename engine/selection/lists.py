@@ -1,0 +1,114 @@
+"""Lists that outlive a step: the per-request, per-layer state of methods that use a selection again in later steps.
+
+    list      positions chosen at some step, all below `tail`; from `tail` on everything is visible
+
+so at any later length n a row sees (sinks) + list + [tail, n): tokens generated since the selection are never invisible.
+Positions are logical, so a sequence may also become shorter (rejected drafts) down to `tail`.
+
+Which rows make their lists anew in a layer is decided where the tensors are (`Kernels.renew`), and what is chosen goes into a
+request's record at once. The host learns of it when the step is over, from counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvloom.engine.selection.base import Layer
+from kvloom.engine.selection.batch import Batch, Span
+from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal
+
+if TYPE_CHECKING:
+    from kvloom.engine.request import Request
+
+
+class KeptLists:
+    """`Record` of a request: for every layer a word for `tail`, `heads` lists, and the query that they were made for."""
+
+    def __init__(self, layers: int, heads: int, width: int, sinks: int, query: int) -> None:
+        """width: positions of a list, of which the first `sinks` are always 0, 1, 2 and so on; query: floats, 0 for none."""
+        self.heads, self.width, self.sinks = heads, width, sinks
+        self._layers, self._stride = layers, 1 + heads * width + query
+
+    @property
+    def words(self) -> int:
+        """See `Record`."""
+        return self._layers * self._stride
+
+    @property
+    def query(self) -> int:
+        """Where in a layer's words the query begins."""
+        return 1 + self.heads * self.width
+
+    def opened(self, request: Request, words: Tensor) -> None:
+        """There are no lists."""
+        layers = words.view(self._layers, self._stride)
+        layers[:, 0] = NO_LIST
+        lists = layers[:, 1 : self.query].unflatten(1, (self.heads, self.width))
+        lists[..., : self.sinks] = torch.arange(self.sinks, dtype=torch.int32)
+
+    def closed(self, request: Request) -> None:
+        """See `Record`."""
+
+    def of_layer(self, words: Tensor, layer: int) -> Tensor:
+        """The words of all requests, begun so that a layer's state lies where the first one's would."""
+        return words[layer * self._stride :]
+
+    def offsets(self, at: Tensor) -> Tensor:
+        """[len(at), heads] int32: where the lists of records begin."""
+        return at[:, None] + (torch.arange(self.heads, dtype=torch.int32) * self.width + 1)
+
+    def chosen(self, words: Tensor) -> Tensor:
+        """[heads, width - sinks]: where a record at 0 keeps what was chosen. words: `of_layer`."""
+        shape, begin = (self.heads, self.width - self.sinks), words.storage_offset() + 1 + self.sinks
+        return words.as_strided(shape, (self.width, 1), begin)
+
+    def renewal(
+        self, *, recent: int, most: int = NO_LIST, compare: Compare = "none", threshold: float = 0.0, dense: bool = False
+    ) -> Renewal:
+        """When they are renewed, and what is seen then."""
+        return Renewal(0, self.query, self.width, recent, min(most, NO_LIST), compare, threshold, dense)
+
+    def select(self, batch: Batch, words: Tensor, ranking: Tensor, span: Span, at: Tensor) -> None:
+        """Write the best candidates into records. ranking: [rows, heads, columns], column 0 at `span.first`; at: [rows] int32,
+        where records begin, negative for rows that choose nothing."""
+        batch.kernels.select(
+            ranking, span.columns, self.width - self.sinks, offset=span.first, out=(self.chosen(words), None), at=at
+        )
+
+
+class Renewed:
+    """Decode rows of one step that read lists of their own, one row per request."""
+
+    def __init__(self, batch: Batch, lists: KeptLists, how: Renewal, angles: tuple[Tensor, Tensor] | None = None) -> None:
+        """angles: see `Kernels.renew`. A row sees no more than its list, and the tokens since that it may have."""
+        self._batch, self._lists, self._how, self._angles = batch, lists, how, angles
+        self.at = batch.at(lists)
+        """[rows] int32: where records begin."""
+        self.active, self.start = batch.ints("active", batch.rows), batch.ints("start", batch.rows)
+        """[rows] int32: where records of rows that renew in this layer begin, -1 for all others; and where tails begin."""
+        self._lengths = batch.ints("lengths", batch.rows, lists.heads)
+        self.counts = batch.scratch.take(f"{batch.name} counts", 3, dtype=torch.int64).zero_()
+        """Rows that made lists, those of them that had one, and rows that used theirs again; over all layers."""
+        seen = Lists(batch.states.words, batch.tensor("offsets", lists.offsets(self.at)), self._lengths)
+        whole = np.iinfo(np.int32).max if how.dense else how.width + how.recent + how.most
+        most = batch.tensor("most", np.minimum(batch.stops, np.int64(whole)))
+        self.plan = batch.seen("renewed", self.start, seen, most=most)
+
+    def renew(self, layer: Layer, due: Tensor) -> Tensor:
+        """Decide who renews in this layer. due: [rows] int32, see `Kernels.renew`. Returns `KeptLists.of_layer`."""
+        words = self._lists.of_layer(self._batch.states.words, layer.layer)
+        self._batch.kernels.renew(
+            layer.q, words, self.at, self._batch.stop, due, self._how, self._angles, self.active, self.start, self._lengths,
+            self.counts,
+        )  # fmt: skip
+        return words
+
+    def finish(self) -> None:
+        """Count lists made and used again."""
+        made, _, reused = self.counts.tolist()
+        self._batch.stats.selections += made
+        self._batch.stats.reused += reused
