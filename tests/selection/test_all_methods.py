@@ -307,17 +307,18 @@ def test_captured_batches_of_one_method_may_grow_and_shrink(make_llm: Make, monk
     for captures in (True, False):
         llm = make_llm(
             backend="native", weights="int8", dtype="bf16", max_num_seqs=32, kv_memory="64MiB", shadow_interval=0,
-            max_batched_tokens=8192,  # so that all of a group begin to decode in one step
+            max_batched_tokens=8192,
         )  # fmt: skip
         llm.core.runner.decoder._most = "full" if captures else "none"
-        rng, outputs = random.Random(3), {}
-        arrivals = {0: (24, 60, 8), 36: (2, 300, 40), 44: (20, 300, 12), 54: (5, 120, 20)}  # step: requests, tokens in and out
-        for step in range(140):
-            for i in range(arrivals.get(step, (0,))[0]):
-                _, tokens, most = arrivals[step]
-                prompt = [rng.randrange(300) for _ in range(tokens + i)]
+        many, few = prompts([300 + i for i in range(20)]), prompts([310, 320], seed=1)
+        llm.generate(many, greedy(1))  # from now on these are found, and all decode at once when they come
+        outputs: dict[str, list[Any]] = {}
+        arrivals = {0: (prompts([60 + i for i in range(24)]), 8), 36: (few, 40), 44: (many, 12), 54: (prompts([120] * 5), 20)}
+        for step in range(120):
+            texts, most = arrivals.get(step, ([], 0))
+            for i, text in enumerate(texts):
                 sampling = greedy(most + i, logprobs=0)
-                llm.core.add(Request(id=f"{step} {i}", prompt=prompt, sampling=sampling, kv=using(name)))
+                llm.core.add(Request(id=f"{step} {i}", prompt=text, sampling=sampling, kv=using(name)))
             for output in llm.core.step():
                 outputs.setdefault(output.id, []).extend((entry.token, entry.logprob) for entry in output.logprobs)
             llm.core.check()
