@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvloom.kernels import vectorized
+from kvloom.kernels import tiles
 from kvloom.kernels.vectorized import TorchKernels
 from tests.kernels.conftest import ints, make_lists, make_rows, paged
 
@@ -88,4 +88,4 @@ def test_working_memory_of_a_long_prompt() -> None:
     plan = kernels.plan(make_rows(store, [0] * 1000, [0] * 1000, range(2001, 3001)), 6, 2, 16)
     with Recorder() as recorder:
         kernels.attend(q, store.kv, plan, scale=0.25, out=torch.empty_like(q))
-    assert recorder.largest <= max(vectorized.ROOM, 2 * 3072 * (vectorized.TILE * 3 + 2 * 16))
+    assert recorder.largest <= max(tiles.ROOM, 2 * 3072 * (tiles.TILE * 3 + 2 * 16))
