@@ -45,10 +45,13 @@ def cell(column: Column, row: Mapping[str, Any]) -> str:
         return json.dumps(value) if value else ""
     if isinstance(value, str):
         return value
-    form = column.form or ","
-    show = lambda n: format(n if column.factor == 1 else n * column.factor, form)  # noqa: E731
     interval = row.get(f"{column.key}_ci")
-    return show(value) + (f" ({show(interval[0])} to {show(interval[1])})" if interval else "")
+    return _number(column, value) + (f" ({_number(column, interval[0])} to {_number(column, interval[1])})" if interval else "")
+
+
+def _number(column: Column, value: float) -> str:
+    assert not callable(column.form)
+    return format(value if column.factor == 1 else value * column.factor, column.form or ",")
 
 
 def cells(columns: Sequence[Column], rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
