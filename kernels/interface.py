@@ -342,6 +342,18 @@ class Kernels(Protocol):
         """
         ...
 
+    # Sampling ---------------------------------------------------------------------------------------------------
+
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
+        """A token for every row. logits: [rows, vocab] fp32; out: [rows] int64.
+
+        how: [rows, 5] fp64: temperature, 0 for the likeliest token; top_k, 0 for all; top_p; min_p; and a number in [0, 1).
+        In the order of a row's tokens, likeliest first and ties by id, those stay whose weight exp((x - max) / temperature) is
+        at least min_p, then the first top_k, then the first whose weights together reach top_p of those: the token is the one
+        over whose share of their weight the number lies. -1 for a row with NaN or inf, or nothing but -inf.
+        """
+        ...
+
     # Layer ------------------------------------------------------------------------------------------------------
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:

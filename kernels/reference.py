@@ -20,6 +20,10 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+SMALLEST = 1e-30
+"""In place of a temperature of 0, which counts for nothing then."""
+
+
 @dataclass(slots=True)
 class ReferencePlan:
     """Only the rows: what they see is looked up at each use."""
@@ -68,6 +72,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
     x = wide(x)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * wide(weight)
+
+
+def check_sample(logits: Tensor, how: Tensor, out: Tensor) -> None:
+    """Raises ValueError or TypeError if the tensors do not belong together."""
+    rows = logits.shape[0]
+    if how.shape != (rows, 5) or out.shape != (rows,) or logits.ndim != 2 or not logits.shape[1]:
+        raise ValueError(f"logits are {tuple(logits.shape)}, how {tuple(how.shape)}, out {tuple(out.shape)}; allowed: "
+                         "[rows, vocab], [rows, 5] and [rows]")  # fmt: skip
+    if how.dtype != torch.float64 or out.dtype != torch.int64 or not how.is_contiguous() or not out.is_contiguous():
+        raise TypeError(f"how must be contiguous fp64 and out contiguous int64; got {how.dtype} and {out.dtype}")
 
 
 def check_pool(logits: Tensor, groups: int, how: str, window: int) -> None:
@@ -250,6 +264,23 @@ class ReferenceKernels:
         angles = delta[:, None, None].double() * inv_freq.double()
         cos, sin = angles.cos().to(wide(k).dtype), angles.sin().to(wide(k).dtype)
         return out.copy_(turn(wide(k), cos, sin))
+
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
+        """Every row sorted; see `interface.Kernels.sample`."""
+        check_sample(logits, how, out)
+        temperature, top_k, top_p, min_p, number = (column[:, None] for column in how.unbind(1))
+        ordered, ids = logits.sort(dim=1, descending=True, stable=True)
+        highest = ordered[:, :1]  # NaN, where there is any
+        weights = ((ordered - highest) / temperature.clamp(min=SMALLEST).float()).exp()
+        weights = torch.where(weights < min_p.float(), 0.0, weights).double()
+        rank = torch.arange(logits.shape[1], device=logits.device)
+        weights.masked_fill_(rank >= torch.where(temperature == 0, 1, torch.where(top_k == 0, len(rank), top_k)), 0.0)
+        reached = weights.cumsum(dim=1)
+        wanted = reached[:, -1:] * torch.where(top_p < 1, top_p, 1.0)
+        last = torch.searchsorted(reached, wanted).clamp_(max=len(rank) - 1)  # NaN lies behind everything
+        at = torch.searchsorted(reached, number * reached.gather(1, last), right=True)
+        found = ids.gather(1, torch.minimum(at, last))
+        return out.copy_(torch.where(highest.isfinite(), found, -1).squeeze(1))
 
     def add_rms_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float, out: Tensor) -> Tensor:
         """Residual addition and RMS norm; see `interface.Kernels.add_rms_norm`."""

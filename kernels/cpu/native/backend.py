@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.interface import COMPARES, Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
-from kvloom.kernels.reference import check_pool, check_renewal
+from kvloom.kernels.reference import check_pool, check_renewal, check_sample
 
 from .build import Progress, build
 from .graph import NativeGraph
@@ -192,6 +192,16 @@ class NativeKernels:
         self.library.rotate(
             k.data_ptr(), k_row, k_head, out.data_ptr(), out_row, out_head, delta.data_ptr(), _fp32(inv_freq),
             rows, heads, dim, 2 * inv_freq.shape[0], DTYPES[k.dtype], self.threads,
+        )  # fmt: skip
+        return out
+
+    # Sampling ---------------------------------------------------------------------------------------------------
+
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
+        """See the contract."""
+        check_sample(logits, how, out)
+        self.library.sample(
+            _fp32(logits), logits.stride(0), how.data_ptr(), out.data_ptr(), *logits.shape, self.threads
         )  # fmt: skip
         return out
 

@@ -89,6 +89,7 @@ POOL = _layout(
     "logits:P logits_row:q logits_head:q first:P last:P active:P out:P out_row:q out_group:q rows:q "
     "q_heads:i groups:i window:i maximum:i threads:i"
 )
+SAMPLE = _layout("logits:P logits_row:q how:P out:P rows:q vocab:q threads:i")
 LINEAR = _layout(
     "x:P x_row:q out:P out_row:q residual:P residual_row:q bias:P packed:P rows:q inputs:q outputs:q "
     "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i"
@@ -99,7 +100,9 @@ PACK = _layout("codes:P scales:P mins:P packed:P inputs:q outputs:q format:i")
 CALL = _layout("run:P args:P rows_in:P")
 
 # In the order of kvloom_sizes.
-_LAYOUTS = (ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, RENEW, POOL, LINEAR, SILU, PACK, CALL)
+_LAYOUTS = (
+    ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, RENEW, POOL, SAMPLE, LINEAR, SILU, PACK, CALL,
+)  # fmt: skip
 
 _FUNCTIONS = {
     "attend": ATTEND,
@@ -111,6 +114,7 @@ _FUNCTIONS = {
     "select": SELECT,
     "renew": RENEW,
     "pool": POOL,
+    "sample": SAMPLE,
     "linear": LINEAR,
     "silu_mul": SILU,
     "linear_pack": PACK,

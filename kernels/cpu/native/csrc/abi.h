@@ -144,6 +144,15 @@ struct PoolArgs {
   int32_t q_heads, groups, window, maximum, threads;  // maximum: combine heads by it, not by their sum
 };
 
+struct SampleArgs {
+  const float* logits;
+  int64_t logits_row;
+  const double* how;  // [rows, 5]: see interface.Kernels.sample
+  int64_t* out;
+  int64_t rows, vocab;
+  int32_t threads;
+};
+
 struct LinearArgs {  // out = x W^T (+ bias) (+ residual)
   const void* x;
   int64_t x_row;
