@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 from kvloom.engine.bounds import shown
 from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.lifecycle import Features
 from kvloom.engine.limits import Limits
 from kvloom.engine.request import PRIORITIES, KVOptions, Request
 from kvloom.engine.retention.razor import Razor
-from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.selection.base import Correcting, Selector, extrapolates
 from kvloom.engine.selection.policies import Selectors
@@ -23,17 +23,6 @@ from kvloom.engine.state import StateMemory
 
 Hold = Callable[..., None]
 """See `Holdings.opening`."""
-
-
-def sharing(share: KVShare | None) -> KVShare:
-    """What serves approximate reuse. Raises InvalidRequestError if nothing does."""
-    if share is None:
-        raise InvalidRequestError(
-            "approximate reuse is asked for, but this server runs with --retention razor, which drops KV that would be "
-            "reused; use kv.reuse exact",
-            param="kv.reuse",
-        )
-    return share
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,8 +34,8 @@ class Admission:
     domains: DomainFactory
     selectors: Selectors
     retention: Razor | None
-    share: KVShare | None
     states: StateMemory
+    features: Features
     reuse: str
     """Where KV comes from unless a request says otherwise."""
     uses_priority: bool
@@ -57,15 +46,17 @@ class Admission:
 
         Raises InvalidRequestError naming what cannot be served.
         """
-        if self.share is not None:
-            hold(self.share.forget, request)
+        for feature in self.features:
+            hold(feature.closed, request)
         self._check_priority(request.priority)
-        kv = request.kv
-        if kv.segment is not None:
-            sharing(self.share).compile(request)
-            kv = replace(kv, selection="dense")
+        for feature in self.features:
+            feature.received(request)
+        kv = request.kv if request.kv.segment is None else replace(request.kv, selection="dense")
         selector = self._resolve(request, kv, sequence)
-        reuse = self._open_reuse(request)
+        reuse = request.kv.reuse_or(self.reuse)
+        self._check_reuse(request, reuse)
+        for feature in self.features:
+            feature.opened(request)
         if selector is not None:
             hold(self.selectors.close, selector, request)
             self.selectors.open(selector, request)
@@ -119,15 +110,11 @@ class Admission:
             request.correct_every = selector.correct_every
         return selector
 
-    def _open_reuse(self, request: Request) -> str:
-        """Where a request's KV may come from. Raises InvalidRequestError if what it asks for does not go together."""
+    def _check_reuse(self, request: Request, reuse: str) -> None:
+        """Raises InvalidRequestError if options of approximate reuse are given without it."""
         kv = request.kv
-        reuse = "exact" if kv.segment is not None else kv.reuse or self.reuse
-        if reuse == "approx":
-            sharing(self.share).open(request)
-        elif kv.reuse_options or (kv.share not in (None, "none") and not request.internal):
+        if reuse != "approx" and (kv.reuse_options or (kv.share not in (None, "none") and not request.internal)):
             name = "kvshare" if kv.reuse_options else "share"
             raise InvalidRequestError(
                 f"kv.{name} is given, but kv.reuse is {reuse}; set kv.reuse to approx, or leave it out", param=f"kv.{name}"
             )
-        return reuse

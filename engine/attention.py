@@ -15,6 +15,7 @@ from torch import Tensor
 from kvloom.engine.cache import Storage
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.decoder import GraphMode
+from kvloom.engine.scheduling.plan import Look
 from kvloom.engine.selection.base import Layer, RowsInStep, Selector
 from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.kernels.interface import Kernels, Plan, Rows
@@ -29,6 +30,14 @@ class Part(NamedTuple):
     batch: Batch
     rows: RowsInStep
     decodes: bool
+
+
+class LookAt(NamedTuple):
+    """Rows [first, last) of a step, which are computed to look at them."""
+
+    first: int
+    last: int
+    look: Look
 
 
 def replayable(dense: Rows, parts: Sequence[Part], *, shadow: bool) -> tuple[GraphMode, Hashable]:
@@ -59,28 +68,31 @@ class StepAttention:
 
     def plan(
         self, dense: Rows, parts: Sequence[Part], positions: Tensor, slots: Tensor, q: Tensor, out: Tensor, *,
-        shadow: bool = False,
+        shadow: bool = False, looks: Sequence[LookAt] = (),
     ) -> None:  # fmt: skip
-        """Set the step up. dense: rows behind those of all parts, perhaps none; positions, slots: [rows] int64 of all;
-        q, out: [rows, q_heads, head_dim] work space.
+        """Set the step up. dense: rows behind those of all parts, perhaps none; looks: behind those; positions, slots: [rows]
+        int64 of all; q, out: [rows, q_heads, head_dim] work space.
 
         shadow: measure, beside what selection methods read, how much attention mass a dense step would have found there.
         """
         config = self._config
         self._positions, self._slots = positions, slots
         self._q, self._out, self._flat = q, out, out.view(out.shape[0], -1)
-        self._parts, self._shadow = parts, shadow
-        self._from = parts[-1].last if parts else 0
+        self._parts, self._looks, self._shadow = parts, looks, shadow
+        first = parts[-1].last if parts else 0
+        self._seeing_all = slice(first, first + dense.size)
         self._any_dense = dense.size > 0
         if self._any_dense:
             self._dense = self._kernels.plan(dense, config.q_heads, config.kv_heads, config.head_dim, self._dense)
 
     def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
-        """qkv: [rows, (q_heads + 2 kv_heads) * head_dim] -> [rows, q_heads * head_dim], valid until the next call."""
-        kernels, kv = self._kernels, self._storage.layers[layer]
+        """qkv: [rows, (q_heads + 2 kv_heads) * head_dim] -> [rows, q_heads * head_dim], valid until the next call. Rows that
+        did not get so far are behind all others."""
+        kernels, kv, rows = self._kernels, self._storage.layers[layer], qkv.shape[0]
         kernels.rotate_store(
-            qkv, self._cos, self._sin, self._positions, kv, self._slots, self._q, q_norm, k_norm, self._config.rms_eps
-        )
+            qkv, self._cos, self._sin, self._positions[:rows], kv, self._slots[:rows], self._q[:rows], q_norm, k_norm,
+            self._config.rms_eps,
+        )  # fmt: skip
         for part in self._parts:
             of, out = Layer(layer, self._q[part.first : part.last], kv), self._out[part.first : part.last]
             if self._shadow and part.decodes:
@@ -89,8 +101,12 @@ class StepAttention:
                 part.rows.attend(of, out)
         if self._any_dense:
             assert self._dense is not None
-            kernels.attend(self._q[self._from :], kv, self._dense, scale=self._scale, out=self._out[self._from :])
-        return self._flat
+            at = self._seeing_all
+            kernels.attend(self._q[at], kv, self._dense, scale=self._scale, out=self._out[at])
+        for first, last, look in self._looks:
+            if layer < look.stop:
+                look.attend(Layer(layer, self._q[first:last], kv), self._out[first:last])
+        return self._flat[:rows]
 
     def _cover(self, part: Part, layer: Layer, out: Tensor) -> None:
         """Attend, and measure the covered mass of rows that see less than everything: exp(lse of what was read - lse of

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from kvloom import kernels
+from kvloom.engine.assemble import assemble
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.catalog import ModelFiles, packed_folder, resolve
@@ -98,10 +99,12 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     razor = retention.razor
     cache = _cache(config, loaded, razor)
     length = _max_model_len(config, loaded, cache)
-    trained = loaded.config.max_position
+    trained, vocab = loaded.config.max_position, loaded.config.vocab_size
     loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
     geometry = _geometry(loaded, length)
     states = _states(config, cache.bytes, razor)
+    if razor is not None:
+        razor.states = states
     runner = Runner(
         loaded.decoder,
         cache,
@@ -123,9 +126,11 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
             """'{"positions": "reindexed", "prefill_budget": 1024}'"""
         )
     domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
-    limits = Limits(length, trained, loaded.config.vocab_size)
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
-    core = EngineCore(config, runner, cache, backend, selectors, tokenizer, domains, limits, eos, states, razor, share, tenants)
+    core = assemble(
+        config, runner, cache, states, backend, selectors, tokenizer, domains, tenants, Limits(length, trained, vocab), eos,
+        razor, share,
+    )  # fmt: skip
     return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
 
 
@@ -255,7 +260,7 @@ def _share(
         backend,
         domains,
         tenants,
-        rows=config.scheduler.max_batched_tokens,
+        default=config.cache.reuse,
         special=tokenizer.special_ids,
         sink=_sink(tokenizer, length),
     )

@@ -110,8 +110,8 @@ class LLM:
 
     def settle(self) -> None:
         """Do the work that the engine keeps for idle times: heal, compile, check. A server does it by itself."""
-        while self.core.has_errands:
-            self.core.start_errand()
+        while self.core.background.waiting:
+            self.core.background.start()
             while self.core.busy:
                 self.core.step()
 

@@ -23,7 +23,7 @@ def rewind(request: Request, *, evicted: bool) -> None:
     request.replay[:0] = request.tokens[kept:]
     del request.tokens[kept:]
     request.computed = request.exact = 0
-    request.repair, request.correcting = None, False
+    request.repair, request.looks, request.correcting = None, None, False
 
 
 def replay_next(request: Request) -> None:

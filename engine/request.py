@@ -16,6 +16,7 @@ from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from kvloom.engine.reuse.kvshare.repair import Repair
+    from kvloom.engine.scheduling.plan import Looks
     from kvloom.engine.selection.base import Selector
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -158,6 +159,10 @@ class KVOptions:
     explain: bool = False
     """Tell in `Usage.explanation` what was reused, from where, and what was computed."""
 
+    def reuse_or(self, default: str) -> str:
+        """Where KV may come from on a server with this default. A text to compile reuses what is exactly its own."""
+        return "exact" if self.segment is not None else self.reuse or default
+
 
 class TokenLogprob(NamedTuple):
     """Natural-log probabilities at one position, of the raw logits (before temperature, penalties and filters)."""
@@ -252,6 +257,8 @@ class Request:
     """Tokens whose KV was copied, or could have been, and was computed in the prompt pass."""
     unprepared: bool = False
     """Admitted, but such KV has not been looked for yet."""
+    looks: Looks | None = None
+    """Rows that are looked at before it is decided what is computed."""
     repair: Repair | None = None
     """Which of its rows hold such KV, and which are computed."""
 
@@ -262,7 +269,9 @@ class Request:
 
     @property
     def pending(self) -> int:
-        """Rows to compute before the next token is sampled."""
+        """Rows to compute before the next token is sampled, as far as is known."""
+        if self.looks is not None:
+            return self.looks.left
         left = 0 if self.repair is None else self.repair.left
         return left or len(self.tokens) - self.computed
 

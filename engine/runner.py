@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.engine.attention import Part, StepAttention, replayable
+from kvloom.engine.attention import LookAt, Part, StepAttention, replayable
 from kvloom.engine.cache import CacheManager
 from kvloom.engine.head_groups import GroupedAttention, GroupRows
 from kvloom.engine.model.decoder import Decoder
@@ -21,7 +21,7 @@ from kvloom.engine.retention.razor import Razor
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection import Geometry, Scratch, dense_rows
 from kvloom.engine.state import StateMemory
-from kvloom.engine.view import DECODE, DENSE, Place, Seen, StepParts, arrange, count
+from kvloom.engine.view import DECODE, DENSE, PROMPT, Place, Seen, StepParts, arrange, count
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 
@@ -79,9 +79,9 @@ class Runner:
         chunks = plan.chunks
         if self._retention is not None:
             return self._run_grouped(chunks, self._retention)
-        if any(chunk.request.selector is not None for chunk in chunks):
+        if any(chunk.request.selector is not None or chunk.look is not None for chunk in chunks):
             places = arrange(chunks)
-            if places[0].kind != DENSE:
+            if places[0].kind != DENSE or places[-1].kind != DENSE:
                 return self._run_selecting(chunks, places)
         starts = self._fill(chunks)
         visible = dense_rows(*self._seen(plan.rows, len(chunks)), self._zeros[: plan.rows])
@@ -89,10 +89,10 @@ class Runner:
         return StepResult(hidden, starts, lambda: [count(chunk, None, self.geometry) for chunk in chunks])
 
     def _run_selecting(self, chunks: list[Chunk], places: list[Place]) -> StepResult:
-        """The same, with selection methods among the rows."""
+        """The same, with selection methods or looks among the rows."""
         rows = sum(chunk.count for chunk in chunks)
         ordered = [chunks[place.chunk] for place in places]
-        selecting = [chunks[place.chunk] for place in places if place.kind != DENSE]
+        selecting = [chunks[place.chunk] for place in places if place.kind in (DECODE, PROMPT)]
         starts = self._fill(ordered)
         tables, request, stop = self._seen(rows, len(chunks))
         first = sum(chunk.count for chunk in selecting)
@@ -101,8 +101,10 @@ class Runner:
         if self._shadow_interval and any(part.decodes for part in step.parts):
             self._sparse_steps += 1
             shadow = self._sparse_steps % self._shadow_interval == 0
-        visible = dense_rows(tables, request[first:], stop[first:], self._zeros[: rows - first])
-        hidden = self._forward(visible, step.parts, rows, shadow=shadow)
+        looks = [LookAt(at, at + c.count, c.look) for at, c in zip(starts, ordered) if c.look is not None]
+        last = looks[0].first if looks else rows
+        visible = dense_rows(tables, request[first:last], stop[first:last], self._zeros[: last - first])
+        hidden = self._forward(visible, step.parts, rows, shadow=shadow, looks=looks)
         first_rows = {place.chunk: start for place, start in zip(places, starts)}
 
         def seen() -> list[Seen]:
@@ -155,9 +157,14 @@ class Runner:
             torch.from_numpy(self._stop[:rows]),
         )
 
-    def _forward(self, visible: Rows, parts: Sequence[Part], rows: int, *, shadow: bool = False) -> Tensor:
+    def _forward(
+        self, visible: Rows, parts: Sequence[Part], rows: int, *, shadow: bool = False, looks: Sequence[LookAt] = ()
+    ) -> Tensor:
         tokens, positions, slots = (torch.from_numpy(array[:rows]) for array in (self._tokens, self._positions, self._slots[0]))
-        self._attention.plan(visible, parts, positions, slots, self._q[:rows], self._out[:rows], shadow=shadow)
+        self._attention.plan(visible, parts, positions, slots, self._q[:rows], self._out[:rows], shadow=shadow, looks=looks)
+        if looks:
+            narrows = {at.look.stop: at.first for at in reversed(looks)}  # the first of those that go no further
+            return self.decoder.forward(tokens, self._attention, narrows=narrows)
         if self._scratch.moves != self._moves:
             self._moves = self._scratch.moves
             self.decoder.forget_programs()

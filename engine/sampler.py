@@ -1,4 +1,4 @@
-"""From logits to the next token.
+"""From logits to the next token: all rows of a step at once, where the logits are.
 
 Owns the order in which a request's parameters act, which is vLLM's:
 
@@ -6,75 +6,135 @@ Owns the order in which a request's parameters act, which is vLLM's:
 
 Promises that a row's token depends on that row, its request and nothing else: the random number of output i is a function of
 (seed, i) alone (Philox with the seed as key and i as counter), so the same seed gives the same text in any batch, and after
-preemption. The token is found by the inverse of the distribution function over the kept tokens, likeliest first, ties by id.
-
-No row is sorted as a whole: a histogram over values says in which narrow range a place of the order lies, and only that range
-is sorted. So a row costs a few passes over the vocabulary, whether its distribution is peaked or flat.
+preemption. What is drawn for a number is `Kernels.sample`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request, SamplingParams, Status
-
-Floats = npt.NDArray[np.float32]
-Ids = npt.NDArray[np.int64]
+from kvloom.engine.request import Request, SamplingParams
+from kvloom.kernels.interface import Kernels
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
 
-_BUCKETS = 2048
-_BUCKETS_PER_UNIT = np.float32(32.0)
-"""Buckets per unit of logit over temperature: the last begins where weights fall below exp(-64) of the highest."""
+
+class SampleError(Exception):
+    """A request cannot go on, and is told why; the others of the batch can."""
 
 
-class SampleError(NamedTuple):
-    """In place of a token: this request cannot go on, the others of the batch can."""
-
-    message: str
+Token = int | Exception
+"""What a row gives, or why it gives none."""
 
 
-@dataclass(slots=True)
-class SamplerState:
-    """What penalties need to know of one request, kept up to date token by token. Made again from the request if lost."""
+class Drawn(NamedTuple):
+    """A request's next token is to be drawn from a row of logits."""
 
-    counts: npt.NDArray[np.int32] | None = None
-    """[vocab]: how often each token was generated; None while no penalty asks for it."""
-    in_prompt: npt.NDArray[np.bool_] | None = None
-    """[vocab]: tokens of the prompt; None while no repetition penalty asks for it."""
-    counted: int = 0
-    """Generated tokens in `counts`."""
-    bias_ids: Ids = field(default_factory=lambda: np.empty(0, np.int64))
-    bias: Floats = field(default_factory=lambda: np.empty(0, np.float32))
+    request: Request
+    known: int
+    """Tokens known in front of it: all of them, or fewer for rows before drafts that are verified."""
+
+    @property
+    def place(self) -> int:
+        """Index of the output that is drawn."""
+        return self.known - len(self.request.prompt)
+
+    @property
+    def forced(self) -> bool:
+        """Whether the request says which token it is."""
+        return self.place < len(self.request.sampling.forced_tokens)
+
+
+class Sampled(NamedTuple):
+    """Tokens that have been drawn, perhaps not yet computed."""
+
+    ids: Tensor
+    """[rows] int64, -1 for rows that no token can be drawn from."""
+    errors: Mapping[int, Exception]
+    """Rows that could not be prepared, and why."""
+
+    def read(self) -> list[Token]:
+        """Wait for them. A row that holds NaN or inf, or nothing but -inf, gives an error."""
+        tokens: list[int] = self.ids.tolist()
+        return [self.errors.get(row, token if token >= 0 else _unusable()) for row, token in enumerate(tokens)]
+
+    @classmethod
+    def nothing(cls) -> Sampled:
+        """Of no rows."""
+        return cls(torch.empty(0, dtype=torch.int64), {})
+
+
+def _unusable() -> SampleError:
+    return SampleError("the model's logits for this request are not finite, so no token can be chosen")
+
+
+class _Seen(NamedTuple):
+    """What penalties need to know of one request, kept up token by token."""
+
+    tokens: list[int]
+    """Generated so far,"""
+    counts: Counter[int]
+    """and how often each."""
+    repeated: dict[int, None]
+    """Those of the prompt and those, each once; nothing while no repetition penalty asks for it."""
+
+
+class _Edits:
+    """Changes of single logits: no token twice in a row."""
+
+    def __init__(self) -> None:
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._tokens: list[npt.NDArray[np.int64]] = []
+        self._amounts: list[npt.NDArray[np.float32]] = []
+
+    def add(self, row: int, tokens: Collection[int], amounts: Iterable[float] | float) -> None:
+        """Of one row; one amount for each token, or for all."""
+        count = len(tokens)
+        self._rows.append(np.full(count, row))
+        self._tokens.append(np.fromiter(tokens, np.int64, count))
+        if isinstance(amounts, float):
+            self._amounts.append(np.full(count, amounts, np.float32))
+        else:
+            self._amounts.append(np.fromiter(amounts, np.float32, count))
+
+    def make(self, logits: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """logits: [n, vocab], in place; change: of the logits concerned and their amounts, [changes] each."""
+        if self._rows:
+            rows, tokens, amounts = (
+                torch.from_numpy(np.concatenate(column)).to(logits.device)
+                for column in (self._rows, self._tokens, self._amounts)
+            )
+            logits[rows, tokens] = change(logits[rows, tokens], amounts)
 
 
 class Sampler:
-    """Samples one token per row. Owned by the engine thread; keeps a `SamplerState` per request until it is dropped."""
+    """Draws one token per row. Remembers what penalties count of a request until it is dropped."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, vocab_size: int, kernels: Kernels) -> None:
         self.vocab_size = vocab_size
-        self._states: dict[Request, SamplerState] = {}  # requests compare by identity
+        self._kernels = kernels
+        self._seen: dict[Request, _Seen] = {}  # requests compare by identity
 
-    def sample(self, logits: torch.Tensor, requests: Sequence[Request], eos_ids: Sequence[int]) -> list[int | SampleError]:
-        """The next token of each request.
-
-        logits: [n, vocab], any float type, not changed; row i belongs to requests[i], whose `tokens` hold all that is known.
-        A row that holds NaN or +inf, or nothing but -inf, gives a SampleError; so does a request that `check` would refuse.
-        """
-        plain = all(_is_greedy(r.sampling) and not r.sampling.forced_tokens and not _changes_logits(r) for r in requests)
-        if plain and logits.device.type != "cpu":
-            best, index = logits.max(dim=-1)  # NaN wins
-            return [i if ok else _unusable() for i, ok in zip(index.tolist(), torch.isfinite(best).tolist())]
-        rows: Floats = logits.float().cpu().numpy()
-        return [self._one(row, request, eos_ids) for row, request in zip(rows, requests, strict=True)]
+    def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> Sampled:
+        """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
+        tensor."""
+        logits, errors = self._changed(logits.float(), rows, eos_ids)
+        how = torch.tensor([_how(row) for row in rows], dtype=torch.float64).view(-1, 5)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        self._kernels.sample(logits, how.to(logits.device), ids)
+        for i, row in enumerate(rows):
+            if row.forced:
+                ids[i] = row.request.sampling.forced_tokens[row.place]
+        return Sampled(ids, errors)
 
     def check(self, sampling: SamplingParams) -> None:
         """Raises InvalidRequestError if parameters name tokens outside the vocabulary."""
@@ -87,158 +147,71 @@ class Sampler:
 
     def drop(self, request: Request) -> None:
         """Forget a request that has ended. Unknown requests are ignored."""
-        self._states.pop(request, None)
+        self._seen.pop(request, None)
 
-    def _one(self, row: Floats, request: Request, eos_ids: Sequence[int]) -> int | SampleError:
-        if request.generated < len(request.sampling.forced_tokens):
-            return request.sampling.forced_tokens[request.generated]
-        best = int(row.argmax())  # NaN wins; of equals the first
-        if not np.isfinite(row[best]):
-            return _unusable()
-        if _changes_logits(request):
+    def _changed(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> tuple[Tensor, dict[int, Exception]]:
+        """The logits with bias, bans and penalties, a copy if there are any; and rows for which that failed."""
+        added, repeated, counted, errors = _Edits(), _Edits(), _Edits(), dict[int, Exception]()
+        changing = [(i, row) for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
+        for i, row in changing:
             try:
-                row = self._changed(row.copy(), request, eos_ids)
+                self._edit(i, row, eos_ids, added, repeated, counted)
             except InvalidRequestError as error:
-                return SampleError(str(error))
-            best = int(row.argmax())
-            if not np.isfinite(row[best]):
-                return _unusable()
-        if _is_greedy(request.sampling):
-            return best
-        return draw(row, request.sampling, uniform(request.seed, request.generated))
+                errors[i] = SampleError(str(error))
+            except Exception as error:  # its request ends, no other is concerned
+                errors[i] = error
+        if changing:
+            logits = logits.clone()
+            added.make(logits, torch.add)
+            repeated.make(logits, lambda found, penalty: torch.where(found > 0, found / penalty, found * penalty))
+            counted.make(logits, torch.sub)
+        return logits, errors
 
-    def _changed(self, logits: Floats, request: Request, eos_ids: Sequence[int]) -> Floats:
-        """Bias, banned ends and penalties, in place."""
-        params = request.sampling
-        state = self._state(request)
-        logits[state.bias_ids] += state.bias
-        if request.generated < params.min_tokens:
-            ends = [*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)]
-            logits[np.asarray(ends, np.int64)] = -np.inf
-        if state.counts is None:
-            return logits
-        if state.in_prompt is not None:
-            seen = state.in_prompt | (state.counts > 0)
-            scaled = np.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-            logits = np.where(seen, scaled, logits)
-        logits -= np.float32(params.frequency_penalty) * state.counts.astype(np.float32)
-        logits -= np.float32(params.presence_penalty) * (state.counts > 0)
-        return logits
-
-    def _state(self, request: Request) -> SamplerState:
-        state = self._states.get(request)
-        if state is None or state.counted > request.generated:  # new, or tokens were taken back
-            state = self._states[request] = self._new_state(request)
-        if state.counts is not None:
-            new = request.tokens[len(request.prompt) + state.counted :]
-            np.add.at(state.counts, np.asarray(new, np.int64), 1)
-            state.counted += len(new)
-        return state
-
-    def _new_state(self, request: Request) -> SamplerState:
-        self._states = {r: s for r, s in self._states.items() if r.status is not Status.FINISHED}
-        params = request.sampling
+    def _edit(self, i: int, row: Drawn, eos_ids: Sequence[int], added: _Edits, repeated: _Edits, counted: _Edits) -> None:
+        """The changes of one row. Raises InvalidRequestError."""
+        params = row.request.sampling
         self.check(params)
-        state = SamplerState()
-        if params.logit_bias:
-            state.bias_ids = np.asarray(list(params.logit_bias), np.int64)
-            state.bias = np.asarray(list(params.logit_bias.values()), np.float32)
-        if _penalises(params):
-            state.counts = np.zeros(self.vocab_size, np.int32)
-        if params.repetition_penalty != 1.0:
-            state.in_prompt = np.zeros(self.vocab_size, np.bool_)
-            state.in_prompt[np.asarray(request.prompt, np.int64)] = True
-        return state
+        bias = dict(params.logit_bias)
+        if row.place < params.min_tokens:
+            bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)), -np.inf)
+        seen = self._seen_before(row) if _penalises(params) else _Seen([], Counter(), {})
+        often, once = params.frequency_penalty, params.presence_penalty
+        added.add(i, bias, bias.values())
+        repeated.add(i, seen.repeated, float(params.repetition_penalty))
+        counted.add(i, seen.counts, (often * count + once for count in seen.counts.values()))
+
+    def _seen_before(self, row: Drawn) -> _Seen:
+        """What was known of a request before one of its rows."""
+        request, begin, repeats = row.request, len(row.request.prompt), row.request.sampling.repetition_penalty != 1.0
+        seen = self._seen.get(request)
+        if seen is None or seen.tokens != request.tokens[begin : min(begin + len(seen.tokens), row.known)]:
+            # new, or tokens were taken back
+            seen = self._seen[request] = _Seen([], Counter(), dict.fromkeys(request.prompt if repeats else ()))
+        new = request.tokens[begin + len(seen.tokens) : row.known]
+        seen.tokens.extend(new)
+        seen.counts.update(new)
+        seen.repeated.update(dict.fromkeys(new if repeats else ()))
+        return seen
 
 
-def _unusable() -> SampleError:
-    return SampleError("the model's logits for this request are not finite, so no token can be chosen")
-
-
-def _is_greedy(params: SamplingParams) -> bool:
-    return params.temperature < GREEDY_BELOW
+def _how(row: Drawn) -> tuple[float, ...]:
+    """See `Kernels.sample`."""
+    params = row.request.sampling
+    if params.temperature < GREEDY_BELOW:
+        return 0.0, 0, 1.0, 0.0, 0.0
+    number = uniform(row.request.seed, row.place)
+    return params.temperature, max(0, params.top_k), params.top_p, params.min_p, number
 
 
 def _penalises(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
-def _changes_logits(request: Request) -> bool:
-    params = request.sampling
-    return _penalises(params) or bool(params.logit_bias) or request.generated < params.min_tokens
+def _changes_logits(row: Drawn) -> bool:
+    params = row.request.sampling
+    return _penalises(params) or bool(params.logit_bias) or row.place < params.min_tokens
 
 
 def uniform(seed: int, index: int) -> float:
     """The random number in [0, 1) of output `index`: a function of its arguments, and of nothing else."""
     return float(np.random.Generator(np.random.Philox(key=seed % 2**64, counter=index)).random())
-
-
-class Cut(NamedTuple):
-    """A place in a row's sorted order."""
-
-    bucket: int
-    mass: float
-    """Weight of the tokens up to and including the place."""
-
-
-class SortedRow:
-    """One row's tokens in sorted order (likeliest first, ties by id), of which only what is looked at is ever sorted.
-
-    Tokens fall into buckets by value; a bucket's weight is known at once, its order when a place in it is asked for.
-    """
-
-    def __init__(self, logits: Floats, temperature: float, min_p: float) -> None:
-        """logits: [vocab] with a finite highest value; temperature at least GREEDY_BELOW."""
-        with np.errstate(over="ignore"):  # -inf is the right result
-            self._scaled = (logits - logits.max()) / np.float32(temperature)
-        weights = np.exp(self._scaled)
-        if min_p > 0.0:
-            weights[weights < np.float32(min_p)] = 0.0
-        self._weights = weights.astype(np.float64)
-        self._bucket = np.minimum(self._scaled * -_BUCKETS_PER_UNIT, _BUCKETS - 1).astype(np.int64)
-        self._mass = np.cumsum(np.bincount(self._bucket, weights=self._weights, minlength=_BUCKETS))
-
-    def everything(self) -> Cut:
-        """After the last token that has any weight."""
-        total = float(self._mass[-1])
-        return Cut(int(np.searchsorted(self._mass, total, side="left")), total)
-
-    def first(self, count: int) -> Cut:
-        """After the `count` likeliest tokens."""
-        counts = np.cumsum(np.bincount(self._bucket, minlength=_BUCKETS))
-        bucket = int(np.searchsorted(counts, count, side="left"))
-        if bucket >= _BUCKETS:
-            return self.everything()
-        _, mass = self._sorted(bucket)
-        before = int(counts[bucket - 1]) if bucket else 0
-        return Cut(bucket, float(mass[count - before - 1]))
-
-    def reaching(self, mass: float, within: Cut) -> Cut:
-        """After the first token with which the weight so far reaches `mass`, which is at most that of `within`."""
-        bucket = min(int(np.searchsorted(self._mass, mass, side="left")), within.bucket)
-        _, inside = self._sorted(bucket)
-        at = min(int(np.searchsorted(inside, mass, side="left")), len(inside) - 1)
-        return Cut(bucket, min(float(inside[at]), within.mass))
-
-    def at(self, mass: float, kept: Cut) -> int:
-        """The token over whose share of [0, kept.mass) `mass` lies. Rounding never leads past the cut or to weight 0."""
-        bucket = min(int(np.searchsorted(self._mass, mass, side="right")), kept.bucket)
-        ids, inside = self._sorted(bucket)
-        last = int(np.searchsorted(inside, min(kept.mass, float(inside[-1])), side="left"))
-        return int(ids[min(int(np.searchsorted(inside, mass, side="right")), last)])
-
-    def _sorted(self, bucket: int) -> tuple[Ids, npt.NDArray[np.float64]]:
-        """A bucket's token ids in order, and the row's weight up to and including each."""
-        ids = np.flatnonzero(self._bucket == bucket)
-        ids = ids[np.argsort(-self._scaled[ids], kind="stable")]
-        before = float(self._mass[bucket - 1]) if bucket else 0.0
-        return ids, before + np.cumsum(self._weights[ids])
-
-
-def draw(logits: Floats, params: SamplingParams, number: float) -> int:
-    """The token at `number` in [0, 1) of the distribution that temperature, min_p, top_k and top_p leave."""
-    row = SortedRow(logits, params.temperature, params.min_p)
-    kept = row.first(params.top_k) if params.top_k > 0 else row.everything()
-    if params.top_p < 1.0:
-        kept = row.reaching(params.top_p * kept.mass, kept)
-    return row.at(number * kept.mass, kept)

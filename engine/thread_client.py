@@ -41,7 +41,7 @@ STALL_SECONDS = 120.0
 DIED = "the engine has ended after an internal error; the server's log says more"
 """All that anybody but the log is told."""
 
-ERRAND_SECONDS = 0.2
+BACKGROUND_SECONDS = 0.2
 """After this long with nothing to do, the engine turns to its own work."""
 RECEIVE_SECONDS, RECEIVE_SHARE = 0.005, 0.2
 """Between two steps, messages are taken for so long, or for that share of the step before if it is more: a thousand requests at
@@ -237,15 +237,15 @@ class ThreadEngineClient:
         while True:
             if not self._core.busy:
                 self._answer_next()
-            wait = ERRAND_SECONDS if self._core.has_errands else None if checked else IDLE_SECONDS
+            wait = BACKGROUND_SECONDS if self._core.background.waiting else None if checked else IDLE_SECONDS
             pause = None if wait is None else max(0.0, idle + wait - time.monotonic())  # questions do not put it off
             try:
                 message = self._inbox.get(block=not self._core.busy, timeout=pause)
             except queue.Empty:
                 if self._core.busy:
                     return True
-                if self._core.has_errands:
-                    self._core.start_errand()
+                if self._core.background.waiting:
+                    self._core.background.start()
                     if self._core.busy:
                         return True
                     continue  # it could not be started

@@ -4,7 +4,7 @@
     run     rows that share a list; a chunk is one run, a sparse prompt one per grid cell
     row     one token
 
-Order of rows: decode rows of selection methods, prompts of selection methods, then all that see everything.
+Order of rows: decode rows of selection methods, prompts of selection methods, all that see everything, then looks.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.state import StateMemory
 from kvloom.kernels.interface import Kernels
 
-DECODE, PROMPT, DENSE = 0, 1, 2
-"""Classes of rows: decode rows beyond a method's budget, prompts that a method computes or looks at, all others."""
+DECODE, PROMPT, DENSE, LOOK = 0, 1, 2, 3
+"""Classes of rows: decode rows beyond a method's budget, prompts that a method computes or looks at, all others, and those that
+are not computed for good: the deeper they go, the sooner they come."""
 
 
 class Place(NamedTuple):
@@ -45,6 +46,8 @@ def arrange(chunks: Sequence[Chunk]) -> list[Place]:
 
 def _kind(chunk: Chunk) -> tuple[int, tuple[int, int]]:
     selector = chunk.request.selector
+    if chunk.look is not None:
+        return LOOK, (-chunk.look.stop, 0)
     if selector is not None:
         if chunk.decodes:
             if chunk.request.sparse and chunk.stop > selector.budget:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -111,20 +112,27 @@ class Decoder:
         return rotary_table(self.config.rope, self.config.max_position)
 
     def forward(
-        self, tokens: Tensor, attention: LayerAttention, graphs: GraphMode = "none", program: Hashable = None
+        self,
+        tokens: Tensor,
+        attention: LayerAttention,
+        graphs: GraphMode = "none",
+        program: Hashable = None,
+        narrows: Mapping[int, int] = MappingProxyType({}),
     ) -> Tensor:
         """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]
         fp32, valid until the next call.
 
-        program: what the attention's calls depend on beside the contents of their tensors; kept while they are captured."""
+        program: what the attention's calls depend on beside the contents of their tensors; kept while they are captured.
+        narrows: layers whose projection is the last that all rows get, and how many of the first ones go on; no graphs then.
+        """
         x, rows = self.embed(tokens), tokens.shape[0]
         mode = min(graphs, self._most if rows else "none", key=_MODES.index)
-        if mode == "none":
-            return self.finish(x, self._through(x, attention, nullcontext))
+        if mode == "none" or narrows:
+            return self.finish(*self._through(x, attention, nullcontext, narrows))
         key = (attention, mode, program if mode == "full" else None)
         graph = self._graphs.get(key)
         if graph is None:
-            return self.finish(x, self._capture(x, key))
+            return self.finish(*self._capture(x, key))
         self._graphs.move_to_end(key)
         ws = self._workspace(rows)
         graph.replay(0, rows)
@@ -149,31 +157,42 @@ class Decoder:
         """What was captured of attentions with a program has moved."""
         self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key[2] is None)
 
-    def _capture(self, x: Tensor, key: tuple[LayerAttention, GraphMode, Hashable]) -> Tensor:
+    def _capture(self, x: Tensor, key: tuple[LayerAttention, GraphMode, Hashable]) -> tuple[Tensor, Tensor | None]:
         """Run all layers, and keep what was called for steps to come."""
         graph, (attention, mode, _) = self.kernels.graph(), key
         assert graph is not None
         if mode == "piecewise":
-            delta = self._through(x, attention, graph.piece)
+            result = self._through(x, attention, graph.piece)
         else:
             with graph.piece():
-                delta = self._through(x, attention, nullcontext)
+                result = self._through(x, attention, nullcontext)
         self._graphs[key] = graph
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        return delta
+        return result
 
-    def _through(self, x: Tensor, attention: LayerAttention, piece: Callable[[], AbstractContextManager[None]]) -> Tensor:
-        """All layers; what lies between two attentions, within a `piece`. Returns the last one's delta."""
+    def _through(
+        self,
+        x: Tensor,
+        attention: LayerAttention,
+        piece: Callable[[], AbstractContextManager[None]],
+        narrows: Mapping[int, int] = MappingProxyType({}),
+    ) -> tuple[Tensor, Tensor | None]:
+        """All layers; what lies between two attentions, within a `piece`. Returns the rows that got so far, and the last
+        layer's delta."""
         with piece():
             qkv = self.project(0, x, None)
         for index, layer in enumerate(self.layers):
             attended = attention(index, qkv, layer.q_norm, layer.k_norm)
+            if index in narrows:
+                x, attended = x[: narrows[index]], attended[: narrows[index]]
+                if not len(x):
+                    return x, None
             with piece():
                 delta = self.mix(index, x, attended)
                 if index + 1 < len(self.layers):
                     qkv = self.project(index + 1, x, delta)
-        return delta
+        return x, delta
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden] fp32, the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""

@@ -31,6 +31,8 @@ from kvloom.engine.calibration import find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
 from kvloom.engine.config import option_fields, parse_value
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.isolation import blame
+from kvloom.engine.lifecycle import Feature
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.retention.compensation import Compensation
 from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
@@ -38,6 +40,7 @@ from kvloom.engine.state import Record, StateMemory
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
+    from kvloom.engine.scheduling import Chunk
 
 RETRIEVAL, LOCAL = 0, 1
 
@@ -142,7 +145,7 @@ def window_blocks(length: int, block_size: int, window: Window) -> int:
     return -(-length // block_size) - max(0, dropped)
 
 
-class Razor:
+class Razor(Feature):
     """Evict mode of one engine: its head groups, and the state of what its open requests have dropped."""
 
     name = "razor"
@@ -155,6 +158,8 @@ class Razor:
         group = model.q_heads // model.kv_heads
         self._state = Compensation(model.layers, local, group, model.head_dim, options.sinks)
         self._cache: CacheManager | None = None
+        self.states: StateMemory | None = None
+        """Where its records lie; there before the first request."""
 
     def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
         """A cache of two groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
@@ -186,10 +191,18 @@ class Razor:
         """[tables] int32: where the tails of local heads begin, 0 for those that read everything."""
         return np.array([table.forgotten * block_size for table in tables], np.int32)
 
-    def advance(self, request: Request, table: BlockTable, states: StateMemory) -> None:
+    def computed(self, chunks: Sequence[Chunk]) -> None:
+        """See `Feature`: once a prompt has been computed densely, local heads give back what they leave behind."""
+        for chunk in chunks:
+            request = chunk.request
+            if len(request.prompt) < len(request.tokens) == request.computed + 1:
+                with blame(request):
+                    self._advance(request, chunk.table)
+
+    def _advance(self, request: Request, table: BlockTable) -> None:
         """All known tokens but the last are computed: fold and give back what the next row's window leaves behind."""
-        cache = self._cache
-        assert cache is not None
+        cache, states = self._cache, self.states
+        assert cache is not None and states is not None
         size = cache.block_size
         begin = int(self.window.begin(np.array([len(request.tokens)]), size)[0])
         if begin <= table.forgotten * size:

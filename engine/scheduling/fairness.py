@@ -78,14 +78,14 @@ class Fairness:
         self._bills[request] = _Bill(len(request.tokens), work)
         self._credit[request.tenant] -= work
 
-    def computed(self, request: Request, start: int, rows: int) -> None:
-        """A step computed `rows` of the request from position `start` on."""
+    def computed(self, request: Request, start: int, rows: float) -> None:
+        """A step computed `rows` of the request from position `start` on, or did as much work for it."""
         bill = self._bills[request]
         if start >= bill.known:
             self._settle(request.tenant, bill)
             self._credit[request.tenant] -= DECODE_COST * rows
         else:
-            paid = min(bill.left, float(rows))
+            paid = min(bill.left, rows)
             bill.left -= paid
             self._credit[request.tenant] -= rows - paid
 

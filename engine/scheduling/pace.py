@@ -79,7 +79,7 @@ class StepCost:
         """Whether `base` is of so many fewer, or more, that it says nothing of these."""
         return not 2 * self._streams / 3 <= streams <= 3 * self._streams / 2
 
-    def prompts(self, rows: int, pairs: float, seconds: float, *, beside: bool) -> float:
+    def prompts(self, rows: float, pairs: float, seconds: float, *, beside: bool) -> float:
         """A step with so many rows of prompts, and positions seen by them, took so long. Returns what they took of it.
 
         beside: whether it decoded as well."""
@@ -122,8 +122,8 @@ class Pace:
         self._left = 0.0
         self._spent: defaultdict[str, float] = defaultdict(float)
         """Seconds that the prompts of this step are expected to take, by tenant."""
-        self._rows, self._decodes = 0, 0
-        """Of the step that was planned: rows of prompts, and requests that decode."""
+        self._rows, self._decodes = 0.0, 0
+        """Of the step that was planned: rows of prompts, by the work they take, and requests that decode."""
         self._pairs = 0.0
         """Positions that those rows see, summed over them."""
         self._mixed = 0
@@ -147,7 +147,10 @@ class Pace:
         seconds = self._seconds(request.tenant)
         if seconds <= 0:
             return 0
-        return int(min(MOST_ROWS, max(LEAST_ROWS, least(request), self.cost.rows(seconds, request.computed))))
+        rows = self.cost.rows(seconds, request.computed)
+        if request.looks is not None:
+            rows /= request.looks.depth
+        return int(min(MOST_ROWS, max(LEAST_ROWS, least(request), rows)))
 
     def ready(self, tenant: str) -> bool:
         """Whether the step being planned takes rows of a tenant's prompts."""
@@ -162,8 +165,8 @@ class Pace:
             seconds = min(seconds, self._saved.get(tenant, BURST_SECONDS) - self._spent.get(tenant, 0.0))
         return seconds
 
-    def spend(self, request: Request, rows: int) -> None:
-        """The step takes so many of them."""
+    def spend(self, request: Request, rows: float) -> None:
+        """The step takes so many of them, or as much work."""
         seconds = self.cost.seconds(rows, request.computed)
         self._left -= seconds
         self._spent[request.tenant] += seconds
@@ -171,8 +174,8 @@ class Pace:
     def planned(self, plan: StepPlan) -> None:
         """What the step computes is certain."""
         prompts = [chunk for chunk in plan.chunks if chunk.prefills]
-        self._rows = sum(chunk.count for chunk in prompts)
-        self._pairs = sum((chunk.count * (chunk.start + chunk.count / 2) for chunk in prompts), 0.0)
+        self._rows = sum((chunk.work for chunk in prompts), 0.0)
+        self._pairs = sum((chunk.work * (chunk.start + chunk.count / 2) for chunk in prompts), 0.0)
         self._decodes = len(plan.chunks) - len(prompts)
 
     def end(self) -> None:

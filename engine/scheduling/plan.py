@@ -6,13 +6,17 @@ Data that the scheduler makes, the runner turns into tensors and the core reads 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from kvloom.engine.cache import BlockTable
 from kvloom.engine.request import Request
+
+if TYPE_CHECKING:
+    from kvloom.engine.selection.base import Layer
 
 INTERNAL_ROWS = 128
 """Most rows per step of the engine's own work."""
@@ -30,6 +34,8 @@ class Chunk:
     """[count], ascending, the first is `start`: rows of a prompt whose other rows hold reused KV."""
     refresh: bool = False
     """Whether these rows only bring their KV up to date: the request has gone on without them, nothing is sampled."""
+    look: Look | None = None
+    """What these rows are computed for, if they are not computed for good."""
 
     @property
     def stop(self) -> int:
@@ -39,7 +45,12 @@ class Chunk:
     @property
     def samples(self) -> bool:
         """Whether computed meets known at the end of this chunk, so that a token is sampled."""
-        return self.stop == len(self.request.tokens) and not self.refresh
+        return self.stop == len(self.request.tokens) and not self.refresh and self.look is None
+
+    @property
+    def work(self) -> float:
+        """What it takes, in rows of a full pass."""
+        return self.count * (1.0 if self.look is None else self.look.depth)
 
     @property
     def decodes(self) -> bool:
@@ -56,14 +67,58 @@ class Chunk:
 class Reuse(Protocol):
     """Brings KV from elsewhere than the prefix index, and repairs it (`engine.reuse.kvshare`)."""
 
-    def prepare(self, request: Request, table: BlockTable) -> float:
+    def begin(self, request: Request, table: BlockTable) -> float:
         """The request has been admitted: its prefix is adopted (`computed`), blocks of all its tokens are reserved. May fill
-        some of them and set `request.repair`. Returns the work that took, in rows of a full pass: 0 or more. What it raises
-        ends the request."""
+        some of them, and set `request.looks` to have rows looked at before it is decided what is computed. Returns the work
+        that took, in rows of a full pass: 0 or more. What it raises ends the request."""
+        ...
+
+    def settle(self, request: Request) -> None:
+        """All that was to be looked at has been computed: decide. May set `request.repair`."""
         ...
 
     def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
         """Rows beside those of the plan that bring reused KV up to date, at most `rows`; more are left out. Raises Blamed."""
+        ...
+
+
+class Look(Protocol):
+    """Rows of one step that are computed to look at them. Their KV is stored as any other's, but they count for nothing."""
+
+    @property
+    def stop(self) -> int:
+        """The layer before whose attention they leave: KV is stored up to it, and attention ends with the one before."""
+        ...
+
+    @property
+    def depth(self) -> float:
+        """What a row takes, in rows of a full pass."""
+        ...
+
+    def attend(self, layer: Layer, out: Tensor) -> None:
+        """Write attention of the rows in a layer before `stop`. out: [rows, q_heads, head_dim]."""
+        ...
+
+
+class Looks(Protocol):
+    """What is still to be looked at of one request."""
+
+    @property
+    def left(self) -> int:
+        """Rows, 1 or more."""
+        ...
+
+    @property
+    def depth(self) -> float:
+        """See `Look`: of the next rows."""
+        ...
+
+    def next(self, count: int) -> tuple[npt.NDArray[np.int64], Look]:
+        """The next rows, at most `count`: their positions, ascending, and what they are for."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """So many more have been computed."""
         ...
 
 
@@ -76,6 +131,11 @@ class StepPlan(NamedTuple):
     @property
     def rows(self) -> int:
         return sum(chunk.count for chunk in self.chunks)
+
+    @property
+    def work(self) -> float:
+        """What it takes, in rows of a full pass."""
+        return sum(chunk.work for chunk in self.chunks)
 
 
 def of_prompt(chunk: Chunk) -> bool:
@@ -90,6 +150,8 @@ def prefills(request: Request) -> bool:
 
 def least(request: Request) -> int:
     """The fewest rows of a request that a step can take: the smallest budget of which `fitting` makes any use."""
+    if request.looks is not None:
+        return 1
     pending = request.pending
     grid, tail = (0, 0) if request.selector is None else (request.selector.grid, request.selector.tail)
     if request.verifying or pending <= tail:
@@ -106,8 +168,8 @@ def fitting(request: Request, budget: int) -> int:
     pending = request.pending
     if request.internal:  # whoever comes meanwhile waits for the end of the step
         budget = min(budget, INTERNAL_ROWS)
-    if pending <= budget:
-        return pending
+    if pending <= budget or request.looks is not None:
+        return min(pending, budget)
     if request.verifying:
         return 0
     grid, tail = (0, 0) if request.selector is None else (request.selector.grid, request.selector.tail)

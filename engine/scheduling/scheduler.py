@@ -22,30 +22,21 @@ from kvloom.engine.replay import rewind
 from kvloom.engine.request import Request, Status
 from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
-from kvloom.engine.scheduling.order import Key, Order
+from kvloom.engine.scheduling.order import Order
 from kvloom.engine.scheduling.pace import Pace
-from kvloom.engine.scheduling.plan import Chunk, Reuse, StepPlan, fitting, of_prompt, prefills
+from kvloom.engine.scheduling.plan import Chunk, Reuse, StepPlan, of_prompt, prefills
+from kvloom.engine.scheduling.progress import Progress
 from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
-from kvloom.engine.scheduling.shares import MOST_VICTIMS, Shares
+from kvloom.engine.scheduling.room import Room
+from kvloom.engine.scheduling.shares import Shares
+from kvloom.engine.scheduling.turns import TURN_STEPS, Turns
 from kvloom.engine.state import StateMemory
 
-LOOK_UP_COST = 0.01
-"""Work of looking a token of a prompt up, in rows of a full pass: what one look-up compares is bounded per token."""
-MOST_PASSES = 64
-"""Requests of other tenants that may start before one that waits for memory; then it comes first, unless its own tenant has
-others running, which it waits for."""
-PATIENCE = 16
-"""Steps for which a tenant's requests wait until slots or blocks are taken from who holds too many. Before that they come free
-of themselves, and go by credit; only who has nothing running is not kept waiting."""
 MOST_TRIES = 8
 """Heads of lanes that are tried per admission."""
 QUANTUM_STEPS = 4
 """What a tenant of weight 1 gets per round of credit, in steps with a full budget."""
-
-TURN_STEPS = 4
-"""Steps in a row without a row after which a prompt, or drafts to verify, come before decode rows: those need one row each and
-wait less. The queue is as patient, when steps are full without a prompt among them."""
 
 
 class Scheduler:
@@ -74,6 +65,7 @@ class Scheduler:
         self.preemptions = 0
         self.queued_tokens = 0
         self._order = order
+        self._turns = Turns(order.key)
         self._reuse = reuse
         self._states = states or StateMemory(0)
         self._max_seqs = max_seqs
@@ -88,12 +80,9 @@ class Scheduler:
         """Steps in a row that left no row for who waits, and had no prompt in them."""
         self._pace = Pace(step_seconds, weight, clock)
         self._fairness = Fairness(QUANTUM_STEPS * max_tokens, weight)
+        self._progress = Progress(cache, self._tables, self._fairness, reuse, max_tokens, self.charge)
         self._shares = Shares(weight, order.key, lambda request: len(self._tables[request].blocks))
-        self._steps = 0
-        self._served: dict[str, int] = {}
-        """The step in which a tenant last got what was free."""
-        self._fresh: set[Request] = set()
-        """Began in this step: what they compute may have been published already, so they stay."""
+        self._room = Room(cache, self._tables, self.running, self._states, order, self._shares, self._fairness, max_seqs)
         around = Surroundings(
             cache, self._tables, self.running, estimator or PrefixEstimator(cache), self._pace.cost, clock, max_wait
         )
@@ -145,8 +134,7 @@ class Scheduler:
                 self._waiting.remove(request)
         finally:
             self._fairness.left(request, contended=len(self._waiting) > 0)
-            if request.tenant not in self._fairness.tenants:
-                self._served.pop(request.tenant, None)
+            self._room.left(request.tenant)
             self.cache.close(table)
 
     def schedule(self) -> StepPlan:
@@ -156,8 +144,7 @@ class Scheduler:
         """
         plan = StepPlan([], [])
         self._considered, self._admitted = None, []
-        self._fresh.clear()
-        self._steps += 1
+        self._room.begin()
         self._pace.begin(self.running)
         try:
             self._plan(plan)
@@ -166,7 +153,7 @@ class Scheduler:
             if self._considered is None or isinstance(error, Blamed):
                 raise
             raise Blamed(self._considered) from error
-        self._take_turns(plan)
+        self._turns.planned(plan, self.running)
         self._pace.planned(plan)
         return plan
 
@@ -207,7 +194,7 @@ class Scheduler:
         """Chunks of running requests that have none yet: decodes and who was left out, then prompts by their tenants' shares.
         Returns the rows that are left."""
         planned = {chunk.request for chunk in plan.chunks}
-        order = [request for request in sorted(self.running, key=self._turn) if request not in planned]
+        order = [request for request in sorted(self.running, key=self._turns.key) if request not in planned]
         prompts = [request for request in order if prefills(request) and request.pending > 1 and request.left_out < TURN_STEPS]
         for request in order:
             if request not in prompts:
@@ -240,16 +227,16 @@ class Scheduler:
         if budget <= 0 or room <= 0 or request.status is not Status.RUNNING:  # it was preempted for the sake of another one
             return 0
         self._considered = request
-        work = self._prepare(request) if request.unprepared else 0
+        work = self._progress.prepare(request) if request.unprepared else 0
         self._pace.spend(request, work)
         left = max(1, budget - work)
-        chunk = self._chunk(request, max(1, min(left, room - work)))
+        chunk = self._progress.chunk(request, max(1, min(left, room - work)))
         if chunk is None and request is min(self.running, key=self._order.key):  # the first in order is never kept waiting
-            chunk = self._chunk(request, left)
+            chunk = self._progress.chunk(request, left)
         if chunk is None or not self._reserve(request, chunk.stop, plan):
             return min(work, budget - 1)
         if chunk.prefills:
-            self._pace.spend(request, chunk.count)
+            self._pace.spend(request, chunk.work)
         plan.chunks.append(chunk)
         return min(work, budget - 1) + chunk.count
 
@@ -289,84 +276,32 @@ class Scheduler:
         if admitted.unprepared:
             if admitted.computed and not alone:  # what it begins with may be computed in this very step: wait for it
                 return 0
-            work = min(self._prepare(admitted), budget - 1)
+            work = min(self._progress.prepare(admitted), budget - 1)
             self._pace.spend(admitted, work)
-        chunk = self._chunk(admitted, budget - work)
+        chunk = self._progress.chunk(admitted, budget - work)
         if chunk is None:  # it keeps its blocks, and comes first in the next step
             return None
-        self._pace.spend(admitted, chunk.count)
+        self._pace.spend(admitted, chunk.work)
         plan.chunks.append(chunk)
+        if chunk.look is not None:
+            return work + chunk.count
         # Findable at once, so that requests that came together with the same beginning compute it once: a layer stores
         # the KV of all rows of a step before any row attends. Safe because nothing can take this chunk out of the plan
-        # any more: who began in this step is not preempted in it (`_fresh`). If the step fails as a whole, `take_back` makes it
+        # any more: who began in this step is not preempted in it (`room`). If the step fails as a whole, `take_back` makes it
         # unfindable again.
         until = exact_until(chunk, saw_everything=not (chunk.decodes and admitted.sparse))
         self.cache.commit(chunk.table, admitted.tokens, min(until, admitted.taint))
         return work + chunk.count
 
-    def _turn(self, request: Request) -> tuple[int, bool, Key]:
-        """Who comes first in a step: those left out longest, then decodes before prompts, then by the order."""
-        many = request.pending > 1
-        return (-(request.left_out // TURN_STEPS if many else request.left_out), many, self._order.key(request))
-
-    def _take_turns(self, plan: StepPlan) -> None:
-        """Note who got no row. A prompt behind an earlier one of its tenant is not left out: they go one by one."""
-        planned, first = {chunk.request for chunk in plan.chunks}, dict[str, Key]()
-        for chunk in filter(of_prompt, plan.chunks):
-            tenant, key = chunk.request.tenant, self._order.key(chunk.request)
-            first[tenant] = min(first.get(tenant, key), key)
-        for request in self.running:
-            if request in planned:
-                request.left_out = 0
-                continue
-            before = None if request.pending == 1 or request.verifying else first.get(request.tenant)
-            if before is None or self._order.key(request) < before:
-                request.left_out += 1
-
     def completed(self, chunk: Chunk, *, saw_everything: bool = True) -> None:
-        """The chunk's KV is stored, and published as far as it is exact. saw_everything: its rows, if they are decode rows."""
-        request = chunk.request
-        self._fairness.computed(request, chunk.start, chunk.count)
-        if chunk.refresh:
-            assert request.repair is not None and chunk.positions is not None
-            request.repair.refresh(chunk.positions)
-        else:
-            if request.repair is not None and request.repair.left:
-                request.repair.advance(chunk.count)
-            request.computed = chunk.stop
-        if chunk.start <= request.exact:
-            healed = chunk.refresh and request.taint > request.computed
-            until = exact_until(chunk, saw_everything=saw_everything)
-            request.exact = request.computed if healed else min(until, request.taint)
-        self.cache.commit(chunk.table, request.tokens, min(request.exact, len(request.tokens) - request.drafts))
-
-    def _prepare(self, request: Request) -> int:
-        """Let KV be reused for a request that has been admitted. Returns the work in rows, at most a step's."""
-        assert self._reuse is not None
-        request.unprepared = False
-        work = round(min(max(0.0, self._reuse.prepare(request, self._tables[request])), self._max_tokens))
-        self._fairness.computed(request, 0, work)
-        self.charge(request.tenant, LOOK_UP_COST * len(request.tokens))
-        return work
-
-    def _chunk(self, request: Request, budget: int) -> Chunk | None:
-        """The request's next rows, as many as fit."""
-        count = fitting(request, budget)
-        if count == 0:
-            return None
-        table, repair = self._tables[request], request.repair
-        if repair is None or not repair.left:
-            return Chunk(request, table, request.computed, count)
-        seeds = request.selector is not None and request.selector.prompts == "seed"  # looks at the last rows: they stand alone
-        rows = repair.next(count, tail_alone=seeds)
-        scattered = None if rows[-1] - rows[0] == len(rows) - 1 else rows
-        return Chunk(request, table, int(rows[0]), len(rows), scattered)
+        """See `Progress.completed`."""
+        self._progress.completed(chunk, saw_everything=saw_everything)
 
     def _reserve(self, request: Request, tokens: int, plan: StepPlan) -> bool:
         """Slots for `tokens` positions, preempting who holds most for its weight. False if the request itself had to go."""
         table = self._tables[request]
         while not self.cache.reserve(table, tokens):
-            victim = self._shares.last(self.running, self._fresh)
+            victim = self._room.last()
             self._preempt(victim, plan)
             if victim is request:
                 return False
@@ -399,18 +334,17 @@ class Scheduler:
         no more.
         """
         tried: list[Request] = []
-        full = len(self.running) >= self._max_seqs
-        if full and not self._order.displaces and not self._shares.several(self.running):
+        if self._room.closed:
             return None
 
         def may(request: Request) -> bool:
             if not wanted(request) or any(request.tenant == other.tenant for other in tried):
                 return False
-            if tried and not self._pressing(request):
+            if tried and not self._room.pressing(request):
                 return False
-            return not full or self._victim(request, self.running, 0.0) is not None
+            return self._room.slot(request)
 
-        while len(tried) < MOST_TRIES and not any(map(self._stops_others, tried)):
+        while len(tried) < MOST_TRIES and not any(map(self._room.stops_others, tried)):
             request = self._waiting.head(may)
             if request is None:
                 return None
@@ -430,7 +364,7 @@ class Scheduler:
         """
         table = self._tables[request]
         match = self.cache.match(table, request.tokens)
-        victims = self._victims(request, self.cache.blocks_for(request.known) - len(match.blocks))
+        victims = self._room.victims(request, self.cache.blocks_for(request.known) - len(match.blocks))
         if victims is None:
             self.cache.drop(match)
             return False
@@ -452,51 +386,5 @@ class Scheduler:
             request.cached = min(match.tokens, len(request.prompt))
         self.running.append(request)
         self._admitted.append(request)
-        self._fresh.add(request)
-        if not victims or request.tenant not in self._served:
-            self._served[request.tenant] = self._steps
+        self._room.entered(request, made=bool(victims))
         return True
-
-    def _stops_others(self, request: Request) -> bool:
-        """Whether nobody may start any more before a request that waits for memory."""
-        return request.passed >= MOST_PASSES and all(other.tenant != request.tenant for other in self.running)
-
-    def _pressing(self, request: Request) -> bool:
-        """Whether others may have to make room for a request: its tenant has nothing running, or got nothing for long."""
-        tenant = request.tenant
-        if all(other.tenant != tenant for other in self.running):
-            return True
-        return self._steps - self._served.get(tenant, self._steps) >= PATIENCE
-
-    def _victims(self, request: Request, lacking: int) -> list[Request] | None:
-        """Who has to be preempted so that a request finds a slot and the blocks it lacks; None if it has to wait."""
-        rest, victims, fair = list(self.running), list[Request](), 0.0
-        while True:
-            freed = self.cache.freed_by([self._tables[victim] for victim in victims])
-            room = len(rest) < self._max_seqs and self.cache.available + freed - lacking >= len(rest)
-            if room and self._states.fits(request, without=victims):
-                return victims
-            if len(victims) == MOST_VICTIMS:
-                return None
-            fair = fair or self._shares.fair(
-                request.tenant, self.cache.longest // self.cache.block_size, self._fairness.tenants
-            )
-            victim = self._victim(request, rest, fair)
-            if victim is None:
-                return None
-            victims.append(victim)
-            rest.remove(victim)
-
-    def _victim(self, request: Request, running: list[Request], fair: float) -> Request | None:
-        """Who gives way to a request that needs a slot, if none is free, or else blocks: its own tenant's last one if the order
-        lets it overtake that, or somebody who holds more than is due (`shares`). fair: blocks that its tenant is due."""
-        if self._order.displaces:
-            own = [r for r in running if r.tenant == request.tenant and r not in self._fresh]
-            last = max(own, key=self._order.key, default=None)
-            if last is not None and self._order.key(last)[0] > self._order.key(request)[0]:
-                return last
-        if request.internal or not self._pressing(request):
-            return None
-        if len(running) >= self._max_seqs:
-            return self._shares.for_slot(request, running, self._fresh)
-        return self._shares.for_blocks(request, running, self.cache.blocks_for(request.known), fair, self._fresh)

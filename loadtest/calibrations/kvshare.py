@@ -29,6 +29,7 @@ from kvloom.engine.calibration import store
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, SamplingParams
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions, ShareOptions
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.loadtest.quality.reuse import add_flags, engine
 from kvloom.loadtest.quality.reuse_runs import (
     KINDS,
@@ -68,7 +69,7 @@ def identity(llm: LLM, maker: Maker) -> list[int]:
 
     Raises ConfigError naming the offset if it was not, or if the text was not found.
     """
-    share, text = llm.core.share, maker.case(0).documents[0]
+    share, text = llm.core.feature(KVShare), maker.case(0).documents[0]
     assert share is not None
     front, behind = (maker.case(number).donor for number in (1, 2))
     begin = min(64, len(front))

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import Request, RequestOutput
+from kvloom.engine.retention.razor import Razor
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.selection import METHODS
 from kvloom.loadtest.fuzz.inputs import Inputs, Sent
 
@@ -43,7 +45,7 @@ class Fuzzer:
     """One engine and what it is sent."""
 
     def __init__(self, llm: LLM, seed: int) -> None:
-        retains = llm.core.retention is not None
+        retains = llm.core.feature(Razor) is not None
         methods = () if retains else tuple(METHODS)
         order = llm.core._admission.uses_priority
         self.llm, self.tally = llm, Tally()
@@ -63,8 +65,8 @@ class Fuzzer:
                 self._abort(source.choice([*self._open]))
             if source.random() < 0.02:
                 self._ask()
-            if not core.busy and core.has_errands and source.random() < 0.5:
-                core.start_errand()
+            if not core.busy and core.background.waiting and source.random() < 0.5:
+                core.background.start()
             if core.busy:
                 self._take(core.step())
             elif not left:
@@ -99,7 +101,7 @@ class Fuzzer:
         """What others may ask of an engine while it works."""
         core, source = self.llm.core, self._inputs.random
         core.tenants()
-        if core.share is not None:
+        if core.feature(KVShare) is not None:
             core.explain([source.randrange(self.llm.model.vocab_size) for _ in range(50)], "alice", "")
             if source.random() < 0.1:
                 core.purge("bob")
@@ -119,18 +121,20 @@ class Fuzzer:
     def _look(self) -> None:
         core = self.llm.core
         core.check()
-        if core.share is not None:
-            core.share.store.check()
+        share = core.feature(KVShare)
+        if share is not None:
+            share.store.check()
         stats = core.stats()
         self.tally.preemptions = stats.preemptions
         if stats.internal_errors:
             raise FuzzError(f"{stats.internal_errors} errors of the engine's own; the log has them")
         held = {
-            "requests": len(core._holdings), "states": len(core._states), "blocks": sum(group.in_use for group in stats.groups),
+            "requests": len(core._holdings), "states": len(core.decoding._states),
+            "blocks": sum(group.in_use for group in stats.groups),
             "tables": len(core.cache._tables), "matches": len(core.cache._matches), "queued tokens": core.queued_tokens,
             "selectors": sum(len(entry.open) for entry in core._admission.selectors._entries.values()),
-            "sampler": len(core._sampler._states),
-            **({} if core.share is None else {"repairs": len(core.share._repairs), "plans": len(core.share._plans)}),
+            "sampler": len(core.decoding._sampler._seen),
+            **({} if share is None else {"repairs": len(share._repairs), "plans": len(share._plans)}),
         }  # fmt: skip
         if any(held.values()):
             raise FuzzError(f"nothing runs, but something is still held: {held}")

@@ -22,6 +22,7 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams, Usage
+from kvloom.engine.retention.razor import Razor
 
 Observe = Callable[[int, int, Tensor], None]
 """(passage, index of the token that this row predicts, logits [vocab] fp32, valid during the call). The index is 1 or more."""
@@ -144,7 +145,7 @@ class _Run:
 
     def run(self) -> Followed:
         core, runner = self._core, self._core.runner
-        name = "_attention" if core.retention is None else "_grouped"
+        name = "_attention" if core.feature(Razor) is None else "_grouped"
         attention: Any = getattr(runner, name)
         clock: Any = _Clock(attention)
         core.observer = None if self._observe is None else self._observed

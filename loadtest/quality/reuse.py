@@ -33,6 +33,7 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.loadtest.quality.reuse_runs import (
     KINDS,
     Case,
@@ -98,9 +99,10 @@ def produce(llm: LLM, case: Case, kind: str) -> float:
     try:
         while request.generated == 0:
             core.step()
-        assert core.share is not None
+        share = core.feature(KVShare)
+        assert share is not None
         began = time.perf_counter()
-        core.share.between_steps()  # what the next step would do first: copy out
+        share.stepping()  # what the next step would do first: copy out
         return time.perf_counter() - began
     finally:
         core.abort(request.id)

@@ -366,4 +366,4 @@ def test_everybody_finishes_with_few_preemptions(seed: int, order: str, tenants:
         assert not {chunk.request for chunk in plan.chunks} & set(plan.preempted), "what was given up is still computed"
     assert all(len(r.tokens) == r.token_limit for r in made) and len(made) == 40
     assert simulation.scheduler.preemptions <= 4 * len(made)
-    assert not simulation.scheduler._served
+    assert not simulation.scheduler._room._served

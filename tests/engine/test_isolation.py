@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, EngineConfig, KVOptions, SamplingParams
-from kvloom.engine.core import EngineCore
+from kvloom.engine.assemble import assemble
 from kvloom.engine.errors import EngineDeadError, InternalError
 from kvloom.engine.isolation import INTERNAL, MOST_FAILURES
 from kvloom.engine.request import Request, RequestOutput
+from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]
 SHARE = (
@@ -72,14 +73,16 @@ def about_b(*args: Any, **kwargs: Any) -> bool:
 
 PLACES: dict[str, tuple[Callable[[LLM], Any], str]] = {
     "completed": (lambda llm: llm.core._scheduler, "completed"),
-    "next": (lambda llm: llm.core, "_next"),
-    "score": (lambda llm: llm.core, "_score_prompt"),
+    "next": (lambda llm: llm.core.decoding, "_next"),
+    "score": (lambda llm: llm.core.decoding, "score_prompt"),
     "admit": (lambda llm: llm.core._scheduler._fairness, "admitted"),
-    "chunk": (lambda llm: llm.core._scheduler, "_chunk"),
-    "prepare": (lambda llm: llm.core.share, "prepare"),
-    "generated": (lambda llm: llm.core.share, "generated"),
-    "leave": (lambda llm: llm.core.share._donors, "_leave"),
-    "explain": (lambda llm: llm.core.share, "explain"),
+    "chunk": (lambda llm: llm.core._scheduler._progress, "chunk"),
+    "begin": (lambda llm: llm.core.feature(KVShare), "begin"),
+    "settle": (lambda llm: llm.core.feature(KVShare), "settle"),
+    "sample": (lambda llm: llm.core.decoding._sampler, "_edit"),
+    "prefilled": (lambda llm: llm.core.feature(KVShare), "prefilled"),
+    "leave": (lambda llm: llm.core.feature(KVShare)._donors, "_leave"),
+    "explain": (lambda llm: llm.core.feature(KVShare), "explain"),
 }
 
 
@@ -92,14 +95,14 @@ def test_whatever_fails_for_one_request_ends_it_alone(
     prompts = {name: text(i, 90) for i, name in enumerate("abc")}
     kv = KVOptions(reuse="approx", explain=True)
     for name, prompt in prompts.items():
-        add(llm, name, prompt, kv)
+        add(llm, name, prompt, kv, presence_penalty=0.1)
     expected = {name: tokens(outputs) for name, outputs in run(llm).items()}
 
     llm.core.cache.evict()
     owner, method = PLACES[place]
     break_once(monkeypatch, owner(llm), method, about_b)
     for name, prompt in prompts.items():
-        add(llm, name, prompt, kv)
+        add(llm, name, prompt, kv, presence_penalty=0.1)
     found = run(llm)
     assert [tokens(found[name]) for name in "ac"] == [expected[name] for name in "ac"]
     last = found["b"][-1]
@@ -107,8 +110,8 @@ def test_whatever_fails_for_one_request_ends_it_alone(
     assert "secret" not in repr(found)
     assert "request b" in caplog.text and "the secret of the engine room" in caplog.text
     assert llm.stats().internal_errors == 1
-    assert llm.core.cache.pool.in_use == 0 and not llm.core._holdings._held and not llm.core._states
-    add(llm, "b", prompts["b"], kv)
+    assert llm.core.cache.pool.in_use == 0 and not llm.core._holdings._held and not llm.core.decoding._states
+    add(llm, "b", prompts["b"], kv, presence_penalty=0.1)
     assert tokens(run(llm)["b"]) == expected["b"]
 
 
@@ -167,10 +170,10 @@ def test_an_engine_that_only_fails_ends(make_llm: MakeLLM, monkeypatch: pytest.M
     ("owner", "name"),
     [
         (lambda llm: llm.core._admission.selectors, "open"),
-        (lambda llm: llm.core.share, "open"),
+        (lambda llm: llm.core.feature(KVShare), "opened"),
         (lambda llm: llm.core.cache, "open"),
-        (lambda llm: llm.core.share, "search"),
-        (lambda llm: llm.core._sampler, "drop"),
+        (lambda llm: llm.core.feature(KVShare), "search"),
+        (lambda llm: llm.core.decoding._sampler, "drop"),
     ],
 )
 def test_a_request_that_cannot_be_queued_leaves_nothing(
@@ -190,8 +193,8 @@ def test_a_request_that_cannot_be_queued_leaves_nothing(
         assert str(error.value) == INTERNAL and error.value.__suppress_context__
     core = llm.core
     core.check()
-    assert not core._holdings._held and not core._states and not core.busy and core.queued_tokens == 0
-    assert not core.share._repairs and not core.share._shadow._seen and not core.cache._tables
+    assert not core._holdings._held and not core.decoding._states and not core.busy and core.queued_tokens == 0
+    assert not core.feature(KVShare)._repairs and not core.feature(KVShare)._shadow._seen and not core.cache._tables
     assert all(not entry.open for entry in core._admission.selectors._entries.values())
     add(llm, "a", text(1, 40), kv)
     assert len(tokens(run(llm)["a"])) == 6
@@ -203,24 +206,25 @@ def test_work_of_the_engines_own_that_fails_is_dropped(make_llm: MakeLLM, monkey
     for i in range(2):
         add(llm, "a", [*text(i, 20), *shared, *text(i + 5, 64)], KVOptions(reuse="approx"), max_tokens=1)
         run(llm)
-    assert llm.core.has_errands
+    assert llm.core.background.waiting
     break_once(monkeypatch, llm.core.runner, "run")
     llm.settle()
-    assert llm.stats().internal_errors == 1 and not llm.core.has_errands
-    assert llm.core._errand is None and not llm.core._holdings._held
+    assert llm.stats().internal_errors == 1 and not llm.core.background.waiting
+    assert llm.core.background._running is None and not llm.core._holdings._held
 
 
 def test_an_end_token_outside_the_vocabulary_is_no_end_token(make_llm: MakeLLM) -> None:
     """Whoever makes an engine with one: `min_tokens` must not index a row of logits with it."""
     llm = make_llm()
     core = llm.core
-    assert core._eos
+    assert core.decoding._eos
     admission = core._admission
-    again = EngineCore(
-        EngineConfig(), core.runner, core.cache, core._statistics.kernels, admission.selectors, llm.tokenizer,
-        admission.domains, admission.limits, frozenset({*core._eos, 10**6, -1}), core.states, None, core.share,
+    again = assemble(
+        EngineConfig(), core.runner, core.cache, core.states, core._statistics.kernels, admission.selectors, llm.tokenizer,
+        admission.domains, core._tenants, admission.limits, frozenset({*core.decoding._eos, 10**6, -1}), None,
+        core.feature(KVShare),
     )  # fmt: skip
-    assert again._eos == core._eos
+    assert again.decoding._eos == core.decoding._eos
     llm.core = again
     add(llm, "a", text(1, 9), min_tokens=2, ignore_eos=False)
     assert 2 <= len(tokens(run(llm)["a"])) <= 6
@@ -239,7 +243,7 @@ def count_calls(work: Callable[[], object]) -> int:
 
 def test_what_a_step_tells_costs_the_same_however_many_tenants_were_served(make_llm: MakeLLM) -> None:
     llm = make_llm(kvshare_options=SHARE, segment_memory="8MiB")
-    share = llm.core.share
+    share = llm.core.feature(KVShare)
     costs, sizes = [], []
     for tenants in (10, 10_000):
         for i in range(tenants):

@@ -9,11 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request, SamplingParams, Status
-from kvloom.engine.sampler import SampleError, Sampler, draw, uniform
+from kvloom.engine.request import Request, SamplingParams
+from kvloom.engine.sampler import Drawn, SampleError, Token, uniform
+from kvloom.engine.sampler import Sampler as BatchSampler
+from kvloom.kernels import Kernels, load
 
 VOCAB = 50
 EOS = (2,)
+
+KERNELS = load("auto", threads=2)
+
+
+class Sampler(BatchSampler):
+    """Every request's next token, read at once."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__(vocab, KERNELS)
+
+    def sample(self, logits: torch.Tensor, requests: list[Request], eos: tuple[int, ...]) -> list[Token]:  # type: ignore[override]
+        return super().sample(logits, [Drawn(made, len(made.tokens)) for made in requests], eos).read()
+
+
+def draw(values: np.ndarray, params: SamplingParams, number: float, kernels: Kernels = KERNELS) -> int:
+    how = [params.temperature, max(0, params.top_k), params.top_p, params.min_p, number]
+    out = torch.empty(1, dtype=torch.int64)
+    kernels.sample(torch.from_numpy(values)[None], torch.tensor([how], dtype=torch.float64), out)
+    return int(out)
 
 
 def request(output: list[int] | None = None, prompt: tuple[int, ...] = (1, 3, 3), seed: int = 7, **params: Any) -> Request:
@@ -26,7 +47,7 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB, scale: float = 3.0) -> 
     return torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def one(values: torch.Tensor, made: Request) -> int | SampleError:
+def one(values: torch.Tensor, made: Request) -> Token:
     return Sampler(values.shape[-1]).sample(values[None], [made], EOS)[0]
 
 
@@ -222,14 +243,10 @@ def test_states_are_dropped() -> None:
     sampler, values = Sampler(VOCAB), logits(1)
     made = request(presence_penalty=1.0)
     sampler.sample(values, [made], EOS)
-    assert made in sampler._states
+    assert made in sampler._seen
     sampler.drop(made)
     sampler.drop(made)
-    assert not sampler._states
-    sampler.sample(values, [made], EOS)
-    made.status = Status.FINISHED  # forgotten without drop when the next one comes
-    sampler.sample(values, [request(presence_penalty=1.0)], EOS)
-    assert made not in sampler._states
+    assert not sampler._seen
 
 
 # Batches and seeds -----------------------------------------------------------------------------------------------------

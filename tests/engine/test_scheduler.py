@@ -265,7 +265,7 @@ class Greedy:
 @pytest.mark.parametrize("work", [-1e9, -1.0, 0.0, 3.7, 1e300, math.nan, math.inf])
 def test_a_step_never_has_more_rows_than_its_buffers_whatever_reuse_says(work: float) -> None:
     engine = Engine(max_tokens=16)
-    engine.scheduler._reuse = Greedy(work)
+    engine.scheduler._reuse = engine.scheduler._progress._reuse = Greedy(work)
     for i in range(4):
         engine.add(30, output=3, first=100 * i).approximate = True
     engine.run()  # which looks at every plan's rows
@@ -276,14 +276,14 @@ def test_a_plan_that_fails_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> Non
     """The second request begins with blocks that the first computes in that very step; the third one's admission fails."""
     engine = Engine(max_tokens=64)
     requests = [engine.add(18), engine.add(18), engine.add(9, first=500)]
-    real = engine.scheduler._chunk
+    real = engine.scheduler._progress.chunk
 
     def chunk(request: Request, budget: int) -> Chunk | None:
         if request is requests[2]:
             raise ZeroDivisionError
         return real(request, budget)
 
-    monkeypatch.setattr(engine.scheduler, "_chunk", chunk)
+    monkeypatch.setattr(engine.scheduler._progress, "chunk", chunk)
     with pytest.raises(Blamed) as blamed:
         engine.scheduler.schedule()
     assert blamed.value.request is requests[2] and isinstance(blamed.value.__cause__, ZeroDivisionError)

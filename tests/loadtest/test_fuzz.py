@@ -33,13 +33,13 @@ def test_no_request_harms_the_engine(folder: Path, number: int) -> None:
 def test_what_the_engine_isolates_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure that ends one request alone is a failure all the same."""
     fuzzer = Fuzzer(engine(folder, 0), SEED)
-    real = fuzzer.llm.core._next
+    real = fuzzer.llm.core.decoding._next
 
-    def fail(request: object, logits: object) -> object:
+    def fail(*args: object) -> object:
         if fuzzer.tally.requests > 30:
             raise ZeroDivisionError
-        return real(request, logits)  # type: ignore[arg-type]
+        return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(fuzzer.llm.core, "_next", fail)
+    monkeypatch.setattr(fuzzer.llm.core.decoding, "_next", fail)
     with pytest.raises(FuzzError):
         fuzzer.batch()

@@ -11,6 +11,7 @@ import pytest
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.loadtest.quality import reuse
 from kvloom.loadtest.quality import reuse as reuse_charge
 from kvloom.loadtest.quality.reuse_runs import (
@@ -87,7 +88,7 @@ def test_prompts_that_cannot_be_made(llm: LLM, maker: Maker) -> None:
 def test_quality_lies_between_naive_and_exact(llm: LLM, maker: Maker, kind: str) -> None:
     case = maker.case(0)
     donate(llm, case, kind)
-    share = llm.core.share
+    share = llm.core.feature(KVShare)
     assert share is not None
     held = {id(segment) for segment in share.store}
     exact = reference(llm, case.uses[0], 6)
@@ -199,7 +200,7 @@ def test_production_is_charged() -> None:
 
 def test_producing_leaves_what_donating_leaves(llm: LLM, maker: Maker) -> None:
     case: Case = maker.case(0, uses=2)
-    share = llm.core.share
+    share = llm.core.feature(KVShare)
     assert share is not None
 
     def held() -> list[tuple[int, bytes]]:

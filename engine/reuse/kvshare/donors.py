@@ -23,7 +23,7 @@ from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare import chunks
 from kvloom.engine.reuse.kvshare.chains import START, link, stretches
 from kvloom.engine.reuse.kvshare.copying import copy_out
-from kvloom.engine.reuse.kvshare.errands import Errand, Errands
+from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
 from kvloom.engine.reuse.kvshare.matching import Bools, Ints, Match, find
 from kvloom.engine.reuse.kvshare.options import SCOPES
 from kvloom.engine.reuse.kvshare.popularity import Popularity
@@ -56,14 +56,14 @@ class Donors:
         store: SegmentStore,
         scopes: ScopeBook,
         cache: CacheManager,
-        errands: Errands,
+        jobs: JobQueue,
         stats: ShareStats,
         *,
         special: frozenset[int],
         sink: Sequence[int],
     ) -> None:
         """special: ids that no segment holds; sink: neutral tokens in front of what is compiled alone."""
-        self._store, self._scopes, self._cache, self._errands, self._stats = store, scopes, cache, errands, stats
+        self._store, self._scopes, self._cache, self._jobs, self._stats = store, scopes, cache, jobs, stats
         self._special = np.array(sorted(special), np.int64)
         self._sink = tuple(sink)
         self._numbers = itertools.count(1)
@@ -148,7 +148,7 @@ class Donors:
         best = max(others, key=shared.__getitem__)
         return best if shared[best] >= least else None
 
-    def between_steps(self) -> None:
+    def leave(self) -> None:
         """Do what must not delay the outputs of the step before."""
         while self._waiting:
             request, table = self._waiting.pop(0)
@@ -224,7 +224,7 @@ class Donors:
             there = sum(run.length for run in find(self._store, part, 0, len(part), [domain]).runs)
             if len(part) - there >= LEAST_NEW:
                 text = tuple(int(token) for token in part)
-                self._errands.add(Errand(kind="compile", tokens=text, tenant=request.tenant, scope=scope))
+                self._jobs.add(Job(kind="compile", tokens=text, tenant=request.tenant, scope=scope))
 
     def _cache_of(self, request: Request, table: BlockTable) -> Placed:
         return Placed.of(request.tokens, table.blocks, self._cache.block_size)

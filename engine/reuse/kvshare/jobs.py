@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,13 +21,13 @@ from torch import Tensor
 from kvloom.engine.request import KVOptions, Request, SamplingParams
 
 MOST = 64
-"""Errands that wait; the oldest of the tenant that has most are forgotten."""
+"""JobQueue that wait; the oldest of the tenant that has most are forgotten."""
 
 Kind = Literal["compile", "heal", "shadow"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errand:
+class Job:
     """One piece of work."""
 
     kind: Kind
@@ -44,7 +45,7 @@ class Errand:
         """The engine's own request that does it."""
         answer = self.answer if self.kind == "shadow" else ()
         return Request(
-            id=f"errand-{number}",
+            id=f"job-{number}",
             prompt=self.tokens,
             sampling=SamplingParams(max_tokens=max(1, len(answer)), temperature=0.0, ignore_eos=True, forced_tokens=answer),
             kv=KVOptions(selection="dense", segment=self.scope)
@@ -56,46 +57,48 @@ class Errand:
         )
 
 
-class Errands:
+class JobQueue:
     """A bounded queue without duplicates."""
 
-    def __init__(self) -> None:
-        self._waiting: deque[Errand] = deque()
+    def __init__(self, gave_way: Callable[[], object] = lambda: None) -> None:
+        """gave_way: called when the running one is put back."""
+        self._gave_way = gave_way
+        self._waiting: deque[Job] = deque()
         self._numbers = itertools.count()
         self._turns: dict[str, int] = {}
-        """Of tenants with errands here, the number of the last one that was started."""
-        self._running: tuple[Request, Errand] | None = None
+        """Of tenants with jobs here, the number of the last one that was started."""
+        self._running: tuple[Request, Job] | None = None
 
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def add(self, errand: Errand) -> None:
+    def add(self, job: Job) -> None:
         """Queue it, unless the same is waiting."""
-        if errand not in self._waiting:
-            self._waiting.append(errand)
+        if job not in self._waiting:
+            self._waiting.append(job)
             if len(self._waiting) > MOST:
                 ((most, _),) = Counter(waiting.tenant for waiting in self._waiting).most_common(1)
                 self._waiting.remove(next(waiting for waiting in self._waiting if waiting.tenant == most))
 
     def purge(self, tenant: str) -> None:
         """Forget what waits for a tenant."""
-        self._waiting = deque(errand for errand in self._waiting if errand.tenant != tenant)
+        self._waiting = deque(job for job in self._waiting if job.tenant != tenant)
 
     def start(self) -> Request | None:
         """The next one, as a request: the oldest of the tenant whose turn is longest ago. None if there is none."""
         if not self._waiting:
             return None
-        errand = min(self._waiting, key=lambda waiting: self._turns.get(waiting.tenant, -1))  # the first of equal ones
-        self._waiting.remove(errand)
+        job = min(self._waiting, key=lambda waiting: self._turns.get(waiting.tenant, -1))  # the first of equal ones
+        self._waiting.remove(job)
         number = next(self._numbers)
-        request = errand.request(number)
-        here = {waiting.tenant for waiting in self._waiting} | {errand.tenant}
-        self._turns = {tenant: turn for tenant, turn in self._turns.items() if tenant in here} | {errand.tenant: number}
-        self._running = (request, errand)
+        request = job.request(number)
+        here = {waiting.tenant for waiting in self._waiting} | {job.tenant}
+        self._turns = {tenant: turn for tenant, turn in self._turns.items() if tenant in here} | {job.tenant: number}
+        self._running = (request, job)
         return request
 
-    def of(self, request: Request) -> Errand | None:
-        """The errand that a request does."""
+    def of(self, request: Request) -> Job | None:
+        """The job that a request does."""
         return self._running[1] if self._running is not None and self._running[0] is request else None
 
     def done(self) -> None:
@@ -107,3 +110,4 @@ class Errands:
         if self._running is not None:
             self._waiting.appendleft(self._running[1])
             self._running = None
+            self._gave_way()

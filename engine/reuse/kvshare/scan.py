@@ -1,11 +1,12 @@
-"""What reused KV is worth: passes over a prompt that look at it without computing it all.
+"""What reused KV is worth: rows of a prompt that are looked at before it is decided which of them are computed.
 
     identity    layer 0 of a few rows            its KV depends on token and position alone, so copied and computed must agree:
                                                  a free check of tokens, indices and rotation on every reuse
     layers      layers [0, c] of all rows        writes their true KV, and compares the values of layer c with what was copied
     attention   layers of the last rows          who looks at what: at layer c alone, or averaged over all layers
 
-Rows are taken in pieces that fit the engine's largest step. Everything is read from and written to the request's own blocks.
+They are rows of steps like any others, run beside other requests' (`scheduling.Look`); nothing is read back before the last has
+been computed. Everything is read from and written to the request's own blocks.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import Storage
-from kvloom.engine.model.decoder import Decoder
+from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.reuse.kvshare.repair import Floats, Ints
-from kvloom.kernels.interface import Kernels, Lists, PagedKV, Plan, Rows
+from kvloom.engine.selection.base import Layer
+from kvloom.kernels.interface import Kernels, Lists, Rows
 
 IDENTITY_ROWS = 32
 
@@ -55,115 +57,154 @@ class Deviation(NamedTuple):
 
 
 class Scanner:
-    """Partial passes of one decoder over one storage."""
+    """Makes scans of prompts in one storage."""
 
-    def __init__(self, decoder: Decoder, storage: Storage, kernels: Kernels, *, rows: int, layer: int) -> None:
-        """rows: most rows at a time; layer: the check layer c."""
-        config = decoder.config
-        self._decoder, self._storage, self._kernels, self._config = decoder, storage, kernels, config
-        self._rows, self._layer = rows, min(layer, config.layers - 1)
-        self._scale = config.head_dim**-0.5
-        self.work_per_row = (self._layer + 0.35) / config.layers
-        """Of `deviation`, in rows of a full pass."""
+    def __init__(self, storage: Storage, kernels: Kernels, config: ModelConfig, *, layer: int) -> None:
+        """layer: the check layer c."""
+        self.storage, self.kernels, self.config = storage, kernels, config
+        self.layer = min(layer, config.layers - 1)
+
+    @property
+    def work_per_row(self) -> float:
+        """What is looked at of all rows, in rows of a full pass."""
+        return depth(self.layer, self.config.layers)
+
+    def scan(self, sequence: Placed, reused: Ints) -> Scan:
+        """Of a prompt whose positions `reused` hold copied KV. Checks identity, and whatever is added to it."""
+        return Scan(self, sequence, reused)
+
+
+def depth(stop: int, layers: int) -> float:
+    """What a row takes that leaves before the attention of layer `stop`, in rows of a full pass."""
+    return min(1.0, (stop + 0.35) / layers)
+
+
+class Pass(NamedTuple):
+    """Rows of a scan that are looked at for one purpose."""
+
+    positions: Ints
+    stop: int
+    """See `scheduling.Look`."""
+    known: Ints | None = None
+    """What they see beside each other, of rows that follow each other; None: everything up to themselves."""
+    watch: range = range(0)
+    """Layers whose attention is added up."""
+
+
+class Scan:
+    """`scheduling.Looks` of one request, and what came of them."""
+
+    def __init__(self, scanner: Scanner, sequence: Placed, reused: Ints) -> None:
+        self._scanner, self._sequence, self._reused = scanner, sequence, reused
+        self._sample = reused[:: -(-len(reused) // IDENTITY_ROWS)].copy()
+        layers = scanner.storage.layers
+        slots = sequence.slots(self._sample)
+        self._first = tuple(gather(cache, slots) for cache in layers[0])
+        self._passes = [Pass(self._sample, 0)]
+        self._at = 0
+        self._copied: Tensor | None = None
+        self.mass = torch.zeros(len(sequence.tokens))
+        """Attention that watched rows pay to every position, summed over rows, heads and layers."""
+
+    def all_rows(self, begin: int) -> None:
+        """Look at positions from `begin` on up to the check layer. Those before must be computed in these layers."""
+        scanner, sequence = self._scanner, self._sequence
+        self._copied = gather(scanner.storage.layers[scanner.layer].v, sequence.slots(self._reused))
+        self._passes = [Pass(np.arange(begin, len(sequence.tokens)), scanner.layer)]
+
+    def watch(self, probe: Ints, known: Ints | None = None) -> None:
+        """Look at the attention of some rows.
+
+        known: None to look at the check layer alone, after `all_rows`. Otherwise the positions before the first of `probe`
+        (which follow each other) whose KV is there in every layer: all layers count, and the rows see those positions and each
+        other. Their KV is stored, and computed again with the prompt's other rows.
+        """
+        stop = self._scanner.layer + 1 if known is None else self._scanner.config.layers
+        self._passes.append(Pass(probe, stop, known, range(stop - 1, stop) if known is None else range(stop)))
+
+    # `scheduling.Looks` -------------------------------------------------------------------------------------------------
+
+    @property
+    def left(self) -> int:
+        """See `Looks`."""
+        return sum(len(part.positions) for part in self._passes) - self._at
+
+    @property
+    def depth(self) -> float:
+        """See `Looks`."""
+        return depth(self._passes[0].stop, self._scanner.config.layers)
+
+    def next(self, count: int) -> tuple[Ints, LookAtRows]:
+        """See `Looks`: of one pass at a time."""
+        part = self._passes[0]
+        positions = part.positions[self._at : self._at + count]
+        return positions, LookAtRows(self._scanner, self._sequence, part, positions, self.mass)
+
+    def advance(self, count: int) -> None:
+        """See `Looks`."""
+        self._at += count
+        if self._at == len(self._passes[0].positions) and len(self._passes) > 1:
+            self._at = 0
+            self._passes.pop(0)
+
+    # What came of them --------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def identity(self, sequence: Placed, reused: Ints) -> bool:
+    def identity(self) -> bool:
         """Whether layer 0's copied keys and values of sampled positions are what the model computes there.
 
         Sampled evenly. Tolerance: copied keys were rounded to the model's dtype before they were turned and again after.
         """
-        sample = reused[:: -(-len(reused) // IDENTITY_ROWS)].copy()
-        decoder, kv = self._decoder, self._storage.layers[0]
-        x = decoder.embed(torch.from_numpy(sequence.tokens[sample]))
-        qkv = decoder.project(0, x, None)
-        shape = (1, self._config.kv_heads, len(sample), self._config.head_dim)
-        fresh = PagedKV(torch.empty(shape, dtype=kv.k.dtype), torch.empty(shape, dtype=kv.k.dtype))
-        self._store(0, qkv, sample, fresh, torch.arange(len(sample)))
-        slots = sequence.slots(sample)
-        return all(_agrees(gather(cached, slots), new[0].transpose(0, 1)) for cached, new in zip(kv, fresh))
+        slots = self._sequence.slots(self._sample)
+        return all(_agrees(old, gather(new, slots)) for old, new in zip(self._first, self._scanner.storage.layers[0]))
 
     @torch.inference_mode()
-    def deviation(self, sequence: Placed, begin: int, reused: Ints) -> Deviation:
-        """Run layers [0, c] on positions [begin, end), writing their KV, and compare those of `reused` (ascending) at layer c.
-
-        Positions before begin must be computed in these layers.
-        """
-        length, layer = len(sequence.tokens), self._layer
-        values = self._storage.layers[layer].v
-        copied = gather(values, sequence.slots(reused)).clone()
-        for first in range(begin, length, self._rows):
-            positions = np.arange(first, min(first + self._rows, length))
-            part = _Part(self, sequence, positions)
-            x, delta = self._decoder.embed(part.tokens), None
-            for index in range(layer):
-                delta = self._decoder.layer(index, x, delta, part)
-            self._store(layer, self._decoder.project(layer, x, delta), positions, self._storage.layers[layer], part.slots)
-        true = gather(values, sequence.slots(reused)).float()
-        change = (true - copied.float()).flatten(1)
+    def deviation(self) -> Deviation:
+        """Of reused positions, after `all_rows`."""
+        assert self._copied is not None
+        values = self._scanner.storage.layers[self._scanner.layer].v
+        true = gather(values, self._sequence.slots(self._reused)).float()
+        change = (true - self._copied.float()).flatten(1)
         norm = true.flatten(1).norm(dim=1).clamp_min(1e-12)
-        return Deviation(change.abs().sum(dim=1).numpy(), (change.norm(dim=1) / norm).numpy())
+        return Deviation(change.abs().sum(dim=1).cpu().numpy(), (change.norm(dim=1) / norm).cpu().numpy())
 
     @torch.inference_mode()
-    def attention(self, sequence: Placed, probe: Ints, known: Ints | None = None) -> Floats:
-        """Mean attention that rows at `probe` pay to every position, over rows, heads and layers: [length].
-
-        known: None to look at the check layer alone, where `deviation` has computed all rows. Otherwise the positions before
-        the first of `probe` (which follow each other) whose KV is there in every layer: all layers count, and the rows see
-        those positions and each other. Their KV is stored, and computed again with the prompt's other rows.
-        """
-        part = _Part(self, sequence, probe, known)
-        x, delta = self._decoder.embed(part.tokens), None
-        layers = range(self._layer + 1 if known is None else self._config.layers)
-        part.watch = layers[-1:] if known is None else layers
-        for index in layers:
-            delta = self._decoder.layer(index, x, delta, part)
-        return (part.mass / (len(part.watch) * len(probe) * self._config.q_heads)).numpy()
-
-    def _store(self, layer: int, qkv: Tensor, positions: Ints, kv: PagedKV, slots: Tensor) -> Tensor:
-        """Rotate and store a projection; returns q: [rows, q_heads, head_dim]."""
-        config, rotary, own = self._config, self._decoder.rotary, self._decoder.layers[layer]
-        q = torch.empty(len(positions), config.q_heads, config.head_dim, dtype=qkv.dtype)
-        return self._kernels.rotate_store(
-            qkv, rotary.cos, rotary.sin, torch.from_numpy(positions), kv, slots, q, own.q_norm, own.k_norm, config.rms_eps
-        )
+    def attention(self) -> Floats:
+        """Mean attention that watched rows paid to every position, over rows, heads and layers: [length]."""
+        part = self._passes[0]
+        rows = len(part.watch) * len(part.positions) * self._scanner.config.q_heads
+        found: Floats = (self.mass / rows).cpu().numpy()
+        return found
 
 
-class _Part:
-    """`LayerAttention` of rows at some positions of one sequence, each seeing everything up to itself; or, with `known`, those
-    positions and the rows' own, which follow each other."""
+class LookAtRows:
+    """`scheduling.Look` at some rows of a pass."""
 
-    def __init__(self, scanner: Scanner, sequence: Placed, positions: Ints, known: Ints | None = None) -> None:
-        self._scanner, self._config = scanner, scanner._config
-        self._positions = positions
-        self.tokens = torch.from_numpy(sequence.tokens[positions])
-        self.slots = sequence.slots(positions)
-        count, config = len(positions), scanner._config
-        stop = torch.from_numpy((positions + 1).astype(np.int32))
-        zeros = torch.zeros(count, dtype=torch.int32)
+    def __init__(self, scanner: Scanner, sequence: Placed, part: Pass, positions: Ints, mass: Tensor) -> None:
+        self._scanner, self._watch, self._mass = scanner, part.watch, mass
+        self.stop, self.depth = part.stop, depth(part.stop, scanner.config.layers)
+        zeros = torch.zeros(len(positions), dtype=torch.int32)
         start, lists, columns = zeros, None, np.arange(int(positions[-1]) + 1)
-        if known is not None:
-            start = torch.full_like(zeros, int(positions[0]))
-            lengths = torch.full((count, 1), len(known), dtype=torch.int32)
-            lists = Lists(torch.from_numpy(known.astype(np.int32)), torch.zeros_like(lengths), lengths)
-            columns = np.concatenate([known, positions])
-        rows = Rows(torch.from_numpy(sequence.blocks)[None], zeros, start, stop, lists)
-        self._plan: Plan = scanner._kernels.plan(rows, config.q_heads, config.kv_heads, config.head_dim)
+        if part.known is not None:
+            first = int(part.positions[0])
+            start = torch.full_like(zeros, first)
+            lengths = torch.full((len(positions), 1), len(part.known), dtype=torch.int32)
+            lists = Lists(torch.from_numpy(part.known.astype(np.int32)), torch.zeros_like(lengths), lengths)
+            columns = np.concatenate([part.known, np.arange(first, int(positions[-1]) + 1)])
+        stop = torch.from_numpy((positions + 1).astype(np.int32))
+        self._rows = Rows(torch.from_numpy(sequence.blocks)[None], zeros, start, stop, lists)
         self._columns = torch.from_numpy(columns)
-        self.watch: Sequence[int] = ()
-        """Layers whose attention is added up in `mass`."""
-        self.mass = torch.zeros(len(sequence.tokens))
+        config = scanner.config
+        self._plan = scanner.kernels.plan(self._rows, config.q_heads, config.kv_heads, config.head_dim)
 
-    def __call__(self, layer: int, qkv: Tensor, q_norm: Tensor | None, k_norm: Tensor | None) -> Tensor:
-        scanner, kv = self._scanner, self._scanner._storage.layers[layer]
-        q = scanner._store(layer, qkv, self._positions, kv, self.slots)
-        out = torch.empty_like(q)
-        logits = None
-        if layer in self.watch:
-            logits = torch.full((len(q), self._config.q_heads, len(self._columns)), float("-inf"))
-        scanner._kernels.attend(q, kv, self._plan, scale=scanner._scale, out=out, logits=logits)
+    def attend(self, layer: Layer, out: Tensor) -> None:
+        """See `Look`."""
+        config, logits = self._scanner.config, None
+        if layer.layer in self._watch:
+            logits = torch.full((len(out), config.q_heads, len(self._columns)), float("-inf"))
+        self._scanner.kernels.attend(layer.q, layer.kv, self._plan, scale=config.head_dim**-0.5, out=out, logits=logits)
         if logits is not None:
-            self.mass[self._columns] += logits.softmax(dim=2).sum(dim=(0, 1))
-        return out.view(len(q), -1)
+            self._mass[self._columns] += logits.softmax(dim=2).sum(dim=(0, 1))
 
 
 def gather(paged: Tensor, slots: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kvloom.engine.client import ShareStats
 from kvloom.engine.request import Request
-from kvloom.engine.reuse.kvshare.errands import Errand, Errands
+from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
 from kvloom.engine.reuse.kvshare.options import RATIOS, ShareOptions
 
 log = logging.getLogger("kvloom.engine")
@@ -54,8 +54,8 @@ _UNKNOWN = Quality()
 class Shadow:
     """Samples, compares, and decides."""
 
-    def __init__(self, options: ShareOptions, errands: Errands, stats: ShareStats) -> None:
-        self._options, self._errands, self._stats = options, errands, stats
+    def __init__(self, options: ShareOptions, jobs: JobQueue, stats: ShareStats) -> None:
+        self._options, self._jobs, self._stats = options, jobs, stats
         self._random = random.Random()
         self._seen: dict[Request, list[Tensor]] = {}
         self._checking: list[tuple[float, bool]] = []
@@ -80,9 +80,9 @@ class Shadow:
         seen = self._seen.get(request)
         if seen is not None and request.repair is not None and len(seen) < TOKENS:
             seen.append(_kept(logits))
-        errand = self._errands.of(request) if request.internal else None
-        if errand is not None and request.generated < len(errand.seen):
-            self._checking.append(_compared(logits[0], errand.seen[request.generated]))
+        job = self._jobs.of(request) if request.internal else None
+        if job is not None and request.generated < len(job.seen):
+            self._checking.append(_compared(logits[0], job.seen[request.generated]))
 
     def close(self, request: Request) -> bool:
         """A request has ended. Returns whether it will be computed again."""
@@ -90,8 +90,8 @@ class Shadow:
         if not seen or not request.generated:
             return False
         answer = tuple(request.output[: len(seen)])
-        self._errands.add(
-            Errand(
+        self._jobs.add(
+            Job(
                 kind="shadow",
                 tokens=tuple(request.prompt),
                 tenant=request.tenant,
@@ -108,7 +108,7 @@ class Shadow:
         self._seen.pop(request, None)
 
     def conclude(self, tenant: str, *, whole: bool) -> None:
-        """A tenant's errand has ended, as a whole or not: if it was a check, take its result in, and act if results are bad."""
+        """A tenant's job has ended, as a whole or not: if it was a check, take its result in, and act if results are bad."""
         found, self._checking = self._checking, []
         if not found or not whole:
             return

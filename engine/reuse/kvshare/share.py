@@ -1,18 +1,17 @@
 """KVShare: reuse of KV beyond the prefix, for one engine. The scheduler asks it when a request is admitted, the core tells it
 what happens to requests.
 
-    admitted   find runs in donors' segments, copy them in, check them, rank them, decide what is computed    `prepare`
+    admitted   find runs in donors' segments, copy them in, have rows looked at                               `begin`
+    looked at  check runs, rank their tokens, decide what is computed                                         `settle`
     decoding   some reused tokens computed again beside decode rows                                           `refresh`
-    prompt in  what is exact of it becomes donors for the same tenant                                         `generated`
-    idle       work for later: compile in isolation, heal, shadow checks                                      `Errands`
+    prompt in  what is exact of it becomes donors for the same tenant                                         `prefilled`
+    idle       work for later: compile in isolation, heal, shadow checks                                      `JobQueue`
 
 Nothing approximate becomes a donor, and nothing computed in the context of one tenant's prompt is found by another tenant.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,17 +25,17 @@ from kvloom.engine.cache import BlockTable, CacheManager
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.isolation import blame
+from kvloom.engine.lifecycle import Feature
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.request import Request
-from kvloom.engine.reuse.kvshare.copying import copy_in, covered
 from kvloom.engine.reuse.kvshare.donors import Donors
-from kvloom.engine.reuse.kvshare.errands import Errand, Errands
-from kvloom.engine.reuse.kvshare.matching import Match, Run, find
+from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
+from kvloom.engine.reuse.kvshare.matching import Match, find
 from kvloom.engine.reuse.kvshare.options import RepairOptions, ShareOptions, read_repair
-from kvloom.engine.reuse.kvshare.ranking import choose
-from kvloom.engine.reuse.kvshare.repair import Floats, Repair
+from kvloom.engine.reuse.kvshare.ranker import Candidate, Ranker
+from kvloom.engine.reuse.kvshare.repair import Repair
 from kvloom.engine.reuse.kvshare.report import TenantTokens, count, describe, explain
-from kvloom.engine.reuse.kvshare.scan import Placed, Scanner
+from kvloom.engine.reuse.kvshare.scan import Placed, Scan
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook, Scopes
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.shadow import Shadow
@@ -45,14 +44,8 @@ from kvloom.engine.scheduling.plan import Chunk, StepPlan
 from kvloom.engine.tenants import Tenants
 from kvloom.kernels.interface import Kernels
 
-log = logging.getLogger("kvloom.engine")
-
 NEAR_END = 8
 """Tokens before a request's limit at which refreshing it is not worth while any more."""
-COPY_WORK = 0.02
-"""Work of copying one token in, in rows of a full pass; a first guess, measured from then on."""
-TIMED_ROWS = 256
-"""Rows of a step whose time tells what a row costs."""
 
 
 class Plan(NamedTuple):
@@ -63,7 +56,7 @@ class Plan(NamedTuple):
     """Why nothing was reused; "" if something was."""
 
 
-class KVShare:
+class KVShare(Feature):
     """Approximate reuse of one engine. Called on the engine's thread."""
 
     def __init__(
@@ -76,23 +69,24 @@ class KVShare:
         domains: DomainFactory,
         tenants: Tenants,
         *,
-        rows: int,
+        default: str,
         special: frozenset[int],
         sink: Sequence[int],
     ) -> None:
-        """rows: of the largest step; special: ids of special tokens, which are never reused; sink: neutral tokens that stand
-        in front of what is compiled in isolation."""
+        """default: what requests reuse that do not say; special: ids of special tokens, which are
+        never reused; sink: neutral tokens that stand in front of what is compiled in isolation."""
         self.options, self.store, self.stats = options, store, ShareStats()
         self.tenant_tokens = TenantTokens()
-        self.errands = Errands()
+        self.jobs = JobQueue(gave_way=lambda: self._shadow.conclude("", whole=False))
         self.scopes = ScopeBook(domains, tenants)
-        self._decoder, self._cache, self._kernels = decoder, cache, kernels
-        self._scanner = Scanner(decoder, cache.storage, kernels, rows=rows, layer=options.check_layer)
-        self._donors = Donors(store, self.scopes, cache, self.errands, self.stats, special=special, sink=sink)
-        self._shadow = Shadow(options, self.errands, self.stats)
+        self._default, self._cache = default, cache
+        self._ranker = Ranker(options, store, decoder, cache.storage, kernels, self.stats)
+        self._donors = Donors(store, self.scopes, cache, self.jobs, self.stats, special=special, sink=sink)
+        self._shadow = Shadow(options, self.jobs, self.stats)
         self._repairs: dict[Request, RepairOptions] = {}
+        self._looking: dict[Request, tuple[Candidate, Scan]] = {}
+        """What was found for requests that are being looked at."""
         self._plans: dict[Request, Plan] = {}
-        self._copy_work, self._row_seconds = COPY_WORK, 0.0
 
     def enabled(self, tenant: str) -> bool:
         """False once shadow checks of a tenant's requests have failed: they are served exactly."""
@@ -100,8 +94,18 @@ class KVShare:
 
     # A request's life ---------------------------------------------------------------------------------------------------
 
-    def open(self, request: Request) -> None:
-        """A request that asks for approximate reuse is being queued. Raises InvalidRequestError if its options cannot work."""
+    def received(self, request: Request) -> None:
+        """See `Feature`: a text to be compiled alone gets its neutral beginning."""
+        if request.kv.segment is not None:
+            self._donors.compile(request)
+
+    def opened(self, request: Request) -> None:
+        """See `Feature`."""
+        if request.kv.reuse_or(self._default) == "approx":
+            self._open(request)
+
+    def _open(self, request: Request) -> None:
+        """Raises InvalidRequestError if what a request asks for cannot work."""
         kv, selector = request.kv, request.selector
         if not self.options.verified:
             raise InvalidRequestError(
@@ -135,69 +139,77 @@ class KVShare:
         if request.approximate:
             self._shadow.open(request, default=options == self.options.repair)
 
-    def compile(self, request: Request) -> None:
-        """A text is being queued to be compiled alone. Raises InvalidRequestError if the tenant may not."""
-        self._donors.compile(request)
-
-    def forget(self, request: Request) -> None:
-        """It has ended, or could not be queued at all: nothing of it stays, however far it came. Harmless if called again."""
+    def closed(self, request: Request) -> None:
+        """See `Feature`."""
         self._donors.forget(request)
         self._shadow.forget(request)
         self._repairs.pop(request, None)
+        self._looking.pop(request, None)
         self._plans.pop(request, None)
-        if self.errands.of(request) is not None:
-            self.errands.done()
+        if self.jobs.of(request) is not None:
+            self.jobs.done()
 
-    def give_way(self) -> None:
-        """The errand that runs begins anew later; what it has seen so far does not count."""
-        self.errands.put_back()
-        self._shadow.conclude("", whole=False)
-
-    def generated(self, request: Request, table: BlockTable) -> None:
-        """A request's prompt is computed."""
-        ours = request in self._repairs or self._donors.compiled(request) or self.errands.of(request)
+    def prefilled(self, request: Request, table: BlockTable) -> None:
+        """See `Feature`: the prompt may be left to others."""
+        ours = request in self._repairs or self._donors.compiled(request) or self.jobs.of(request)
         if ours and request.kv.share != "none":
             self._donors.generated(request, table)
 
-    def observe(self, request: Request, logits: Tensor) -> None:
-        """A token is about to be drawn from these logits: [1, vocab]."""
+    def sampled(self, request: Request, logits: Tensor) -> None:
+        """See `Feature`."""
         self._shadow.observe(request, logits)
 
-    def between_steps(self) -> None:
-        """Do what must not delay the outputs of the step before."""
-        self._donors.between_steps()
+    def stepping(self) -> None:
+        """See `Feature`: what the last step's prompts leave behind is copied out."""
+        self._donors.leave()
 
-    def close(self, request: Request) -> None:
-        """It has ended; its blocks are about to go back. `forget` comes next."""
+    def ended(self, request: Request) -> None:
+        """See `Feature`."""
         self._donors.close(request)
         again = self._shadow.close(request)
         if request.repair is not None:
             self.stats.stale_left += len(request.repair.stale)
             if not again:
                 self._heal(request, request.repair)
-        errand = self.errands.of(request)
-        if errand is not None:
-            self._shadow.conclude(request.tenant, whole=request.generated >= len(errand.answer))
-            self.stats.healed_tokens += len(request.prompt) if errand.kind != "compile" and request.generated else 0
+        job = self.jobs.of(request)
+        if job is not None:
+            self._shadow.conclude(request.tenant, whole=request.generated >= len(job.answer))
+            self.stats.healed_tokens += len(request.prompt) if job.kind != "compile" and request.generated else 0
 
     def _heal(self, request: Request, repair: Repair) -> None:
         """Have a prompt that reused KV computed in full one day, if it brought enough that is new."""
         scope = request.kv.share or "tenant"
         if self.options.heal and scope != "none" and repair.kinds["fresh"] >= self.options.min_match:
-            self.errands.add(
-                Errand(kind="heal", tokens=tuple(request.prompt), tenant=request.tenant, salt=request.cache_salt, scope=scope)
+            self.jobs.add(
+                Job(kind="heal", tokens=tuple(request.prompt), tenant=request.tenant, salt=request.cache_salt, scope=scope)
             )
 
     # Admission ----------------------------------------------------------------------------------------------------------
 
-    def prepare(self, request: Request, table: BlockTable) -> float:
+    def begin(self, request: Request, table: BlockTable) -> float:
         """See `scheduling.Reuse`."""
-        placed = Placed.of(request.tokens, table.blocks, self._cache.block_size)
-        options, prefix = self._repairs[request], request.computed
+        placed, options = Placed.of(request.tokens, table.blocks, self._cache.block_size), self._repairs[request]
         began = time.perf_counter()
-        match = self._search(placed.tokens, prefix, self.scopes.of(request), options)
+        match = self._search(placed.tokens, request.computed, self.scopes.of(request), options)
         self.stats.match_seconds += time.perf_counter() - began
-        reason, work = self._reuse(request, match, placed, prefix, options)
+        candidate = Candidate(match, placed, request.computed, options, request.seed)
+        reason = self._ranker.refusal(candidate)
+        if reason:
+            self._decided(request, match, reason)
+            return 0.0
+        scan, work = self._ranker.begin(candidate)
+        self._looking[request] = candidate, scan
+        request.looks = scan
+        return work
+
+    def settle(self, request: Request) -> None:
+        """See `scheduling.Reuse`."""
+        candidate, scan = self._looking.pop(request)
+        reason = self._ranker.settle(request, candidate, scan)
+        self._decided(request, candidate.match, reason)
+
+    def _decided(self, request: Request, match: Match, reason: str) -> None:
+        """Which rows of a prompt are computed is certain. reason: why all are."""
         self._plans[request] = Plan(match, reason)
         if request.repair is None and request.kv.share != "none":
             self._donors.expect(request)
@@ -206,7 +218,6 @@ class KVShare:
             request.reused = kinds["stale"]
             request.recomputed = kinds["boundary"] + kinds["ranked"] + kinds["rejected"]
         count(self.stats, self.tenant_tokens, request, reason, self.scopes.of(request).kinds())
-        return work
 
     def search(self, request: Request, tokens: npt.NDArray[np.int64], prefix: int) -> Match:
         """What a request would find now behind its prefix. Changes nothing."""
@@ -214,7 +225,7 @@ class KVShare:
 
     def work(self, request: Request, reused: int, rest: int) -> float:
         """Rows of a full pass that a request takes of whose `rest` tokens behind the prefix so many are reused."""
-        return self._work(reused, rest, self._repairs[request])
+        return self._ranker.work(reused, rest, self._repairs[request])
 
     @property
     def epoch(self) -> int:
@@ -230,11 +241,9 @@ class KVShare:
         """Requests that may reuse KV approximately and have not ended."""
         return len(self._repairs)
 
-    def timed(self, rows: int, seconds: float) -> None:
-        """A step that computed a prompt took so long: the measure for what copying costs."""
-        if rows >= TIMED_ROWS:
-            per_row = seconds / rows
-            self._row_seconds += (0.2 if self._row_seconds else 1.0) * (per_row - self._row_seconds)
+    def stepped(self, plan: StepPlan, seconds: float) -> None:
+        """See `Feature`."""
+        self._ranker.stepped(plan, seconds)
 
     def _search(self, tokens: npt.NDArray[np.int64], begin: int, scopes: Scopes, options: RepairOptions) -> Match:
         end = max(begin, len(tokens) - options.tail)
@@ -248,92 +257,6 @@ class KVShare:
             short_match=self.options.min_match // 2,
             barriers=self._donors.barriers(tokens.astype(np.int32)),
         )
-
-    def _reuse(self, request: Request, match: Match, placed: Placed, prefix: int, options: RepairOptions) -> tuple[str, float]:
-        """Copy, check, rank. Returns why not, if not, and the work in rows of a full pass."""
-        reused, rest = sum(run.length for run in match.runs), len(placed.tokens) - prefix
-        if reused < self.options.min_reusable:
-            repeats = np.zeros(len(placed.tokens), bool)
-            for start, stop, why in match.dropped:
-                repeats[start:stop] |= why == "periodic"
-            enough = reused + int(repeats.sum()) >= self.options.min_reusable
-            return ("periodic" if enough else "too little to reuse"), 0.0
-        work = self._work(reused, rest, options)
-        if work > (1 - self.options.min_gain) * rest:
-            return "too little to gain", 0.0
-        began = time.perf_counter()
-        copy_in(match.runs, placed, self._cache.storage, self._kernels, self._decoder.rotary.inv_freq)
-        copied = time.perf_counter()
-        self.stats.copy_seconds += copied - began
-        self.stats.copied_tokens += reused
-        if self._row_seconds:
-            now = (copied - began) / reused / self._row_seconds
-            self._copy_work += 0.2 * (min(now, 1.0) - self._copy_work)
-        positions = covered(match.runs)
-        if not self._scanner.identity(placed, positions):
-            self._distrust(match.runs)
-            return "layer 0 differs", 0.0
-        score, deviation = self._score(match.runs, placed, prefix, options, request)
-        self.stats.scan_seconds += time.perf_counter() - copied
-        rejected = [not mean <= self.options.reject_above for mean in deviation]  # NaN too
-        self._judge(match.runs, deviation, rejected)
-        request.repair = choose(options, match.runs, prefix, len(placed.tokens), score, rejected=rejected, deviation=deviation)
-        return "", self._preparing(reused, rest, options)
-
-    def _work(self, reused: int, rest: int, options: RepairOptions) -> float:
-        """Rows of a full pass that a prompt takes with reuse. rest: tokens behind the prefix."""
-        return rest - reused + options.ratio * reused + self._preparing(reused, rest, options)
-
-    def _preparing(self, reused: int, rest: int, options: RepairOptions) -> float:
-        """Of those, what it takes to find out which rows to compute: copying, and a scan if there is one."""
-        scan = self._scanner.work_per_row * rest if options.scans else 0.0
-        return scan + self._copy_work * reused
-
-    def _score(
-        self, runs: Sequence[Run], placed: Placed, prefix: int, options: RepairOptions, request: Request
-    ) -> tuple[Floats, list[float]]:
-        """The policy's score of every reused position, and the mean relative deviation of every run if it was measured."""
-        positions, length = covered(runs), len(placed.tokens)
-        if options.policy == "random":
-            return np.random.default_rng(request.seed % 2**64).random(len(positions), np.float32), []
-        if not options.scans:
-            return np.ones(len(positions), np.float32), []
-        found = self._scanner.deviation(placed, prefix, positions)
-        bounds = np.cumsum([0, *(run.length for run in runs)])
-        deviation = [float(found.relative[a:b].mean()) for a, b in itertools.pairwise(bounds)]
-        if options.policy == "blend":
-            return found.absolute, deviation
-        fresh = np.setdiff1d(np.arange(prefix, length), positions, assume_unique=True)  # rows that are computed in any case
-        breaks = np.flatnonzero(np.diff(fresh) != 1)
-        probe = fresh[breaks[-1] + 1 if len(breaks) else 0 :][-self.options.probe :]
-        known = None if options.policy == "dhd" else np.concatenate([np.arange(prefix), positions])
-        attention = self._scanner.attention(placed, probe, known)[positions]
-        if options.policy == "query":
-            return attention, deviation
-        return found.absolute * (attention if options.policy == "dhd" else np.sqrt(attention)), deviation
-
-    def _judge(self, runs: Sequence[Run], deviation: Sequence[float], rejected: Sequence[bool]) -> None:
-        """Remember what was seen of segments; those that keep being far off go."""
-        for run, mean, bad in zip(runs, deviation, rejected):
-            self.stats.deviation_sum += mean
-            self.stats.deviation_runs += 1
-            self.stats.rejected_runs += bad
-            for piece in reversed(run.pieces):  # a chain's beginning is given up last
-                if (
-                    not run.domain.shared
-                ):  # how far others' segments are off is for each prompt to see: no prompt speaks for all
-                    piece.segment.deviation += 0.3 * (mean - piece.segment.deviation)
-                if bad and not run.domain.shared:
-                    self.store.reject(piece.segment)
-                elif not bad:
-                    self.store.touch(piece.segment)
-
-    def _distrust(self, runs: Sequence[Run]) -> None:
-        """Layer 0 contradicts these segments: they do not hold what they claim to."""
-        log.error("reused KV differs from the model's own at layer 0; %d runs are dropped", len(runs))
-        self.stats.identity_failures += 1
-        for segment in {piece.segment for run in runs for piece in run.pieces}:
-            self.store.remove(segment)
 
     # Decoding -----------------------------------------------------------------------------------------------------------
 
@@ -385,7 +308,7 @@ class KVShare:
             segment_bytes=store.bytes,
             segment_capacity=store.capacity,
             segment_evictions=store.evictions,
-            errands=len(self.errands),
+            errands=len(self.jobs),
         )
 
     def explain(self, request: Request) -> dict[str, object]:
@@ -397,6 +320,11 @@ class KVShare:
         if plan is None:
             return {}
         return explain(request, plan.match, plan.reason, self.scopes.of(request).kinds())
+
+    def purge(self, tenant: str) -> int:
+        """See `Feature`: segments."""
+        self.jobs.purge(tenant)
+        return self.store.purge(tenant)
 
     def look(self, tokens: Sequence[int], prefix: int, tenant: str, salt: str) -> dict[str, object]:
         """What would be found now of a prompt behind its prefix. Changes nothing."""

@@ -12,7 +12,7 @@ import pytest
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.calibration import store
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.reuse.kvshare import share
+from kvloom.engine.reuse.kvshare import ranker
 from kvloom.engine.reuse.kvshare.copying import copy_in
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions
 from kvloom.engine.reuse.kvshare.ranking import choose
@@ -94,7 +94,7 @@ def test_wrongly_turned_keys_fail_at_layer_0(
     def bent(runs: Any, to: Any, kv: Any, kernels: Any, frequencies: Any) -> None:
         copy_in(runs, to, kv, kernels, frequencies * 1.01)
 
-    monkeypatch.setattr(share, "copy_in", bent)
+    monkeypatch.setattr(ranker, "copy_in", bent)
     assert calibrate("--kl", "100", "--top1", "0") == 1
     assert "layer 0 of copied KV is not the model's own after moving it by 1 positions" in capsys.readouterr().out
     assert not folder.exists()
@@ -110,7 +110,7 @@ def test_everything_computed_must_be_a_full_pass(
             repair.rows = repair.rows[(repair.rows < first.start) | (repair.rows >= first.stop)]
         return repair
 
-    monkeypatch.setattr(share, "choose", forgetful)
+    monkeypatch.setattr(ranker, "choose", forgetful)
     assert calibrate("--kl", "100", "--top1", "0") == 1
     said = capsys.readouterr().out
     assert "everything computed: mean KL is" in said and "allowed: up to 0.0001" in said and "the default policy:" not in said

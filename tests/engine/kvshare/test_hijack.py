@@ -19,6 +19,7 @@ from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.matching import Match, Piece, Run
 from kvloom.engine.reuse.kvshare.scan import gather
+from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]
 OPTIONS = (
@@ -102,7 +103,7 @@ def alone() -> dict[tuple[int, ...], tuple[Tensor, Tensor]]:
 def computed_alone(llm: LLM, text: list[int], known: dict[tuple[int, ...], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """K and V of [prose + text], the text's rows: [layers, len, heads, dim], keys rotated for where they stand there."""
     if tuple(text) not in known:
-        sink = list(llm.core.share._donors._sink)
+        sink = list(llm.core.feature(KVShare)._donors._sink)
         request = Request(id=f"f{next(NUMBERS)}", prompt=(*sink, *text), sampling=ONE, kv=KVOptions(reuse="off"))
         llm.core.add(request)
         kept: list[tuple[Tensor, Tensor]] = []
@@ -125,7 +126,7 @@ def rows_of(llm: LLM, request: Request, first: int, last: int) -> tuple[Tensor, 
 
 def turned(llm: LLM, keys: Tensor, shift: int) -> Tensor:
     """Keys rotated on by so many positions, in plain arithmetic. keys: [..., dim]"""
-    angle = shift * llm.core.share._decoder.rotary.inv_freq.double()
+    angle = shift * llm.core.runner.decoder.rotary.inv_freq.double()
     half = keys.shape[-1] // 2
     a, b = keys[..., :half].double(), keys[..., half:].double()
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1)
@@ -136,13 +137,14 @@ def check_reuse(
 ) -> int:
     """The victim asks; every row that it takes from others is compared with a computation of the prose and the victim's own
     tokens. Returns how many rows there were."""
-    share, compared = llm.core.share, 0
-    original = share._reuse
+    share, compared = llm.core.feature(KVShare), 0
+    original = share.settle
 
-    def watched(request: Request, match: Match, placed: Any, prefix: int, options: Any) -> Any:
+    def watched(request: Request) -> None:
         nonlocal compared
+        match = share._looking[request][0].match
         match.check(np.array(prompt, np.int32))
-        found = original(request, match, placed, prefix, options)
+        original(request)
         for run in match.runs if request.repair is not None else ():
             if not run.domain.shared:
                 continue
@@ -152,11 +154,10 @@ def check_reuse(
             assert float((held[0].double() - turned(llm, keys, shift)).abs().max()) < 2e-3, "keys of another context"
             assert float((held[1] - values).abs().max()) < 1e-3, "values of another context"
             compared += run.length
-        return found
 
-    monkeypatch.setattr(share, "_reuse", watched)
+    monkeypatch.setattr(share, "settle", watched)
     ask(llm, "victim", prompt)
-    monkeypatch.setattr(share, "_reuse", original)
+    monkeypatch.setattr(share, "settle", original)
     return compared
 
 
@@ -184,12 +185,12 @@ def test_hijack(
     else:
         assert rows == FROM_THE_START.get(name, 0)
     llm.core.check()
-    llm.core.share.store.check()
+    llm.core.feature(KVShare).store.check()
 
 
 def starts(llm: LLM, prompt: list[int]) -> list[int]:
     """Where runs of others begin in a prompt."""
-    found = llm.core.share.look(prompt, 0, "victim", "")["runs"]
+    found = llm.core.feature(KVShare).look(prompt, 0, "victim", "")["runs"]
     return [run["start"] for run in found if run["scope"] == "group"]  # type: ignore[index]
 
 
@@ -213,13 +214,13 @@ def test_an_honest_upload_is_found_beside_an_attackers(
 def test_ones_own_donor_is_preferred_at_equal_length(llm: LLM) -> None:
     ask(llm, "victim", POPULAR + words(9, 16), share="tenant")
     upload(llm, "honest", POPULAR)
-    told = llm.core.share.look([*words(7, 23), *POPULAR, *words(8, 30)], 0, "victim", "")
+    told = llm.core.feature(KVShare).look([*words(7, 23), *POPULAR, *words(8, 30)], 0, "victim", "")
     assert [run["scope"] for run in told["runs"]] == ["tenant"]  # type: ignore[index,union-attr]
 
 
 def test_a_chain_is_used_from_its_beginning_or_not_at_all(llm: LLM) -> None:
     upload(llm, "mallory", PLACEMENTS["in front"])
-    share = llm.core.share
+    share = llm.core.feature(KVShare)
     prompt = np.array(PLACEMENTS["in front"], np.int32)
     (run,) = share._search(prompt.astype(np.int64), 0, share.scopes.named("victim", ""), share.options.repair).runs
     assert run.start == 0 and run.stop > 300 and run.domain.shared
@@ -239,9 +240,9 @@ def test_what_deviates_for_one_tenant_stays_for_others(make_llm: MakeLLM, tmp_pa
     file.write_text(TENANTS)
     llm = make_llm(kvshare_options=OPTIONS.replace('"reject_above": 10', '"reject_above": 1e-6'), tenants=str(file))
     upload(llm, "honest", POPULAR)
-    held = len(llm.core.share.store)
+    held = len(llm.core.feature(KVShare).store)
     for seed in range(5):
         kv = KVOptions(reuse="approx", share="none", reuse_options={"policy": "blend", "ratio": 0.1})
         prompt = (*words(seed + 30, 23), *POPULAR, *words(seed, 9))
         llm._run([Request(id=f"x{seed}", prompt=prompt, sampling=ONE, kv=kv, tenant="mallory")])
-    assert llm.stats().share.rejected_runs >= 5 and len(llm.core.share.store) == held
+    assert llm.stats().share.rejected_runs >= 5 and len(llm.core.feature(KVShare).store) == held

@@ -12,7 +12,8 @@ from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import Request
-from kvloom.engine.reuse.kvshare.errands import MOST, Errand, Errands
+from kvloom.engine.reuse.kvshare.jobs import MOST, Job, JobQueue
+from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.scheduling.fairness import MOST_DEBTORS, Fairness
 
 MakeLLM = Callable[..., LLM]
@@ -42,7 +43,7 @@ def test_share_none_leaves_nothing_and_may_look_up(make_llm: MakeLLM, reuse: str
     prompt = text(1, 200)
     ask(llm, prompt, reuse=reuse, share="none", salt=salt)
     llm.settle()  # nor what the idle engine does about it
-    assert llm.core.cache.pool.cached == 0 and len(llm.core.share.store) == 0
+    assert llm.core.cache.pool.cached == 0 and len(llm.core.feature(KVShare).store) == 0
     assert ask(llm, prompt, reuse="exact", share=None, salt=salt) == 0
     assert ask(llm, [*prompt, 5, 6], reuse=reuse, share="none", salt=salt) == (0 if reuse == "off" else 192)
     cached = llm.core.cache.pool.cached
@@ -63,7 +64,7 @@ def test_explain_moves_nothing(make_llm: MakeLLM) -> None:
     for prompt in prompts:
         ask(llm, prompt, reuse="approx", share=None)
     llm.settle()
-    cache, store = llm.core.cache, llm.core.share.store
+    cache, store = llm.core.cache, llm.core.feature(KVShare).store
     kept = cache.pool._cached
 
     def state() -> object:
@@ -127,12 +128,12 @@ def test_debts_of_strangers_are_bounded() -> None:
     assert not fairness._credit
 
 
-def errand(tenant: str, number: int) -> Errand:
-    return Errand(kind="heal", tokens=(number,), tenant=tenant)
+def errand(tenant: str, number: int) -> Job:
+    return Job(kind="heal", tokens=(number,), tenant=tenant)
 
 
 def test_one_tenants_errands_crowd_out_nobody_elses() -> None:
-    errands = Errands()
+    errands = JobQueue()
     for number in range(3):
         errands.add(errand("quiet", number))
     for number in range(200):
@@ -149,7 +150,7 @@ def test_one_tenants_errands_crowd_out_nobody_elses() -> None:
 
 def test_a_look_for_who_computes_the_same_now_is_bounded(make_llm: MakeLLM) -> None:
     llm = make_llm(kvshare_options=OPTIONS % "")
-    donors, prompt = llm.core.share._donors, text(1, 400)
+    donors, prompt = llm.core.feature(KVShare)._donors, text(1, 400)
     looked: list[int] = []
 
     class Watched(dict):  # type: ignore[type-arg]
@@ -163,7 +164,7 @@ def test_a_look_for_who_computes_the_same_now_is_bounded(make_llm: MakeLLM) -> N
         donors._expected[other] = Watched(donors._expected[other])
     mine = Request(id="m", prompt=tuple(prompt), sampling=TWO, kv=KVOptions(), tenant="t")
     mine.tokens = list(prompt)
-    nothing = llm.core.share.look(prompt, 0, "t", "")
+    nothing = llm.core.feature(KVShare).look(prompt, 0, "t", "")
     assert nothing["runs"] == []
     from kvloom.engine.reuse.kvshare.donors import MOST_CHUNKS, MOST_PRODUCERS
     from kvloom.engine.reuse.kvshare.matching import Match

@@ -16,6 +16,7 @@ from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
 from kvloom.engine.request import Request
+from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]
 OPTIONS = (
@@ -347,7 +348,7 @@ def test_preempted_requests_come_back(make: MakeLLM) -> None:
     assert all(len(result.tokens) == 100 for result in results)
     assert llm.stats().preemptions > 0
     llm.core.check()
-    llm.core.share.store.check()
+    llm.core.feature(KVShare).store.check()
 
 
 # Taint -----------------------------------------------------------------------------------------------------------------------
@@ -357,7 +358,7 @@ def test_nothing_approximate_is_published(make: MakeLLM) -> None:
     case = shuffled()
     llm = make()
     _, repair, _ = reuse(llm, case, sampling=EIGHT, policy="blend", ratio=0.2)
-    stored = len(llm.core.share.store)
+    stored = len(llm.core.feature(KVShare).store)
     exact = llm.generate([case.prompt], ONE, kv=KVOptions(reuse="exact"))[0]
     assert exact.usage is not None
     assert exact.usage.cached_tokens <= repair.initial_stale[0]  # no block at or behind the first stale position is found
@@ -365,7 +366,7 @@ def test_nothing_approximate_is_published(make: MakeLLM) -> None:
     off = llm.generate([case.prompt + text(9, 30)], ONE, kv=KVOptions(reuse="off"))[0]
     assert again.tokens == off.tokens
     assert (
-        len(llm.core.share.store) == stored or repair.initial_stale[0] >= 32
+        len(llm.core.feature(KVShare).store) == stored or repair.initial_stale[0] >= 32
     )  # a tainted prompt leaves no donor behind its taint
 
 
@@ -378,7 +379,7 @@ def test_tainted_part_is_never_a_donor(make: MakeLLM) -> None:
 
 
 def segments(llm: LLM) -> list[Any]:
-    return list(llm.core.share.store)
+    return list(llm.core.feature(KVShare).store)
 
 
 def is_part(needle: list[int], hay: list[int]) -> bool:
@@ -434,7 +435,7 @@ def test_off_means_off(make_llm: MakeLLM) -> None:
     llm.generate([case.donor], ONE)
     result = llm.generate([case.prompt], ONE)[0]
     assert result.usage is not None and result.usage.reused_tokens == 0
-    assert len(llm.core.share.store) == 0 and not llm.core.has_errands
+    assert len(llm.core.feature(KVShare).store) == 0 and not llm.core.background.waiting
 
 
 @pytest.mark.parametrize(

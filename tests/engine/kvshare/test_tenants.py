@@ -15,9 +15,10 @@ from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
 from kvloom.engine.request import Request
-from kvloom.engine.reuse.kvshare.errands import Errands
+from kvloom.engine.reuse.kvshare.jobs import JobQueue
 from kvloom.engine.reuse.kvshare.options import ShareOptions
 from kvloom.engine.reuse.kvshare.shadow import MOST_TENANTS, WINDOW, Shadow
+from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]
 OPTIONS = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0%s}'
@@ -100,7 +101,7 @@ def test_a_tenant_reuses_its_own(llm: LLM) -> None:
 def test_hijack_in_context_donors_never_serve_others(llm: LLM, share: str | None) -> None:
     """HijackKV: an attacker sends [adversarial prefix + popular text], and victims that reuse the text's KV are steered."""
     ask(llm, "alice", [*text(66, 32), *DOCUMENT, *text(3, 20)], share=share)
-    assert len(llm.core.share.store) > 0
+    assert len(llm.core.feature(KVShare).store) > 0
     for victim in ("bob", "carol", "", "alice2"):
         result = ask(llm, victim, prompt(5))
         assert reused(result) == 0
@@ -115,7 +116,7 @@ def test_hijack_public_requests_neither(make_llm: MakeLLM, tmp_path: Path, refre
     llm = make_llm(kvshare_options=OPTIONS % "", tenants=str(file))
     ask(llm, "press", [*text(66, 32), *DOCUMENT, *text(3, 20)], share="public", refresh=refresh)
     assert reused(ask(llm, "bob", prompt(5))) == 0
-    for segment in llm.core.share.store:
+    for segment in llm.core.feature(KVShare).store:
         assert not segment.isolated and segment.domain.tenant == segment.owner
 
 
@@ -128,12 +129,12 @@ def test_a_salt_keeps_to_itself(llm: LLM) -> None:
 
 def test_none_leaves_nothing(llm: LLM) -> None:
     ask(llm, "alice", prompt(1), share="none")
-    assert len(llm.core.share.store) == 0
+    assert len(llm.core.feature(KVShare).store) == 0
 
 
 def test_exact_requests_neither_leave_nor_take(llm: LLM) -> None:
     ask(llm, "alice", prompt(1), reuse="exact")
-    assert len(llm.core.share.store) == 0
+    assert len(llm.core.feature(KVShare).store) == 0
     ask(llm, "alice", prompt(2))
     assert reused(ask(llm, "alice", prompt(3), reuse="exact")) == 0
 
@@ -143,10 +144,10 @@ def test_domains_are_keyed(tiny: Path) -> None:
     keys = set()
     for _ in range(2):
         llm = LLM(str(tiny), dtype="fp32", kv_memory="8MiB", kvshare_options=OPTIONS % "")
-        scopes = llm.core.share.scopes.named("alice", "")
+        scopes = llm.core.feature(KVShare).scopes.named("alice", "")
         keys |= {domain.key for domain in scopes.readable()}
         assert len({domain.key for domain in scopes.readable()}) == len(scopes.readable())
-        assert llm.core.share.scopes.named("alice", "x").own.key not in keys
+        assert llm.core.feature(KVShare).scopes.named("alice", "x").own.key not in keys
     assert len(keys) == 4
 
 
@@ -173,25 +174,25 @@ def test_uploads_reach_their_scope_and_no_further(llm: LLM) -> None:
 def test_uploads_that_are_refused(llm: LLM, tenant: str, scope: str) -> None:
     with pytest.raises(InvalidRequestError):
         upload(llm, tenant, DOCUMENT, scope)
-    assert len(llm.core.share.store) == 0 and not llm.core.busy
-    assert not llm.core.share._donors._compiled
+    assert len(llm.core.feature(KVShare).store) == 0 and not llm.core.busy
+    assert not llm.core.feature(KVShare)._donors._compiled
 
 
 def test_an_upload_that_is_too_long_leaves_nothing(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError):
         upload(llm, "alice", text(1, 600), "tenant")
-    assert not llm.core.share._donors._compiled
+    assert not llm.core.feature(KVShare)._donors._compiled
 
 
 def test_isolated_text_has_seen_nothing_but_the_sink(llm: LLM) -> None:
     """Compiled twice, in between other work: the same KV; and another text before it in the queue changes nothing."""
     upload(llm, "press", DOCUMENT, "public")
-    first = {s.tokens.tobytes(): (s.k.clone(), s.v.clone()) for s in llm.core.share.store}
+    first = {s.tokens.tobytes(): (s.k.clone(), s.v.clone()) for s in llm.core.feature(KVShare).store}
     llm.core.purge("press")
     upload(llm, "press", text(9, 100), "public")
     ask(llm, "press", prompt(3), share="none")
     upload(llm, "press", DOCUMENT, "public")
-    again = {s.tokens.tobytes(): (s.k, s.v) for s in llm.core.share.store}
+    again = {s.tokens.tobytes(): (s.k, s.v) for s in llm.core.feature(KVShare).store}
     assert first.keys() <= again.keys()
     for name, (k, v) in first.items():
         assert float((again[name][0] - k).abs().max()) < 1e-4 and float((again[name][1] - v).abs().max()) < 1e-4
@@ -204,14 +205,14 @@ def test_text_seen_twice_is_compiled_when_idle(llm: LLM) -> None:
         return [*text(100 + seed, 30), *long, *text(200 + seed, 30)]
 
     ask(llm, "alice", around(1), share="group")
-    assert not llm.core.has_errands
+    assert not llm.core.background.waiting
     ask(llm, "bob", around(2), share="group")
-    assert llm.core.has_errands
+    assert llm.core.background.waiting
     llm.settle()
-    isolated = [segment for segment in llm.core.share.store if segment.isolated]
-    assert isolated and not llm.core.has_errands
+    isolated = [segment for segment in llm.core.feature(KVShare).store if segment.isolated]
+    assert isolated and not llm.core.background.waiting
     ask(llm, "alice", around(3), share="group")
-    assert not llm.core.has_errands  # it is there already
+    assert not llm.core.background.waiting  # it is there already
     known = {tuple(long[i : i + 8]) for i in range(len(long))}
     for segment in isolated:  # nothing that only one of them sent
         assert all(tuple(segment.tokens[i : i + 8].tolist()) in known for i in range(0, len(segment.tokens) - 8, 8))
@@ -221,10 +222,10 @@ def test_text_seen_twice_is_compiled_when_idle(llm: LLM) -> None:
 
 def test_quota_charges_the_owner(llm: LLM) -> None:
     ask(llm, "alice", prompt(1))
-    before = llm.core.share.store.bytes_by["alice"]
+    before = llm.core.feature(KVShare).store.bytes_by["alice"]
     for seed in range(10, 16):
         ask(llm, "small", text(seed, 100))
-    store = llm.core.share.store
+    store = llm.core.feature(KVShare).store
     assert store.bytes_by["alice"] == before > 0
     assert 0 < store.bytes_by["small"] <= 160000
     store.check()
@@ -234,7 +235,7 @@ def test_purge(llm: LLM) -> None:
     ask(llm, "alice", prompt(1))
     ask(llm, "bob", prompt(2))
     assert llm.core.purge("alice") > 0
-    assert set(llm.core.share.store.bytes_by) == {"bob"}
+    assert set(llm.core.feature(KVShare).store.bytes_by) == {"bob"}
     assert reused(ask(llm, "alice", prompt(3))) == 0
 
 
@@ -251,9 +252,9 @@ def test_healing_publishes_and_leaves_donors(healing: LLM) -> None:
     ask(healing, "", prompt(1))
     longer = [*text(101, 30), *DOCUMENT, *new, *text(5, 20)]
     ask(healing, "", [*text(7, 5), *longer])
-    assert not any(is_in(s.tokens.tolist(), new) for s in healing.core.share.store)  # tainted: not captured
+    assert not any(is_in(s.tokens.tolist(), new) for s in healing.core.feature(KVShare).store)  # tainted: not captured
     healing.settle()
-    assert any(is_in(s.tokens.tolist(), new) for s in healing.core.share.store)
+    assert any(is_in(s.tokens.tolist(), new) for s in healing.core.feature(KVShare).store)
     again = ask(healing, "", [*text(7, 5), *longer, *text(8, 20)], reuse="exact")
     assert again.usage is not None and again.usage.cached_tokens >= (len(longer) + 5) // 16 * 16
 
@@ -266,12 +267,12 @@ def test_errands_give_way(healing: LLM) -> None:
     ask(healing, "", prompt(1))
     ask(healing, "", [*text(7, 5), *DOCUMENT, *text(9, 100)])
     core = healing.core
-    core.start_errand()
+    core.background.start()
     core.step()
     assert ask(healing, "", text(11, 40), reuse="exact").finish_reason == "length"
-    assert core.has_errands  # put back
+    assert core.background.waiting  # put back
     healing.settle()
-    assert not core.has_errands and not core.busy
+    assert not core.background.waiting and not core.busy
 
 
 def test_an_interrupted_shadow_check_counts_once(make_llm: MakeLLM) -> None:
@@ -281,10 +282,10 @@ def test_an_interrupted_shadow_check_counts_once(make_llm: MakeLLM) -> None:
     llm = make_llm(kvshare_options=options, segment_memory="64MiB")
     ask(llm, "", prompt(1))
     ask(llm, "", prompt(2), sampling=SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
-    llm.core.start_errand()
+    llm.core.background.start()
     for _ in range(6):  # its prompt in pieces, and some of its answer
         llm.core.step()
-    assert llm.core.share._shadow._checking
+    assert llm.core.feature(KVShare)._shadow._checking
     ask(llm, "", text(11, 40), reuse="exact")
     llm.settle()
     stats = llm.stats().share
@@ -328,7 +329,7 @@ def test_failing_shadow_checks_raise_the_ratio_then_switch_off(make_llm: MakeLLM
     llm = shadowing(make_llm, ', "shadow_kl": 1e-6, "ratio": 0.15')
     ask(llm, "", prompt(1), ratio=0.15)
     seed = 2
-    while llm.core.share.enabled(""):
+    while llm.core.feature(KVShare).enabled(""):
         result = ask(llm, "", prompt(seed), ratio=0.15)
         seed += 1
         llm.settle()
@@ -344,7 +345,7 @@ def test_failing_shadow_checks_raise_the_ratio_then_switch_off(make_llm: MakeLLM
 
 
 def test_one_tenants_checks_decide_for_that_tenant_alone() -> None:
-    shadow = Shadow(ShareOptions(), Errands(), ShareStats())
+    shadow = Shadow(ShareOptions(), JobQueue(), ShareStats())
     for _ in range(2 * WINDOW):
         shadow._checking = [(9.0, False)]
         shadow.conclude("mallory", whole=True)
@@ -377,22 +378,22 @@ def test_runs_that_deviate_too_far_are_computed(make_llm: MakeLLM) -> None:
     options = OPTIONS.replace('"reject_above": 10', '"reject_above": 1e-6') % ', "heal": false'
     llm = make_llm(kvshare_options=options, segment_memory="64MiB")
     ask(llm, "", prompt(1))
-    held = len(llm.core.share.store)
+    held = len(llm.core.feature(KVShare).store)
     for seed in (2, 3, 4):
         result = ask(llm, "", prompt(seed), policy="blend", ratio=0.1)
         off = ask(llm, "", prompt(seed), reuse="off")
         assert result.tokens == off.tokens and result.usage.reused_tokens == 0 and result.usage.recomputed_tokens > 150
     stats = llm.stats().share
     assert stats.rejected_runs >= 3 and stats.tokens["rejected"] > 450
-    assert len(llm.core.share.store) < held + 12  # rejected three times: evicted
-    assert not any(is_in(s.tokens.tolist(), prompt(1)[:30]) for s in llm.core.share.store if s.rejections >= 3)
+    assert len(llm.core.feature(KVShare).store) < held + 12  # rejected three times: evicted
+    assert not any(is_in(s.tokens.tolist(), prompt(1)[:30]) for s in llm.core.feature(KVShare).store if s.rejections >= 3)
 
 
 @pytest.mark.parametrize("what", ["k", "v", "position"])
 def test_layer_zero_catches_kv_that_is_not_what_it_says(make_llm: MakeLLM, what: str) -> None:
     llm = make_llm(kvshare_options=OPTIONS % ', "heal": false', segment_memory="64MiB")
     ask(llm, "", prompt(1))
-    for segment in llm.core.share.store:
+    for segment in llm.core.feature(KVShare).store:
         if what == "position":
             segment.position += 1
         else:

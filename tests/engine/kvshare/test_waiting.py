@@ -46,7 +46,7 @@ def estimate(llm: LLM, waiting: Request) -> float:
     scheduler = llm.core._scheduler
     found = llm.core._scheduler._waiting  # queue of lanes
     assert found is not None
-    return llm.core._estimator.estimate(waiting, scheduler.table(waiting), waiting.tokens).work
+    return found._around.estimator.estimate(waiting, scheduler.table(waiting), waiting.tokens).work
 
 
 def test_waiting_requests_know_what_they_will_reuse(make_llm: MakeLLM) -> None:

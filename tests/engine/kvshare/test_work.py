@@ -12,6 +12,7 @@ import pytest
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.client import OTHERS
 from kvloom.engine.reuse.kvshare.report import MOST_TENANTS, TenantTokens
+from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]
 ONE = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
@@ -31,7 +32,7 @@ def test_reuse_never_gives_rows_to_a_step(make_llm: MakeLLM, options: dict[str, 
     )
     llm = make_llm(kvshare_options=share, segment_memory="64MiB", max_batched_tokens=48, max_num_seqs=4)
     rows, works = [], []
-    run, prepare = llm.core.runner.run, llm.core.share.prepare
+    run, prepare = llm.core.runner.run, llm.core.feature(KVShare).begin
 
     def watch(plan: Any) -> Any:
         rows.append(plan.rows)
@@ -41,7 +42,7 @@ def test_reuse_never_gives_rows_to_a_step(make_llm: MakeLLM, options: dict[str, 
         works.append(prepare(*args))
         return works[-1]
 
-    llm.core.runner.run, llm.core.share.prepare = watch, ask  # type: ignore[method-assign]
+    llm.core.runner.run, llm.core.feature(KVShare).begin = watch, ask  # type: ignore[method-assign]
     shared = text(1, 150)
     kv = KVOptions(reuse="approx", reuse_options=options)
     llm.generate([shared], ONE, kv=kv)
