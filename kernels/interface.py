@@ -75,6 +75,20 @@ class Rows(NamedTuple):
         return self.request.shape[0]
 
 
+class Folded(NamedTuple):
+    """One more position of rows, which stands for N others by the means k', v' of their keys and values: its logit is
+    scale * q.k' + ln N.
+
+    words: [total] int32, from which sums of keys and values are read: [2, kv_heads, head_dim] fp32 for each row
+    at: [rows] int32, the word at which a row's sums begin
+    counts: [rows] int32, N; 0 for rows without it, which stay as they are to the bit
+    """
+
+    words: Tensor
+    at: Tensor
+    counts: Tensor
+
+
 @dataclass(slots=True)
 class Counters:
     """What a back end did since it was made; read by metrics and by tests that hold it to the formulas.
@@ -230,6 +244,7 @@ class Kernels(Protocol):
         positions: Tensor | None = None,
         heads: Tensor | None = None,
         read: Tensor | None = None,
+        folded: Folded | None = None,
     ) -> Tensor:
         """softmax(scale * q k^T) v over what each row sees.
 
@@ -240,6 +255,19 @@ class Kernels(Protocol):
         heads: [kv_heads] int32: KV head h reads the list of head heads[h], which is as long as its own or within the plan's
         bounds; negative, and its query heads are left out: nothing is read for them or written
         read: [rows] int64, to which is added how many positions each row sees, summed over KV heads
+        folded: one more position behind those that a row sees: in out and lse, but neither in logits nor counted
+        """
+        ...
+
+    def fold(self, kv: PagedKV, tables: Tensor, request: Tensor, first: Tensor, last: Tensor, words: Tensor, at: Tensor, *,
+             origin: int, most: int) -> None:  # fmt: skip
+        """Add keys and values of positions [first, last) to sums, as `Folded` reads them. Nothing is read by the host.
+
+        tables: [requests, max_blocks] int32   request, first, last: [n] int32, the first a row of the tables
+        at: [n] int32, the words at which sums begin, no two the same; where it is negative, nothing is added
+        origin: where `first` is at most that, the sums begin anew   most: at least the largest last - first
+
+        Positions of a block are added up by themselves, and blocks then one by one: a row's bits depend on no other row.
         """
         ...
 

@@ -6,13 +6,14 @@ Runs on any device. Slow on purpose: each function reads as its definition.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import COMPARES, Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
+from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
 
 
 def wide(x: Tensor) -> Tensor:
@@ -61,6 +62,12 @@ def gather(cache: Tensor, table: Tensor, positions: Tensor, head: int) -> Tensor
     return cache[table[positions // block_size].long(), head, positions % block_size]
 
 
+def sums(words: Tensor, at: int, kv: PagedKV) -> Tensor:
+    """The record of sums that begins at a word, in place: [2, kv_heads, head_dim] fp32."""
+    heads, dim = kv.k.shape[1], kv.k.shape[3]
+    return words[at : at + 2 * heads * dim].view(torch.float32).view(2, heads, dim)
+
+
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate pairs (i, i + rotary/2) of x [..., head_dim] by angles whose cos and sin are [..., rotary/2]."""
     half = cos.shape[-1]
@@ -107,6 +114,27 @@ def check_renewal(q: Tensor, how: Renewal, indices: Sequence[Tensor], words: Ten
         raise ValueError(f"there are {len(q)} rows; got {[tuple(tensor.shape) for tensor in (*indices, lengths)]}")
 
 
+def check_folded(folded: Folded, rows: int) -> None:
+    """Raises ValueError for what no back end can read."""
+    _check_indices([folded.words], None)
+    _check_indices([folded.at, folded.counts], rows)
+
+
+def check_folding(kv: PagedKV, tables: Tensor, words: Tensor, columns: Sequence[Tensor]) -> None:
+    """Raises ValueError for what no back end can fold. columns: request, first, last and at, [n] each."""
+    _check_indices([words, tables], None)
+    _check_indices(columns, len(columns[0]))
+    if kv.k.shape != kv.v.shape or tables.ndim != 2:
+        raise ValueError(f"K is {tuple(kv.k.shape)}, V {tuple(kv.v.shape)}, tables {tuple(tables.shape)}")
+
+
+def _check_indices(tensors: Sequence[Tensor], rows: int | None) -> None:
+    for tensor in tensors:
+        if tensor.dtype is not torch.int32 or not tensor.is_contiguous() or (rows is not None and tensor.shape != (rows,)):
+            wanted = "must be contiguous int32" + ("" if rows is None else f" [{rows}]")
+            raise ValueError(f"{wanted}; got {tensor.dtype} {tuple(tensor.shape)} with strides {tensor.stride()}")
+
+
 class ReferenceKernels:
     """`interface.Kernels` in plain torch."""
 
@@ -137,9 +165,11 @@ class ReferenceKernels:
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
-               read: Tensor | None = None) -> Tensor:  # fmt: skip
+               read: Tensor | None = None, folded: Folded | None = None) -> Tensor:  # fmt: skip
         """Softmax attention; see `interface.Kernels.attend`."""
         assert isinstance(plan, ReferencePlan)
+        if folded is not None:
+            check_folded(folded, plan.rows.size)
         group = q.shape[1] // kv.k.shape[1]
         seen = visible(plan.rows, kv.k.shape[1], heads, positions)
         for row, by_head in enumerate(seen):
@@ -153,13 +183,33 @@ class ReferenceKernels:
                 keys = wide(gather(kv.k, table, own, q_head // group))
                 values = wide(gather(kv.v, table, own, q_head // group))
                 products = keys @ wide(q[row, q_head]) * scale
+                if logits is not None and row < logits.shape[0]:
+                    logits[row, q_head, : len(own)] = products.to(logits.dtype)
+                if folded is not None and (n := int(folded.counts[row])):
+                    key, value = sums(folded.words, int(folded.at[row]), kv)[:, q_head // group].to(keys.dtype) / n
+                    logit = key @ wide(q[row, q_head]) * scale + math.log(n)
+                    products, values = torch.cat([products, logit[None]]), torch.cat([values, value[None]])
                 out[row, q_head] = (torch.softmax(products, 0) @ values).to(out.dtype)
                 if lse is not None:
                     lse[row, q_head] = torch.logsumexp(products, 0)
-                if logits is not None and row < logits.shape[0]:
-                    logits[row, q_head, : len(own)] = products.to(logits.dtype)
         self._count(kv, plan.rows, seen, scores_only=False, heads=heads)
         return out
+
+    def fold(self, kv: PagedKV, tables: Tensor, request: Tensor, first: Tensor, last: Tensor, words: Tensor, at: Tensor, *,
+             origin: int, most: int) -> None:  # fmt: skip
+        """Add keys and values to sums; see `interface.Kernels.fold`."""
+        columns, size = (request, first, last, at), kv.k.shape[2]
+        check_folding(kv, tables, words, columns)
+        for of, begin, end, where in zip(*(column.tolist() for column in columns)):
+            if where < 0:
+                continue
+            record = sums(words, where, kv)
+            if begin <= origin:
+                record.zero_()
+            for block in range(begin // size, -(-end // size)):
+                part = slice(max(0, begin - block * size), min(size, end - block * size))
+                for total, cache in zip(record, kv):
+                    total += wide(cache[int(tables[of, block]), :, part]).sum(1)
 
     def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """Query-key products; see `interface.Kernels.score`."""

@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, PagedKV, Plan, PoolHow, Renewal, Rows
-from kvloom.kernels.reference import ReferenceKernels, check_pool, check_renewal, turn
-from kvloom.kernels.tiles import Cut, TorchPlan, Use, as_matrix
+from kvloom.kernels.interface import Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.reference import ReferenceKernels, check_folded, check_folding, check_pool, check_renewal, turn
+from kvloom.kernels.tiles import ROOM, Cut, TorchPlan, Use, as_matrix
 
 LOG2E, LN2 = math.log2(math.e), math.log(2.0)
 SMALLEST = torch.finfo(torch.float32).tiny
@@ -37,6 +37,24 @@ def emit(scores: Tensor, hidden: Tensor, common: int, logits: Tensor, at: tuple[
     last = fresh[..., common:]
     last.copy_(torch.where(hidden[..., : last.shape[-1]], logits[at][..., common:], last))
     logits[at] = fresh
+
+
+def add_folded(q: Tensor, out: Tensor, lse: Tensor, folded: Folded, kv_heads: int, scale: float, heads: Tensor | None) -> None:
+    """Give rows their folded position. q, out: [rows, q_heads, head_dim], out in fp32; lse: [rows, q_heads]; heads: see
+    `interface.Kernels.attend`."""
+    group, count, size = q.shape[1] // kv_heads, folded.counts[:, None, None], 2 * kv_heads * q.shape[2]
+    if len(folded.words) < size:  # nobody has sums
+        return
+    place = torch.where(folded.counts > 0, folded.at, 0).long()[:, None] + torch.arange(size, device=q.device)
+    means = folded.words.view(torch.float32)[place].view(len(q), 2, kv_heads, 1, -1) / count.clamp(min=1)[..., None, None]
+    keys, values = means.unbind(1)
+    logit = (q.unflatten(1, (-1, group)).float() * keys).sum(-1).mul_(scale).add_(count.log())
+    has = count > 0 if heads is None else (count > 0) & (heads >= 0)[:, None]
+    out, lse = out.unflatten(1, (-1, group)), lse.unflatten(1, (-1, group))
+    total = torch.logaddexp(lse, logit)
+    own, share = (torch.exp(part - total)[..., None] for part in (lse, logit))
+    out.copy_(torch.where(has[..., None], out * own + values * share, out))
+    lse.copy_(torch.where(has, total, lse))
 
 
 class TorchKernels(ReferenceKernels):
@@ -71,9 +89,11 @@ class TorchKernels(ReferenceKernels):
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
-               read: Tensor | None = None) -> Tensor:  # fmt: skip
-        """Softmax attention; see `interface.Kernels.attend`."""
+               read: Tensor | None = None, folded: Folded | None = None) -> Tensor:  # fmt: skip
+        """Softmax attention; see `interface.Kernels.attend`. What is folded is merged in when all else is known."""
         assert isinstance(plan, TorchPlan)
+        if out.dtype != q.dtype:
+            raise TypeError(f"q is {q.dtype} and out {out.dtype}; they and the cache must be of one dtype")
         use = Use.of(plan.rows, plan.kv_heads, heads, None) if read is not None or heads is not None or plan.open else None
         if use is not None and read is not None:
             read += use.seen.sum(1)
@@ -88,8 +108,37 @@ class TorchKernels(ReferenceKernels):
             use, tiles, item = None, plan.cut(0 if logits is None else len(logits)), kv.k.element_size()
             counts = tiles.counts
             self._add(counts.rows, counts.positions, counts.kv_bytes * item, 0, counts.list_kv_bytes * item)
-        self._run(q, kv, plan, tiles, scale, out, lse, logits, use, positions)
-        return out
+        if folded is None:
+            self._run(q, kv, plan, tiles, scale, out, lse, logits, use, positions)
+            return out
+        check_folded(folded, plan.rows.size)
+        state = out.float()  # not rounded in between
+        lse = q.new_empty(q.shape[:2], dtype=torch.float32) if lse is None else lse
+        self._run(q, kv, plan, tiles, scale, state, lse, logits, use, positions)
+        add_folded(q, state, lse, folded, plan.kv_heads, scale, heads)
+        return out.copy_(state)
+
+    def fold(self, kv: PagedKV, tables: Tensor, request: Tensor, first: Tensor, last: Tensor, words: Tensor, at: Tensor, *,
+             origin: int, most: int) -> None:  # fmt: skip
+        """Add keys and values to sums; see `interface.Kernels.fold`. Blocks are added from left to right: padding changes no
+        bit. A row that is left out adds what some other row does, or, if there is none, writes what is there."""
+        check_folding(kv, tables, words, (request, first, last, at))
+        rows, (count, heads, size, dim) = len(at), kv.k.shape
+        if rows == 0 or heads == 0 or len(words) < 2 * heads * dim:
+            return
+        source = torch.where(at >= 0, torch.arange(rows, device=at.device), (at >= 0).byte().argmax())
+        request, first, last, at = (column[source].long()[:, None] for column in (request, first, last, at))
+        floats, place = words.view(torch.float32), at.clamp(min=0) + torch.arange(2 * heads * dim, device=at.device)
+        known = floats[place]
+        total = known.masked_fill(first <= origin, 0.0).double().view(rows, 1, 2, heads, dim)
+        blocks = first // size + torch.arange(most // size + 2, device=at.device)
+        for part in blocks.split(max(1, ROOM // (rows * heads * size * dim)), dim=1):
+            position = part[..., None] * size + torch.arange(size, device=at.device)
+            outside = ((position < first[..., None]) | (position >= last[..., None]))[:, :, None, :, None]
+            found = tables[request, part.clamp(max=tables.shape[1] - 1)].clamp(0, count - 1)
+            added = [cache[found].float().masked_fill_(outside, 0.0).sum(3).double() for cache in kv]
+            total = torch.cat([total, torch.stack(added, 2)], 1).cumsum(1)[:, -1:]
+        floats[place] = torch.where(at >= 0, total.flatten(1).float(), known)
 
     def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """Query-key products; see `interface.Kernels.score`."""
@@ -114,7 +163,7 @@ class TorchKernels(ReferenceKernels):
              lse: Tensor | None, logits: Tensor | None, use: Use | None, positions: Tensor | None) -> None:  # fmt: skip
         """Attention in base 2, a part of a group at a time; without `out` the products alone. use: what rows see now, if that
         may differ from what they saw when planned; positions: in place of those of lists."""
-        if {q.dtype, kv.v.dtype, q.dtype if out is None else out.dtype} != {kv.k.dtype}:
+        if {q.dtype, kv.v.dtype} != {kv.k.dtype}:
             raise TypeError(f"q is {q.dtype}, the cache {kv.k.dtype} and {kv.v.dtype}; they and out must be of one dtype")
         by_head = (plan.kv_heads, q.shape[1] // plan.kv_heads)
         q = q.unflatten(1, by_head)

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvloom.kernels import tiles
+from kvloom.kernels.interface import Folded
 from kvloom.kernels.vectorized import TorchKernels
 from tests.kernels.conftest import ints, make_lists, make_rows, paged
 
@@ -43,6 +44,7 @@ def calls(kernels: TorchKernels) -> list[Callable[[], object]]:
     kernels.attend(q, store.kv, plan, scale=0.1, out=out, logits=logits)  # makes the plan for rows that hand out logits
     kernels.score(q, store.kv, plan, scale=0.1, out=scores)
     new, qkv, slots, table = q[:, :2], torch.randn(7, 640).bfloat16(), torch.arange(-1, 6), torch.randn(9, 32)
+    words = torch.zeros(256, dtype=torch.int32)
     return [
         lambda: kernels.attend(q, store.kv, plan, scale=0.1, out=out, lse=lse, logits=logits),
         lambda: kernels.score(q, store.kv, plan, scale=0.1, out=scores),
@@ -51,13 +53,17 @@ def calls(kernels: TorchKernels) -> list[Callable[[], object]]:
         lambda: kernels.pool(scores, ints([3] * 7), ints([80] * 7), 2, how="sum", window=3, out=torch.empty(7, 2, 80)),
         lambda: kernels.select(scores[:, 0], ints([80] * 7), 9, offset=ints([4] * 7)),
         lambda: kernels.merge(out, lse, out.clone(), lse.clone()),
+        lambda: kernels.attend(q, store.kv, plan, scale=0.1, out=out, folded=Folded(words, ints([0] * 7), ints([9] * 7))),
+        lambda: kernels.fold(
+            store.kv, store.tables, ints([0, 1]), ints([4, 4]), ints([90, 9]), words, ints([0, -1]), origin=4, most=86
+        ),
         lambda: kernels.rotate(new, ints(range(7)), torch.ones(32), torch.empty_like(new)),
         lambda: kernels.add_rms_norm(qkv, qkv.clone(), qkv[0], 1e-5, torch.empty_like(qkv)),
         lambda: kernels.silu_mul(qkv, torch.empty(7, 320).bfloat16()),
     ]
 
 
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(12))
 def test_no_operation_waits_for_a_result(number: int) -> None:
     """On a device with a queue of its own, reading a result back would empty the queue once per layer."""
     call = calls(TorchKernels())[number]

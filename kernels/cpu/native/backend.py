@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import COMPARES, Counters, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
-from kvloom.kernels.reference import check_pool, check_renewal, check_sample
+from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
+from kvloom.kernels.reference import check_folded, check_folding, check_pool, check_renewal, check_sample
 
 from .build import Progress, build
 from .graph import NativeGraph
@@ -76,19 +76,34 @@ class NativeKernels:
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
-               read: Tensor | None = None) -> Tensor:  # fmt: skip
+               read: Tensor | None = None, folded: Folded | None = None) -> Tensor:  # fmt: skip
         """See the contract."""
         _same_dtype(q, out, kv.k, kv.v)
         out_row, out_head, _ = _strides(out)
         listed = 0 if positions is None else _int32(positions)
-        further = (0, _ints(heads, kv.k.shape[1]), listed, _ints(read, q.shape[0], torch.int64))
+        sums = (0, 0, 0)
+        if folded is not None:
+            check_folded(folded, q.shape[0])
+            sums = (folded.words.data_ptr(), folded.at.data_ptr(), folded.counts.data_ptr())
+        further = (0, _ints(heads, kv.k.shape[1]), listed, _ints(read, q.shape[0], torch.int64), *sums)
         self._run(q, kv, plan, scale, (out.data_ptr(), out_row, out_head), lse, logits, further)
         return out
+
+    def fold(self, kv: PagedKV, tables: Tensor, request: Tensor, first: Tensor, last: Tensor, words: Tensor, at: Tensor, *,
+             origin: int, most: int) -> None:  # fmt: skip
+        """See the contract. One thread adds up a head's keys or values of a row."""
+        check_folding(kv, tables, words, (request, first, last, at))
+        _same_dtype(kv.k, kv.v)
+        _, heads, _, dim = kv.k.shape
+        self.library.fold(
+            *_paged(kv), tables.data_ptr(), tables.stride(0), request.data_ptr(), first.data_ptr(), last.data_ptr(),
+            at.data_ptr(), words.data_ptr(), len(at), heads, dim, origin, DTYPES[kv.k.dtype], self.threads,
+        )  # fmt: skip
 
     def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """See the contract."""
         _same_dtype(q, kv.k, kv.v)
-        self._run(q, kv, plan, scale, (0, 0, 0), None, out, (_ints(active, q.shape[0]), 0, 0, 0))
+        self._run(q, kv, plan, scale, (0, 0, 0), None, out, (_ints(active, q.shape[0]), *(0,) * 6))
         return out
 
     def _run(self, q: Tensor, kv: PagedKV, plan: Plan, scale: float, out: tuple[int, int, int],

@@ -52,7 +52,7 @@ TOTALS = _layout("rows:q positions:q kv_bytes:q score_bytes:q list_kv_bytes:q")
 ATTEND = _layout(
     "q:P q_row:q q_head:q out:P out_row:q out_head:q lse:P lse_row:q logits:P "
     "logits_rows:q logits_row:q logits_head:q width:q " + _PAGED + _PAGED + "block_size:q plan:P "
-    "active:P heads:P positions:P read:P totals:P scale:f dtype:i"
+    "active:P heads:P positions:P read:P sums:P sums_at:P counts:P totals:P scale:f dtype:i"
 )
 NORM = _layout(
     "x:P x_row:q delta:P delta_row:q weight:P out:P out_row:q rows:q hidden:q eps:f x_dtype:i weight_dtype:i dtype:i threads:i"
@@ -72,6 +72,10 @@ STORE = _layout(
 )
 ROTATE = _layout(
     "k:P k_row:q k_head:q out:P out_row:q out_head:q delta:P inv_freq:P rows:q heads:i head_dim:i rotary:i dtype:i threads:i"
+)
+FOLD = _layout(
+    _PAGED + _PAGED + "block_size:q tables:P table_stride:q request:P first:P last:P at:P sums:P rows:q "
+    "kv_heads:i head_dim:i origin:i dtype:i threads:i"
 )
 MERGE = _layout(
     "out_a:P a_row:q a_head:q lse_a:P lse_a_row:q out_b:P b_row:q b_head:q lse_b:P lse_b_row:q rows:q "
@@ -101,7 +105,8 @@ CALL = _layout("run:P args:P rows_in:P")
 
 # In the order of kvloom_sizes.
 _LAYOUTS = (
-    ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, MERGE, SELECT, RENEW, POOL, SAMPLE, LINEAR, SILU, PACK, CALL,
+    ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, FOLD, MERGE, SELECT, RENEW, POOL, SAMPLE, LINEAR, SILU, PACK,
+    CALL,
 )  # fmt: skip
 
 _FUNCTIONS = {
@@ -110,6 +115,7 @@ _FUNCTIONS = {
     "rotate_store": ROTATE_STORE,
     "store": STORE,
     "rotate": ROTATE,
+    "fold": FOLD,
     "merge": MERGE,
     "select": SELECT,
     "renew": RENEW,

@@ -39,6 +39,8 @@ struct AttendArgs {
   const int32_t* heads;      // [kv_heads]: whose list a KV head reads; negative, and the head is left out
   const int32_t* positions;  // of lists, in place of the plan's
   int64_t* read;             // [rows]: positions seen are added
+  const float* sums;         // interface.Folded: [2, kv_heads, head_dim] from sums_at[row] on, if counts[row] is not 0; or null
+  const int32_t *sums_at, *counts;
   Totals* totals;
   float scale;
   int32_t dtype;
@@ -95,6 +97,17 @@ struct RotateArgs {
   const float* inv_freq;
   int64_t rows;
   int32_t heads, head_dim, rotary, dtype, threads;
+};
+
+struct FoldArgs {
+  Paged k, v;
+  int64_t block_size;
+  const int32_t* tables;
+  int64_t table_stride;
+  const int32_t *request, *first, *last, *at;  // [rows]: positions [first, last) go to the sums from at on; negative to leave out
+  float* sums;
+  int64_t rows;
+  int32_t kv_heads, head_dim, origin, dtype, threads;
 };
 
 struct MergeArgs {

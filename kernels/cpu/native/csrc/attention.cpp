@@ -258,8 +258,34 @@ template <class T> class TileRun {
     }
   }
 
+  // The position that stands for what was folded, behind all others: its key and value are means of `count` of them.
+  void add_folded(State state, int64_t r, int32_t count) {
+    const float* keys = args_.sums + args_.sums_at[token(r)] + int64_t(head_) * dim_;
+    const float* values = keys + int64_t(plan_.rows.kv_heads) * dim_;
+    const T* q = static_cast<const T*>(args_.q) + token(r) * args_.q_row + query_head(r) * args_.q_head;
+    vec products = zero();
+    int64_t d = 0;
+    for (; d + kLanes <= dim_; d += kLanes) products = fma(load(q + d), load(keys + d), products);
+    if (d < dim_) products = fma(load_first(q + d, dim_ - d), load_first(keys + d, dim_ - d), products);
+    const float n = float(count), logit = sum(products) / n * (args_.scale * kLog2E) + std::log2(n);
+    const float top = std::max(state.maximum[r], logit);
+    const float past = std::exp2(state.maximum[r] - top), own = std::exp2(logit - top);
+    float* o = state.o + r * stride_;
+    for (d = 0; d < dim_; d += 32) {
+      alignas(64) float mean[32] = {};
+      for (int64_t i = 0; i < std::min<int64_t>(32, dim_ - d); i++) mean[i] = values[d + i] / n;
+      vec a, b;
+      pair_of<T>(mean, a, b);
+      store(o + d, fma(a, splat(own), load(o + d) * splat(past)));
+      store(o + d + kLanes, fma(b, splat(own), load(o + d + kLanes) * splat(past)));
+    }
+    state.sum[r] = state.sum[r] * past + own;
+    state.maximum[r] = top;
+  }
+
   void finish(State state) {
     for (int64_t r = 0; r < m_; r++) {
+      if (args_.counts && args_.counts[token(r)] > 0) add_folded(state, r, args_.counts[token(r)]);
       const bool any = state.maximum[r] != -INFINITY;
       const vec scale = splat(any ? 1.0f / state.sum[r] : 0.0f);
       const float* o = state.o + r * stride_;

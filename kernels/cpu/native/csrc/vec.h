@@ -188,6 +188,7 @@ template <class T> inline void store_first(T* p, vec a, int64_t n) {
 // widening halves costs shuffles. Whoever loads with load_pair stores with store_pair and never looks inside.
 template <class T> inline void load_pair(const T* p, vec& a, vec& b) { a = load(p); b = load(p + kLanes); }
 template <class T> inline void store_pair(T* p, vec a, vec b) { store(p, a); store(p + kLanes, b); }
+template <class T> inline void pair_of(const float* p, vec& a, vec& b) { a = load(p); b = load(p + kLanes); }  // as load_pair<T>
 #if defined(KVLOOM_AVX512)
 inline void load_pair(const bf16* p, vec& a, vec& b) {
   const __m512i both = _mm512_loadu_si512(p);
@@ -211,6 +212,13 @@ inline void store_pair(bf16* p, vec a, vec b) {
     const __m256i high = _mm256_slli_epi32(round_bf16(b.half[h]), 16);
     _mm256_storeu_si256((__m256i*)p + h, _mm256_or_si256(round_bf16(a.half[h]), high));
   }
+}
+#endif
+#if defined(KVLOOM_AVX512) || defined(KVLOOM_AVX2)
+template <> inline void pair_of<bf16>(const float* p, vec& a, vec& b) {
+  float even[kLanes], odd[kLanes];
+  for (int i = 0; i < kLanes; i++) even[i] = p[2 * i], odd[i] = p[2 * i + 1];
+  a = load(even), b = load(odd);
 }
 #endif
 
