@@ -101,10 +101,10 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
     loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
-    geometry = _geometry(loaded, length)
+    geometry = _geometry(loaded, length, cache.block_size)
     states = _states(config, cache.bytes, razor)
     if razor is not None:
-        razor.states = states
+        razor.use(states, backend)
     runner = Runner(
         loaded.decoder,
         cache,
@@ -178,7 +178,7 @@ def _check_names(config: EngineConfig) -> None:
             raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _geometry(loaded: LoadedModel, length: int) -> Geometry:
+def _geometry(loaded: LoadedModel, length: int, block_size: int) -> Geometry:
     model = loaded.config
     return Geometry(
         layers=model.layers,
@@ -189,6 +189,7 @@ def _geometry(loaded: LoadedModel, length: int) -> Geometry:
         trained_len=model.max_position,
         inv_freq=loaded.decoder.rotary.inv_freq,
         model_key=loaded.fingerprint,
+        block_size=block_size,
     )
 
 

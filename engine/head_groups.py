@@ -2,21 +2,19 @@
 
 The projection comes with the groups side by side (`model.heads`), so a group's queries, keys and values are a view of it, and
 its output goes to its own columns. Rows of a group differ from another's only in where they begin: behind what the group has
-forgotten, with its sinks in front and, merged in afterwards, a token that stands for the forgotten ones.
+forgotten, with its sinks in front and one more position that stands for the forgotten ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from kvloom.engine.cache import HeadGroup
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.retention.compensation import Tokens
-from kvloom.kernels.interface import Kernels, Plan, Rows
+from kvloom.kernels.interface import Folded, Kernels, Plan, Rows
 
 
 class GroupRows(NamedTuple):
@@ -40,9 +38,11 @@ class GroupedAttention:
         self._plans: dict[tuple[int, int], Plan] = {}
         """By group and KV heads of a layer: made anew in their place, where captured calls look for them."""
 
-    def plan(self, groups: Sequence[GroupRows], positions: Tensor, q: Tensor, out: Tensor, folded: Tokens | None) -> None:
-        """Set the step up. positions: [rows] int64; q, out: [rows, q_heads, head_dim] contiguous work space; folded: of the
-        first rows of the last group."""
+    def plan(
+        self, groups: Sequence[GroupRows], positions: Tensor, q: Tensor, out: Tensor, folded: Callable[[int], Folded] | None
+    ) -> None:
+        """Set the step up. positions: [rows] int64; q, out: [rows, q_heads, head_dim] contiguous work space; folded: by layer,
+        what stands for what the last group has forgotten."""
         self._rows, self._positions, self._folded = groups, positions, folded
         self._q, self._out, self._flat = q.flatten(), out, out.view(out.shape[0], -1)
         for index, heads in self._shapes:
@@ -72,11 +72,6 @@ class GroupedAttention:
         """One group's rows: q, out [rows, q_heads of the group, head_dim]."""
         kernels, kv = self._kernels, self._groups[index].storage.layers[layer]
         plan = self._plans[index, kv.k.shape[1]]
-        folded = self._folded if index == len(self._groups) - 1 else None
-        if folded is None:
-            kernels.attend(q, kv, plan, scale=self._scale, out=out)
-            return
-        lse = torch.empty(q.shape[:2], dtype=torch.float32)
-        kernels.attend(q, kv, plan, scale=self._scale, out=out, lse=lse)
-        front = folded.rows
-        folded.merge(kernels, layer, q[:front], out[:front], lse[:front], self._scale)
+        last = index == len(self._groups) - 1
+        folded = self._folded(layer) if self._folded is not None and last else None
+        kernels.attend(q, kv, plan, scale=self._scale, out=out, folded=folded)

@@ -66,7 +66,7 @@ class Runner:
         self._grouped = GroupedAttention(kernels, cache.groups, config, decoder.rotary.cos, decoder.rotary.sin)
         self._tokens, self._positions = (np.zeros(max_rows, np.int64) for _ in range(2))
         self._slots = [np.zeros(max_rows, np.int64) for _ in cache.groups]
-        self._request, self._stop = (np.zeros(max_rows, np.int32) for _ in range(2))
+        self._request, self._stop, self._at, self._dropped = (np.zeros(max_rows, np.int32) for _ in range(4))
         self._zeros = torch.zeros(max_rows, dtype=torch.int32)
         self._read = torch.zeros(max_rows, dtype=torch.int64)
         self._tables = [np.zeros((2 * max_seqs, -(-geometry.max_len // self._size)), np.int32) for _ in cache.groups]
@@ -135,14 +135,15 @@ class Runner:
                 Rows(tables, request, begin, stop, sinks) if group else dense_rows(tables, request, stop, self._zeros[:rows])
             )
             groups.append(GroupRows(visible, torch.from_numpy(slots[:rows])))
-        folded, behind = None, begins.nonzero()[0]
-        if retention.state is not None and len(behind):
-            front = behind[-1] + 1  # chunks in front: single decode rows, all or nearly all with something folded
-            at, to = self._states.at(retention.state, [chunk.request for chunk in chunks[:front]]), begins[:front]
-            folded = retention.state.tokens(self._states.words, np.repeat(at, counts[:front]), np.repeat(to, counts[:front]))
+        folded, state = None, retention.state
+        if state is not None:
+            at = self._states.at(state, [chunk.request for chunk in chunks])
+            self._at[:rows], self._dropped[:rows] = np.repeat(at, counts), np.repeat(state.dropped(begins), counts)
+            own = torch.from_numpy(self._at[:rows]), torch.from_numpy(self._dropped[:rows])
+            folded = lambda layer: state.folded(self._states.words, layer, *own)  # noqa: E731
         tokens, positions = torch.from_numpy(self._tokens[:rows]), torch.from_numpy(self._positions[:rows])
         self._grouped.plan(groups, positions, self._q[:rows], self._out[:rows], folded)
-        hidden = self.decoder.forward(tokens, self._grouped, "full" if folded is None else "piecewise")
+        hidden = self.decoder.forward(tokens, self._grouped, "full")
         local = 1.0 - retention.classes.share
         hidden_tokens = np.maximum(0, begins - retention.window.sinks) * local
         return StepResult(

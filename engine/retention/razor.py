@@ -31,12 +31,12 @@ from kvloom.engine.calibration import find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
 from kvloom.engine.config import option_fields, parse_value
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.isolation import blame
 from kvloom.engine.lifecycle import Feature
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.retention.compensation import Compensation
+from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
 from kvloom.engine.state import Record, StateMemory
+from kvloom.kernels.interface import Kernels
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
@@ -155,11 +155,10 @@ class Razor(Feature):
         self.specs = group_specs(classes)
         self._model, self._dtype = model, dtype
         local = [len(heads) for heads in self.specs[LOCAL].heads]
-        group = model.q_heads // model.kv_heads
-        self._state = Compensation(model.layers, local, group, model.head_dim, options.sinks)
-        self._cache: CacheManager | None = None
-        self.states: StateMemory | None = None
-        """Where its records lie; there before the first request."""
+        self._state = Compensation(model.layers, local, model.head_dim, options.sinks)
+        self._cache: CacheManager
+        self._states: StateMemory
+        self._kernels: Kernels
 
     def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
         """A cache of two groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
@@ -171,6 +170,10 @@ class Razor(Feature):
             *(Storage(spec, n, block_size, self._model.head_dim, self._dtype) for spec, n in zip(self.specs, blocks))
         )
         return self._cache
+
+    def use(self, states: StateMemory, kernels: Kernels) -> None:
+        """Before the first request: where records lie, and who computes them."""
+        self._states, self._kernels = states, kernels
 
     @property
     def state(self) -> Compensation | None:
@@ -192,24 +195,29 @@ class Razor(Feature):
         return np.array([table.forgotten * block_size for table in tables], np.int32)
 
     def computed(self, chunks: Sequence[Chunk]) -> None:
-        """See `Feature`: once a prompt has been computed densely, local heads give back what they leave behind."""
-        for chunk in chunks:
-            request = chunk.request
-            if len(request.prompt) < len(request.tokens) == request.computed + 1:
-                with blame(request):
-                    self._advance(request, chunk.table)
+        """See `Feature`: of requests that decode next, whose prompts have been computed densely, fold and give back what their
+        next rows' windows leave behind."""
+        cache, size, keep = self._cache, self._cache.block_size, -(-self.window.sinks // self._cache.block_size)
+        requests = {c.request: c.table for c in chunks if len(c.request.prompt) < len(c.request.tokens) == c.request.computed + 1}
+        begins = self.window.begin(np.array([len(request.tokens) for request in requests], np.int32), size)
+        moved = [(*pair, int(to)) for pair, to in zip(requests.items(), begins) if to > pair[1].forgotten * size]
+        if moved and self.state is not None:
+            self._fold(self._state, moved, self._states, self._kernels, cache.groups[LOCAL].storage)
+        for _, table, to in moved:
+            cache.forget(table, LOCAL, max(keep, table.forgotten), to // size)
 
-    def _advance(self, request: Request, table: BlockTable) -> None:
-        """All known tokens but the last are computed: fold and give back what the next row's window leaves behind."""
-        cache, states = self._cache, self.states
-        assert cache is not None and states is not None
-        size = cache.block_size
-        begin = int(self.window.begin(np.array([len(request.tokens)]), size)[0])
-        if begin <= table.forgotten * size:
-            return
-        if self.state is not None:
-            (at,) = states.at(self._state, [request])
-            blocks = torch.from_numpy(np.array(table.parts[LOCAL], np.int32))
-            self._state.fold(states.words, int(at), cache.groups[LOCAL].storage.layers, request, blocks, begin)
-        keep = -(-self.window.sinks // size)
-        cache.forget(table, LOCAL, max(keep, table.forgotten), begin // size)
+    @staticmethod
+    def _fold(
+        state: Compensation, moved: Sequence[tuple[Request, BlockTable, int]], states: StateMemory, kernels: Kernels,
+        storage: Storage,
+    ) -> None:  # fmt: skip
+        requests, blocks, to = zip(*((request, table.parts[LOCAL], to) for request, table, to in moved))
+        tables = np.zeros((len(moved), max(map(len, blocks))), np.int32)
+        for row, own in zip(tables, blocks):
+            row[: len(own)] = own
+        last, rows, at = np.array(to, np.int32), np.arange(len(moved), dtype=np.int32), states.at(state, requests)
+        first = state.advance(requests, last)
+        request, begin, end, where = (torch.from_numpy(column) for column in (rows, first, last, at))
+        leaving = Leaving(torch.from_numpy(tables), request, begin, end, where, int((last - first).max()))
+        for layer, kv in enumerate(storage.layers):
+            state.fold(kernels, states.words, layer, kv, leaving)

@@ -32,7 +32,7 @@ EVERYWHERE = sys.maxsize
 
 
 class Geometry(NamedTuple):
-    """What a method may know of the model."""
+    """What a method may know of the model and its cache."""
 
     layers: int
     q_heads: int
@@ -46,6 +46,8 @@ class Geometry(NamedTuple):
     """[rotary/2] fp32: the model's effective inverse frequencies."""
     model_key: str
     """Fingerprint of the weights: calibrations are stored under it."""
+    block_size: int
+    """Tokens of a block of the cache."""
 
     @property
     def scale(self) -> float:
@@ -76,7 +78,8 @@ class RowsInStep(Protocol):
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """Choose what the rows see in this layer, and write their attention over it.
 
-        out: [rows, q_heads, head_dim]; heads: [kv_heads] int32, negative for KV heads that are left out, None for all;
+        out: [rows, q_heads, head_dim]; heads: [kv_heads] int32, negative for KV heads that are left out, None for all: in every
+        step those of the layer;
         lse: [rows, q_heads] fp32, written if given, of what was seen. Reads no tensor's value on the host while rows decode.
         """
         ...

@@ -102,11 +102,8 @@ class RazorView:
         """[layers] of [kv_heads] int32, for `Kernels.attend`."""
         self.retrieval_heads = [torch.where(local, none, kv_heads) for local in self.local]
         self.stats = MethodStats()
-        group = geometry.q_heads // geometry.kv_heads
         self.state = (
-            Compensation(geometry.layers, geometry.kv_heads, group, geometry.head_dim, options.sinks)
-            if options.compensation
-            else None
+            Compensation(geometry.layers, geometry.kv_heads, geometry.head_dim, options.sinks) if options.compensation else None
         )
         own: tuple[Record, ...] = () if self.state is None else (self.state,)
         self.records: tuple[Record, ...] = (*own, *(() if self.inner is None else self.inner.records))

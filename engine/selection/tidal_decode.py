@@ -114,6 +114,7 @@ class TidalDecode:
         self.layers = selection_layers(options, geometry.layers, calibration)
         self.roles = _roles(self.layers, geometry.layers, self.emits)
         self.maps = _maps(options, self.layers, geometry, calibration)
+        self._listers: dict[int, Tensor] = {}
         self.stats = MethodStats()
 
     def decode(self, batch: Batch) -> TidalDecodeStep:
@@ -121,6 +122,15 @@ class TidalDecode:
 
     def prefill(self, batch: Batch) -> TidalDecodeStep:
         raise AssertionError("prompts are dense")
+
+    def listers(self, layer: int, heads: Tensor | None) -> Tensor | None:
+        """`Kernels.attend`'s heads in a layer, of which `heads` are wanted; at the same place in every step."""
+        own = self.maps[layer]
+        if own is None or heads is None:
+            return own if heads is None else heads
+        if layer not in self._listers:
+            self._listers[layer] = torch.where(heads < 0, heads, own)
+        return self._listers[layer]
 
 
 Role = Literal["dense", "select", "choose", "reuse"]
@@ -196,13 +206,11 @@ class TidalDecodeStep:
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See `RowsInStep`."""
         method, batch, whole = self._method, self._batch, self._whole
-        role, listers = method.roles[layer.layer], method.maps[layer.layer]
+        role = method.roles[layer.layer]
         if role == "choose":
             self._choose(batch.score(layer, whole))
         if role in ("choose", "reuse"):
-            if heads is not None:
-                listers = heads if listers is None else torch.where(heads < 0, heads, listers)
-            batch.attend(layer, self._sparse, out, heads=listers, lse=lse)
+            batch.attend(layer, self._sparse, out, heads=method.listers(layer.layer, heads), lse=lse)
             return
         logits = batch.logits(batch.rows, whole.width) if role == "select" else None
         batch.attend(layer, whole.plan, out, heads=heads, lse=lse, logits=logits)

@@ -19,7 +19,7 @@ from kvloom.engine.calibration import HeadClasses
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import Geometry
 from kvloom.engine.selection.razor_view import RazorViewOptions
-from kvloom.kernels.interface import PagedKV, Rows
+from kvloom.kernels.interface import Folded, PagedKV, Rows
 from kvloom.kernels.reference import visible
 
 
@@ -38,6 +38,8 @@ class Call(NamedTuple):
     """Whether it is that of the rows that no method decides for."""
     left_out: bool
     """Whether it was made in two, each of which left heads out."""
+    compensated: tuple[int, ...]
+    """KV heads with one more position for what was folded."""
 
 
 class Traced:
@@ -53,15 +55,18 @@ class Traced:
         return getattr(self._kernels, name)
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Any, *, scale: float, out: Tensor, heads: Tensor | None = None,
-               positions: Tensor | None = None, **wanted: Any) -> Tensor:  # fmt: skip
-        result: Tensor = self._kernels.attend(q, kv, plan, scale=scale, out=out, heads=heads, positions=positions, **wanted)
+               positions: Tensor | None = None, folded: Folded | None = None, **wanted: Any) -> Tensor:  # fmt: skip
+        more = {"heads": heads, "positions": positions, "folded": folded, **wanted}
+        result: Tensor = self._kernels.attend(q, kv, plan, scale=scale, out=out, **more)
         seen = visible(plan.rows, kv.k.shape[1], heads, positions)
         rows = plan.rows._replace(  # the originals are the engine's work space
             tables=plan.rows.tables.clone(), request=plan.rows.request.clone(), start=plan.rows.start.clone(),
             stop=plan.rows.stop.clone()
         )  # fmt: skip
         dense = plan is self._attention._dense
-        call = Call(rows, seen, q.clone(), kv.k.clone(), kv.v.clone(), result.clone(), scale, dense, False)
+        present = [head for head in range(kv.k.shape[1]) if heads is None or heads[head] >= 0]
+        compensated = () if folded is None else tuple(present)
+        call = Call(rows, seen, q.clone(), kv.k.clone(), kv.v.clone(), result.clone(), scale, dense, False, compensated)
         if self._partial is not None:  # the other heads of the same rows
             seen = [[torch.cat(pair) for pair in zip(*of_row)] for of_row in zip(self._partial.seen, seen)]
             self.calls[-1], self._partial = call._replace(seen=seen, left_out=True), None
@@ -71,11 +76,13 @@ class Traced:
         return result
 
 
-def masked_attention(call: Call, compensated: Collection[int] = ()) -> Tensor:
+def masked_attention(call: Call, compensated: Collection[int] | None = None) -> Tensor:
     """The call's output from dense logits over the whole sequence with -inf outside what was seen: [rows, heads, dim] fp64.
 
-    compensated: KV heads with one more token, the mean of all they do not see, as often as there are of those.
+    compensated: KV heads with one more token, the mean of all they do not see, as often as there are of those; by default those
+    of the call.
     """
+    compensated = call.compensated if compensated is None else compensated
     rows, group = call.rows, call.q.shape[1] // call.k.shape[1]
     out = torch.zeros(call.q.shape, dtype=torch.float64)
     for row in range(rows.size):

@@ -324,6 +324,6 @@ def test_captured_batches_of_one_method_may_grow_and_shrink(make_llm: Make, monk
             llm.core.check()
         assert not llm.core.busy and len(outputs) == 51
         whole = [program for _, mode, program in llm.core.runner.decoder._graphs if mode == "full" and program is not None]
-        assert bool(whole) == (captures and not name.startswith("razor_view"))
+        assert bool(whole) == captures
         found.append((outputs, asdict(llm.stats().selection[using(name).selection or ""]), llm.stats().kv_bytes))
     assert found[0] == found[1]

@@ -4,6 +4,7 @@ the step before: so it can be replayed, on any device."""
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvloom.engine import LLM
+from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.request import KVOptions, Request
 from tests.selection.conftest import greedy
 
@@ -27,9 +30,14 @@ METHODS: dict[str, KVOptions] = {
     "recycled": KVOptions(selection="recycled", budget=32, options={"stride": 3}),
     "recycled, dense refresh": KVOptions(selection="recycled", budget=32, options={"refresh": "dense", "check_every": 1}),
     "token_select": KVOptions(selection="token_select", budget=32, options={"theta": 0.3, "max_gap": 5}),
-    "razor_view": KVOptions(selection="razor_view", options={**RAZOR, "compensation": False}),
+    "razor_view": KVOptions(selection="razor_view", options=RAZOR),
+    "razor_view, nothing for what is dropped": KVOptions(selection="razor_view", options={**RAZOR, "compensation": False}),
     "razor_view, with another method": KVOptions(selection="razor_view", budget=40, options={**RAZOR, "retrieval": "recycled"}),
 }
+RETENTION = "retention razor"
+"""Not a method, but what an engine keeps: all rows are dense, and local heads give blocks back."""
+CONFIG = {RETENTION: {"retention": "razor", "retention_options": json.dumps({"induction_share": 0.33, **RAZOR})}}
+EVERY = [*METHODS, RETENTION]
 ASKS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "any", "all", "unique", "cpu"}
 """Of tensors: what a host has to wait for, or what only leads to that."""
 
@@ -43,10 +51,20 @@ class NoQuestions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+class NothingMade(TorchDispatchMode):
+    """Fails where a tensor with memory of its own is made."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        known = {value.untyped_storage().data_ptr() for value in args if isinstance(value, Tensor)}
+        assert not isinstance(made, Tensor) or made.untyped_storage().data_ptr() in known, f"{func} makes a tensor"
+        return made
+
+
 class Addresses:
     """Kernels that note where the tensors of every call lie."""
 
-    CALLS = ("attend", "score", "pool", "select", "renew", "rotate_store", "merge")
+    CALLS = ("attend", "score", "pool", "select", "renew", "rotate_store", "fold")
 
     def __init__(self, kernels: Any) -> None:
         self._kernels = kernels
@@ -74,6 +92,13 @@ def where(value: Any) -> Iterator[int]:
         yield value.handle  # a plan
 
 
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the retention: one head of each layer keeps everything."""
+    scores = RazorCalibration(model_key="", model="", induction=((0.1, 0.9), (0.8, 0.2), (0.3, 0.7)), echo=((0.0, 0.0),) * 3)
+    monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda key: scores)
+
+
 def started(llm: LLM, kvs: list[KVOptions], tokens: int) -> None:
     """Requests of 60 tokens and more, all of which decode from the next step on."""
     rng = random.Random(0)
@@ -84,12 +109,12 @@ def started(llm: LLM, kvs: list[KVOptions], tokens: int) -> None:
         llm.core.step()
 
 
-@pytest.mark.parametrize("name", [*METHODS, "mixed"])
+@pytest.mark.parametrize("name", [*EVERY, "mixed"])
 def test_nobody_asks_for_values_before_there_are_logits(make_llm: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    llm = make_llm(backend="native")
+    llm = make_llm(backend="native", **CONFIG.get(name, {}))
     runner: Any = llm.core.runner
     runner.decoder._most = "none"
-    started(llm, list(METHODS.values()) if name == "mixed" else [METHODS[name]] * 3, 30)
+    started(llm, list(METHODS.values()) if name == "mixed" else [METHODS.get(name, KVOptions())] * 3, 30)
     guarded = 0
 
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,7 +134,7 @@ def test_nobody_asks_for_values_before_there_are_logits(make_llm: Make, monkeypa
     while llm.core.busy:
         llm.core.step()
     stats = llm.stats().selection
-    if name != "dense":
+    if name not in ("dense", RETENTION):
         assert sum(method.decode_rows for method in stats.values()) > 12
 
 
@@ -119,24 +144,51 @@ def test_the_guard_sees_questions() -> None:
             ask(torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("name", [name for name, kv in METHODS.items() if "retrieval" not in kv.options])
+@pytest.mark.parametrize("name", EVERY)
 def test_steps_make_their_calls_at_the_same_addresses(make_llm: Make, name: str) -> None:
-    """But for compensation tokens, which torch makes in new memory."""
-    llm = make_llm(backend="native")
+    """And make no tensor on the way: nothing that a captured call is given goes with the step."""
+    llm = make_llm(backend="native", **CONFIG.get(name, {}))
     runner: Any = llm.core.runner
     runner.decoder._most = "none"
-    kernels = runner._kernels
+    kernels, decoder = runner._kernels, runner.decoder
     state = llm.core.states.words.data_ptr()
-    started(llm, [METHODS[name]] * 3, 40)
+    started(llm, [METHODS.get(name, KVOptions())] * 3, 40)
+    users, forward = (runner, runner._attention, runner._grouped), decoder.forward
+
+    def guarded(tokens: Tensor, attention: Any, *how: Any) -> Tensor:
+        def attend(*args: Any) -> Tensor:
+            with NothingMade():
+                return attention(*args)
+
+        return forward(tokens, attend, *how)
+
     with contextlib.ExitStack() as undo:
-        undo.callback(lambda: [setattr(of, "_kernels", kernels) for of in (runner, runner._attention)])
+        undo.callback(lambda: [setattr(of, "_kernels", kernels) for of in users])
+        undo.callback(setattr, decoder, "forward", forward)
+        decoder.forward = guarded
         steps = []
         for _ in range(20):
             noted = Addresses(kernels)
-            runner._kernels = runner._attention._kernels = noted
+            for user in users:
+                user._kernels = noted
             llm.core.step()
             steps.append(noted.seen)
     assert len(steps[0]) >= 2 * 3 and all(step == steps[0] for step in steps[1:])
     assert llm.core.states.words.data_ptr() == state
+    assert ("fold" in {call for call, _ in steps[0]}) == (name.startswith("razor_view") and "nothing" not in name)
+    while llm.core.busy:
+        llm.core.step()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_steps_of_one_kind_are_captured_whole(make_llm: Make, name: str) -> None:
+    llm = make_llm(backend="native", weights="int8", dtype="bf16", **CONFIG.get(name, {}))
+    decoder: Any = llm.core.runner.decoder
+    started(llm, [METHODS.get(name, KVOptions())] * 3, 40)
+    known = dict(decoder._graphs)
+    assert {mode for _, mode, _ in known} == {"full"}
+    for _ in range(20):
+        llm.core.step()
+    assert {key: id(graph) for key, graph in decoder._graphs.items()} == {key: id(graph) for key, graph in known.items()}
     while llm.core.busy:
         llm.core.step()
