@@ -354,13 +354,6 @@ class Kernels(Protocol):
         """
         ...
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-        """Combine two attention states over disjoint positions into the first, in place.
-
-        out: [rows, q_heads, head_dim]; lse: [rows, q_heads] fp32. An lse of -inf contributes nothing.
-        """
-        ...
-
     def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
         """Shift rotary positions: each row turned by delta positions (half-split pairs i, i + rotary/2), in fp32, rounded once.
 

@@ -300,15 +300,6 @@ class ReferenceKernels:
             sees_all = anew and how.dense
             start[row], lengths[row] = (0, 0) if sees_all else (int(record[how.tail]), how.width)
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-        """Combine two states into the first; see `interface.Kernels.merge`."""
-        total = torch.logaddexp(lse_a, lse_b)
-        empty = total == -torch.inf
-        weight_a = torch.where(empty, 1.0, torch.exp(lse_a - total))[..., None]
-        weight_b = torch.where(empty, 0.0, torch.exp(lse_b - total))[..., None]
-        out_a.copy_(wide(out_a) * weight_a + wide(out_b) * weight_b)
-        lse_a.copy_(total)
-
     def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
         """Shift rotary positions; see `interface.Kernels.rotate`. Angles in fp64: a long shift must not lose its phase."""
         angles = delta[:, None, None].double() * inv_freq.double()

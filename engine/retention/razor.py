@@ -198,7 +198,8 @@ class Razor(Feature):
         """See `Feature`: of requests that decode next, whose prompts have been computed densely, fold and give back what their
         next rows' windows leave behind."""
         cache, size, keep = self._cache, self._cache.block_size, -(-self.window.sinks // self._cache.block_size)
-        requests = {c.request: c.table for c in chunks if len(c.request.prompt) < len(c.request.tokens) == c.request.computed + 1}
+        pairs = [(chunk.request, chunk.table) for chunk in chunks]
+        requests = {r: table for r, table in pairs if len(r.prompt) < len(r.tokens) == r.computed + 1}
         begins = self.window.begin(np.array([len(request.tokens) for request in requests], np.int32), size)
         moved = [(*pair, int(to)) for pair, to in zip(requests.items(), begins) if to > pair[1].forgotten * size]
         if moved and self.state is not None:

@@ -187,17 +187,6 @@ class NativeKernels:
             DTYPES[q.dtype], how.threshold,
         )  # fmt: skip
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-        """See the contract; lse_a becomes that of the union."""
-        rows, heads, dim = out_a.shape
-        _same_dtype(out_a, out_b)
-        (a_row, a_head, _), (b_row, b_head, _) = _strides(out_a), _strides(out_b)
-        self.library.merge(
-            out_a.data_ptr(), a_row, a_head, _fp32(lse_a), _strides(lse_a)[0],
-            out_b.data_ptr(), b_row, b_head, _fp32(lse_b), _strides(lse_b)[0],
-            rows, heads, dim, DTYPES[out_a.dtype], self.threads,
-        )  # fmt: skip
-
     def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
         """See the contract. `out` may be `k`."""
         rows, heads, dim = k.shape

@@ -77,10 +77,6 @@ FOLD = _layout(
     _PAGED + _PAGED + "block_size:q tables:P table_stride:q request:P first:P last:P at:P sums:P rows:q "
     "kv_heads:i head_dim:i origin:i dtype:i threads:i"
 )
-MERGE = _layout(
-    "out_a:P a_row:q a_head:q lse_a:P lse_a_row:q out_b:P b_row:q b_head:q lse_b:P lse_b_row:q rows:q "
-    "heads:i head_dim:i dtype:i threads:i"
-)
 SELECT = _layout(
     "scores:P scores_row:q score_head:q lengths:P offset:P columns:P at:P columns_row:q columns_head:q counts:P rows:q "
     "heads:i k:i threads:i"
@@ -105,7 +101,7 @@ CALL = _layout("run:P args:P rows_in:P")
 
 # In the order of kvloom_sizes.
 _LAYOUTS = (
-    ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, FOLD, MERGE, SELECT, RENEW, POOL, SAMPLE, LINEAR, SILU, PACK,
+    ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, FOLD, SELECT, RENEW, POOL, SAMPLE, LINEAR, SILU, PACK,
     CALL,
 )  # fmt: skip
 
@@ -116,7 +112,6 @@ _FUNCTIONS = {
     "store": STORE,
     "rotate": ROTATE,
     "fold": FOLD,
-    "merge": MERGE,
     "select": SELECT,
     "renew": RENEW,
     "pool": POOL,

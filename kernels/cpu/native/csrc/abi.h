@@ -110,19 +110,6 @@ struct FoldArgs {
   int32_t kv_heads, head_dim, origin, dtype, threads;
 };
 
-struct MergeArgs {
-  void* out_a;
-  int64_t a_row, a_head;
-  float* lse_a;
-  int64_t lse_a_row;
-  const void* out_b;
-  int64_t b_row, b_head;
-  const float* lse_b;
-  int64_t lse_b_row;
-  int64_t rows;
-  int32_t heads, head_dim, dtype, threads;
-};
-
 struct SelectArgs {
   const float* scores;
   int64_t scores_row, score_head;

@@ -1,4 +1,4 @@
-"""Top-k selection and merging of attention states."""
+"""Top-k selection."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.kernels import Kernels
-from tests.kernels.conftest import TOLERANCE, ints, make_rows, masked_attention, paged
+from tests.kernels.conftest import ints
 
 INF = float("inf")
 
@@ -70,33 +70,3 @@ def test_select_equals_a_stable_sort(kernels: Kernels, seed: int, width: int, k:
         best = sorted(range(length), key=lambda i: (-float(scores[row, i]), i))[:k]
         assert columns[row].tolist() == sorted(best) + [-1] * (k - len(best))
         assert counts[row] == len(best)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_of_two_halves_is_the_whole(kernels: Kernels, dtype: torch.dtype) -> None:
-    store = paged(3, 90, 2, 64, dtype=dtype)
-    q = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    states = []
-    for start, stop in ([0, 0, 0], [40, 0, 90]), ([40, 0, 90], [90, 90, 90]):
-        out, lse = torch.empty_like(q), torch.empty(3, 4)
-        plan = kernels.plan(make_rows(store, [0, 1, 2], start, stop), 4, 2, 64)
-        kernels.attend(q, store.kv, plan, scale=0.125, out=out, lse=lse)
-        states += [out, lse]
-    kernels.merge(*states)
-    whole = make_rows(store, [0, 1, 2], [0] * 3, [90] * 3)
-    expected, expected_lse = masked_attention(q, store, whole, 0.125)
-    torch.testing.assert_close(states[0].double(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    torch.testing.assert_close(states[1].double(), expected_lse, atol=1e-5, rtol=1e-5)
-
-
-def test_merge_with_nothing(kernels: Kernels) -> None:
-    """-inf contributes nothing, bit for bit, whichever side it is on; two of them stay empty."""
-    out_a, out_b = torch.randn(3, 2, 16), torch.randn(3, 2, 16)
-    lse_a, lse_b = torch.randn(3, 2), torch.randn(3, 2)
-    lse_a[0], lse_b[1], lse_a[2], lse_b[2] = -INF, -INF, -INF, -INF
-    out_a[2], out_b[2] = 0.0, 0.0
-    expected = torch.stack([out_b[0], out_a[1], torch.zeros(2, 16)])
-    expected_lse = torch.stack([lse_b[0], lse_a[1], torch.full((2,), -INF)])
-    kernels.merge(out_a, lse_a, out_b, lse_b)
-    assert torch.equal(out_a, expected)
-    torch.testing.assert_close(lse_a, expected_lse)
