@@ -61,7 +61,9 @@ def assemble(
         max_wait=config.scheduler.max_wait_ms / 1000,
         estimator=PrefixEstimator(cache) if share is None else ShareEstimator(cache, share),
     )
-    statistics = Statistics(cache=cache, scheduler=scheduler, kernels=kernels, selectors=selectors, states=states, share=share)
+    statistics = Statistics(
+        cache=cache, scheduler=scheduler, kernels=kernels, selectors=selectors, states=states, kvshare=share
+    )
     admission = Admission(
         limits=limits,
         cache=cache,

@@ -25,7 +25,7 @@ from kvloom.engine.request import Request, RequestOutput
 from kvloom.engine.runner import Runner, StepResult
 from kvloom.engine.sampler import Drawn, Sampled, SampleError, Sampler, Token
 from kvloom.engine.scheduling import Chunk, StepPlan
-from kvloom.engine.statistics import Statistics
+from kvloom.engine.stats import EngineStats
 from kvloom.engine.text import Tokenizer
 
 PROMPT_ROWS = 128
@@ -72,7 +72,7 @@ class Decoding:
         tokenizer: Tokenizer,
         eos: frozenset[int],
         features: Features,
-        statistics: Statistics,
+        statistics: EngineStats,
         table: Callable[[Request], BlockTable],
     ) -> None:
         """table: where an open request's KV is."""
@@ -136,7 +136,7 @@ class Decoding:
             return
         if request.replay:
             replay_next(request)
-            self._statistics.replayed += 1
+            self._statistics.replayed_tokens += 1
         elif chunk.start >= len(request.prompt):
             self._states[request.id].attended(attended, chunk.stop)
 
@@ -184,7 +184,7 @@ class Decoding:
             request.tokens.append(token)
             request.drafts += 1
             request.drafted += 1
-            self._statistics.drafted += 1
+            self._statistics.drafted_tokens += 1
         if not isinstance(token, int) or request.drafts >= request.draft_limit or token in self._eos:
             request.verifying = True
             request.computed = len(request.tokens) - request.drafts - 1
@@ -197,7 +197,7 @@ class Decoding:
             output = self._next(request, token, logits[i : i + 1])
             agrees = output.finish_reason != "error" and i < len(drafts) and request.tokens[-1] == drafts[i]
             request.accepted += agrees
-            self._statistics.accepted += agrees
+            self._statistics.accepted_tokens += agrees
             yield output
             if output.finish_reason is not None:
                 return

@@ -195,7 +195,7 @@ class FakeEngine:
             groups=(GroupStats(name="full", total=100, free=70, cached=20, in_use=10),
                     GroupStats(name="local", total=40, free=40, cached=0, in_use=0)),
             prefix_query_tokens=200, prefix_hit_tokens=50, evicted_blocks=3, preemptions=2, prompt_tokens=400,
-            generation_tokens=self.generated, steps=7, step_seconds=1.5, queued_tokens=0, kv_bytes_read=1234,
+            generation_tokens=self.generated, steps=7, step_seconds=1.5, queued_tokens=0, kv_bytes={"tail": 1234},
             step_times=(3, 0, 2, *[0] * 13), step_times_sum=0.5,
             step_prompt_rows=(4, 0, 0, 1, *[0] * 7), step_prompt_rows_sum=60,
             replayed_tokens=5, selection_bytes=768, selection_capacity=3 << 20,
