@@ -71,7 +71,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     Raises ModelError, ModelNotFoundError or ConfigError.
     """
     _check_names(config)
-    tenants = Tenants.read(config.tenants.tenants)
+    tenants, secret = Tenants.read(config.tenants.tenants), config.cache.secret()
     progress = progress or (lambda stage, done, total: None)
     threads = config.model.threads or processors().threads
     torch.set_num_threads(threads)
@@ -125,7 +125,9 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
             "that goes beyond: --selection token_select with --selection-options "
             """'{"positions": "reindexed", "prefill_budget": 1024}'"""
         )
-    domains = DomainFactory(loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention)
+    domains = DomainFactory(
+        loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention, secret=secret
+    )
     share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = assemble(
         config, runner, cache, states, backend, selectors, tokenizer, domains, tenants, Limits(length, trained, vocab), eos,
@@ -309,6 +311,8 @@ def _info(
     return ModelInfo(
         name=_text(options.served_model_name or options.model),
         root=_text(files.name),
+        source=options.model,
+        replica=options.replica,
         max_model_len=length,
         vocab_size=loaded.config.vocab_size,
         dtype=options.dtype,

@@ -1,13 +1,19 @@
-"""EngineClient: the one seam between HTTP and the engine. A thread, a process or a Ray handle can stand behind it."""
+"""EngineClient: the one seam between HTTP and the engine. A thread, a process or a Ray handle can stand behind it.
+
+All that crosses it can be pickled, errors too. What stays beside whoever asks: `model`, the tokenizer (`engine.prepare` makes
+it from the model's files), and the places of `reserve`. Where several engines serve the same, `everywhere` says which questions
+are for all of them, and how their answers make one; the others are for the one that a request goes to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import operator
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from kvloom.engine.figures import gauge, merged, note
+from kvloom.engine.figures import Merge, gauge, merged, note, table
 from kvloom.engine.request import OPENAI_SAMPLING, KVOptions, RequestOutput, SamplingDefaults, SamplingParams
 from kvloom.engine.stats import OTHERS, RUN_LENGTHS, SHARES, EngineStats, GroupStats, MethodStats, ShareStats, TenantStats
 
@@ -22,6 +28,10 @@ class ModelInfo:
     name: str
     root: str
     """Where the weights came from: path or repo id."""
+    source: str = ""
+    """The setting `model`: what finds the model's files (`engine.catalog.resolve`). Not for clients of the API."""
+    replica: str = "0"
+    """Which of the engines that serve the same."""
     max_model_len: int
     vocab_size: int
     dtype: str
@@ -48,8 +58,27 @@ class Health:
     __add__ = merged
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def everywhere(fold: Merge) -> Callable[[Method], Method]:
+    """Mark a method that concerns every engine that serves the same. fold: makes one answer of two."""
+
+    def mark(method: Method) -> Method:
+        method.fold = fold  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+def fold_of(name: str) -> Merge | None:
+    """How the answers of all engines to this method make one; None if it is for one engine."""
+    fold: Merge | None = getattr(getattr(EngineClient, name), "fold", None)
+    return fold
+
+
 class EngineClient(Protocol):
-    """What the HTTP side may ask of an engine. All methods are called on the event loop and never block it."""
+    """What the HTTP side may ask of an engine. All methods but `close` are called on the event loop and never block it."""
 
     model: ModelInfo
     tokenizer: Any
@@ -66,7 +95,8 @@ class EngineClient(Protocol):
         tenant: str = "",
         cache_salt: str = "",
     ) -> AsyncIterator[RequestOutput]:
-        """Outputs of one request until one has a finish_reason. Closing the iterator early aborts the request.
+        """Outputs of one request until one has a finish_reason. Closing the iterator early aborts the request. With
+        `kv.everywhere` every engine is to do it.
 
         Raises InvalidRequestError (before the first output) if it can never be served, OverloadedError if too much waits,
         EngineDeadError if the engine has ended or ends.
@@ -74,11 +104,12 @@ class EngineClient(Protocol):
         ...
 
     def reserve(self, tenant: str, tokens: int) -> AbstractContextManager[object]:
-        """Room for a prompt of about so many tokens that is still being encoded. Raises OverloadedError if too much waits
+        """Room for a prompt of about so many tokens that is still being encoded here. Raises OverloadedError if too much waits
         already: then there is no use in encoding it."""
         ...
 
-    def abort(self, request_id: str) -> None:
+    @everywhere(lambda a, b: None)
+    async def abort(self, request_id: str) -> None:
         """End a request: its blocks return before the next step, its full blocks stay reusable. Unknown ids are ignored."""
         ...
 
@@ -86,20 +117,31 @@ class EngineClient(Protocol):
         """What a prompt would reuse now, without running it. Raises as `generate` does."""
         ...
 
+    async def peek(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> int:
+        """Tokens of a prompt's beginning whose KV is held now, for who chooses an engine. Cheap; changes nothing, not even what
+        is evicted next. Raises EngineDeadError."""
+        ...
+
+    @everywhere(operator.add)
     async def purge(self, tenant: str) -> int:
         """Forget a tenant's segments of approximate reuse. Returns how many. Raises as `generate` does."""
         ...
 
+    @everywhere(table)
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """What these tenants hold, or all that are known; the tenant of requests without one is ''. Raises EngineDeadError."""
         ...
 
-    def stats(self) -> EngineStats:
-        """Counters as of the last step."""
+    @everywhere(operator.add)
+    async def stats(self) -> EngineStats:
+        """What is known of the engine, at once: figures as of its last step, or as they came last. Raises nothing."""
         ...
 
-    def health(self) -> Health: ...
+    @everywhere(operator.add)
+    async def health(self) -> Health:
+        """Whether the engine's loop turns, at once. Raises nothing."""
+        ...
 
     def close(self) -> None:
-        """End all requests and the engine. Idempotent."""
+        """End the requests of this client, and the engine if it is nobody else's. Blocks until that is done; idempotent."""
         ...

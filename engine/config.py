@@ -8,13 +8,16 @@ from __future__ import annotations
 import ast
 import dataclasses
 import functools
+import hashlib
 import inspect
 import json
 import logging
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from kvloom.engine.errors import ConfigError
@@ -38,6 +41,8 @@ _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32"
 _FORMER_NAMES = {("backend", "numba"): "torch"}
 """Values of before, and what they mean now: taken with a warning for one release."""
 
+SECRET_VARIABLE, LEAST_SECRET = "KVLOOM_HASH_SECRET", 16
+
 log = logging.getLogger("kvloom.engine")
 
 
@@ -49,6 +54,8 @@ class ModelOptions:
     """Built-in name, local folder (safetensors + tokenizer.json), .gguf file, or Hugging Face repo id."""
     served_model_name: Name | None = None
     """Name in the API; the default is MODEL as given."""
+    replica: Name = "0"
+    """Name of this engine where several serve the same: the label engine of /metrics, and whose its figures are."""
     dtype: DType = "bf16"
     """Compute and KV type: bf16, fp16 or fp32; also bfloat16, float16, half, float32, and auto (bf16)."""
     weights: WeightMode = "auto"
@@ -78,6 +85,9 @@ class CacheOptions:
     """KVShare's own options as a JSON object, such as {"policy": "dhd", "ratio": 0.2}."""
     segment_memory: Size | None = None
     """Bytes for segments that KVShare reuses (1GiB, ...); the default is half of kv_memory. Taken only as they come."""
+    hash_secret: Annotated[str, "TEXT"] | None = field(default=None, repr=False)
+    """Secret of the hashes that prefixes are found by, 16 characters or more, the same for engines whose hashes must agree;
+    @FILE reads it from a file, and where it is not given, $KVLOOM_HASH_SECRET is read. The default is drawn at every start."""
 
     def __post_init__(self) -> None:
         if self.block_size not in (1, 2, 4, 8, 16, 32, 64, 128, 256):
@@ -86,6 +96,21 @@ class CacheOptions:
             raise ConfigError(f"kv_memory is {self.kv_memory} bytes; allowed: more than 0")
         if self.segment_memory is not None and self.segment_memory < 0:
             raise ConfigError(f"segment_memory is {self.segment_memory} bytes; allowed: 0 or more")
+
+    def secret(self) -> bytes | None:
+        """`hash_secret` as a key, None to draw one. Raises ConfigError, which never quotes what was given."""
+        text = self.hash_secret or os.environ.get(SECRET_VARIABLE, "")
+        if text.startswith("@"):
+            try:
+                text = Path(text[1:]).read_text(encoding="utf-8").strip()
+            except (OSError, ValueError) as error:
+                reason = getattr(error, "strerror", None) or "it is no text"
+                raise ConfigError(f"the file of hash_secret cannot be read: {reason}") from None
+        elif not text:
+            return None
+        if len(text) < LEAST_SECRET:
+            raise ConfigError(f"hash_secret has {len(text)} characters; allowed: {LEAST_SECRET} or more")
+        return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=32).digest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,7 +235,7 @@ class EngineConfig:
             option.name: getattr(section, option.name)
             for section in sections
             for option in option_fields(section.__class__)
-            if option.name not in _NAMES and getattr(section, option.name) != option.default
+            if option.name not in _NAMES and not option.secret and getattr(section, option.name) != option.default
         }
 
 
@@ -232,6 +257,8 @@ class Option(NamedTuple):
     help: str
     unit: str
     """What a value is, in capitals: TOKENS, SIZE, FILE; VALUE where nothing better is known."""
+    secret: bool
+    """Whether its value is never shown: the field is left out of the dataclass's repr."""
 
 
 @functools.cache
@@ -244,7 +271,10 @@ def option_fields(cls: Any) -> tuple[Option, ...]:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
             docs[node.target.id] = inspect.cleandoc(str(ast.literal_eval(after.value)))
     hints, marked = get_type_hints(cls), get_type_hints(cls, include_extras=True)
-    return tuple(Option(f.name, hints[f.name], f.default, docs[f.name], _unit(marked[f.name])) for f in dataclasses.fields(cls))
+    return tuple(
+        Option(f.name, hints[f.name], f.default, docs[f.name], _unit(marked[f.name]), not f.repr)
+        for f in dataclasses.fields(cls)
+    )
 
 
 def _unit(hint: Any) -> str:
@@ -296,7 +326,8 @@ def parse_value(option: Option, value: Any) -> Any:
             raise ConfigError(f"{option.name} is {value!r}; allowed: true or false")
         return value
     if isinstance(value, bool) or not isinstance(value, (str, kind)):
-        raise ConfigError(f"{option.name} is {value!r}; allowed: {kind.__name__}")
+        shown = f"a {type(value).__name__}" if option.secret else repr(value)
+        raise ConfigError(f"{option.name} is {shown}; allowed: {kind.__name__}")
     try:
         return kind(value)
     except ValueError:

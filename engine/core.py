@@ -150,15 +150,15 @@ class EngineCore:
     def explain(self, prompt: Sequence[int], tenant: str, salt: str) -> dict[str, Any]:
         """What a prompt would reuse now; of a server without approximate reuse the exact prefix alone. Moves and pins nothing:
         no eviction order, no store order."""
-        table = self.cache.open(self.domain(tenant, salt))
-        try:
-            cached = self.cache.peek(table, prompt)
-        finally:
-            self.cache.close(table)
+        cached = self.peek(prompt, tenant, salt)
         found: dict[str, Any] = {"runs": [], "broken": [], "dropped": []}
         for feature in self._features:
             found |= feature.look(prompt, cached, tenant, salt)
         return {"prompt_tokens": len(prompt), "cached_tokens": cached, **found}
+
+    def peek(self, prompt: Sequence[int], tenant: str, salt: str) -> int:
+        """Tokens of a prompt's exact prefix that are held now. Changes nothing; may be asked from any thread."""
+        return self.cache.held(self.domain(tenant, salt), prompt)
 
     def purge(self, tenant: str) -> int:
         """Forget what is kept of a tenant beyond its requests. Returns how many segments that were."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvloom.engine.aside import aside
-from kvloom.engine.catalog import ModelFiles
+from kvloom.engine.catalog import ModelFiles, resolve
+from kvloom.engine.client import ModelInfo
 from kvloom.engine.files import naming
 from kvloom.engine.model.gguf_file import GGUFFile
-from kvloom.engine.text.tokenizer import Tokenizer
+from kvloom.engine.text import Tokenizer, check_vocabulary
 
 
 class _Found(NamedTuple):
@@ -55,6 +56,17 @@ def load_tokenizer(path: Path, gguf: GGUFFile | None = None) -> Tokenizer:
     if path.is_dir():
         return Tokenizer.from_folder(path)
     return Tokenizer.from_gguf((gguf or GGUFFile(path)).metadata, path)
+
+
+def tokenizer_of(model: ModelInfo) -> Tokenizer:
+    """The tokenizer of a model that is served elsewhere, from its files on this machine, which are fetched if need be.
+
+    Raises ModelNotFoundError, or ModelError also if the files here are those of another vocabulary.
+    """
+    path = resolve(model.source).path
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, model.vocab_size, path)
+    return tokenizer
 
 
 def _open(files: ModelFiles) -> _Found:

@@ -163,6 +163,11 @@ class KVOptions:
         """Where KV may come from on a server with this default. A text to compile reuses what is exactly its own."""
         return "exact" if self.segment is not None else self.reuse or default
 
+    @property
+    def everywhere(self) -> bool:
+        """Whether a request is for every engine that serves the same: an upload is to be found whichever a prompt goes to."""
+        return self.segment is not None
+
 
 class TokenLogprob(NamedTuple):
     """Natural-log probabilities at one position, of the raw logits (before temperature, penalties and filters)."""

@@ -132,7 +132,7 @@ class ThreadEngineClient:
             cache_salt=cache_salt,
             arrival=time.monotonic(),
         )
-        stream = _Stream(asyncio.get_running_loop(), Backlog(lambda: self.abort(request_id)))
+        stream = _Stream(asyncio.get_running_loop(), Backlog(lambda: self._end(request_id)))
         self._inbox.put(lambda: self._add(request, stream))
         if self._dead is not None:  # it may have died before the message got in; if not, the stream is told
             raise EngineDeadError(self._dead)
@@ -146,20 +146,29 @@ class ThreadEngineClient:
                 yield output
         finally:
             if not done:
-                self.abort(request_id)
+                self._end(request_id)
 
     def reserve(self, tenant: str, tokens: int) -> Place:
         """See `EngineClient.reserve`."""
         return self._queue_limit.enter(tenant, tokens)
 
-    def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str) -> None:
         """See `EngineClient.abort`."""
+        self._end(request_id)
+
+    def _end(self, request_id: str) -> None:
         self._inbox.put(lambda: self._abort(request_id))
 
     async def explain(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> Mapping[str, Any]:
         """See `EngineClient.explain`."""
         tokens = tuple(prompt)
         return await self._ask(tenant, lambda core: core.explain(tokens, tenant, cache_salt))
+
+    async def peek(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> int:
+        """See `EngineClient.peek`. Does not wait for the engine's thread: what is read may change in the same moment."""
+        self._require_alive()
+        with no_internals():
+            return self._core.peek(prompt, tenant, cache_salt)
 
     async def purge(self, tenant: str) -> int:
         """See `EngineClient.purge`."""
@@ -180,11 +189,11 @@ class ThreadEngineClient:
             raise EngineDeadError(self._dead)
         return await asyncio.wrap_future(answer)
 
-    def stats(self) -> EngineStats:
+    async def stats(self) -> EngineStats:
         """As of the end of the last step."""
         return self._stats
 
-    def health(self) -> Health:
+    async def health(self) -> Health:
         """Not ok once the thread has ended, or while a step takes longer than STALL_SECONDS."""
         if self._dead is not None:
             return Health(ok=False, reason=self._dead)

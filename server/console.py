@@ -12,7 +12,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from kvloom.engine.client import EngineClient, EngineStats, ModelInfo
+from kvloom.engine.client import EngineStats, ModelInfo
 from kvloom.server.options import ServerOptions
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
@@ -53,9 +53,8 @@ class LoadingBars:
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
 
 
-def banner(client: EngineClient, options: ServerOptions, port: int) -> None:
+def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: int) -> None:
     """Print the address, the model, the KV capacity and a command to paste."""
-    model, stats = client.model, client.stats()
     url = base_url(options, port)
     open_to_all = options.host not in LOOPBACK and not (options.api_key or options.tenant_keys)
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""

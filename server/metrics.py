@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from kvloom.engine.client import EngineClient
+from kvloom.engine.client import EngineClient, ModelInfo
 from kvloom.engine.figures import Figure, told
 from kvloom.engine.request import FinishReason
 from kvloom.version import __version__
@@ -44,7 +44,8 @@ class Metrics:
     def __init__(self, client: EngineClient) -> None:
         prometheus_client.disable_created_metrics()
         self.registry = CollectorRegistry()
-        self._labels = {"model_name": client.model.name, "engine": "0"}
+        self._client = client
+        self._labels = {"model_name": client.model.name, "engine": client.model.replica}
         tokens = _token_buckets(client.model.max_model_len)
         self.time_to_first_token = self._histogram("time_to_first_token_seconds", "Time to first token.", _TTFT)
         by_path = Histogram(PREFIX + "time_to_first_token_by_path_seconds", "Time to first token, by what was reused.",
@@ -66,14 +67,16 @@ class Metrics:
         success = self._counter("request_success", "Requests by how they ended.", "finished_reason")
         self.finished = {reason: success.labels(**self._labels, finished_reason=reason) for reason in FINISH_REASONS}
         self._refused = self._counter("requests_refused", "Requests answered with an error status.", "status")
-        self.registry.register(_EngineCollector(client, self._labels))
+        self._engine = _EngineFigures(client.model, self._labels)
+        self.registry.register(self._engine)
 
     def refused(self, status: int) -> None:
         """Count an answer with an error status."""
         self._refused.labels(**self._labels, status=str(status)).inc()
 
-    def render(self) -> bytes:
+    async def render(self) -> bytes:
         """The text that Prometheus scrapes."""
+        self._engine.figures = [*told(await self._client.stats()), *told(await self._client.health())]
         return prometheus_client.generate_latest(self.registry)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
@@ -84,15 +87,15 @@ class Metrics:
         return histogram.labels(**self._labels)
 
 
-class _EngineCollector(Collector):
-    """Reads the engine's snapshot at every scrape."""
+class _EngineFigures(Collector):
+    """What the engine told last."""
 
-    def __init__(self, client: EngineClient, labels: dict[str, str]) -> None:
-        self._client = client
-        self._labels = labels
+    def __init__(self, model: ModelInfo, labels: dict[str, str]) -> None:
+        self.figures: Sequence[tuple[str, Figure, Any]] = ()
+        self._model, self._labels = model, labels
 
     def collect(self) -> Iterator[Metric]:
-        for name, figure, value in (*told(self._client.stats()), *told(self._client.health())):
+        for name, figure, value in self.figures:
             yield self._family(PREFIX + name, figure, value)
         yield self._info()
 
@@ -116,7 +119,7 @@ class _EngineCollector(Collector):
         return family
 
     def _info(self) -> Metric:
-        model = self._client.model
+        model = self._model
         about = {"version": __version__, "backend": model.backend, "dtype": model.dtype, "weights": model.weights}
         family = GaugeMetricFamily(PREFIX + "engine_info", "What runs here; always 1.", labels=[*self._labels, *about])
         family.add_metric([*self._labels.values(), *about.values()], 1)

@@ -170,12 +170,13 @@ class EngineServer(uvicorn.Server):
         """Listen, then say where."""
         await super().startup(sockets)
         if self.started and sockets:
-            banner(self._client, self._options, sockets[0].getsockname()[1])
+            stats = await self._client.stats()
+            banner(self._client.model, stats, self._options, sockets[0].getsockname()[1])
 
     async def on_tick(self, counter: int) -> bool:
         """Called ten times a second. True ends the server."""
         if self._died is None:
-            state = self._client.health()
+            state = await self._client.health()
             if not state.ok:
                 log.critical("the engine is not healthy: %s; the process ends", state.reason)
                 self._died, self.exit_code = time.monotonic(), ENGINE_DIED

@@ -200,6 +200,12 @@ class CacheManager:
         """Tokens that `match` would find. Pins nothing, counts nothing, makes nothing more recently used."""
         return len(self._find(table, tokens)[0]) * self.block_size
 
+    def held(self, domain: Domain, tokens: Sequence[int]) -> int:
+        """Tokens at the beginning that can be found now in every group, less than all. Reads the index alone: from any thread,
+        while others change it, the answer is that of some moment."""
+        chain, limit = Chain(domain, self.block_size), len(tokens) - 1
+        return min(len(group.index.match(chain, tokens, limit)) for group in self.groups) * self.block_size
+
     def match(self, table: BlockTable, tokens: Sequence[int]) -> Match:
         """The longest findable prefix of `tokens`, pinned, leaving at least `BlockTable.leaves` tokens to compute."""
         found = self._find(table, tokens)

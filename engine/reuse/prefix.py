@@ -6,7 +6,7 @@ not only hashed), same positions. Knows nothing of eviction order (`cache.pool`)
     key(0) = H(domain, tokens[0:B])        key(i) = H(domain, key(i-1), tokens[iB:(i+1)B])        H = keyed BLAKE2b
 
 The domain is itself a keyed hash over all that must agree before KV may be shared: model, dtype, the method parameters that
-change stored KV, tenant, salt. Its secret is drawn at start-up, so keys cannot be predicted from outside.
+change stored KV, tenant, salt. Its secret is a setting, or drawn at start-up, so keys cannot be predicted from outside.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ router = APIRouter()
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 with an empty body while the engine runs, else 503 that says why."""
-    state = context_of(request).client.health()
+    state = await context_of(request).client.health()
     if state.ok:
         return Response()
     return WireError(503, f"the engine is not healthy: {state.reason}", code="engine_dead").response()

@@ -18,4 +18,4 @@ async def home(request: Request) -> HTMLResponse:
     context = context_of(request)
     model = context.client.model
     command = curl_line(context.options, str(request.base_url).rstrip("/"), model.name)
-    return HTMLResponse(render(model, context.client.stats(), command))
+    return HTMLResponse(render(model, await context.client.stats(), command))

@@ -24,9 +24,9 @@ async def kv(request: Request) -> dict[str, Any]:
     client = context_of(request).client
     if not sees_all(request):
         tenant = tenant_of(request)
-        return _own_body(client.stats(), tenant, (await client.tenants([tenant]))[tenant])
+        return _own_body(await client.stats(), tenant, (await client.tenants([tenant]))[tenant])
     return {
-        **placed(client.stats()),
+        **placed(await client.stats()),
         "tenants": {name: asdict(held) for name, held in (await client.tenants()).items()},
         "settings": {name: value for name, value in client.model.settings.items() if name != "tenants"},
     }

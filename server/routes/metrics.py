@@ -20,4 +20,4 @@ async def metrics(request: Request) -> Response:
         refusal = WireError(403, message, code="admin_only")
         context_of(request).metrics.refused(refusal.status)
         return refusal.response()
-    return Response(context_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+    return Response(await context_of(request).metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})

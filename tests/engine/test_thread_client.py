@@ -51,11 +51,11 @@ def tokens_of(outputs: list[RequestOutput]) -> list[int]:
 
 async def idle(client: ThreadEngineClient) -> None:
     for _ in range(500):
-        stats = client.stats()
+        stats = await client.stats()
         if stats.running == stats.waiting == 0 and stats.groups[0].in_use == 0:
             return
         await asyncio.sleep(0.01)
-    raise AssertionError(f"blocks did not come back: {client.stats()}")
+    raise AssertionError(f"blocks did not come back: {(await client.stats())}")
 
 
 def test_survivors_of_a_storm_of_disconnects_say_what_they_say_alone(make_llm: MakeLLM) -> None:
@@ -150,9 +150,9 @@ def test_the_death_of_the_engine_reaches_everyone(make_llm: MakeLLM, monkeypatch
         with pytest.raises(EngineDeadError):
             await collect(client.generate([5], LONG, request_id="late"))
 
-    assert client.health().ok
+    assert asyncio.run(client.health()).ok
     asyncio.run(scenario())
-    health = client.health()
+    health = asyncio.run(client.health())
     assert not health.ok and health.reason == DIED, "what failed is for the log alone"
     client.close()
     for name in "012":  # so that the fixture may prove that nothing else was lost
@@ -182,14 +182,14 @@ def test_close_aborts_what_runs_and_is_idempotent(make_llm: MakeLLM) -> None:
 
     async def scenario() -> list[RequestOutput]:
         stream = asyncio.ensure_future(collect(client.generate([5] * 9, LONG, request_id="a")))
-        while client.stats().running == 0:
+        while (await client.stats()).running == 0:
             await asyncio.sleep(0.005)
         await asyncio.to_thread(client.close)
         return await stream
 
     assert asyncio.run(scenario())[-1].finish_reason == "abort"
     client.close()
-    assert not client.health().ok
+    assert not asyncio.run(client.health()).ok
 
 
 def test_stats_count_what_happened(make_llm: MakeLLM) -> None:
@@ -199,9 +199,9 @@ def test_stats_count_what_happened(make_llm: MakeLLM) -> None:
             collect(client.generate([5] * 40, SamplingParams(max_tokens=3, ignore_eos=True), request_id=name, tenant="t"))
         )
     deadline = time.monotonic() + 5
-    while client.stats().running and time.monotonic() < deadline:
+    while asyncio.run(client.stats()).running and time.monotonic() < deadline:
         time.sleep(0.005)
-    stats = client.stats()
+    stats = asyncio.run(client.stats())
     assert (stats.prefix_query_tokens, stats.prefix_hit_tokens, stats.hit_rate) == (80, 32, 0.4)
     assert (stats.prompt_tokens, stats.generation_tokens) == (80, 6)
     assert asyncio.run(client.tenants()) == {"t": TenantStats(in_use_blocks=0, cached_blocks=2)}
@@ -215,7 +215,7 @@ def test_questions_are_answered_between_steps(make_llm: MakeLLM) -> None:
 
     async def scenario() -> None:
         running = asyncio.ensure_future(collect(client.generate([5] * 50, LONG, request_id="a"), limit=20))
-        while client.stats().prefix_query_tokens == 0:
+        while (await client.stats()).prefix_query_tokens == 0:
             await asyncio.sleep(0.005)
         told = await client.explain([5] * 50)
         assert told["prompt_tokens"] == 50 and told["runs"] == []
@@ -307,15 +307,15 @@ def test_requests_go_before_the_engines_own_work(make_llm: MakeLLM) -> None:
             outputs = await collect(client.generate(prompt(i), one, request_id=str(i), kv=kv))
             assert outputs[-1].finish_reason and (outputs[-1].usage.reused_tokens > 0) == (i > 0)
         for _ in range(1000):
-            if client.stats().share.healed_tokens == 3 * 340:
+            if (await client.stats()).share.healed_tokens == 3 * 340:
                 break
             await asyncio.sleep(0.01)
-        assert client.stats().share.healed_tokens == 3 * 340 and client.stats().share.errands == 0
+        assert (await client.stats()).share.healed_tokens == 3 * 340 and (await client.stats()).share.errands == 0
         again = await collect(client.generate([*prompt(3), 7], one, request_id="again"))
         assert again[-1].usage.cached_tokens == 336
 
     asyncio.run(scenario())
-    assert client.health().ok
+    assert asyncio.run(client.health()).ok
     client.close()
 
 
@@ -356,11 +356,11 @@ def test_health_tells_of_silence_that_is_too_long(make_llm: MakeLLM) -> None:
     client = client_of(make_llm())
     client._watchdog.close()
     client._watchdog.silence = STALL_SECONDS
-    assert client.health().ok
+    assert asyncio.run(client.health()).ok
     client._watchdog.silence = STALL_SECONDS + 5
-    assert client.health() == Health(ok=False, reason="no step has ended for 125 s")
+    assert asyncio.run(client.health()) == Health(ok=False, reason="no step has ended for 125 s")
     client._watchdog.beat()
-    assert client.health().ok
+    assert asyncio.run(client.health()).ok
     client.close()
 
 
@@ -377,7 +377,7 @@ def test_questions_do_not_keep_the_engine_from_its_own_work(make_llm: MakeLLM) -
             await collect(client.generate([*([7 + i] * 60), *document, *([9 + i] * 80)], one, request_id=str(i), kv=kv))
         for _ in range(2000):
             await client.tenants()
-            if client.stats().share.healed_tokens:
+            if (await client.stats()).share.healed_tokens:
                 return True
             await asyncio.sleep(0.005)
         return False

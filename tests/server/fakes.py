@@ -7,9 +7,10 @@ counts what it was asked and what was aborted, and can be told to be slow, to re
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, aclosing
 from typing import Any
 
 import tokenizers
@@ -165,6 +166,11 @@ class FakeEngine:
         runs = [{"start": 0, "stop": len(prompt), "donor": "context", "scope": "tenant", "shift": 0, "pieces": 1}]
         return {"prompt_tokens": len(prompt), "cached_tokens": 0, "runs": runs, "broken": [], "dropped": []}
 
+    async def peek(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> int:
+        """Half of it, as `generate` says."""
+        self._check()
+        return len(prompt) // 2
+
     async def purge(self, tenant: str) -> int:
         """Always three."""
         self._check()
@@ -185,10 +191,10 @@ class FakeEngine:
         self._check()
         return self.limit.enter(tenant, tokens)
 
-    def abort(self, request_id: str) -> None:
+    async def abort(self, request_id: str) -> None:
         """Closing the iterator is all that is needed here."""
 
-    def stats(self) -> EngineStats:
+    async def stats(self) -> EngineStats:
         """Two head groups, with numbers that can be told apart."""
         return EngineStats(
             running=len(self.live), waiting=0, capacity_tokens=1600, block_size=16,
@@ -208,10 +214,97 @@ class FakeEngine:
             ),
         )  # fmt: skip
 
-    def health(self) -> Health:
+    async def health(self) -> Health:
         """Not ok once `dead` is set."""
         return Health(ok=not self.dead, reason=self.dead)
 
     def close(self) -> None:
         """Every request ends with EngineDeadError."""
         self.closed = True
+
+
+def shipped(value: Any) -> Any:
+    """The value as it arrives on the other side."""
+    return pickle.loads(pickle.dumps(value))
+
+
+class FarEngine:
+    """An `EngineClient` over another that stands far away: what is asked and what is answered is pickled and takes a while."""
+
+    def __init__(self, engine: Any) -> None:
+        self.model: ModelInfo = shipped(engine.model)
+        self.tokenizer = make_tokenizer()
+        self.crossed: Counter[str] = Counter()
+        """How often each method was asked across."""
+        self._engine = engine
+        self._limit = QueueLimit(1 << 30)
+
+    async def generate(self, *args: Any, **how: Any) -> AsyncIterator[RequestOutput]:
+        """See `EngineClient`."""
+        self.crossed["generate"] += 1
+        arriving: asyncio.Queue[bytes] = asyncio.Queue()
+        task = asyncio.create_task(self._stream(arriving, *shipped((args, how))))
+        try:
+            while (item := pickle.loads(await arriving.get())) is not None:
+                if isinstance(item, KVLoomError):
+                    raise item
+                yield item
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _stream(self, arriving: asyncio.Queue[bytes], args: Sequence[Any], how: Mapping[str, Any]) -> None:
+        last: KVLoomError | None = None
+        try:
+            async with aclosing(self._engine.generate(*args, **how)) as outputs:
+                async for output in outputs:
+                    arriving.put_nowait(pickle.dumps(output))
+        except KVLoomError as error:
+            last = error
+        arriving.put_nowait(pickle.dumps(last))
+
+    async def _ask(self, method: str, *args: Any, **how: Any) -> Any:
+        self.crossed[method] += 1
+        args, how = shipped((args, how))
+        await asyncio.sleep(0.001)
+        try:
+            answer = await getattr(self._engine, method)(*args, **how)
+        except KVLoomError as error:
+            raise shipped(error) from None
+        return shipped(answer)
+
+    async def explain(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> Mapping[str, Any]:
+        """See `EngineClient`."""
+        return await self._ask("explain", prompt, tenant=tenant, cache_salt=cache_salt)
+
+    async def peek(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> int:
+        """See `EngineClient`."""
+        return await self._ask("peek", prompt, tenant=tenant, cache_salt=cache_salt)
+
+    async def purge(self, tenant: str) -> int:
+        """See `EngineClient`."""
+        return await self._ask("purge", tenant)
+
+    async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
+        """See `EngineClient`."""
+        return await self._ask("tenants", names)
+
+    async def stats(self) -> EngineStats:
+        """See `EngineClient`."""
+        return await self._ask("stats")
+
+    async def health(self) -> Health:
+        """See `EngineClient`."""
+        return await self._ask("health")
+
+    async def abort(self, request_id: str) -> None:
+        """See `EngineClient`."""
+        await self._ask("abort", request_id)
+
+    def reserve(self, tenant: str, tokens: int) -> AbstractContextManager[object]:
+        """Counted here."""
+        return self._limit.enter(tenant, tokens)
+
+    def close(self) -> None:
+        """See `EngineClient`."""
+        self._engine.close()

@@ -1,5 +1,6 @@
 """What the terminal shows once the server listens."""
 
+import asyncio
 import json
 import shlex
 from dataclasses import replace
@@ -11,11 +12,15 @@ from kvloom.server.console import LoadingBars, banner, base_url, curl_line
 from kvloom.server.options import ServerOptions
 
 
+def show(engine, options):
+    banner(engine.model, asyncio.run(engine.stats()), options, 80)
+
+
 @pytest.mark.parametrize(
     ("host", "url"), [("127.0.0.1", "http://127.0.0.1:80"), ("0.0.0.0", "http://127.0.0.1:80"), ("::1", "http://[::1]:80")]
 )
 def test_banner(fake, capsys, host, url):
-    banner(fake.FakeEngine(), ServerOptions(host=host), 80)
+    show(fake.FakeEngine(), ServerOptions(host=host))
     text = capsys.readouterr().err
     assert f"echo-model at {url}\n" in text and "1600 tokens in blocks of 16" in text
     assert "3 MiB for selection methods" in text
@@ -25,7 +30,7 @@ def test_banner(fake, capsys, host, url):
 
 
 def test_banner_shows_no_key(fake, capsys):
-    banner(fake.FakeEngine(), ServerOptions(host="0.0.0.0", api_key=("hidden",)), 80)
+    show(fake.FakeEngine(), ServerOptions(host="0.0.0.0", api_key=("hidden",)))
     text = capsys.readouterr().err
     assert "hidden" not in text and "Authorization: Bearer YOUR_KEY" in text and "set --api-key" not in text
 
@@ -40,10 +45,10 @@ def test_stages_are_lines_where_there_is_no_terminal(capsys):
 
 def test_banner_names_what_is_not_the_default(fake, capsys):
     engine = fake.FakeEngine()
-    banner(engine, ServerOptions(), 80)
+    show(engine, ServerOptions())
     assert "settings" not in capsys.readouterr().err
     engine.model = replace(engine.model, settings={"selection": "tidal_decode", "max_num_seqs": 4})
-    banner(engine, ServerOptions(), 80)
+    show(engine, ServerOptions())
     assert "  settings  --selection tidal_decode --max-num-seqs 4\n" in capsys.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import math
@@ -59,10 +60,10 @@ def busy(fake):
     """A fake engine that drafted, and of whose two methods one did something."""
 
     class Busy(fake.FakeEngine):
-        def stats(self):
+        async def stats(self):
             methods = {"recycled": MethodStats(decode_rows=3, attended=2.5, held=10), "token_select": MethodStats()}
             kinds = {"tail": 5, "list": 6, "score": 7}
-            return dataclasses.replace(super().stats(), selection=methods, kv_bytes=kinds, drafts=4)
+            return dataclasses.replace(await super().stats(), selection=methods, kv_bytes=kinds, drafts=4)
 
     return Busy()
 
@@ -135,7 +136,7 @@ def test_sums_do_not_depend_on_brackets_and_nothing_adds_nothing(cls, data):
 
 
 def test_what_replicas_tell_together(fake):
-    one = fake.FakeEngine().stats()
+    one = asyncio.run(fake.FakeEngine().stats())
     a = dataclasses.replace(one, replicas=("a",), selection={"recycled": MethodStats(decode_rows=1, attended=1, held=4)})
     share = dataclasses.replace(one.share, enabled=False, failed_tenants={"t": "more", "u": "off"})
     b = dataclasses.replace(
