@@ -6,6 +6,7 @@ once for the largest step; a step uses their front.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -139,8 +140,8 @@ class Runner:
         if state is not None:
             at = self._states.at(state, [chunk.request for chunk in chunks])
             self._at[:rows], self._dropped[:rows] = np.repeat(at, counts), np.repeat(state.dropped(begins), counts)
-            own = torch.from_numpy(self._at[:rows]), torch.from_numpy(self._dropped[:rows])
-            folded = lambda layer: state.folded(self._states.words, layer, *own)  # noqa: E731
+            places, dropped = torch.from_numpy(self._at[:rows]), torch.from_numpy(self._dropped[:rows])
+            folded = functools.partial(state.folded, self._states.words, at=places, dropped=dropped)
         tokens, positions = torch.from_numpy(self._tokens[:rows]), torch.from_numpy(self._positions[:rows])
         self._grouped.plan(groups, positions, self._q[:rows], self._out[:rows], folded)
         hidden = self.decoder.forward(tokens, self._grouped, "full")
