@@ -15,7 +15,6 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.lifecycle import Features
 from kvloom.engine.limits import Limits
 from kvloom.engine.request import PRIORITIES, KVOptions, Request
-from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse.prefix import DomainFactory
 from kvloom.engine.selection.base import Correcting, Selector, extrapolates
 from kvloom.engine.selection.policies import Selectors
@@ -33,7 +32,6 @@ class Admission:
     cache: CacheManager
     domains: DomainFactory
     selectors: Selectors
-    retention: Razor | None
     states: StateMemory
     features: Features
     reuse: str
@@ -82,13 +80,6 @@ class Admission:
     def _resolve(self, request: Request, kv: KVOptions, sequence: int) -> Selector | None:
         """Its selector, limit, seed and tokens."""
         selector, request.draft_tokens = self.selectors.policy(kv)
-        if selector is not None and self.retention is not None:
-            raise InvalidRequestError(
-                f"kv.selection asks for a method, but this server runs with --retention {self.retention.name}, which drops KV "
-                "that methods choose from; leave it out, or use a server with --retention everything (razor_view reads there "
-                "what razor keeps)",
-                param="kv.selection",
-            )
         prompt, sampling = request.prompt, request.sampling
         request.token_limit = self.limits.check(
             len(prompt),
@@ -103,7 +94,7 @@ class Admission:
         request.sequence = sequence
         request.selector = selector
         if not self.states.could_fit(request):
-            raise self.selectors.too_large(kv, self.states.wanted(request), self.states.bound)
+            raise self.selectors.too_large(kv, self.states.selection_bound)
         if (
             selector is not None and isinstance(selector, Correcting) and not request.draft_tokens
         ):  # verification leaves nothing approximate

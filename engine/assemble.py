@@ -11,7 +11,7 @@ from kvloom.engine.core import EngineCore
 from kvloom.engine.decoding import Decoding
 from kvloom.engine.lifecycle import Feature
 from kvloom.engine.limits import Limits
-from kvloom.engine.retention.razor import Razor
+from kvloom.engine.retention.base import Forgetting, Retention
 from kvloom.engine.reuse.kvshare.estimate import ShareEstimator
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.kvshare.unavailable import NoKVShare
@@ -40,14 +40,14 @@ def assemble(
     tenants: Tenants,
     limits: Limits,
     eos: frozenset[int],
-    retention: Razor | None,
+    retention: Retention | None,
     share: KVShare | None,
 ) -> EngineCore:
     """An engine with no requests. states: memory of what selection and retention remember; retention: what gives KV back, None
     if everything is kept; share: what serves approximate reuse, None if this engine cannot."""
     features: list[Feature] = [NoKVShare(config.cache.reuse) if share is None else share]
     if retention is not None:
-        features.append(retention)
+        features.append(Forgetting(retention, states, kernels))
     order = ORDERS[config.scheduler.scheduler]
     scheduler = Scheduler(
         cache,
@@ -70,7 +70,6 @@ def assemble(
         cache=cache,
         domains=domains,
         selectors=selectors,
-        retention=retention,
         states=states,
         features=features,
         reuse=config.cache.reuse,

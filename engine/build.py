@@ -21,7 +21,6 @@ from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.limits import Limits
 from kvloom.engine.memory import MIB, check_kv_memory, default_kv_memory, size
-from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.heads import Heads
 from kvloom.engine.model.linear import quantizes
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
@@ -29,8 +28,7 @@ from kvloom.engine.model.rope import rotary_table
 from kvloom.engine.prepare import Prepared
 from kvloom.engine.processors import processors
 from kvloom.engine.request import KVOptions
-from kvloom.engine.retention import RETENTION
-from kvloom.engine.retention.razor import Razor, RazorOptions
+from kvloom.engine.retention import RETENTIONS, Retention
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.reuse.kvshare.options import GATE, ShareOptions
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
@@ -80,31 +78,30 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         prepared = Prepared(lambda: found)
     files = prepared.files
     backend = _backend(config.model.backend, threads, progress)
-    retention = _Retention(config)
+    method = RETENTIONS[config.scheduler.retention]
+    options, dtype = method.read(config.scheduler.retention_options), TORCH_DTYPES[config.model.dtype]
     loaded = load_model(
         files.path,
         config.model.dtype,
         backend,
         config.model.weights,
         progress=lambda done, total: progress("loading layers", done, total),
-        head_groups=retention.head_groups,
+        head_groups=lambda model, key: _head_groups(method.make(options, key, model, dtype)),
         packed_folder=packed_folder(),
         gguf=prepared.gguf,
     )
-    if quantizes(config.model.weights, TORCH_DTYPES[config.model.dtype], backend):
+    if quantizes(config.model.weights, dtype, backend):
         torch.set_num_threads(1)  # what a step leaves to torch is short, and its threads would take cores from the kernels'
     tokenizer = prepared.tokenizer
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
     eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
-    razor = retention.razor
-    cache = _cache(config, loaded, razor)
+    retention = method.make(options, loaded.fingerprint, loaded.config, dtype)
+    cache = _cache(config, loaded, retention)
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
     loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
-    geometry = _geometry(loaded, length, cache.block_size)
-    states = _states(config, cache.bytes, razor)
-    if razor is not None:
-        razor.use(states, backend)
+    geometry = _geometry(loaded, length, cache.block_size, retention)
+    states = _states(config, cache.bytes, retention)
     runner = Runner(
         loaded.decoder,
         cache,
@@ -114,7 +111,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         max_rows=config.scheduler.max_batched_tokens,
         max_seqs=config.scheduler.max_num_seqs,
         shadow_interval=config.selection.shadow_interval,
-        retention=razor,
+        retention=retention,
     )
     selection = config.selection
     defaults = Defaults(selection.selection, selection.budget, selection.options(), selection.draft, selection.draft_tokens)
@@ -128,10 +125,10 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     domains = DomainFactory(
         loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention, secret=secret
     )
-    share = None if razor is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
+    share = None if retention is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = assemble(
         config, runner, cache, states, backend, selectors, tokenizer, domains, tenants, Limits(length, trained, vocab), eos,
-        razor, share,
+        retention, share,
     )  # fmt: skip
     return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
 
@@ -144,29 +141,9 @@ def _backend(name: str, threads: int, progress: Progress) -> Kernels:
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
 
-class _Retention:
-    """What --retention asks for, decided while the model is loaded: heads are moved about by then."""
-
-    def __init__(self, config: EngineConfig) -> None:
-        self.razor: Razor | None = None
-        self._config = config
-        asks = config.scheduler.retention == "razor"
-        self._options = RazorOptions.read(config.scheduler.retention_options) if asks else None
-        if asks and config.selection.selection != "dense":
-            raise ConfigError(
-                f"selection is {config.selection.selection}, but retention razor drops KV that methods choose from; leave one "
-                "of them out (selection razor_view reads what razor keeps, and keeps everything)"
-            )
-        if not asks and config.scheduler.retention_options is not None:
-            raise ConfigError("retention_options is given, but retention everything has none; add --retention razor")
-
-    def head_groups(self, model: ModelConfig, fingerprint: str) -> list[Heads] | None:
-        """The KV heads of every group in every layer, None for one group."""
-        if self._options is None:
-            return None
-        classes = self._options.classes(fingerprint)
-        self.razor = Razor(self._options, classes, model, TORCH_DTYPES[self._config.model.dtype])
-        return list(zip(*(spec.heads for spec in self.razor.specs)))
+def _head_groups(retention: Retention | None) -> list[Heads] | None:
+    """The KV heads of every group in every layer, None for one group: weights are put into that order."""
+    return None if retention is None else list(zip(*(spec.heads for spec in retention.specs)))
 
 
 def _check_names(config: EngineConfig) -> None:
@@ -174,14 +151,15 @@ def _check_names(config: EngineConfig) -> None:
         ("reuse", config.cache.reuse, REUSE),
         ("scheduler", config.scheduler.scheduler, tuple(ORDERS)),
         ("selection", config.selection.selection, SELECTIONS),
-        ("retention", config.scheduler.retention, RETENTION),
+        ("retention", config.scheduler.retention, RETENTIONS),
     ):
         if value not in allowed:
             raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _geometry(loaded: LoadedModel, length: int, block_size: int) -> Geometry:
+def _geometry(loaded: LoadedModel, length: int, block_size: int, retention: Retention | None) -> Geometry:
     model = loaded.config
+    chosen = GroupSpec.everything(model.layers, model.kv_heads) if retention is None else retention.specs[0]
     return Geometry(
         layers=model.layers,
         q_heads=model.q_heads,
@@ -192,10 +170,11 @@ def _geometry(loaded: LoadedModel, length: int, block_size: int) -> Geometry:
         inv_freq=loaded.decoder.rotary.inv_freq,
         model_key=loaded.fingerprint,
         block_size=block_size,
+        heads=chosen.heads,
     )
 
 
-def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> CacheManager:
+def _cache(config: EngineConfig, loaded: LoadedModel, retention: Retention | None) -> CacheManager:
     model, dtype = loaded.config, loaded.decoder.dtype
     spec = GroupSpec.everything(model.layers, model.kv_heads)
     block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
@@ -203,9 +182,9 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
     if memory is None:
         memory = default_kv_memory()
     else:
-        check_kv_memory(memory, 0 if razor else _segment_bound(config, memory), _state_bound(config, memory))
-    if razor is not None:
-        return razor.make_cache(memory, config.model.max_model_len or model.max_position, config.cache.block_size)
+        check_kv_memory(memory, 0 if retention else _segment_bound(config, memory), _state_bound(config, memory))
+    if retention is not None:
+        return retention.make_cache(memory, config.model.max_model_len or model.max_position, config.cache.block_size)
     if memory < 2 * block:
         raise ConfigError(
             f"kv_memory is {memory} bytes, but one block of {config.cache.block_size} tokens takes {block}; "
@@ -214,11 +193,17 @@ def _cache(config: EngineConfig, loaded: LoadedModel, razor: Razor | None) -> Ca
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
 
 
-def _states(config: EngineConfig, kv_bytes: int, razor: Razor | None) -> StateMemory:
-    """Memory of what methods remember. Raises ConfigError if there cannot be so much."""
+def _states(config: EngineConfig, kv_bytes: int, retention: Retention | None) -> StateMemory:
+    """Memory of what methods remember. Raises ConfigError if there cannot be so much, or it holds nothing of one request."""
     bound = _state_bound(config, kv_bytes)
     try:
-        return StateMemory(bound, razor)
+        states = StateMemory(bound, retention)
+        if retention is not None and states.selection_bound < 0:
+            raise ConfigError(
+                f"selection_memory is {bound} bytes, but of one long request retention {retention.name} remembers "
+                f"{bound - states.selection_bound}; give more"
+            )
+        return states
     except (OSError, OverflowError):
         raise ConfigError(f"selection_memory is {bound} bytes, which cannot be allocated; lower it") from None
 

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import inspect
 import json
-import logging
 import os
 import re
 import textwrap
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.former import value_now
 
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
@@ -38,12 +38,8 @@ Name = Annotated[str, "NAME"]
 
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "auto": "bf16"}
 """Other servers' names of dtypes."""
-_FORMER_NAMES = {("backend", "numba"): "torch"}
-"""Values of before, and what they mean now: taken with a warning for one release."""
 
 SECRET_VARIABLE, LEAST_SECRET = "KVLOOM_HASH_SECRET", 16
-
-log = logging.getLogger("kvloom.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -314,9 +310,7 @@ def parse_value(option: Option, value: Any) -> Any:
         return None
     if all(isinstance(kind, str) for kind in kinds):  # Literal["a", "b"]
         value = _DTYPE_NAMES.get(value, value) if option.name == "dtype" else value
-        if (now := _FORMER_NAMES.get((option.name, value))) is not None:
-            log.warning("%s is %s, which there no longer is; %s takes its place: say that instead", option.name, value, now)
-            value = now
+        value = value_now(option.name, value)
         if value not in kinds:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")
         return value

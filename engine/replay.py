@@ -52,10 +52,10 @@ def _kept(request: Request, evicted: bool) -> int:
     """Tokens in front that a pass over a prompt computes as they were.
 
     Up to a method's budget decode rows see everything and leave no state; what is exact is then as a prompt's. Drafts are
-    verified densely, so all that is known without them is exact.
+    verified by rows that no method decides for.
     """
-    known = len(request.tokens)
-    if request.draft_tokens or (request.selector is None and not evicted):
+    known, selector = len(request.tokens), None if request.draft_tokens else request.selector
+    if selector is None and not evicted:
         return known
-    exact = request.exact if request.selector is None else min(request.exact, request.selector.budget)
+    exact = request.exact if selector is None else min(request.exact, selector.budget)
     return min(known, max(len(request.prompt), request.corrected, exact))

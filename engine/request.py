@@ -239,6 +239,8 @@ class Request:
     """Tokens at the end of `tokens` that are drafts, not yet verified."""
     draft_room: int = MAX_DRAFT_TOKENS
     """Most drafts that a step of this engine can verify at once, beside the row they stand on."""
+    draft_until: int = MAX_INT
+    """Known tokens that drafts may reach: what is verified together sees what each row would see alone (`engine.retention`)."""
     drafted: int = 0
     """Drafts made so far."""
     accepted: int = 0
@@ -283,14 +285,15 @@ class Request:
     @property
     def draft_limit(self) -> int:
         """Drafts that make sense now: the token after the last one must be allowed too, and a step must have room for all."""
-        return min(self.draft_tokens, self.draft_room, self.token_limit - (len(self.tokens) - self.drafts) - 1)
+        known = len(self.tokens) - self.drafts
+        return min(self.draft_tokens, self.draft_room, self.token_limit - known - 1, self.draft_until - known)
 
     @property
     def sparse(self) -> bool:
         """Whether its next decode row is the selector's business: always, or with drafting while it drafts."""
         if self.selector is None or not self.draft_tokens:
             return self.selector is not None and not self.correcting
-        drafting = not self.verifying and self.draft_limit > 0
+        drafting = not self.verifying and not self.replay and self.draft_limit > 0
         return drafting and len(self.tokens) - self.drafts > self.selector.budget
 
     def drop_drafts(self) -> list[int]:

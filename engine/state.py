@@ -87,6 +87,12 @@ class StateMemory:
         """Bytes that requests have."""
         return sum(stretch.words for stretch in self._held.values()) * WORD
 
+    @property
+    def selection_bound(self) -> int:
+        """Most bytes that a selection method may remember of a request; negative if not even retention's state fits."""
+        own = () if self._retention is None else self._retention.records
+        return self.bound - sum(record.words for record in own) * WORD
+
     def wanted(self, request: Request) -> int:
         """Bytes of state that a request has while it runs."""
         return sum(record.words for record in self._wanted(request)) * WORD

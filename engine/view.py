@@ -10,9 +10,10 @@ Order of rows: decode rows of selection methods, prompts of selection methods, a
 from __future__ import annotations
 
 import bisect
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -24,27 +25,40 @@ from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.state import StateMemory
 from kvloom.kernels.interface import Kernels
 
+T = TypeVar("T")
 DECODE, PROMPT, DENSE, LOOK = 0, 1, 2, 3
 """Classes of rows: decode rows beyond a method's budget, prompts that a method computes or looks at, all others, and those that
 are not computed for good: the deeper they go, the sooner they come."""
 
 
-class Place(NamedTuple):
-    """How a chunk is computed; sorts into the order of rows."""
+class Order(NamedTuple):
+    """A step's chunks in the order of rows."""
 
-    kind: int
-    group: tuple[int, int]
-    """Chunks with the same selector, between the same two of its levels, stand together."""
-    chunk: int
-    """Index in the step's plan."""
+    chunks: list[Chunk]
+    places: Sequence[int]
+    """Of each chunk, its index in the step's plan."""
+    selecting: int
+    """So many of them, in front, are the business of methods,"""
+    looking: int
+    """and so many, at the end, are computed to look at them."""
+
+    def planned(self, found: Sequence[T]) -> list[T]:
+        """What was found of each chunk, in the order of the plan."""
+        return [each for _, each in sorted(zip(self.places, found), key=lambda pair: pair[0])]
 
 
-def arrange(chunks: Sequence[Chunk]) -> list[Place]:
-    """The order of rows."""
-    return sorted(Place(*_kind(chunk), i) for i, chunk in enumerate(chunks))
+def arrange(chunks: list[Chunk]) -> Order:
+    """The order of rows. Chunks with the same selector, between the same two of its levels, stand together."""
+    if all(chunk.request.selector is None and chunk.look is None for chunk in chunks):
+        return Order(chunks, range(len(chunks)), 0, 0)
+    sorting = sorted((*_kind(chunk), i) for i, chunk in enumerate(chunks))
+    places = [i for *_, i in sorting]
+    kinds = Counter(kind for kind, *_ in sorting)
+    return Order([chunks[i] for i in places], places, kinds[DECODE] + kinds[PROMPT], kinds[LOOK])
 
 
 def _kind(chunk: Chunk) -> tuple[int, tuple[int, int]]:
+    """Its class, and what tells groups of that class apart."""
     selector = chunk.request.selector
     if chunk.look is not None:
         return LOOK, (-chunk.look.stop, 0)
@@ -73,6 +87,7 @@ class StepParts:
         """chunks: in the order of `arrange`, without those that see everything; tables: [chunks, max_blocks] int32;
         read: [rows of these chunks] int64, zeroed here."""
         self.parts: list[Part] = []
+        self.rows = len(read)
         self._read = read.zero_()
         first, numbered = 0, list(enumerate(chunks))
         for i, ((kind, _), group) in enumerate(groupby(numbered, lambda pair: _kind(pair[1]))):
@@ -118,16 +133,18 @@ class Seen(NamedTuple):
     """Whether the chunk is anything but a decode row that saw less than all there was."""
 
 
-def count(chunk: Chunk, read: int | None, geometry: Geometry) -> Seen:
-    """Add a decode row to its method's statistics. read: positions over all layers and KV heads; None for everything."""
-    selector, whole = chunk.request.selector, chunk.stop * geometry.layers
+def count(chunk: Chunk, read: int | None, dropped: int, geometry: Geometry) -> Seen:
+    """Add a decode row to its method's statistics. read: positions over the layers and KV heads that methods decide for, None
+    for everything; dropped: the same of all others, positions that it did not see."""
+    selector, heads = chunk.request.selector, geometry.layers * geometry.kv_heads
     if selector is None or not chunk.decodes or not chunk.request.sparse:
-        return Seen(float(chunk.stop), True)
-    attended = whole if read is None else read / geometry.kv_heads
+        return Seen(chunk.stop - dropped / heads, not dropped)
+    unread = dropped if read is None else dropped + chunk.stop * sum(map(len, geometry.heads)) - read
+    attended, whole = (chunk.stop * heads - unread) / geometry.kv_heads, chunk.stop * geometry.layers
     selector.stats.decode_rows += 1
     selector.stats.attended += attended
     selector.stats.held += whole
-    return Seen(attended / geometry.layers, attended >= whole)
+    return Seen(attended / geometry.layers, not unread)
 
 
 def _selector(chunk: Chunk) -> Selector:

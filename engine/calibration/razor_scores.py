@@ -194,14 +194,14 @@ class _ScoreStep:
         self._first = int(batch.begins[0])
         stops = torch.arange(self._first + 1, self._first + rows + 1, dtype=torch.int32)
         table = torch.full((rows,), int(batch.of[0]), dtype=torch.int32)
-        self._plan = batch.plan("razor", Rows(batch.tables, table, torch.zeros(rows, dtype=torch.int32), stops))
+        self._plans = batch.plan("razor", Rows(batch.tables, table, torch.zeros(rows, dtype=torch.int32), stops))
         self._blocks = batch.tables[int(batch.of[0])].long()
         self._lse = batch.scratch.take("razor lse", rows, geometry.q_heads)
 
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """Attend densely, then add up the weights of this chunk's rows at the pattern's positions."""
         batch, pattern = self._batch, self._probe.pattern
-        batch.attend(layer, self._plan, out, heads=heads, lse=self._lse)
+        batch.attend(layer, self._plans, out, heads=heads, lse=self._lse)
         q, last = layer.q.float(), self._first + batch.rows
         for back in range(pattern.tokens, pattern.tokens * pattern.repeats, pattern.tokens):
             first = max(self._first, pattern.offset + back)  # the first row with a copy so far back

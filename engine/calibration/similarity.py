@@ -58,11 +58,10 @@ class _ProbeStep:
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See everything, and keep the weights."""
         batch, whole = self._batch, self._whole
-        logits, kv_heads = batch.logits(batch.rows, whole.width), batch.geometry.kv_heads
-        batch.attend(layer, whole.plan, out, heads=heads, lse=lse, logits=logits)
+        logits, kv_heads = batch.logits(layer.q, whole.width), batch.geometry.kv_heads
+        batch.attend(layer, whole.plans, out, heads=heads, lse=lse, logits=logits)
         weights = batch.rank(logits, whole.zeros, batch.stop, kv_heads, how="sum")
-        group = batch.geometry.q_heads // kv_heads
-        self._probe.weights.append((weights / group).masked_fill_(self._unseen[:, None], 0.0))
+        self._probe.weights.append((weights / batch.geometry.group).masked_fill_(self._unseen[:, None], 0.0))
 
     def finish(self) -> None:
         """Nothing is chosen."""

@@ -4,6 +4,15 @@ everything    one head group, whole sequences
 razor         two head groups: retrieval heads keep everything, local heads sinks and a window (RazorAttention)
 """
 
-RETENTION = ("everything", "razor")
+from kvloom.engine.retention.base import Method, Retention
+from kvloom.engine.retention.razor import Razor, RazorOptions
 
-__all__ = ["RETENTION"]
+RETENTIONS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("everything", "whole sequences of all heads", None, lambda *_: None),
+        Method("razor", "local heads keep sinks and a window alone (RazorAttention)", RazorOptions, Razor),
+    )
+}
+
+__all__ = ["RETENTIONS", "Method", "Retention"]

@@ -17,30 +17,31 @@ Departures, and why:
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kvloom.engine.bounds import bounded, shown, wrong
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.calibration import find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
-from kvloom.engine.config import option_fields, parse_value
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.lifecycle import Feature
 from kvloom.engine.model.config import ModelConfig
+from kvloom.engine.request import MAX_DRAFT_TOKENS
+from kvloom.engine.retention.base import Kept
 from kvloom.engine.retention.compensation import Compensation, Leaving
-from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
+from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
 from kvloom.engine.state import Record, StateMemory
-from kvloom.kernels.interface import Kernels
+from kvloom.kernels.interface import Kernels, Lists, Rows
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
-    from kvloom.engine.scheduling import Chunk
+    from kvloom.engine.scheduling.plan import Chunk
 
 RETRIEVAL, LOCAL = 0, 1
 
@@ -55,9 +56,9 @@ class RazorOptions:
     """The same for their echo score."""
     sinks: int = bounded(4, SINKS)
     """N0: first tokens that local heads keep."""
-    least: int = bounded(256, LEAST)
+    min_window: int = bounded(256, LENGTHS)
     """S0: shortest window of local heads, in tokens."""
-    share: int = bounded(5, SHARES)
+    window_divisor: int = bounded(5, DIVISORS)
     """C: the window is a C-th of the sequence, if that is more."""
     compensation: bool = True
     """Whether a token stands for what was dropped."""
@@ -70,24 +71,9 @@ class RazorOptions:
         if (found := wrong(self)) is not None:
             raise ConfigError(f"retention_options: {found.name} is {shown(found.value)}; allowed: {found.allowed}")
 
-    @classmethod
-    def read(cls, text: str | None) -> RazorOptions:
-        """From a JSON object. Raises ConfigError naming what is wrong."""
-        kind: type = cls
-        known = {option.name: option for option in option_fields(kind)}
-        try:
-            values = json.loads(text or "{}")
-        except ValueError as error:
-            raise ConfigError(f"retention_options is {text!r}, which is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f'retention_options is {text!r}; allowed: a JSON object such as {{"share": 5}}')
-        if strange := sorted(set(values) - set(known)):
-            raise ConfigError(f"retention_options: unknown {', '.join(strange)}; allowed: {', '.join(sorted(known))}")
-        return cls(**{name: parse_value(known[name], value) for name, value in values.items()})
-
     @property
     def window(self) -> Window:
-        return Window(self.sinks, self.least, self.share)
+        return Window(self.sinks, self.min_window, self.window_divisor)
 
     def classes(self, model_key: str) -> HeadClasses:
         """The model's head classes. Raises ConfigError if it has no calibration."""
@@ -145,20 +131,21 @@ def window_blocks(length: int, block_size: int, window: Window) -> int:
     return -(-length // block_size) - max(0, dropped)
 
 
-class Razor(Feature):
-    """Evict mode of one engine: its head groups, and the state of what its open requests have dropped."""
+class Razor:
+    """`Retention`: the head groups of one engine, and the state of what its open requests have dropped."""
 
     name = "razor"
 
-    def __init__(self, options: RazorOptions, classes: HeadClasses, model: ModelConfig, dtype: torch.dtype) -> None:
-        self.options, self.classes, self.window = options, classes, options.window
-        self.specs = group_specs(classes)
+    def __init__(self, options: RazorOptions, model_key: str, model: ModelConfig, dtype: torch.dtype) -> None:
+        """Raises ConfigError if the model has no calibration, or no heads of either kind."""
+        self.options, self.classes, self.window = options, options.classes(model_key), options.window
+        self.specs = group_specs(self.classes)
         self._model, self._dtype = model, dtype
         local = [len(heads) for heads in self.specs[LOCAL].heads]
+        self._local = sum(local)
         self._state = Compensation(model.layers, local, model.head_dim, options.sinks)
-        self._cache: CacheManager
-        self._states: StateMemory
-        self._kernels: Kernels
+        self._sinks = torch.arange(max(1, options.sinks), dtype=torch.int32)
+        self._cache: CacheManager | None = None
 
     def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
         """A cache of two groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
@@ -183,25 +170,43 @@ class Razor(Feature):
     @property
     def budget(self) -> int:
         """Tokens up to which a sequence drops nothing."""
-        return self.window.least
+        return self.window.shortest
 
     @property
     def records(self) -> tuple[Record, ...]:
         """State of requests that may drop something."""
         return (self._state,) if self.options.compensation else ()
 
-    def begins(self, tables: Sequence[BlockTable], block_size: int) -> np.ndarray:
-        """[tables] int32: where the tails of local heads begin, 0 for those that read everything."""
-        return np.array([table.forgotten * block_size for table in tables], np.int32)
+    def kept(
+        self, chunks: Sequence[Chunk], tables: Tensor, request: Tensor, stop: Tensor, states: StateMemory, space: Tensor
+    ) -> Kept:
+        """See `Retention`: sinks and a window, once something is dropped, and a token for it."""
+        assert self._cache is not None
+        counts = [chunk.count for chunk in chunks]
+        begins = np.array([chunk.table.forgotten * self._cache.block_size for chunk in chunks], np.int32)
+        dropped = self._state.dropped(begins)
+        begin = torch.from_numpy(np.repeat(begins, counts))
+        lengths = torch.where(begin > 0, self.window.sinks, 0).to(torch.int32)[:, None]
+        rows = Rows(tables, request, begin, stop, Lists(self._sinks, torch.zeros_like(lengths), lengths))
+        unseen = (dropped * self._local).tolist()
+        if self.state is None:
+            return Kept(rows, unseen)
+        own = states.at(self.state, [chunk.request for chunk in chunks])
+        at, count = (each.copy_(torch.from_numpy(np.repeat(of, counts))) for each, of in zip(space, (own, dropped)))
+        return Kept(rows, unseen, functools.partial(self.state.folded, states.words, at=at, dropped=count))
 
-    def computed(self, chunks: Sequence[Chunk]) -> None:
-        """See `Feature`: of requests that decode next, whose prompts have been computed densely, fold and give back what their
-        next rows' windows leave behind."""
-        cache, size, keep = self._cache, self._cache.block_size, -(-self.window.sinks // self._cache.block_size)
-        pairs = [(chunk.request, chunk.table) for chunk in chunks]
-        requests = {r: table for r, table in pairs if len(r.prompt) < len(r.tokens) == r.computed + 1}
-        begins = self.window.begin(np.array([len(request.tokens) for request in requests], np.int32), size)
-        moved = [(*pair, int(to)) for pair, to in zip(requests.items(), begins) if to > pair[1].forgotten * size]
+    def advance(self, going_on: Sequence[tuple[Request, BlockTable]], states: StateMemory, kernels: Kernels) -> None:
+        """See `Retention`: what leaves windows is folded before it is given back."""
+        cache = self._cache
+        assert cache is not None
+        size, keep = cache.block_size, -(-self.window.sinks // cache.block_size)
+        for request, _ in going_on:
+            if request.draft_tokens:  # drafts are verified together, by rows that must see what each would see alone
+                known = len(request.tokens) - request.drafts
+                request.draft_until = self.window.until(known, size, MAX_DRAFT_TOKENS)
+        lengths = np.array([len(request.tokens) for request, _ in going_on], np.int32)
+        begins = self.window.begin(lengths, size)
+        moved = [(*pair, int(to)) for pair, to in zip(going_on, begins) if to > pair[1].forgotten * size]
         if moved and self.state is not None:
             self._fold(self._state, moved, self._states, self._kernels, cache.groups[LOCAL].storage)
         for _, table, to in moved:
@@ -221,4 +226,5 @@ class Razor(Feature):
         request, begin, end, where = (torch.from_numpy(column) for column in (rows, first, last, at))
         leaving = Leaving(torch.from_numpy(tables), request, begin, end, where, int((last - first).max()))
         for layer, kv in enumerate(storage.layers):
-            state.fold(kernels, states.words, layer, kv, leaving)
+            if storage.spec.heads[layer]:
+                state.fold(kernels, states.words, layer, kv, leaving)

@@ -10,6 +10,7 @@ Budgets count positions: a sparse decode row reads about `budget` of them, force
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from kvloom.engine.bounds import shown, wrong
 from kvloom.engine.client import MethodStats as MethodStats
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.former import renamed
 from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels, PagedKV
 
@@ -31,8 +33,9 @@ EVERYWHERE = sys.maxsize
 """`Selector.dense_until` of methods that compute prompts densely."""
 
 
-class Geometry(NamedTuple):
-    """What a method may know of the model and its cache."""
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """What a method may know of the model and its cache, and of the heads that it decides for."""
 
     layers: int
     q_heads: int
@@ -48,6 +51,29 @@ class Geometry(NamedTuple):
     """Fingerprint of the weights: calibrations are stored under it."""
     block_size: int
     """Tokens of a block of the cache."""
+    heads: tuple[tuple[int, ...], ...]
+    """[layers]: the KV heads that methods decide for, ascending: all, or with a retention those that keep everything. A method
+    is not called for a layer that has none of them."""
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.q_heads // self.kv_heads
+
+    @functools.cached_property
+    def counts(self) -> tuple[int, ...]:
+        """How many of `heads` a layer may have, ascending, without 0."""
+        return tuple(sorted({*map(len, self.heads)} - {0}))
+
+    @property
+    def partial(self) -> bool:
+        """Whether there are other KV heads."""
+        return sum(map(len, self.heads)) < self.layers * self.kv_heads
+
+    @property
+    def own_layers(self) -> int:
+        """Layers that have some."""
+        return sum(map(bool, self.heads))
 
     @property
     def scale(self) -> float:
@@ -61,9 +87,14 @@ class Layer(NamedTuple):
     layer: int
     """0 to layers - 1."""
     q: Tensor
-    """[rows of the batch, q_heads, head_dim], rotated, in the model's dtype."""
+    """[rows of the batch, query heads of `Geometry.heads`, head_dim], rotated, in the model's dtype."""
     kv: PagedKV
-    """The layer's cache; the step's own rows are stored already."""
+    """The layer's cache of those heads; the step's own rows are stored already."""
+
+    @property
+    def heads(self) -> int:
+        """How many KV heads it has."""
+        return self.kv.k.shape[1]
 
 
 class RowsInStep(Protocol):
@@ -78,9 +109,9 @@ class RowsInStep(Protocol):
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """Choose what the rows see in this layer, and write their attention over it.
 
-        out: [rows, q_heads, head_dim]; heads: [kv_heads] int32, negative for KV heads that are left out, None for all: in every
-        step those of the layer;
-        lse: [rows, q_heads] fp32, written if given, of what was seen. Reads no tensor's value on the host while rows decode.
+        out: as `Layer.q`; heads: [KV heads] int32, negative for those that are left out, None for all: in every step those of
+        the layer; lse: [rows, query heads] fp32, written if given, of what was seen. Reads no tensor's value on the host while
+        rows decode.
         """
         ...
 
@@ -138,6 +169,14 @@ class Extrapolating(Protocol):
     """Whether it does with its options: no row, of the prompt neither, sees positions further apart than trained."""
 
 
+@runtime_checkable
+class Whole(Protocol):
+    """What a selector has beside that if it may have to decide for all KV heads (`Geometry.heads`)."""
+
+    whole: str
+    """Why it has to with its options, and what to do instead, as a client is told; "" if it need not."""
+
+
 def extrapolates(selector: Selector | None) -> bool:
     """Whether a request with this selector may be longer than the model's trained length."""
     return selector is not None and isinstance(selector, Extrapolating) and selector.extrapolates
@@ -165,7 +204,7 @@ def read_options(method: Method, values: Mapping[str, Any]) -> Any:
 
 def read_fields(cls: type, name: str, values: Mapping[str, Any]) -> Any:
     """A dataclass `cls` from the JSON object `kv.<name>`. Raises InvalidRequestError naming the key that is wrong."""
-    fields = {field.name for field in dataclasses.fields(cls)}
+    fields, values = {field.name for field in dataclasses.fields(cls)}, renamed(name, values)
     for key in values:
         where = f"kv.{name}.{str(key)[:64]}"
         if key not in fields:

@@ -9,7 +9,7 @@ Index arrays are numpy's on the host, where a step is prepared, and int32 tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from kvloom.engine.request import Request
 
 Ints = npt.NDArray[np.int32]
+Plans = Mapping[int, Plan]
+"""Of the same rows, by the number of KV heads that a layer has (`Geometry.counts`)."""
 
 
 class Scratch:
@@ -37,7 +39,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, dict[int, Plan]] = {}
         """Made anew in their place in every step."""
         self.moves = 0
         """How often something came to lie elsewhere."""
@@ -108,16 +110,19 @@ class Batch:
         """An fp32 tensor of these values, where one of that name was in the last step."""
         return self.scratch.take(f"{self.name} {name}", *values.shape).copy_(values)
 
-    def plan(self, name: str, rows: Rows) -> Plan:
-        """What kernels need to know of these rows, in the place of the last step's plan of that name."""
-        geometry, name = self.geometry, f"{self.name} {name}"
-        plan = self.kernels.plan(rows, geometry.q_heads, geometry.kv_heads, geometry.head_dim, self.scratch.plans.get(name))
-        self.scratch.plans[name] = plan
-        return plan
+    def plan(self, name: str, rows: Rows, lists: Mapping[int, Lists] | None = None, counts: Sequence[int] = ()) -> Plans:
+        """What kernels need to know of these rows, in the place of the last step's plans of that name.
 
-    def seen(self, name: str, start: Tensor, lists: Lists | None = None, most: Tensor | None = None) -> Plan:
-        """Decode rows that see lists, and everything from `start` on. start: [rows] int32."""
-        return self.plan(name, Rows(self.tables, self.table, start, self.stop, lists, most))
+        lists: in place of the rows', by KV heads of a layer; counts: of those alone."""
+        geometry, plans = self.geometry, self.scratch.plans.setdefault(f"{self.name} {name}", {})
+        for heads in counts or geometry.counts:
+            own = rows if lists is None else rows._replace(lists=lists[heads])
+            plans[heads] = self.kernels.plan(own, heads * geometry.group, heads, geometry.head_dim, plans.get(heads))
+        return plans
+
+    def seen(self, name: str, start: Tensor, lists: Lists | None = None, counts: Sequence[int] = ()) -> Plans:
+        """Decode rows that see lists, and everything from `start` on. start: [rows] int32; counts: see `plan`."""
+        return self.plan(name, Rows(self.tables, self.table, start, self.stop, lists), counts=counts)
 
     def sinks(self, counts: npt.NDArray[np.integer]) -> Lists:
         """Lists of the first positions, so many of them for every decode row."""
@@ -135,8 +140,9 @@ class Batch:
 
     def reserve(self, width: int) -> None:
         """Make room for logits and rankings of all rows beforehand: replayed calls write where they lay when captured."""
-        self.logits(self.rows, width)
-        self.scratch.take("ranking", self.rows, self.geometry.kv_heads, width)
+        most, group = self.geometry.counts[-1], self.geometry.group
+        self.scratch.take("logits", self.rows, most * group, width)
+        self.scratch.take("ranking", self.rows, most, width)
 
     def spans(self, name: str, table: Tensor, first: Ints, last: Ints) -> Span:
         """Candidates [first, last) of queries of these rows of `tables`."""
@@ -146,22 +152,23 @@ class Batch:
             self.ints(f"{name} zeros", len(begin)).zero_(), max(1, int((last - first).max(initial=0))),
         )  # fmt: skip
 
-    def attend(self, layer: Layer, plan: Plan, out: Tensor, **more: Any) -> None:
-        """Attention over what a plan says. more: of `Kernels.attend`."""
+    def attend(self, layer: Layer, plans: Plans, out: Tensor, **more: Any) -> None:
+        """Attention over what plans say. more: of `Kernels.attend`."""
+        plan = plans[layer.heads]
         self.kernels.attend(layer.q, layer.kv, plan, scale=self.geometry.scale, out=out, read=self.read, **more)
 
-    def logits(self, rows: int, width: int) -> Tensor:
-        """[rows, q_heads, width] fp32 with anything in it."""
-        return self.scratch.take("logits", rows, self.geometry.q_heads, width)
+    def logits(self, q: Tensor, width: int) -> Tensor:
+        """[rows, query heads, width] fp32 with anything in it, for queries q [rows, query heads, head_dim]."""
+        return self.scratch.take("logits", *q.shape[:2], width)
 
     def score(self, layer: Layer, span: Span, scale: float | None = None, active: Tensor | None = None) -> Tensor:
-        """Query-key products of candidates: [rows, q_heads, width] fp32, column 0 at the first one. Reads K alone.
+        """Query-key products of candidates: [rows, query heads, width] fp32, column 0 at the first one. Reads K alone.
 
         scale: 1 / sqrt(head_dim) unless given. active: see `Kernels.score`.
         """
-        out = self.logits(layer.q.shape[0], span.width)
+        out, plan = self.logits(layer.q, span.width), span.plans[layer.heads]
         scale = self.geometry.scale if scale is None else scale
-        return self.kernels.score(layer.q, layer.kv, span.plan, scale=scale, out=out, active=active)
+        return self.kernels.score(layer.q, layer.kv, plan, scale=scale, out=out, active=active)
 
     def rank(
         self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *, how: PoolHow, window: int = 1,
@@ -179,7 +186,7 @@ class Batch:
 class Span:
     """Candidates of some rows: positions [first, last) of each."""
 
-    plan: Plan
+    plans: Plans
     first: Tensor
     """[rows] int32"""
     last: Tensor

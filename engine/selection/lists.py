@@ -11,6 +11,8 @@ request's record at once. The host learns of it when the step is over, from coun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,91 +21,101 @@ from torch import Tensor
 
 from kvloom.engine.selection.base import Layer
 from kvloom.engine.selection.batch import Batch, Span
-from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal
+from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal, Rows
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
 
 
 class KeptLists:
-    """`Record` of a request: for every layer a word for `tail`, `heads` lists, and the query that they were made for."""
+    """`Record` of a request: for every layer a word for `tail`, its lists, and the query that they were made for."""
 
-    def __init__(self, layers: int, heads: int, width: int, sinks: int, query: int) -> None:
-        """width: positions of a list, of which the first `sinks` are always 0, 1, 2 and so on; query: floats, 0 for none."""
-        self.heads, self.width, self.sinks = heads, width, sinks
-        self._layers, self._stride = layers, 1 + heads * width + query
+    def __init__(self, lists: Sequence[int], width: int, sinks: int, query: Sequence[int]) -> None:
+        """lists, query: [layers], lists and floats, 0 for none; width: positions of a list, of which the first `sinks` are
+        always 0, 1, 2 and so on."""
+        self.width, self.sinks = width, sinks
+        self._lists = lists
+        words = [1 + count * width + floats if count else 0 for count, floats in zip(lists, query)]
+        self._begins = [0, *accumulate(words)]
 
     @property
     def words(self) -> int:
         """See `Record`."""
-        return self._layers * self._stride
-
-    @property
-    def query(self) -> int:
-        """Where in a layer's words the query begins."""
-        return 1 + self.heads * self.width
+        return self._begins[-1]
 
     def opened(self, request: Request, words: Tensor) -> None:
         """There are no lists."""
-        layers = words.view(self._layers, self._stride)
-        layers[:, 0] = NO_LIST
-        lists = layers[:, 1 : self.query].unflatten(1, (self.heads, self.width))
-        lists[..., : self.sinks] = torch.arange(self.sinks, dtype=torch.int32)
+        for begin, count in zip(self._begins, self._lists):
+            if count:
+                words[begin] = NO_LIST
+                lists = words[begin + 1 : begin + 1 + count * self.width].view(count, self.width)
+                lists[:, : self.sinks] = torch.arange(self.sinks, dtype=torch.int32)
 
     def closed(self, request: Request) -> None:
         """See `Record`."""
 
     def of_layer(self, words: Tensor, layer: int) -> Tensor:
         """The words of all requests, begun so that a layer's state lies where the first one's would."""
-        return words[layer * self._stride :]
+        return words[self._begins[layer] :]
 
-    def offsets(self, at: Tensor) -> Tensor:
-        """[len(at), heads] int32: where the lists of records begin."""
-        return at[:, None] + (torch.arange(self.heads, dtype=torch.int32) * self.width + 1)
+    def offsets(self, at: Tensor, lists: int) -> Tensor:
+        """[len(at), lists] int32: where the lists of records begin, of a layer with so many."""
+        return at[:, None] + (torch.arange(lists, dtype=torch.int32) * self.width + 1)
 
-    def chosen(self, words: Tensor) -> Tensor:
-        """[heads, width - sinks]: where a record at 0 keeps what was chosen. words: `of_layer`."""
-        shape, begin = (self.heads, self.width - self.sinks), words.storage_offset() + 1 + self.sinks
+    def chosen(self, words: Tensor, lists: int) -> Tensor:
+        """[lists, width - sinks]: where a record at 0 keeps what was chosen. words: `of_layer`."""
+        shape, begin = (lists, self.width - self.sinks), words.storage_offset() + 1 + self.sinks
         return words.as_strided(shape, (self.width, 1), begin)
 
     def renewal(
         self, *, recent: int, most: int = NO_LIST, compare: Compare = "none", threshold: float = 0.0, dense: bool = False
     ) -> Renewal:
-        """When they are renewed, and what is seen then."""
-        return Renewal(0, self.query, self.width, recent, min(most, NO_LIST), compare, threshold, dense)
+        """When they are renewed, and what is seen then; its `query` is that of a layer without lists."""
+        return Renewal(0, 1, self.width, recent, min(most, NO_LIST), compare, threshold, dense)
 
     def select(self, batch: Batch, words: Tensor, ranking: Tensor, span: Span, at: Tensor) -> None:
-        """Write the best candidates into records. ranking: [rows, heads, columns], column 0 at `span.first`; at: [rows] int32,
+        """Write the best candidates into records. ranking: [rows, lists, columns], column 0 at `span.first`; at: [rows] int32,
         where records begin, negative for rows that choose nothing."""
         batch.kernels.select(
-            ranking, span.columns, self.width - self.sinks, offset=span.first, out=(self.chosen(words), None), at=at
-        )
+            ranking, span.columns, self.width - self.sinks, offset=span.first, at=at,
+            out=(self.chosen(words, ranking.shape[1]), None),
+        )  # fmt: skip
 
 
 class Renewed:
     """Decode rows of one step that read lists of their own, one row per request."""
 
-    def __init__(self, batch: Batch, lists: KeptLists, how: Renewal, angles: tuple[Tensor, Tensor] | None = None) -> None:
-        """angles: see `Kernels.renew`. A row sees no more than its list, and the tokens since that it may have."""
-        self._batch, self._lists, self._how, self._angles = batch, lists, how, angles
+    def __init__(
+        self, batch: Batch, lists: KeptLists, how: Renewal, angles: tuple[Tensor, Tensor] | None = None, *, shared: bool = False
+    ) -> None:
+        """angles: see `Kernels.renew`; shared: the heads of a layer have one list, instead of each its own. A row sees no more
+        than its list, and the tokens since that it may have."""
+        self._batch, self._lists, self._angles = batch, lists, angles
         self.at = batch.at(lists)
         """[rows] int32: where records begin."""
         self.active, self.start = batch.ints("active", batch.rows), batch.ints("start", batch.rows)
         """[rows] int32: where records of rows that renew in this layer begin, -1 for all others; and where tails begin."""
-        self._lengths = batch.ints("lengths", batch.rows, lists.heads)
         self.counts = batch.scratch.take(f"{batch.name} counts", 3, dtype=torch.int64).zero_()
         """Rows that made lists, those of them that had one, and rows that used theirs again; over all layers."""
-        seen = Lists(batch.states.words, batch.tensor("offsets", lists.offsets(self.at)), self._lengths)
+        self._seen: dict[int, Lists] = {}
+        self._how: dict[int, Renewal] = {}
+        for heads in batch.geometry.counts:
+            count = 1 if shared else heads
+            offsets = batch.tensor(f"offsets {count}", lists.offsets(self.at, count))
+            self._seen[heads] = Lists(batch.states.words, offsets, batch.ints(f"lengths {count}", batch.rows, count))
+            self._how[heads] = how._replace(query=how.query + count * how.width)
         whole = np.iinfo(np.int32).max if how.dense else how.width + how.recent + how.most
         most = batch.tensor("most", np.minimum(batch.stops, np.int64(whole)))
-        self.plan = batch.seen("renewed", self.start, seen, most=most)
+        self.plans = batch.plan(
+            "renewed", Rows(batch.tables, batch.table, self.start, batch.stop, None, most), lists=self._seen
+        )
 
     def renew(self, layer: Layer, due: Tensor) -> Tensor:
         """Decide who renews in this layer. due: [rows] int32, see `Kernels.renew`. Returns `KeptLists.of_layer`."""
         words = self._lists.of_layer(self._batch.states.words, layer.layer)
         self._batch.kernels.renew(
-            layer.q, words, self.at, self._batch.stop, due, self._how, self._angles, self.active, self.start, self._lengths,
-            self.counts,
+            layer.q, words, self.at, self._batch.stop, due, self._how[layer.heads], self._angles, self.active, self.start,
+            self._seen[layer.heads].lengths, self.counts,
         )  # fmt: skip
         return words
 

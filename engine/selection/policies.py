@@ -16,7 +16,7 @@ from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
-from kvloom.engine.selection.base import Method, read_options
+from kvloom.engine.selection.base import Method, Whole, read_options
 from kvloom.engine.state import WORD
 from kvloom.kernels.interface import Kernels
 
@@ -79,6 +79,7 @@ class Selectors:
             return Policy(None, 0)
         options = read_options(METHODS[name], kv.options or (defaults.options if own else {}))
         selector = self._selector(name, self._budget(METHODS[name], options, kv.budget), options)
+        self._refuse_for_some_heads(name, selector)
         if not draft:
             if kv.draft_tokens is not None:
                 raise InvalidRequestError(
@@ -102,10 +103,11 @@ class Selectors:
         """It has ended. Harmless if it was never opened."""
         self._entry(selector).open.discard(request)
 
-    def too_large(self, kv: KVOptions, wanted: int, memory: int) -> InvalidRequestError:
-        """The error for a request whose state takes `wanted` bytes, which `memory` can never hold."""
+    def too_large(self, kv: KVOptions, memory: int) -> InvalidRequestError:
+        """The error for a request whose method's state `memory` bytes can never hold."""
         selector, largest = self.policy(kv).selector, self._largest_budget(kv, memory)
         assert selector is not None
+        wanted = sum(record.words for record in selector.records) * WORD
         fits = f"a kv.budget of at most {largest} fits, and so do" if largest else "what fits are"
         return InvalidRequestError(
             f"what this selection remembers of the request takes {wanted} bytes, and this server has {memory} for all requests "
@@ -143,6 +145,14 @@ class Selectors:
                     f"{', '.join(METHODS)}",
                     param=f"kv.{option}",
                 )
+
+    def _refuse_for_some_heads(self, name: str, selector: Selector) -> None:
+        if self._geometry.partial and isinstance(selector, Whole) and selector.whole:
+            raise InvalidRequestError(
+                f"kv.selection is {name}, but this server's --retention keeps whole sequences of some heads alone: "
+                f"{selector.whole}",
+                param="kv.selection",
+            )
 
     def _draft_tokens(self, tokens: int) -> int:
         if type(tokens) is not int or not 1 <= tokens <= MAX_DRAFT_TOKENS:

@@ -32,7 +32,7 @@ from kvloom.engine.calibration import HeadClasses, find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.retention.compensation import Compensation
-from kvloom.engine.retention.window import LEAST, SEEDS, SHARES, SINKS, Window
+from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
 from kvloom.engine.selection.base import EVERYWHERE, Geometry, MethodStats, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.razor_view_step import RazorViewStep
@@ -53,9 +53,9 @@ class RazorViewOptions:
     """The same for their echo score."""
     sinks: int = bounded(_WINDOW.sinks, SINKS)
     """N0: first tokens that local heads read."""
-    least: int = bounded(_WINDOW.least, LEAST)
+    min_window: int = bounded(_WINDOW.shortest, LENGTHS)
     """S0: shortest window of local heads, in tokens."""
-    share: int = bounded(_WINDOW.share, SHARES)
+    window_divisor: int = bounded(_WINDOW.divisor, DIVISORS)
     """C: the window is a C-th of the sequence, if that is more."""
     compensation: bool = True
     """Whether a token stands for what local heads do not read."""
@@ -83,12 +83,13 @@ class RazorView:
     grid = tail = 0
     dense_until = EVERYWHERE
     domain = ""
+    whole = "it says itself which heads those are; leave it out, and the others read what it would let them read"
 
     def __init__(self, options: RazorViewOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
         classes = head_classes(options, geometry)
-        self.options, self.window = options, Window(options.sinks, options.least, options.share)
+        self.options, self.window = options, Window(options.sinks, options.min_window, options.window_divisor)
         self.inner = _inner(options.retrieval, budget, geometry, kernels)
-        whole = options.sinks + options.least
+        whole = options.sinks + options.min_window
         self.budget = whole if self.inner is None else min(whole, self.inner.budget)
         self.levels: tuple[int, ...] = () if self.inner is None else (self.inner.budget,)
         layers, kv_heads = range(classes.layers), torch.arange(geometry.kv_heads, dtype=torch.int32)

@@ -50,7 +50,9 @@ class RazorViewStep:
             return
         folded = None if self._sums is None else self._sums.grown(layer)
         if lse is not None:  # who asks wants that of what was read
-            batch.kernels.attend(layer.q, layer.kv, self._local, scale=batch.geometry.scale, out=out, heads=local, lse=lse)
+            batch.kernels.attend(
+                layer.q, layer.kv, self._local[layer.heads], scale=batch.geometry.scale, out=out, heads=local, lse=lse
+            )
         batch.attend(layer, self._local, out, heads=local, folded=folded)
 
     def finish(self) -> None:

@@ -108,9 +108,9 @@ class Recycled:
         self.schedule = Schedule.of(
             options.stride, options.check_every if compares else 0, geometry.layers, stagger=options.stagger
         )
-        query = geometry.head_dim * (1 if options.compare == "mean" else geometry.q_heads)
-        width = self.sinks + self.chosen
-        self.lists = KeptLists(geometry.layers, geometry.kv_heads, width, self.sinks, query if compares else 0)
+        lists = [len(heads) for heads in geometry.heads]
+        kept = [compares * geometry.head_dim * (1 if options.compare == "mean" else geometry.group * own) for own in lists]
+        self.lists = KeptLists(lists, self.sinks + self.chosen, self.sinks, kept)
         self.records: tuple[Record, ...] = (self.lists,)
         self.renewal = self.lists.renewal(
             recent=self.recent,

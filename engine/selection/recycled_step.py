@@ -74,16 +74,16 @@ class RecycledStep:
         method, batch, rows, span = self._method, self._batch, self._rows, self._span
         words = rows.renew(layer, self._due[layer.layer])
         if method.emits:
-            logits = batch.logits(batch.rows, self._width)
-            batch.attend(layer, rows.plan, out, positions=words, logits=logits, heads=heads, lse=lse)
+            logits = batch.logits(layer.q, self._width)
+            batch.attend(layer, rows.plans, out, positions=words, logits=logits, heads=heads, lse=lse)
             first, last = span.first, span.last
         else:
             logits = batch.score(layer, span, active=rows.active)
             first, last = span.zeros, span.columns
-        ranking = batch.rank(logits, first, last, method.lists.heads, how="max", window=method.options.pool, active=rows.active)
+        ranking = batch.rank(logits, first, last, layer.heads, how="max", window=method.options.pool, active=rows.active)
         method.lists.select(batch, words, ranking, span, rows.active)
         if not method.emits:
-            batch.attend(layer, rows.plan, out, positions=words, heads=heads, lse=lse)
+            batch.attend(layer, rows.plans, out, positions=words, heads=heads, lse=lse)
 
     def finish(self) -> None:
         """See `RowsInStep`."""
@@ -102,7 +102,7 @@ class Seeding:
         first = np.cumsum(batch.counts) - batch.counts
         stop = batch.begins[run] + np.arange(batch.rows) - first[run] + 1
         table, stops = batch.tensor("row table", batch.of[run]), batch.tensor("row stop", stop)
-        self._plan = batch.plan("seeding", Rows(batch.tables, table, torch.zeros_like(stops), stops))
+        self._plans = batch.plan("seeding", Rows(batch.tables, table, torch.zeros_like(stops), stops))
         self._seeds = [
             _Seed(method, batch, i, int(end))
             for i, (request, end) in enumerate(zip(batch.requests, np.cumsum(batch.counts)))
@@ -111,13 +111,13 @@ class Seeding:
 
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See `RowsInStep`."""
-        self._batch.attend(layer, self._plan, out, heads=heads, lse=lse)
+        self._batch.attend(layer, self._plans, out, heads=heads, lse=lse)
         for seed in self._seeds:
             seed.make(layer)
 
     def finish(self) -> None:
         """See `RowsInStep`."""
-        self._batch.stats.selections += len(self._seeds) * self._batch.geometry.layers
+        self._batch.stats.selections += len(self._seeds) * self._batch.geometry.own_layers
 
 
 class _Seed:
@@ -142,7 +142,7 @@ class _Seed:
         own = layer._replace(q=layer.q[self._rows])
         span = self._span
         ranking = batch.rank(
-            batch.score(own, span), span.zeros, span.columns, method.lists.heads, how="max", window=method.options.pool
+            batch.score(own, span), span.zeros, span.columns, layer.heads, how="max", window=method.options.pool
         )
         votes = ranking[-1:]  # the last row sees the most
         for row, columns in enumerate(self._columns[:-1]):

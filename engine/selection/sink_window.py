@@ -62,11 +62,11 @@ class SinkWindowStep:
     def __init__(self, method: SinkWindow, batch: Batch) -> None:
         self._batch = batch
         start = batch.tensor("start", batch.stops - (method.budget - method.sinks))
-        self._plan = batch.seen("seen", start, batch.sinks(np.full(batch.rows, method.sinks)))
+        self._plans = batch.seen("seen", start, batch.sinks(np.full(batch.rows, method.sinks)))
 
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See `RowsInStep`."""
-        self._batch.attend(layer, self._plan, out, heads=heads, lse=lse)
+        self._batch.attend(layer, self._plans, out, heads=heads, lse=lse)
 
     def finish(self) -> None:
         """Nothing is chosen."""

@@ -21,15 +21,19 @@ Departures, and why:
 - `head_map`: head h of a sparse layer reads the list of whichever head of the selection layer is most like it (head remapping
   in Kascade).
 - `output="sparse"`: a selection layer scores K alone and then reads only what it chose, as Kascade's anchor layers do.
+- Where the method decides for some KV heads alone (retention `razor`: the retrieval heads), a selection layer that has none of
+  them is replaced by the next layer that has, or by the last one. A head then reads the list of the head that calibration found
+  most like it, if the selection layer has that one; else of its own namesake; else of the head there with the nearest number.
 - KV cache correction: not a pass beside decoding; the request's own next rows recompute its tokens densely, once
   `correct_every` of them are approximate. Their KV is then the dense one and may be shared.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +42,7 @@ from torch import Tensor
 from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.calibration import TidalCalibration, find_tidal
 from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, check_fields, refuse
-from kvloom.engine.selection.batch import Batch
+from kvloom.engine.selection.batch import Batch, Plans
 from kvloom.engine.state import Record
 from kvloom.kernels.interface import Kernels, Lists, PoolHow
 
@@ -104,16 +108,27 @@ class TidalDecode:
             allowed = f"with {self.sinks} sinks and {self.recent} recent tokens, at least {self.sinks + self.recent + 1}"
             raise refuse(NAME, "budget", budget, allowed)
         self.budget = budget
-        self.heads = 1 if options.pool == "all" else geometry.kv_heads
+        self.pools_all = options.pool == "all"
         self.how: PoolHow = "max" if options.pool == "max" else "sum"
         self.width = self.sinks + self.selected
         self.emits = options.output == "dense"
         """Whether selection layers choose by the logits of their own attention."""
         self.correct_every = options.correct_every
+        self.whole = (
+            "correct_every computes tokens again from KV that others have dropped; leave it out"
+            if options.correct_every
+            else ""
+        )
         calibration = calibration or find_tidal(geometry.model_key)
-        self.layers = selection_layers(options, geometry.layers, calibration)
-        self.roles = _roles(self.layers, geometry.layers, self.emits)
-        self.maps = _maps(options, self.layers, geometry, calibration)
+        self.layers = _with_heads(selection_layers(options, geometry.layers, calibration), geometry.heads)
+        self.lists = 1 if self.pools_all else max(len(geometry.heads[layer]) for layer in self.layers)
+        """Most lists that a selection layer makes."""
+        self.roles = _roles(self.layers, geometry.heads, self.emits)
+        self.reads = _reads(options, self.layers, geometry, calibration)
+        reading = [i for i, role in enumerate(self.roles) if role in ("choose", "reuse")]
+        kinds = {(reads.columns, len(geometry.heads[i])) for i in reading if (reads := self.reads[i]) is not None}
+        self.plans = {columns: [n for other, n in sorted(kinds) if other == columns] for columns, _ in sorted(kinds)}
+        """KV heads of layers, by the columns that are read there."""
         self._listers: dict[int, Tensor] = {}
         self.stats = MethodStats()
 
@@ -125,7 +140,8 @@ class TidalDecode:
 
     def listers(self, layer: int, heads: Tensor | None) -> Tensor | None:
         """`Kernels.attend`'s heads in a layer, of which `heads` are wanted; at the same place in every step."""
-        own = self.maps[layer]
+        reads = self.reads[layer]
+        own = None if reads is None else reads.heads
         if own is None or heads is None:
             return own if heads is None else heads
         if layer not in self._listers:
@@ -133,8 +149,18 @@ class TidalDecode:
         return self._listers[layer]
 
 
-Role = Literal["dense", "select", "choose", "reuse"]
-"""Of a layer: reads everything; the same, and makes a list; makes a list, then reads it; reads a list made before."""
+Role = Literal["dense", "select", "choose", "reuse", "none"]
+"""Of a layer: reads everything; the same, and makes a list; makes a list, then reads it; reads a list made before; has no heads
+to decide for."""
+
+
+class Reads(NamedTuple):
+    """Whose list each KV head of a layer reads."""
+
+    columns: tuple[int, ...]
+    """Lists of the last selection layer, by KV head; or all of them, in order; or the one that all heads share."""
+    heads: Tensor | None
+    """[KV heads] int32: which of the columns each reads, if not that of its own place."""
 
 
 def selection_layers(options: TidalDecodeOptions, layers: int, calibration: TidalCalibration | None) -> tuple[int, ...]:
@@ -157,33 +183,58 @@ def paper_layers(layers: int) -> tuple[int, ...]:
     return tuple(sorted({min(2, layers // 8), round(0.4 * layers)}))
 
 
-def _roles(selections: tuple[int, ...], layers: int, dense_output: bool) -> list[Role]:
+def _with_heads(selections: tuple[int, ...], heads: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """For every selection layer itself, or if it has no heads, the next layer that has some, or the last; ascending."""
+    able = [layer for layer, own in enumerate(heads) if own]
+    return tuple(sorted({next((layer for layer in able if layer >= wanted), able[-1]) for wanted in selections}))
+
+
+def _roles(selections: tuple[int, ...], heads: Sequence[tuple[int, ...]], dense_output: bool) -> list[Role]:
     """A list that no layer would read is not made: the last layer's, or one before another selection layer."""
     roles: list[Role] = []
-    for layer in range(layers):
-        if layer in selections:
-            used = layer + 1 < layers and layer + 1 not in selections
+    for layer, own in enumerate(heads):
+        if not own:
+            roles.append("none")
+        elif layer in selections:
+            after = next((later for later in range(layer + 1, len(heads)) if heads[later]), None)
+            used = after is not None and after not in selections
             roles.append("choose" if not dense_output else "select" if used else "dense")
         else:
             roles.append("dense" if layer < selections[0] else "reuse")
     return roles
 
 
-def _maps(
+def _reads(
     options: TidalDecodeOptions, selections: tuple[int, ...], geometry: Geometry, calibration: TidalCalibration | None
-) -> list[Tensor | None]:
-    """[layers] of [kv_heads] int32: whose list each KV head reads. None: its own, or the one that all share."""
+) -> list[Reads | None]:
+    """[layers]: None where no list is read."""
     if options.head_map and calibration is None:
         raise refuse(NAME, "head_map", True, "false or null: this model has no calibration; run kvloom calibrate tidal")
     if options.head_map and options.pool == "all":
         raise refuse(NAME, "head_map", True, "false or null with pool all, where all heads share a list")
-    if calibration is None or options.head_map is False or options.pool == "all":
-        return [None] * geometry.layers
-    anchors = [max((s for s in selections if s < layer), default=None) for layer in range(geometry.layers)]
-    return [
-        None if anchor is None or layer in selections else torch.tensor(calibration.heads(anchor, layer), dtype=torch.int32)
-        for layer, anchor in enumerate(anchors)
-    ]
+    if options.head_map is False:
+        calibration = None
+    found: list[Reads | None] = []
+    for layer, own in enumerate(geometry.heads):
+        anchor = max((s for s in selections if s <= layer), default=None)
+        if anchor is None or not own:
+            found.append(None)
+        elif options.pool == "all":
+            found.append(Reads((0,), None))
+        else:
+            there, places = geometry.heads[anchor], tuple(range(len(geometry.heads[anchor])))
+            mapped = None if calibration is None or anchor == layer else calibration.heads(anchor, layer)
+            listers = tuple(there.index(_lister(head if mapped is None else mapped[head], head, there)) for head in own)
+            if len(own) != len(there) or (mapped is None and listers == places):
+                found.append(Reads(listers, None))
+            else:  # one plan for all such layers
+                found.append(Reads(places, torch.tensor(listers, dtype=torch.int32)))
+    return found
+
+
+def _lister(like: int, head: int, there: tuple[int, ...]) -> int:
+    """The head whose list a head reads. like: the one most like it; there: those of the selection layer, which have lists."""
+    return next((found for found in (like, head) if found in there), min(there, key=lambda found: (abs(found - head), found)))
 
 
 class TidalDecodeStep:
@@ -191,14 +242,19 @@ class TidalDecodeStep:
 
     def __init__(self, method: TidalDecode, batch: Batch) -> None:
         self._method, self._batch = method, batch
-        rows, heads, width = batch.rows, method.heads, method.width
-        lists = batch.ints("lists", rows, heads, width)
+        rows, width = batch.rows, method.width
+        lists = batch.ints("lists", rows, method.lists, width)
         lists[..., : method.sinks] = torch.arange(method.sinks, dtype=torch.int32)
         self._chosen = lists[..., method.sinks :]
-        offsets = np.arange(rows * heads).reshape(rows, heads) * width
-        listed = Lists(lists.flatten(), batch.tensor("offsets", offsets), batch.tensor("lengths", np.full_like(offsets, width)))
         self._whole = batch.span("whole", 0, batch.stops)
-        self._sparse = batch.seen("sparse", batch.tensor("start", batch.stops - method.recent), listed)
+        self._sparse: dict[tuple[int, ...], Plans] = {}
+        """By `Reads.columns`."""
+        start = batch.tensor("start", batch.stops - method.recent)
+        for columns, counts in method.plans.items():
+            offsets = (np.arange(rows)[:, None] * method.lists + np.array(columns)) * width
+            lengths = batch.tensor(f"lengths {columns}", np.full_like(offsets, width))
+            listed = Lists(lists.flatten(), batch.tensor(f"offsets {columns}", offsets), lengths)
+            self._sparse[columns] = batch.seen(f"sparse {columns}", start, listed, counts)
         self._candidates = batch.tensor("candidates", batch.stops - (method.sinks + method.recent))
         self._offset = batch.tensor("offset", np.full(rows, method.sinks))
         self.program = self._whole.width
@@ -206,16 +262,17 @@ class TidalDecodeStep:
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See `RowsInStep`."""
         method, batch, whole = self._method, self._batch, self._whole
-        role = method.roles[layer.layer]
+        role, reads = method.roles[layer.layer], method.reads[layer.layer]
         if role == "choose":
-            self._choose(batch.score(layer, whole))
+            self._choose(layer, batch.score(layer, whole))
         if role in ("choose", "reuse"):
-            batch.attend(layer, self._sparse, out, heads=method.listers(layer.layer, heads), lse=lse)
+            assert reads is not None
+            batch.attend(layer, self._sparse[reads.columns], out, heads=method.listers(layer.layer, heads), lse=lse)
             return
-        logits = batch.logits(batch.rows, whole.width) if role == "select" else None
-        batch.attend(layer, whole.plan, out, heads=heads, lse=lse, logits=logits)
+        logits = batch.logits(layer.q, whole.width) if role == "select" else None
+        batch.attend(layer, whole.plans, out, heads=heads, lse=lse, logits=logits)
         if logits is not None:
-            self._choose(logits)
+            self._choose(layer, logits)
 
     def finish(self) -> None:
         """See `RowsInStep`."""
@@ -223,12 +280,13 @@ class TidalDecodeStep:
         stats.selections += self._batch.rows * (roles.count("choose") + roles.count("select"))
         stats.reused += self._batch.rows * roles.count("reuse")
 
-    def _choose(self, logits: Tensor) -> None:
-        """Lists for the layers to come. logits: [rows, q_heads, width], column j being position j.
+    def _choose(self, layer: Layer, logits: Tensor) -> None:
+        """Lists for the layers to come. logits: [rows, query heads, width], column j being position j.
 
         The softmax runs over everything, as in attention, so that a head which looks at sinks has little say.
         """
         method, batch = self._method, self._batch
-        weights = batch.rank(logits, self._whole.zeros, batch.stop, method.heads, how=method.how)
-        ranking = weights[..., method.sinks :]
-        batch.kernels.select(ranking, self._candidates, method.selected, offset=self._offset, out=(self._chosen, None))
+        lists = 1 if method.pools_all else layer.heads
+        weights = batch.rank(logits, self._whole.zeros, batch.stop, lists, how=method.how)
+        ranking, chosen = weights[..., method.sinks :], self._chosen[:, :lists]
+        batch.kernels.select(ranking, self._candidates, method.selected, offset=self._offset, out=(chosen, None))

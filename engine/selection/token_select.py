@@ -141,13 +141,17 @@ class TokenSelect:
         self.dense_until = -(-self.prompt.budget // self.grid) * self.grid if self.prompt else EVERYWHERE
         self.domain = self._domain()
         self.extrapolates = self.reindexed and self.prompt is not None
+        self.whole = (
+            "others read at true positions, so that re-indexed ones go nowhere; leave positions out" if self.reindexed else ""
+        )
         self.max_gap = self._max_gap()
         self.scale = geometry.scale if options.vote == "scaled" else 1.0
         compares = -1.0 < options.theta <= 1.0
         self.due = 2 if compares else 1 if options.theta > 1.0 else 0
         """Whether queries are compared; else lists are always made anew, or never."""
-        query = geometry.q_heads * geometry.head_dim if compares else 0
-        self.lists = KeptLists(geometry.layers, 1, self.split.width, self.split.sinks, query)
+        voters = [geometry.group * len(heads) for heads in geometry.heads]
+        kept = [compares * geometry.head_dim * heads for heads in voters]
+        self.lists = KeptLists([min(1, heads) for heads in voters], self.split.width, self.split.sinks, kept)
         self.records: tuple[Record, ...] = (self.lists,)
         self.renewal = self.lists.renewal(
             recent=self.split.local,

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.selection.base import Layer
-from kvloom.engine.selection.batch import Batch, Ints
-from kvloom.kernels.interface import PagedKV, Plan, Rows
+from kvloom.engine.selection.batch import Batch, Ints, Plans
+from kvloom.kernels.interface import PagedKV, Rows
 
 Indices = npt.NDArray[np.int64]
 
@@ -67,8 +67,8 @@ def neutral_scores(
     turned = _paged(turn_back(keys.view(len(tables), blocks * size, *keys.shape[2:])).flatten(0, 1), size)
     pages = torch.arange(len(ids), dtype=torch.int32).view(len(tables), blocks)
     rows = Rows(pages, torch.from_numpy(which.astype(np.int32)), torch.from_numpy(first), torch.from_numpy(last))
-    out = batch.logits(len(first), int((last - first).max()))
-    return batch.kernels.score(q, PagedKV(turned, turned), batch.plan("neutral", rows), scale=scale, out=out)
+    out, plans = batch.logits(q, int((last - first).max())), batch.plan("neutral", rows)
+    return batch.kernels.score(q, PagedKV(turned, turned), plans[turned.shape[1]], scale=scale, out=out)
 
 
 class Reindexed:
@@ -88,7 +88,7 @@ class Reindexed:
         self._delta = np.zeros_like(places)
         ends, counts = np.cumsum(batch.counts)[runs], batch.counts[runs]
         self._rows = torch.from_numpy(np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]))
-        self._plan = self._planned(counts)
+        self._plans = self._planned(counts)
 
     def attend(self, layer: Layer, lists: Tensor, out: Tensor, read: Tensor | None = None) -> None:
         """Write these runs' rows of out: [rows of the batch, q_heads, head_dim].
@@ -105,9 +105,9 @@ class Reindexed:
         kv = PagedKV(_paged(keys, self._size), _paged(values, self._size))
         q = layer.q[self._rows]
         scale = batch.geometry.scale
-        out[self._rows] = batch.kernels.attend(q, kv, self._plan, scale=scale, out=torch.empty_like(q), read=read)
+        out[self._rows] = batch.kernels.attend(q, kv, self._plans[layer.heads], scale=scale, out=torch.empty_like(q), read=read)
 
-    def _planned(self, counts: Ints) -> Plan:
+    def _planned(self, counts: Ints) -> Plans:
         """Row i of a run sees its list, and its tail up to itself."""
         runs = len(counts)
         pages = torch.arange(runs * self._pages, dtype=torch.int32).view(runs, self._pages)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.selection.base import Layer
-from kvloom.engine.selection.batch import Batch, Ints
+from kvloom.engine.selection.batch import Batch, Ints, Plans
 from kvloom.engine.selection.lists import Renewed
 from kvloom.engine.selection.token_select_positions import Reindexed, neutral_query, neutral_scores
-from kvloom.kernels.interface import Lists, Plan, Rows
+from kvloom.kernels.interface import Lists, Rows
 
 if TYPE_CHECKING:
     from kvloom.engine.selection.token_select import Split, TokenSelect
@@ -31,7 +31,7 @@ class DecodeStep:
 
     def __init__(self, method: TokenSelect, batch: Batch) -> None:
         self._method, self._batch = method, batch
-        self._rows = Renewed(batch, method.lists, method.renewal, _angles(batch))
+        self._rows = Renewed(batch, method.lists, method.renewal, _angles(batch), shared=True)
         self._due = batch.tensor("due", np.full(batch.rows, method.due))
         self._span = batch.span("candidates", method.split.sinks, batch.stops - method.split.local)
         self.program = self._span.width
@@ -43,7 +43,7 @@ class DecodeStep:
         logits = batch.score(layer, span, method.scale, rows.active)
         ranking = batch.rank(logits, span.zeros, span.columns, 1, how="sum", window=method.options.pool, active=rows.active)
         method.lists.select(batch, words, ranking, span, rows.active)
-        batch.attend(layer, rows.plan, out, positions=words, heads=heads, lse=lse)
+        batch.attend(layer, rows.plans, out, positions=words, heads=heads, lse=lse)
 
     def finish(self) -> None:
         """See `RowsInStep`."""
@@ -60,7 +60,7 @@ class ReindexedStep:
 
     def __init__(self, method: TokenSelect, batch: Batch) -> None:
         self._method, self._batch = method, batch
-        self._rows = Renewed(batch, method.lists, method.renewal, _angles(batch))
+        self._rows = Renewed(batch, method.lists, method.renewal, _angles(batch), shared=True)
         self._due = batch.tensor("due", np.full(batch.rows, method.due))
         self._reindexed: Reindexed | None = None
 
@@ -69,7 +69,7 @@ class ReindexedStep:
         assert heads is None, "re-indexed positions are for all heads of a layer"
         method, batch, rows = self._method, self._batch, self._rows
         words = rows.renew(layer, self._due)
-        at = method.lists.offsets(rows.at)[:, 0].long()
+        at = method.lists.offsets(rows.at, 1)[:, 0].long()
         lists = words[at[:, None] + torch.arange(method.split.width)]
         misses = (rows.active >= 0).nonzero()[:, 0]
         if len(misses):
@@ -108,7 +108,7 @@ class PromptStep:
         self._lists = batch.ints("prompt lists", len(batch.counts), self._split.width)
         self._which = torch.from_numpy(self._runs)
         self._reindexed: Reindexed | None = None
-        self._plan = self._planned(start, lengths)
+        self._plans = self._planned(start, lengths)
 
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See `RowsInStep`."""
@@ -118,7 +118,7 @@ class PromptStep:
             means = layer._replace(q=self._means(layer.q))
             lists = vote(self._method, batch, self._split, means, batch.of[self._runs], self._begins)
             self._lists[self._which] = lists
-        batch.attend(layer, self._plan, out, heads=heads, lse=lse)
+        batch.attend(layer, self._plans, out, heads=heads, lse=lse)
         if lists is None or not self._method.reindexed:
             return
         if self._reindexed is None:
@@ -127,9 +127,9 @@ class PromptStep:
 
     def finish(self) -> None:
         """See `RowsInStep`."""
-        self._batch.stats.selections += len(self._runs) * self._batch.geometry.layers
+        self._batch.stats.selections += len(self._runs) * self._batch.geometry.own_layers
 
-    def _planned(self, start: Ints, lengths: Ints) -> Plan:
+    def _planned(self, start: Ints, lengths: Ints) -> Plans:
         """Rows of a run share its list and start. start, lengths: [runs]."""
         batch, width = self._batch, self._split.width
         run = np.repeat(np.arange(len(batch.counts)), batch.counts)

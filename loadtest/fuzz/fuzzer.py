@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.request import Request, RequestOutput
-from kvloom.engine.retention.razor import Razor
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.selection import METHODS
 from kvloom.loadtest.fuzz.inputs import Inputs, Sent
@@ -45,11 +44,9 @@ class Fuzzer:
     """One engine and what it is sent."""
 
     def __init__(self, llm: LLM, seed: int) -> None:
-        retains = llm.core.feature(Razor) is not None
-        methods = () if retains else tuple(METHODS)
         order = llm.core._admission.uses_priority
         self.llm, self.tally = llm, Tally()
-        self._inputs = Inputs(seed, llm.model.vocab_size, llm.model.max_model_len, methods=methods, priorities=order)
+        self._inputs = Inputs(seed, llm.model.vocab_size, llm.model.max_model_len, methods=tuple(METHODS), priorities=order)
         self._open: dict[str, Request] = {}
         self._number = 0
 

@@ -22,7 +22,6 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, RequestOutput, SamplingParams, Usage
-from kvloom.engine.retention.razor import Razor
 
 Observe = Callable[[int, int, Tensor], None]
 """(passage, index of the token that this row predicts, logits [vocab] fp32, valid during the call). The index is 1 or more."""
@@ -145,13 +144,12 @@ class _Run:
 
     def run(self) -> Followed:
         core, runner = self._core, self._core.runner
-        name = "_attention" if core.feature(Razor) is None else "_grouped"
-        attention: Any = getattr(runner, name)
+        attention: Any = runner._attention
         clock: Any = _Clock(attention)
         core.observer = None if self._observe is None else self._observed
         replaced = contextlib.ExitStack()
         replaced.enter_context(runner.decoder.capturing("piecewise"))  # so that attention is called
-        setattr(runner, name, clock)
+        runner._attention = clock
         try:
             for request in self._requests:
                 core.add(request)
@@ -162,7 +160,7 @@ class _Run:
                 self._step(clock, timed=decoding and warm > WARM_STEPS)
         finally:  # also on Ctrl-C
             core.observer = None
-            setattr(runner, name, attention)
+            runner._attention = attention
             replaced.close()
             for request in self._requests:
                 core.abort(request.id)

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams, Status
-from kvloom.engine.retention.razor import Razor
 from kvloom.loadtest.quality import text
 from kvloom.loadtest.quality.decoding import WARM_STEPS, prefill
 from kvloom.loadtest.quality.divergence import Agreement
@@ -144,7 +143,8 @@ class Retention(Study):
         row = self.agreement.measure(KVOptions(), on=llm).figures(self.agreement.dense)
         row |= timed(args, self.passages, (llm, KVOptions()), (self.llm, KVOptions()))
         row["held_share"] = row["held_bytes"] / row["held_bytes_dense"]
-        row["retrieval_share"] = 1.0 if (razor := llm.core.feature(Razor)) is None else razor.classes.share
+        heads = llm.core.runner.geometry.heads
+        row["retrieval_share"] = sum(map(len, heads)) / (len(heads) * llm.core.runner.geometry.kv_heads)
         del llm
         small, count = engine(args, **setting.config, kv_memory=args.memory), args.requests
         prompts = [self.passages[i % len(self.passages)].prompt[i:][: args.context - count] for i in range(count)]

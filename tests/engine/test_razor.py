@@ -26,7 +26,7 @@ LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 16
 INDUCTION = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
 RETRIEVAL = {(0, 1), (1, 0)}
 """With an induction share of a third and an echo share of one head that is among them."""
-OPTIONS = '{"induction_share": 0.33, "sinks": 3, "least": 24, "share": 4}'
+OPTIONS = '{"induction_share": 0.33, "sinks": 3, "min_window": 24, "window_divisor": 4}'
 WINDOW = Window(3, 24, 4)
 
 
@@ -36,7 +36,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
         echo = tuple(tuple(float((layer, head) == (0, 1)) for head in range(HEADS)) for layer in range(LAYERS))
         return RazorCalibration(model_key=model_key, model="tiny", induction=INDUCTION, echo=echo)
 
-    for module in ("kvloom.engine.retention.razor", "kvloom.engine.capacity"):
+    for module in ("kvloom.engine.retention.razor", "kvloom.engine.capacity", "kvloom.engine.selection.razor_view"):
         monkeypatch.setattr(f"{module}.find_razor", find)
 
 
@@ -59,7 +59,9 @@ def scores(llm: LLM, prompt: list[int], after: list[int]) -> list[float]:
 
 
 class Oracle:
-    """The tiny Llama in plain fp64 torch. Rows beyond the prompt see, in local heads, sinks, window and compensation."""
+    """A small Llama in plain fp64 torch. Rows beyond the prompt see, in local heads, sinks, window and compensation."""
+
+    layers, retrieval = LAYERS, RETRIEVAL
 
     def __init__(self, folder: Path, block_size: int, *, compensation: bool) -> None:
         self.weights = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
@@ -67,8 +69,8 @@ class Oracle:
 
     def scores(self, prompt: list[int], after: list[int]) -> list[float]:
         """Log-probabilities of the tokens after the prompt, each as a decode row."""
-        self.k = [torch.zeros(0, HEADS, DIM, dtype=torch.float64) for _ in range(LAYERS)]
-        self.v = [torch.zeros(0, HEADS, DIM, dtype=torch.float64) for _ in range(LAYERS)]
+        self.k = [torch.zeros(0, HEADS, DIM, dtype=torch.float64) for _ in range(self.layers)]
+        self.v = [torch.zeros(0, HEADS, DIM, dtype=torch.float64) for _ in range(self.layers)]
         logits = self.rows(prompt, [0] * len(prompt))[-1:]
         found = []
         for i, token in enumerate(after):
@@ -81,7 +83,7 @@ class Oracle:
         w = self.weights
         x = w["model.embed_tokens.weight"][tokens]
         first = len(self.k[0])
-        for layer in range(LAYERS):
+        for layer in range(self.layers):
             p = f"model.layers.{layer}."
             h = self.norm(x, w[p + "input_layernorm.weight"])
             q, k, v = ((h @ w[p + f"self_attn.{name}_proj.weight"].T).view(len(tokens), -1, DIM) for name in ("q", "k", "v"))
@@ -96,12 +98,18 @@ class Oracle:
         head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
         return self.norm(x, w["model.norm.weight"]) @ head.T
 
+    def sees(self, layer: int, q: Tensor, n: int) -> dict[int, list[int]]:
+        """Positions by retrieval head, where those are not all."""
+        return {}
+
     def attend(self, layer: int, q: Tensor, n: int, begin: int) -> Tensor:
-        out = []
+        out, sees = [], self.sees(layer, q, n)
         for h in range(HEADS * GROUP):
             k, v = self.k[layer][:n, h // GROUP], self.v[layer][:n, h // GROUP]
             logits = k @ q[h] * DIM**-0.5
-            if begin and (layer, h // GROUP) not in RETRIEVAL:
+            if h // GROUP in sees:
+                logits, v = logits[sees[h // GROUP]], v[sees[h // GROUP]]
+            elif begin and (layer, h // GROUP) not in self.retrieval:
                 dropped, kept = slice(WINDOW.sinks, begin), [*range(WINDOW.sinks), *range(begin, n)]
                 mean = logits[dropped].mean() + math.log(begin - WINDOW.sinks)  # q . mean(k) is the mean of q . k
                 logits, values = logits[kept], v[kept]
@@ -242,7 +250,7 @@ def test_settings_that_cannot_work_are_refused_by_name(
     make_llm: Callable[..., LLM], razor: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for options, word in (
-        ('{"share": 0}', "share"),
+        ('{"window_divisor": 0}', "window_divisor"),
         ('{"depth": 1}', "depth"),
         ("[1]", "JSON object"),
         ("{", "not JSON"),
@@ -252,13 +260,18 @@ def test_settings_that_cannot_work_are_refused_by_name(
     ):
         with pytest.raises(ConfigError, match=word):
             razor(retention_options=options)
-    with pytest.raises(ConfigError, match="retention razor"):
-        razor(selection="recycled")
+    with pytest.raises(ConfigError, match="razor_view, but this server's --retention"):
+        razor(selection="razor_view")
     with pytest.raises(ConfigError, match="retention_options"):
         make_llm(retention_options=OPTIONS)
     llm = razor()
-    with pytest.raises(InvalidRequestError, match="--retention razor"):
-        llm.generate([text(5)], kv=KVOptions(selection="sink_window"))
+    for kv in (
+        KVOptions(selection="razor_view"),
+        KVOptions(selection="tidal_decode", options={"correct_every": 8}),
+        KVOptions(selection="token_select", budget=64, options={"positions": "reindexed"}),
+    ):
+        with pytest.raises(InvalidRequestError, match=f"{kv.selection}, but this server's --retention keeps"):
+            llm.generate([text(5)], kv=kv)
     monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda model_key: None)
     with pytest.raises(ConfigError, match="kvloom calibrate razor"):
         razor()
@@ -285,3 +298,15 @@ def test_captured_steps_give_the_bits_of_calls_made_one_by_one(razor: Callable[.
         modes = {mode for _, mode, _ in decoder._graphs}
         assert modes == ({"full"} if captures else set())
     assert found[0] == found[1]
+
+
+def test_state_that_leaves_no_room_is_refused(razor: Callable[..., LLM]) -> None:
+    """What razor remembers of a request comes first; a method may have the rest."""
+    with pytest.raises(ConfigError, match="retention razor remembers 512"):  # 4 heads, 2 * 16 sums
+        razor(selection_memory=500)
+    llm = razor(selection_memory=1000)
+    with pytest.raises(InvalidRequestError, match=r"this server has 488 .*of at most \d+ fits") as error:
+        llm.generate([text(100)], forced([], [5]), kv=KVOptions(selection="recycled", budget=90))
+    largest = int(str(error.value).split("of at most ")[1].split()[0])
+    llm.generate([text(100)], forced([], [5]), kv=KVOptions(selection="recycled", budget=largest))
+    llm.core.check()

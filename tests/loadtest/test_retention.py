@@ -34,8 +34,8 @@ def test_eval_retention(calibrated: None, tiny: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.json"
     memory = 3 * 21 * 16 * 2 * 2 * 16 * 4 * 3  # three requests of 336 tokens
     argv = [str(tiny), "--dtype", "fp32", "--weights", "bf16", "--kv-memory", "8MiB", "--text", str(text), "--context", "300",
-            "--settings", "razor:induction_share=0.3:least=24:share=6", "--batch", "2", "--windows", "2", "--scored", "12",
-            "--rounds", "1", "--steps", "4", "--requests", "5", "--room", "24", "--memory", str(memory),
+            "--settings", "razor:induction_share=0.3:min_window=24:window_divisor=6", "--batch", "2", "--windows", "2",
+            "--scored", "12", "--rounds", "1", "--steps", "4", "--requests", "5", "--room", "24", "--memory", str(memory),
             "--json", str(rows), "--markdown", str(tmp_path / "table.md")]  # fmt: skip
     assert retention.main(argv) == 0
     everything, razor = json.loads(rows.read_text())
@@ -48,11 +48,11 @@ def test_eval_retention(calibrated: None, tiny: Path, tmp_path: Path) -> None:
 
 
 def test_settings_begin_with_everything() -> None:
-    found = retention.settings("razor,everything,razor:share=4")
+    found = retention.settings("razor,everything,razor:window_divisor=4")
     assert [setting.config for setting in found] == [
         {"retention": "everything"},
         {"retention": "razor"},
-        {"retention": "razor", "retention_options": '{"share": 4}'},
+        {"retention": "razor", "retention_options": '{"window_divisor": 4}'},
     ]
     with pytest.raises(ConfigError, match="--methods"):
         retention.settings("razor:share")
@@ -77,7 +77,7 @@ def test_plan_without_a_calibration_says_so(tiny: Path, capsys: pytest.CaptureFi
 def test_a_later_turn_finds_what_only_dropped_tokens_held() -> None:
     """On the built-in model: facts stand before the window of local heads, and are asked for after those have dropped them."""
     shared = {"kv_memory": "128MiB", "max_model_len": 2048}
-    options = '{"induction_share": 0.29, "least": 64, "share": 100}'
+    options = '{"induction_share": 0.29, "min_window": 64, "window_divisor": 100}'
     everything, razor = LLM("smollm2", **shared), LLM("smollm2", **shared, retention="razor", retention_options=options)
     text = everything.tokenizer.encode(Path(retention.__file__).read_text(), add_special_tokens=False)
     asked = [trial for trial in trials("number", razor.tokenizer, text, 1000, 1, 0) if trial.depth < 0.8]

@@ -46,7 +46,7 @@ def using(name: str, budget: int = BUDGET, **more: Any) -> KVOptions:
     method, _, retrieval = name.partition("+")
     if method != "razor_view":
         return KVOptions(selection=method, budget=budget, **more)
-    options = {"sinks": 4, "least": budget - 4, "share": 100, "retrieval": retrieval or None}
+    options = {"sinks": 4, "min_window": budget - 4, "window_divisor": 100, "retrieval": retrieval or None}
     return KVOptions(selection=method, budget=budget if retrieval else None, options=options, **more)
 
 
@@ -89,7 +89,7 @@ def test_dense_requests_pay_nothing(make_llm: Make, monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any) -> None:
         raise AssertionError("a dense step went through selection")
 
-    monkeypatch.setattr(llm.core.runner, "_run_selecting", refuse)
+    monkeypatch.setattr("kvloom.engine.runner.StepParts", refuse)
     assert run(llm, jobs) == expected
     after = llm.stats()
     assert after.selection == before.selection

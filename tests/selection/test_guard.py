@@ -21,7 +21,7 @@ from kvloom.engine.request import KVOptions, Request
 from tests.selection.conftest import greedy
 
 Make = Callable[..., LLM]
-RAZOR = {"sinks": 3, "least": 20, "share": 4}
+RAZOR = {"sinks": 3, "min_window": 20, "window_divisor": 4}
 METHODS: dict[str, KVOptions] = {
     "dense": KVOptions(),
     "sink_window": KVOptions(selection="sink_window", budget=32),
@@ -35,9 +35,20 @@ METHODS: dict[str, KVOptions] = {
     "razor_view, with another method": KVOptions(selection="razor_view", budget=40, options={**RAZOR, "retrieval": "recycled"}),
 }
 RETENTION = "retention razor"
-"""Not a method, but what an engine keeps: all rows are dense, and local heads give blocks back."""
-CONFIG = {RETENTION: {"retention": "razor", "retention_options": json.dumps({"induction_share": 0.33, **RAZOR})}}
-EVERY = [*METHODS, RETENTION]
+"""What an engine keeps: local heads give blocks back, while methods choose among retrieval heads."""
+EVERY: dict[str, KVOptions] = {
+    **METHODS,
+    RETENTION: KVOptions(),
+    **{f"{RETENTION}, {name}": kv for name, kv in METHODS.items() if name.startswith(("sink", "tidal", "recycled", "token"))},
+}
+
+
+def config(name: str) -> dict[str, Any]:
+    """Of the engine."""
+    options = json.dumps({"induction_share": 0.33, **RAZOR})
+    return {"retention": "razor", "retention_options": options} if name.startswith(RETENTION) else {}
+
+
 ASKS = {"item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "any", "all", "unique", "cpu"}
 """Of tensors: what a host has to wait for, or what only leads to that."""
 
@@ -111,10 +122,10 @@ def started(llm: LLM, kvs: list[KVOptions], tokens: int) -> None:
 
 @pytest.mark.parametrize("name", [*EVERY, "mixed"])
 def test_nobody_asks_for_values_before_there_are_logits(make_llm: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    llm = make_llm(backend="native", **CONFIG.get(name, {}))
+    llm = make_llm(backend="native", **config(name))
     runner: Any = llm.core.runner
     runner.decoder._most = "none"
-    started(llm, list(METHODS.values()) if name == "mixed" else [METHODS.get(name, KVOptions())] * 3, 30)
+    started(llm, list(METHODS.values()) if name == "mixed" else [EVERY[name]] * 3, 30)
     guarded = 0
 
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -147,13 +158,13 @@ def test_the_guard_sees_questions() -> None:
 @pytest.mark.parametrize("name", EVERY)
 def test_steps_make_their_calls_at_the_same_addresses(make_llm: Make, name: str) -> None:
     """And make no tensor on the way: nothing that a captured call is given goes with the step."""
-    llm = make_llm(backend="native", **CONFIG.get(name, {}))
+    llm = make_llm(backend="native", **config(name))
     runner: Any = llm.core.runner
     runner.decoder._most = "none"
     kernels, decoder = runner._kernels, runner.decoder
     state = llm.core.states.words.data_ptr()
-    started(llm, [METHODS.get(name, KVOptions())] * 3, 40)
-    users, forward = (runner, runner._attention, runner._grouped), decoder.forward
+    started(llm, [EVERY[name]] * 3, 40)
+    users, forward = (runner, runner._attention), decoder.forward
 
     def guarded(tokens: Tensor, attention: Any, *how: Any) -> Tensor:
         def attend(*args: Any) -> Tensor:
@@ -182,9 +193,9 @@ def test_steps_make_their_calls_at_the_same_addresses(make_llm: Make, name: str)
 
 @pytest.mark.parametrize("name", EVERY)
 def test_steps_of_one_kind_are_captured_whole(make_llm: Make, name: str) -> None:
-    llm = make_llm(backend="native", weights="int8", dtype="bf16", **CONFIG.get(name, {}))
+    llm = make_llm(backend="native", weights="int8", dtype="bf16", **config(name))
     decoder: Any = llm.core.runner.decoder
-    started(llm, [METHODS.get(name, KVOptions())] * 3, 40)
+    started(llm, [EVERY[name]] * 3, 40)
     known = dict(decoder._graphs)
     assert {mode for _, mode, _ in known} == {"full"}
     for _ in range(20):

@@ -37,7 +37,7 @@ KINDS: dict[str, KVOptions] = {
     "recycled": KVOptions(selection="recycled", budget=24),
     "recycled, seeded": KVOptions(selection="recycled", budget=24, options={"seed_rows": 6, "stride": 0, "similarity": -1.0}),
     "recycled, often dense": KVOptions(selection="recycled", budget=24, options=OFTEN_DENSE),
-    "razor_view": KVOptions(selection="razor_view", options={"sinks": 4, "least": 20, "share": 100}),
+    "razor_view": KVOptions(selection="razor_view", options={"sinks": 4, "min_window": 20, "window_divisor": 100}),
     "drafts": KVOptions(selection="recycled", budget=24, draft=True, draft_tokens=3),
     "off": KVOptions(selection="sink_window", budget=24, reuse="off"),
 }  # fmt: skip

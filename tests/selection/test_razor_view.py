@@ -37,7 +37,10 @@ CALIBRATED = razor_view.head_classes
 
 def using(budget: int | None = None, draft: bool | None = None, **options: Any) -> KVOptions:
     return KVOptions(
-        selection="razor_view", budget=budget, draft=draft, options={"sinks": 3, "least": 20, "share": 4, **options}
+        selection="razor_view",
+        budget=budget,
+        draft=draft,
+        options={"sinks": 3, "min_window": 20, "window_divisor": 4, **options},
     )
 
 
@@ -74,8 +77,8 @@ def outputs(llm: LLM) -> list[Tensor]:
     class Kept(StepAttention):
         def __call__(self, *arguments: Any) -> Tensor:
             result = super().__call__(*arguments)
-            if self._parts:
-                found.append(self._out[: self._from].clone())
+            if self._groups[0].parts:
+                found.append(self._out[: self._groups[0].first].clone())
             return result
 
     runner._attention.__class__ = Kept
@@ -177,7 +180,9 @@ def test_drafts_that_are_taken_back_are_in_no_sum(make_llm: Make, trace: Trace, 
     prompts, params = texts(40, 25), SamplingParams(**{"temperature": 0, **sampling}, max_tokens=20, ignore_eos=True)
     dense = llm.generate(prompts, params)
     traced, outs = trace(llm), outputs(llm)
-    kv = KVOptions(selection="razor_view", draft=True, draft_tokens=6, options={"sinks": 2, "least": 1, "share": 100})
+    kv = KVOptions(
+        selection="razor_view", draft=True, draft_tokens=6, options={"sinks": 2, "min_window": 1, "window_divisor": 100}
+    )
     drafted = llm.generate(prompts, params, kv=kv)
     assert [r.tokens for r in drafted] == [r.tokens for r in dense]
     usage = [r.usage for r in drafted if r.usage is not None]
@@ -220,7 +225,7 @@ def test_evict_mode_computes_the_same(make_llm: Make, monkeypatch: pytest.Monkey
     assert calibration.classes(0.5) == SOME
     forced = texts(40, seed=5)[0]
     sampling = SamplingParams(temperature=0, max_tokens=40, forced_tokens=tuple(forced), logprobs=0)
-    options = '{"induction_share": 0.5, "sinks": 3, "least": 20, "share": 4}'
+    options = '{"induction_share": 0.5, "sinks": 3, "min_window": 20, "window_divisor": 4}'
     evicting = make_llm(retention="razor", retention_options=options).generate(texts(80, 50), sampling)
     viewing = make_llm().generate(texts(80, 50), sampling, kv=using(induction_share=0.5))
     for one, other in zip(evicting, viewing):
@@ -281,7 +286,7 @@ def test_short_windows_within_long_budgets_and_the_other_way(make_llm: Make, tra
     for budget, least in ((100, 20), (24, 100)):
         llm = make_llm()
         traced = trace(llm)
-        llm.generate(texts(60), greedy(4), kv=using(budget, retrieval="token_select", least=least))
+        llm.generate(texts(60), greedy(4), kv=using(budget, retrieval="token_select", min_window=least))
         for i, call in enumerate(call for call in traced.calls if call.rows.size == 1):
             n = int(call.rows.stop[0])
             for head, seen in enumerate(call.seen[0]):
@@ -341,8 +346,8 @@ def test_heads_come_from_the_calibration(make_llm: Make, monkeypatch: pytest.Mon
         (using(retrieval="razor_view"), "kv.razor_view.retrieval is 'razor_view'; allowed: null"),
         (using(4, retrieval="sink_window"), "kv.sink_window.sinks is 4; allowed: less than the budget of 4"),
         (using(sinks=-1), "kv.razor_view.sinks is -1; allowed: 0 to"),
-        (using(least=0), "kv.razor_view.least is 0; allowed: 1 to"),
-        (using(share=0), "kv.razor_view.share is 0; allowed: 1 to"),
+        (using(min_window=0), "kv.razor_view.min_window is 0; allowed: 1 to"),
+        (using(window_divisor=0), "kv.razor_view.window_divisor is 0; allowed: 1 to"),
         (using(induction_share=1.5), "kv.razor_view.induction_share is 1.5; allowed: 0 to 1"),
         (using(echo_share=-0.1), "kv.razor_view.echo_share is -0.1; allowed: 0 to 1"),
         (using(heads="best"), "kv.razor_view.heads is 'best'; allowed: calibrated, random"),
@@ -368,7 +373,7 @@ def test_methods_that_look_at_logits_or_prompts_are_refused(make_llm: Make, monk
 
 
 def test_server_defaults(make_llm: Make) -> None:
-    options = '{"sinks": 3, "least": 20, "share": 4}'
+    options = '{"sinks": 3, "min_window": 20, "window_divisor": 4}'
     llm = make_llm(selection="razor_view", selection_options=options)
     assert logprobs(llm, texts(60), KVOptions()) == logprobs(make_llm(), texts(60), using())
     with pytest.raises(ConfigError, match="--budget is 64, but razor_view has no budget"):

@@ -24,8 +24,8 @@ KINDS: dict[str, KVOptions] = {
     "tidal_decode": KVOptions(selection="tidal_decode", budget=24, options={"correct_every": 7}),
     "recycled": RECYCLED,
     "seeded": SEEDED,
-    "razor_view": KVOptions(selection="razor_view", options={"sinks": 4, "least": 20, "share": 100}),
-    "razor_view+recycled": KVOptions(selection="razor_view", budget=24, options={"least": 20, "retrieval": "recycled"}),
+    "razor_view": KVOptions(selection="razor_view", options={"sinks": 4, "min_window": 20, "window_divisor": 100}),
+    "razor_view+recycled": KVOptions(selection="razor_view", budget=24, options={"min_window": 20, "retrieval": "recycled"}),
     "drafts": KVOptions(selection="token_select", budget=24, draft=True),
 }  # fmt: skip
 
@@ -143,7 +143,7 @@ def test_heads_that_drop_kv_drop_it_again(make_llm: Make, monkeypatch: pytest.Mo
         model_key="", model="tiny", induction=((0.1, 0.9), (0.8, 0.2), (0.3, 0.4)), echo=((0.0, 0.0),) * 3
     )
     monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda key: scores)
-    options = '{"induction_share": 0.33, "echo_share": 0.0, "sinks": 3, "least": 24, "share": 4}'
+    options = '{"induction_share": 0.33, "echo_share": 0.0, "sinks": 3, "min_window": 24, "window_divisor": 4}'
     config = {"threads": 1, "retention": "razor", "retention_options": options, "block_size": 4, "max_batched_tokens": 32}
     expected = run(make_llm(**config), made(greedy(30, logprobs=0), KVOptions()))
     llm = make_llm(**config)

@@ -63,7 +63,7 @@ def test_short_requests_beside_long_ones(make_llm: Make) -> None:
     for name, kv in (
         ("recycled", recycled(24)),
         ("token_select", KVOptions(selection="token_select", budget=24)),
-        ("razor_view", KVOptions(selection="razor_view", options={"sinks": 4, "least": 20, "share": 100})),
+        ("razor_view", KVOptions(selection="razor_view", options={"sinks": 4, "min_window": 20, "window_divisor": 100})),
     ):
         llm, prompts = make_llm(threads=1, reuse="off"), [text(90, 1), text(6, 2), text(70, 3), text(5, 4)]
         together = logprobs_of(llm, prompts, 12, kv)
@@ -147,13 +147,13 @@ def test_records_move_together_with_their_contents() -> None:
 
 
 def test_a_new_record_has_no_lists() -> None:
-    lists = KeptLists(layers=2, heads=3, width=5, sinks=2, query=4)
+    lists = KeptLists((3, 3), width=5, sinks=2, query=(4, 4))
     words = torch.arange(lists.words, dtype=torch.int32)
     lists.opened(Request(id="0", prompt=[1], sampling=greedy(1)), words)
     for layer in range(2):
         own = lists.of_layer(words, layer)
         assert own[0] == NO_LIST
-        assert [own[at : at + 2].tolist() for at in lists.offsets(torch.zeros(1, dtype=torch.int32))[0]] == [[0, 1]] * 3
+        assert [own[at : at + 2].tolist() for at in lists.offsets(torch.zeros(1, dtype=torch.int32), 3)[0]] == [[0, 1]] * 3
 
 
 def test_small_cells_of_long_prompts_take_little_work_space(make_llm: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,8 @@ def world(backend: str, stops: list[int], counts: list[int]) -> World:
         slots = tables[i, at // SIZE].long() * SIZE + at % SIZE
         back_end.store(turned(keys[i], at, table.inv_freq).float(), values[i].float(), kv, slots)
     true = torch.cat([torch.arange(stop - count, stop) for stop, count in zip(stops, counts)])
-    geometry = Geometry(1, GROUP * HEADS, HEADS, DIM, LONGEST, LONGEST, table.inv_freq, "", SIZE)
+    heads = (tuple(range(HEADS)),)
+    geometry = Geometry(1, GROUP * HEADS, HEADS, DIM, LONGEST, LONGEST, table.inv_freq, "", SIZE, heads)
     runs = len(stops)
     batch = Batch(
         requests=[], counts=np.array(counts, np.int32), begins=np.array(stops, np.int32) - np.array(counts, np.int32),
