@@ -2,7 +2,12 @@
 
 kvloom eval retention --settings razor,razor:induction_share=0.3 --context 8000 --batch 8 --memory 600MiB
 
-KL, top-1      real text, teacher-forced, against an engine that keeps everything
+With --methods, every retention beside every selection method, whose rows choose among what is kept whole:
+
+kvloom eval retention --methods tidal_decode --budgets 512 --haystacks 5 --context 7500 --batch 8
+
+KL, top-1      real text, teacher-forced, against an engine that keeps everything and reads it
+needle         planted facts; the question is fed through the decode path, token by token
 step, attention  medians over decode steps of batch x context of the same texts, both engines in turns
 held           memory of the blocks that these requests hold while they decode, from the pools
 at once        requests of that context in a cache of --memory that were seen decoding together, without a preemption
@@ -20,11 +25,12 @@ from typing import Any, NamedTuple
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.request import KVOptions, Request, SamplingParams, Status
-from kvloom.loadtest.quality import text
+from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import WARM_STEPS, prefill
 from kvloom.loadtest.quality.divergence import Agreement
 from kvloom.loadtest.quality.methods import timed
-from kvloom.loadtest.quality.spec import parse_methods
+from kvloom.loadtest.quality.spec import MethodSpec, parse_methods
+from kvloom.loadtest.quality.tasks import ask, haystacks, trials
 from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume
 from kvloom.loadtest.study.results import Column, Row
 from kvloom.loadtest.study.runner import Case, Steps, Study, command, described, engine
@@ -33,9 +39,13 @@ EVERYTHING = "everything"
 COLUMNS = (
     Column("retention", "retention"),
     Column("options", "options"),
+    Column("method", "method"),
+    Column("budget", "budget"),
+    Column("method's options", "method_options"),
     Column("retrieval heads", "retrieval_share", ".0%"),
     Column("KL to dense", "kl_mean", ".4f"),
     Column("top-1", "top1", ".1%"),
+    Column("needle", "needle", ".1%"),
     Column("step ms", "step_ms", ".1f"),
     Column("speed-up", "speed_up", ".2f"),
     Column("attention ms", "attention_ms", ".1f"),
@@ -60,11 +70,27 @@ class Setting(NamedTuple):
         return {"retention": self.name, **({"retention_options": json.dumps(dict(self.options))} if self.options else {})}
 
 
-def at_once(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int) -> int:
+class Pair(NamedTuple):
+    """What is measured together."""
+
+    setting: Setting
+    method: MethodSpec
+
+    @property
+    def case(self) -> Case:
+        """Its row."""
+        kept, method = self.setting, self.method
+        row = {"retention": kept.name, "options": dict(kept.options), "method": method.method, "budget": method.budget,
+               "method_options": dict(method.options)}  # fmt: skip
+        options = json.dumps(dict(kept.options)) if kept.options else ""
+        return Case(self, " ".join(part for part in (kept.name, options, method.label) if part), row)
+
+
+def at_once(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, kv: KVOptions) -> int:
     """Most of these requests that decode together, when all come at once. Raises ConfigError if one was preempted."""
     core, most = llm.core, 0
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    requests = [Request(id=f"at-once-{i}", prompt=list(prompt), sampling=sampling, arrival=time.monotonic())
+    requests = [Request(id=f"at-once-{i}", prompt=list(prompt), sampling=sampling, arrival=time.monotonic(), kv=kv)
                 for i, prompt in enumerate(prompts)]  # fmt: skip
     try:
         for request in requests:
@@ -91,12 +117,14 @@ class Retention(Study):
 
     title = "Retention: quality, speed and memory"
     columns = COLUMNS
-    identity = ("model", "dtype", "weights", "retention", "options", "context", "batch", "windows", "scored", "memory")
+    identity = ("model", "dtype", "weights", "retention", "options", "method", "budget", "method_options", "context", "batch",
+                "windows", "scored", "memory", "haystacks")  # fmt: skip
 
     @staticmethod
     def add_flags(made: argparse.ArgumentParser) -> None:
         add_model(made)
         made.add_argument("--settings", default="razor", help="NAME or NAME:OPTION=VALUE:..., comma-separated (default: razor)")
+        spec.add_methods(made, "dense")
         add_engine(made)
         add(
             made,
@@ -109,21 +137,22 @@ class Retention(Study):
             ("requests", 10, "requests that come at once to the small cache"),
             ("room", 150, "tokens that each of those generates: long enough for all to be there at once"),
         )
+        add(made, ("haystacks", 0, "texts with 8 needles each; 0 for none"), kind=int)
         made.add_argument("--memory", default="600MiB", help="KV cache of which the requests at once are counted")
         made.add_argument("--text", type=Path, help="a text file to measure on (default: the Python reference)")
         add_outputs(made)
         add_resume(made)
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, chosen = args, settings(args.settings)
-        self.cases = [
-            Case(one, f"{one.name} {json.dumps(dict(one.options)) if one.options else ''}".strip(),
-                 {"retention": one.name, "options": dict(one.options)})
-            for one in chosen
-        ]  # fmt: skip
+        methods = spec.plan(args.methods, args.budgets, baseline=False)
+        self.args, self.cases = args, [Pair(one, method).case for one in settings(args.settings) for method in methods]
         self.llm = engine(args)
-        forced = max(args.scored, args.steps + WARM_STEPS) + 1
-        self.passages = text.passages(self.llm, text.real_text(self.llm, args.text), args.context, forced, args.windows)
+        spec.check(self.llm, methods)
+        self._kept: tuple[Setting, LLM] | None = None
+        forced, tokens = max(args.scored, args.steps + WARM_STEPS) + 1, text.real_text(self.llm, args.text)
+        self.passages = text.passages(self.llm, tokens, args.context, forced, args.windows)
+        self.needles = trials("needle", self.llm.tokenizer, tokens, args.context, args.haystacks, 0) if args.haystacks else []
+        self.prompts = [*(passage.prompt for passage in self.passages), *haystacks(self.needles)]
         self.agreement = Agreement(self.llm, text.cut(self.passages, args.scored + 1), args.batch)
         self.note = (
             f"Context {args.context}, batch {args.batch}; {args.windows} windows of text, {args.scored} tokens scored in each. "
@@ -133,25 +162,37 @@ class Retention(Study):
 
     def prepare(self, group: Hashable, steps: Steps) -> None:
         steps.name("computing texts")
-        prefill(self.llm, [passage.prompt for passage in self.passages])
+        text.warn_of_room(self.llm, sum(map(len, self.prompts)) + self.args.batch * (self.args.scored + 64))
+        prefill(self.llm, self.prompts)
         self.agreement.remember_dense()
 
     def measure(self, case: Case, steps: Steps) -> Row:
-        args, setting = self.args, case.what
-        llm = self.llm if setting.name == EVERYTHING else engine(args, **setting.config)
-        prefill(llm, [passage.prompt for passage in self.passages])
-        row = self.agreement.measure(KVOptions(), on=llm).figures(self.agreement.dense)
-        row |= timed(args, self.passages, (llm, KVOptions()), (self.llm, KVOptions()))
+        args, (setting, method) = self.args, case.what
+        llm, kv = self._engine(setting), method.kv
+        row = self.agreement.measure(kv, on=llm).figures(self.agreement.dense)
+        if self.needles:
+            found = ask(llm, self.needles, kv, args.batch).figures()
+            row |= {"needle": found["accuracy"], "needle_ci": found["accuracy_ci"], "needle_trials": found["trials"]}
+        row |= timed(args, self.passages, (llm, kv), (self.llm, KVOptions()))
         row["held_share"] = row["held_bytes"] / row["held_bytes_dense"]
         heads = llm.core.runner.geometry.heads
         row["retrieval_share"] = sum(map(len, heads)) / (len(heads) * llm.core.runner.geometry.kv_heads)
-        del llm
         small, count = engine(args, **setting.config, kv_memory=args.memory), args.requests
         prompts = [self.passages[i % len(self.passages)].prompt[i:][: args.context - count] for i in range(count)]
-        row["at_once"] = at_once(small, prompts, args.room)
+        row["at_once"] = at_once(small, prompts, args.room, kv)
         row["capacity_tokens"] = small.core.cache.capacity_tokens
         steps.done()
         return row
+
+    def _engine(self, setting: Setting) -> LLM:
+        """One that keeps so much, whose cache holds the texts; beside the one that keeps everything there is one at a time."""
+        if setting.name == EVERYTHING:
+            return self.llm
+        if self._kept is None or self._kept[0] != setting:
+            self._kept = None
+            self._kept = setting, engine(self.args, **setting.config)
+            prefill(self._kept[1], self.prompts)
+        return self._kept[1]
 
 
 main = command("eval retention", Retention)

@@ -102,14 +102,19 @@ def add_flags(made: Any) -> None:
     """Flags of every study of methods: the engine, the methods, the text, where results go."""
     add_model(made)
     add_engine(made)
-    methods = "NAME or NAME:OPTION=VALUE:..., comma-separated"
-    add(made, ("methods", "dense,sink_window", methods), ("budgets", "128,256,512", "positions a sparse row reads"), kind=str)
+    add_methods(made, "dense,sink_window")
     add(made, ("batch", 8, "requests that decode at once"))
     made.add_argument("--seed", type=int, default=0)
     text = "a text file to measure on (default: the Python reference, about 85,000 tokens)"
     made.add_argument("--text", type=Path, help=text)
     add_outputs(made)
     add_resume(made)
+
+
+def add_methods(made: Any, default: str) -> None:
+    """Which methods, and at which budgets."""
+    methods = "NAME or NAME:OPTION=VALUE:..., comma-separated"
+    add(made, ("methods", default, methods), ("budgets", "128,256,512", "positions a sparse row reads"), kind=str)
 
 
 def engine_for(args: argparse.Namespace, specs: Sequence[MethodSpec]) -> LLM:

@@ -47,6 +47,27 @@ def test_eval_retention(calibrated: None, tiny: Path, tmp_path: Path) -> None:
     assert "| razor |" in (tmp_path / "table.md").read_text()
 
 
+def test_every_retention_beside_every_method(calibrated: None, tiny: Path, tmp_path: Path) -> None:
+    """One table: dense, a method alone, razor alone, and both together read less each time."""
+    text = tmp_path / "text.txt"
+    text.write_text(Path(retention.__file__).read_text() * 2)
+    rows = tmp_path / "rows.json"
+    argv = [str(tiny), "--dtype", "fp32", "--weights", "bf16", "--kv-memory", "8MiB", "--text", str(text), "--context", "400",
+            "--settings", "razor:induction_share=0.3:min_window=24:window_divisor=6", "--methods", "tidal_decode",
+            "--budgets", "64", "--batch", "2", "--windows", "2", "--scored", "6", "--rounds", "1", "--steps", "3",
+            "--requests", "2", "--room", "4", "--memory", "4MiB", "--haystacks", "1", "--json", str(rows)]  # fmt: skip
+    assert retention.main(argv) == 0
+    found = json.loads(rows.read_text())
+    cases = [(row["retention"], row["method"], row["budget"]) for row in found]
+    pairs = [("dense", None), ("tidal_decode", 64)]
+    assert cases == [(kept, *method) for kept in ("everything", "razor") for method in pairs]
+    dense, alone, razor, both = found
+    assert both["bytes_read"] < min(alone["bytes_read"], razor["bytes_read"]) and dense["bytes_read"] > alone["bytes_read"]
+    assert both["held_bytes"] == razor["held_bytes"] < dense["held_bytes"] == alone["held_bytes"]
+    assert dense["kl_mean"] == 0.0 < min(row["kl_mean"] for row in (alone, razor, both))
+    assert all(row["needle_trials"] == 8 for row in found)
+
+
 def test_settings_begin_with_everything() -> None:
     found = retention.settings("razor,everything,razor:window_divisor=4")
     assert [setting.config for setting in found] == [
