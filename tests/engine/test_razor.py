@@ -17,7 +17,7 @@ from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import KVOptions
-from kvloom.engine.retention.razor import Razor, divide, window_blocks
+from kvloom.engine.retention.razor import divide, window_blocks
 from kvloom.engine.retention.window import Window
 from kvloom.engine.runner import StepResult
 from kvloom.engine.scheduling import StepPlan
@@ -279,9 +279,9 @@ def test_settings_that_cannot_work_are_refused_by_name(
 
 def test_random_heads_are_as_many(razor: Callable[..., LLM]) -> None:
     llm = razor(retention_options=OPTIONS.replace("}", ', "heads": "random", "seed": 3}'))
-    assert llm.core.feature(Razor) is not None
-    assert llm.core.feature(Razor).classes.count == len(RETRIEVAL)
-    assert set(llm.core.feature(Razor).classes.heads) != RETRIEVAL
+    assert llm.core.runner._retention is not None
+    assert llm.core.runner._retention.classes.count == len(RETRIEVAL)
+    assert set(llm.core.runner._retention.classes.heads) != RETRIEVAL
 
 
 @pytest.mark.parametrize("compensation", ["true", "false"])
