@@ -161,7 +161,7 @@ def test_small_cells_of_long_prompts_take_little_work_space(make_llm: Make, monk
     kv = KVOptions(selection="token_select", budget=32, options={"prefill_budget": 16, "chunk": 1})
     prompt, found, space = text(300), [], []
     for most in (1 << 22, 4096):
-        monkeypatch.setattr("kvloom.engine.selection.token_select_step.MOST_LOGITS", most)
+        monkeypatch.setattr("kvloom.engine.selection.token_select.MOST_LOGITS", most)
         llm = make_llm(threads=1, max_batched_tokens=400)
         found.append(logprobs_of(llm, [prompt], 6, kv))
         space.append(llm.core.runner._scratch._buffers["logits"].nbytes)
