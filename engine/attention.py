@@ -23,9 +23,9 @@ from torch import Tensor
 from kvloom.engine.cache import HeadGroup
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.decoder import GraphMode
-from kvloom.engine.scheduling.plan import Look
-from kvloom.engine.selection.base import Layer, RowsInStep, Selector
+from kvloom.engine.selection.base import RowsInStep, Selector
 from kvloom.engine.selection.batch import Batch, Scratch
+from kvloom.engine.traits import Layer, Look
 from kvloom.kernels.interface import Folded, Kernels, Plan, Rows
 
 

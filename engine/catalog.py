@@ -27,10 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
-import platformdirs
-
 from kvloom.engine.errors import ModelError, ModelNotFoundError
 from kvloom.engine.files import shown
+from kvloom.engine.folders import cache_folder
 from kvloom.engine.request import OPENAI_SAMPLING, SamplingDefaults
 
 Progress = Callable[[str, int, int], None]
@@ -103,11 +102,6 @@ def builtin_models() -> tuple[BuiltinModel, ...]:
 def list_cached() -> tuple[BuiltinModel, ...]:
     """Built-in models whose file is in the cache, with the right size."""
     return tuple(model for model in _BUILTINS if _size(model.path) == model.size)
-
-
-def cache_folder() -> Path:
-    """$KVLOOM_CACHE, or the platform's cache folder for kvloom."""
-    return Path(os.environ.get("KVLOOM_CACHE") or platformdirs.user_cache_dir("kvloom")).expanduser()
 
 
 def packed_folder() -> Path:

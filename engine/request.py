@@ -15,9 +15,7 @@ from kvloom.engine.bounds import Range, bounded, shown, wrong
 from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from kvloom.engine.reuse.kvshare.repair import Repair
-    from kvloom.engine.scheduling.plan import Looks
-    from kvloom.engine.selection.base import Selector
+    from kvloom.engine.traits import Looks, Repairing, SelectorTraits
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -228,7 +226,7 @@ class Request:
     """Resolved sampling seed: the request's own, or one drawn for it."""
     token_limit: int = 0
     """Known tokens may not grow beyond this: min(prompt + max_tokens, model length)."""
-    selector: Selector | None = None
+    selector: SelectorTraits | None = None
     """What decides which positions its decode rows read; None reads all."""
     exact: int = 0
     """Tokens in front whose stored KV is what the prompt's own rule gives (dense, unless prompts are computed sparsely):
@@ -266,7 +264,7 @@ class Request:
     """Admitted, but such KV has not been looked for yet."""
     looks: Looks | None = None
     """Rows that are looked at before it is decided what is computed."""
-    repair: Repair | None = None
+    repair: Repairing | None = None
     """Which of its rows hold such KV, and which are computed."""
 
     @property

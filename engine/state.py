@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache.storage import lazy_zeros
+from kvloom.engine.traits import Record
 
 if TYPE_CHECKING:
     from kvloom.engine.request import Request
@@ -29,23 +30,6 @@ WORD = 4
 """Bytes of a word."""
 NO_STATE = -1
 """In place of where a request's record begins, if it has none."""
-
-
-class Record(Protocol):
-    """One keeper's part of a request's state."""
-
-    @property
-    def words(self) -> int:
-        """How many it takes: the same for every request."""
-        ...
-
-    def opened(self, request: Request, words: Tensor) -> None:
-        """A request gets this record: [words] int32 with anything in it, to be made empty."""
-        ...
-
-    def closed(self, request: Request) -> None:
-        """It has it no more."""
-        ...
 
 
 class Keeper(Protocol):

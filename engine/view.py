@@ -13,15 +13,16 @@ import bisect
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
 
 from kvloom.engine.attention import Part
 from kvloom.engine.scheduling.plan import Chunk
-from kvloom.engine.selection.base import Geometry, Selector
+from kvloom.engine.selection.base import Selector
 from kvloom.engine.selection.batch import Batch, Scratch
+from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.state import StateMemory
 from kvloom.kernels.interface import Kernels
 
@@ -149,7 +150,7 @@ def count(chunk: Chunk, read: int | None, dropped: int, geometry: Geometry) -> S
 
 def _selector(chunk: Chunk) -> Selector:
     assert chunk.request.selector is not None
-    return chunk.request.selector
+    return cast(Selector, chunk.request.selector)  # what requests have is what `policies` made
 
 
 def _cut(chunk: Chunk, grid: int) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from kvloom.engine import catalog
+from kvloom.engine.folders import cache_folder
 from kvloom.server.console import LoadingBars
 
 
@@ -13,7 +14,7 @@ def list_models() -> int:
     from kvloom.engine.model.packed_cache import list_packed  # imports torch
 
     cached = {model.name for model in catalog.list_cached()}
-    print(f"cache folder: {catalog.cache_folder()}")
+    print(f"cache folder: {cache_folder()}")
     for model in catalog.builtin_models():
         state = "in the cache" if model.name in cached else "not fetched yet"
         print(f"{model.name:<12} {model.size / 1e6:>7.0f} MB  {state:<16} {model.title} ({model.licence})")

@@ -31,9 +31,10 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import LLM
 from kvloom.engine.request import Request, SamplingParams
 from kvloom.engine.scheduling import Chunk, StepPlan
-from kvloom.engine.selection.base import Geometry, Layer, MethodStats
 from kvloom.engine.selection.batch import Batch
-from kvloom.engine.state import Record
+from kvloom.engine.selection.geometry import Geometry
+from kvloom.engine.stats import MethodStats
+from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import PagedKV, Rows
 
 _CHUNK = 256

@@ -17,9 +17,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvloom.engine.selection.base import Layer, MethodStats
 from kvloom.engine.selection.batch import Batch
-from kvloom.engine.state import Record
+from kvloom.engine.stats import MethodStats
+from kvloom.engine.traits import Layer, Record
 
 
 class WeightProbe:

@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvloom.engine.catalog import cache_folder
 from kvloom.engine.errors import ModelError
+from kvloom.engine.folders import cache_folder
 from kvloom.kernels.trust import foreign
 
 log = logging.getLogger("kvloom.engine")

@@ -12,7 +12,7 @@ twice. What is dropped is always [sinks, to), and the host knows `to`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -51,18 +51,18 @@ class Compensation:
         heads = [kv_heads] * layers if isinstance(kv_heads, int) else kv_heads
         self._sinks = sinks
         self._begins = [0, *np.cumsum([2 * n * head_dim for n in heads]).tolist()]
-        self._to: dict[Request, int] = {}
+        self._to: dict[Hashable, int] = {}
 
     @property
     def words(self) -> int:
         """See `Record`."""
         return int(self._begins[-1])
 
-    def opened(self, request: Request, words: Tensor) -> None:
+    def opened(self, request: Hashable, words: Tensor) -> None:
         """Nothing is folded: the first `fold` clears the sums."""
         self._to[request] = 0
 
-    def closed(self, request: Request) -> None:
+    def closed(self, request: Hashable) -> None:
         """See `Record`."""
         self._to.pop(request, None)
 

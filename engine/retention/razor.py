@@ -36,7 +36,8 @@ from kvloom.engine.request import MAX_DRAFT_TOKENS
 from kvloom.engine.retention.base import Kept
 from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
-from kvloom.engine.state import Record, StateMemory
+from kvloom.engine.state import StateMemory
+from kvloom.engine.traits import Record
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 if TYPE_CHECKING:

@@ -6,17 +6,14 @@ Data that the scheduler makes, the runner turns into tensors and the core reads 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from kvloom.engine.cache import BlockTable
 from kvloom.engine.request import Request
-
-if TYPE_CHECKING:
-    from kvloom.engine.selection.base import Layer
+from kvloom.engine.traits import Look
 
 INTERNAL_ROWS = 128
 """Most rows per step of the engine's own work."""
@@ -79,46 +76,6 @@ class Reuse(Protocol):
 
     def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
         """Rows beside those of the plan that bring reused KV up to date, at most `rows`; more are left out. Raises Blamed."""
-        ...
-
-
-class Look(Protocol):
-    """Rows of one step that are computed to look at them. Their KV is stored as any other's, but they count for nothing."""
-
-    @property
-    def stop(self) -> int:
-        """The layer before whose attention they leave: KV is stored up to it, and attention ends with the one before."""
-        ...
-
-    @property
-    def depth(self) -> float:
-        """What a row takes, in rows of a full pass."""
-        ...
-
-    def attend(self, layer: Layer, out: Tensor) -> None:
-        """Write attention of the rows in a layer before `stop`. out: [rows, q_heads, head_dim]."""
-        ...
-
-
-class Looks(Protocol):
-    """What is still to be looked at of one request."""
-
-    @property
-    def left(self) -> int:
-        """Rows, 1 or more."""
-        ...
-
-    @property
-    def depth(self) -> float:
-        """See `Look`: of the next rows."""
-        ...
-
-    def next(self, count: int) -> tuple[npt.NDArray[np.int64], Look]:
-        """The next rows, at most `count`: their positions, ascending, and what they are for."""
-        ...
-
-    def advance(self, count: int) -> None:
-        """So many more have been computed."""
         ...
 
 

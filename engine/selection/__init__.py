@@ -8,14 +8,16 @@ recycled       lists by attention score per layer and KV head, used again until 
 razor_view     everything, or another method, for retrieval heads; sinks, a window and a compensation token for all others
 """
 
-from kvloom.engine.selection.base import Geometry, Method, MethodStats, Selector
+from kvloom.engine.selection.base import Method, Selector
 from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.selection.dense import dense_rows
+from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.razor_view import RazorView, RazorViewOptions
 from kvloom.engine.selection.recycled import Recycled, RecycledOptions
 from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
 from kvloom.engine.selection.token_select import TokenSelect, TokenSelectOptions
+from kvloom.engine.stats import MethodStats
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -28,7 +30,7 @@ METHODS: dict[str, Method] = {
             "razor_view",
             "retrieval heads see everything, others sinks and a window (RazorAttention)",
             RazorViewOptions,
-            RazorView,
+            lambda options, budget, geometry, kernels: RazorView(options, budget, geometry, kernels, METHODS),
             takes_budget=RazorViewOptions.takes_budget,
         ),
     )

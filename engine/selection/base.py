@@ -10,20 +10,19 @@ Budgets count positions: a sparse decode row reads about `budget` of them, force
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from kvloom.engine.bounds import shown, wrong
-from kvloom.engine.client import MethodStats as MethodStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.former import renamed
-from kvloom.engine.state import Record
-from kvloom.kernels.interface import Kernels, PagedKV
+from kvloom.engine.selection.geometry import Geometry
+from kvloom.engine.traits import Layer, SelectorTraits
+from kvloom.kernels.interface import Kernels
 
 if TYPE_CHECKING:
     from kvloom.engine.selection.batch import Batch
@@ -31,70 +30,6 @@ if TYPE_CHECKING:
 
 EVERYWHERE = sys.maxsize
 """`Selector.dense_until` of methods that compute prompts densely."""
-
-
-@dataclass(frozen=True, eq=False)
-class Geometry:
-    """What a method may know of the model and its cache, and of the heads that it decides for."""
-
-    layers: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    max_len: int
-    """Longest sequence this engine serves."""
-    trained_len: int
-    """Longest sequence the model was trained for."""
-    inv_freq: Tensor
-    """[rotary/2] fp32: the model's effective inverse frequencies."""
-    model_key: str
-    """Fingerprint of the weights: calibrations are stored under it."""
-    block_size: int
-    """Tokens of a block of the cache."""
-    heads: tuple[tuple[int, ...], ...]
-    """[layers]: the KV heads that methods decide for, ascending: all, or with a retention those that keep everything. A method
-    is not called for a layer that has none of them."""
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.q_heads // self.kv_heads
-
-    @functools.cached_property
-    def counts(self) -> tuple[int, ...]:
-        """How many of `heads` a layer may have, ascending, without 0."""
-        return tuple(sorted({*map(len, self.heads)} - {0}))
-
-    @property
-    def partial(self) -> bool:
-        """Whether there are other KV heads."""
-        return sum(map(len, self.heads)) < self.layers * self.kv_heads
-
-    @property
-    def own_layers(self) -> int:
-        """Layers that have some."""
-        return sum(map(bool, self.heads))
-
-    @property
-    def scale(self) -> float:
-        """1 / sqrt(head_dim): the scale of attention logits."""
-        return float(self.head_dim**-0.5)
-
-
-class Layer(NamedTuple):
-    """One layer of one step, as a hook sees it."""
-
-    layer: int
-    """0 to layers - 1."""
-    q: Tensor
-    """[rows of the batch, query heads of `Geometry.heads`, head_dim], rotated, in the model's dtype."""
-    kv: PagedKV
-    """The layer's cache of those heads; the step's own rows are stored already."""
-
-    @property
-    def heads(self) -> int:
-        """How many KV heads it has."""
-        return self.kv.k.shape[1]
 
 
 class RowsInStep(Protocol):
@@ -120,29 +55,11 @@ class RowsInStep(Protocol):
         ...
 
 
-class Selector(Protocol):
+class Selector(SelectorTraits, Protocol):
     """One method with one budget and one set of options. Called on the engine's thread only."""
 
-    budget: int
-    """Rows that know no more tokens than that see everything, and are none of the method's business."""
-    levels: tuple[int, ...]
-    """More numbers of known tokens from which rows are treated otherwise: a batch has rows between two of them only."""
     emits: bool
     """Whether it chooses by the logits of a layer's own attention, which leaves no head out."""
-    stats: MethodStats
-    prompts: Literal["dense", "seed", "sparse"]
-    """How prompts are computed: densely; densely, with `prefill` called for the last chunk to look at; or sparsely."""
-    grid: int
-    """With sparse prompts: chunks end at multiples of this many positions, whatever the scheduler's budget; else 0."""
-    domain: str
-    """What must agree beside the model for prompt KV to be shared: "" when it is the dense one."""
-    records: tuple[Record, ...]
-    """State of running requests that may know more tokens than `budget`. It is empty when a request is admitted, also after a
-    preemption (`engine.state`)."""
-    tail: int
-    """Last rows of a prompt that are computed in one step, whatever is found of it: those that `prefill` looks at; else 0."""
-    dense_until: int
-    """Rows of a prompt below this position see everything."""
 
     def decode(self, batch: Batch) -> RowsInStep:
         """A step's decode rows beyond the budget, one run of one row per request."""

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.client import MethodStats
-from kvloom.engine.selection.base import Geometry, Layer
-from kvloom.engine.state import NO_STATE, Record, StateMemory
+from kvloom.engine.selection.geometry import Geometry
+from kvloom.engine.state import NO_STATE, StateMemory
+from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Kernels, Lists, Plan, PoolHow, Rows
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ request's record at once. The host learns of it when the step is over, from coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.engine.selection.base import Layer
 from kvloom.engine.selection.batch import Batch, Span
+from kvloom.engine.traits import Layer
 from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal, Rows
 
 if TYPE_CHECKING:
-    from kvloom.engine.request import Request
+    pass
 
 
 class KeptLists:
@@ -43,7 +43,7 @@ class KeptLists:
         """See `Record`."""
         return self._begins[-1]
 
-    def opened(self, request: Request, words: Tensor) -> None:
+    def opened(self, request: Hashable, words: Tensor) -> None:
         """There are no lists."""
         for begin, count in zip(self._begins, self._lists):
             if count:
@@ -51,7 +51,7 @@ class KeptLists:
                 lists = words[begin + 1 : begin + 1 + count * self.width].view(count, self.width)
                 lists[:, : self.sinks] = torch.arange(self.sinks, dtype=torch.int32)
 
-    def closed(self, request: Request) -> None:
+    def closed(self, request: Hashable) -> None:
         """See `Record`."""
 
     def of_layer(self, words: Tensor, layer: int) -> Tensor:

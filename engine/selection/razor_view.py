@@ -22,7 +22,7 @@ Departures, and why:
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -36,9 +36,12 @@ from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
-from kvloom.engine.selection.base import EVERYWHERE, Geometry, Layer, MethodStats, RowsInStep, Selector, check_fields, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Method, RowsInStep, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints
-from kvloom.engine.state import NO_STATE, Record
+from kvloom.engine.selection.geometry import Geometry
+from kvloom.engine.state import NO_STATE
+from kvloom.engine.stats import MethodStats
+from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Folded, Kernels
 
 NAME = "razor_view"
@@ -87,10 +90,13 @@ class RazorView:
     domain = ""
     whole = "it says itself which heads those are; leave it out, and the others read what it would let them read"
 
-    def __init__(self, options: RazorViewOptions, budget: int, geometry: Geometry, kernels: Kernels) -> None:
+    def __init__(
+        self, options: RazorViewOptions, budget: int, geometry: Geometry, kernels: Kernels, methods: Mapping[str, Method]
+    ) -> None:
+        """methods: by which retrieval heads may choose, by name; this one may be among them."""
         classes = head_classes(options, geometry)
         self.options, self.window = options, Window(options.sinks, options.min_window, options.window_divisor)
-        self.inner = _inner(options.retrieval, budget, geometry, kernels)
+        self.inner = _inner(options.retrieval, budget, geometry, kernels, methods)
         whole = options.sinks + options.min_window
         self.budget = whole if self.inner is None else min(whole, self.inner.budget)
         self.levels: tuple[int, ...] = () if self.inner is None else (self.inner.budget,)
@@ -131,17 +137,17 @@ def head_classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:
     return calibration.classes(options.induction_share, options.echo_share, random_seed=seed)
 
 
-def _inner(name: str | None, budget: int, geometry: Geometry, kernels: Kernels) -> Selector | None:
+def _inner(
+    name: str | None, budget: int, geometry: Geometry, kernels: Kernels, methods: Mapping[str, Method]
+) -> Selector | None:
     """The method of the retrieval heads. It must leave prompts alone, and choose without looking at a layer's own logits:
     local heads have none. Raises InvalidRequestError."""
     if name is None:
         return None
-    from kvloom.engine.selection import METHODS  # which lists this method too
-
-    others = [other for other in METHODS if other != NAME]
+    others = [other for other in methods if other != NAME]
     if name not in others:
         raise refuse(NAME, "retrieval", name, f"null (everything), {', '.join(others)}")
-    method = METHODS[name]
+    method = methods[name]
     inner = method.make(method.options(), budget, geometry, kernels)
     if inner.prompts != "dense" or inner.emits:
         raise refuse(NAME, "retrieval", name, "methods that compute prompts densely and choose before they attend")

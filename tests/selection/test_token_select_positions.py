@@ -19,9 +19,9 @@ from kvloom.engine.errors import ConfigError, ContextLengthError
 from kvloom.engine.model.rope import RopeConfig, rotary_table
 from kvloom.engine.request import KVOptions
 from kvloom.engine.selection import Batch, Geometry, Scratch
-from kvloom.engine.selection.base import Layer
 from kvloom.engine.selection.token_select_positions import Reindexed, TurnBack, neutral_query, neutral_scores
 from kvloom.engine.state import StateMemory
+from kvloom.engine.traits import Layer
 from kvloom.kernels.interface import PagedKV, Rows
 from kvloom.kernels.reference import ReferenceKernels
 from tests.selection.conftest import greedy

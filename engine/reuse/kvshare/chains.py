@@ -15,35 +15,22 @@ another's.
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections import Counter, OrderedDict
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from kvloom.engine.reuse.kvshare.chunks import LEAST, WINDOW, Hashes, window_hashes
+from kvloom.engine.reuse.kvshare.segment import START, Segment, link
 from kvloom.engine.reuse.kvshare.work import Work
 from kvloom.engine.reuse.prefix import Domain
 
-if TYPE_CHECKING:
-    from kvloom.engine.reuse.kvshare.segments import Segment
-
 Ints = npt.NDArray[np.int32]
-START = b""
-"""The link in front of a chain's first segment."""
 ENDINGS = 4
 """Segments, last used first, that are compared token by token where no whole one continues a chain: its last part."""
 
 _Place = tuple[bytes, bytes, int]
 """Domain key, link in front, hash of the first WINDOW tokens."""
-
-
-def link(domain: Domain, before: bytes, tokens: Ints) -> bytes:
-    """The link of a segment of these tokens behind another one: 16 bytes, under the domain's secret."""
-    digest = hashlib.blake2b(before, key=domain.key[:64], digest_size=16)
-    digest.update(tokens.astype(np.int32, copy=False).tobytes())
-    return digest.digest()
 
 
 def stretches(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

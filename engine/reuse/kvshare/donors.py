@@ -21,7 +21,7 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.isolation import blame
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare import chunks
-from kvloom.engine.reuse.kvshare.chains import START, link, stretches
+from kvloom.engine.reuse.kvshare.chains import stretches
 from kvloom.engine.reuse.kvshare.copying import copy_out
 from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
 from kvloom.engine.reuse.kvshare.matching import Bools, Ints, Match, find
@@ -29,7 +29,8 @@ from kvloom.engine.reuse.kvshare.options import SCOPES
 from kvloom.engine.reuse.kvshare.popularity import Popularity
 from kvloom.engine.reuse.kvshare.scan import Placed
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook
-from kvloom.engine.reuse.kvshare.segments import Segment, SegmentStore
+from kvloom.engine.reuse.kvshare.segment import START, Segment, link
+from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.prefix import Domain
 
 LEAST_NEW = 64

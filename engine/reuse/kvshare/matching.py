@@ -23,10 +23,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.engine.reuse.kvshare.chains import START, link
 from kvloom.engine.reuse.kvshare.chunks import WINDOW, fingerprints, window_hashes
 from kvloom.engine.reuse.kvshare.periodic import periodic
-from kvloom.engine.reuse.kvshare.segments import Segment, SegmentStore
+from kvloom.engine.reuse.kvshare.segment import START, Segment, link
+from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.work import Work
 from kvloom.engine.reuse.prefix import Domain
 

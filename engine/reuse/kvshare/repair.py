@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.matching import Run
 from kvloom.engine.reuse.kvshare.options import RepairOptions
 
@@ -121,6 +122,13 @@ class Repair:
         pieces.sort(key=lambda piece: -float(self.score[piece].sum()))
         chosen = np.concatenate([*pieces[: -(-count // RUN)], np.zeros(0, np.int64)])[:count].astype(np.int64)
         return np.sort(self.stale[chosen])
+
+
+def repair_of(request: Request) -> Repair | None:
+    """A request's, if it has one."""
+    repair = request.repair
+    assert repair is None or isinstance(repair, Repair)
+    return repair
 
 
 def _cut(part: Ints) -> list[Ints]:

@@ -10,6 +10,7 @@ from typing import Any
 from kvloom.engine.client import OTHERS, RUN_LENGTHS, SHARES, ShareStats
 from kvloom.engine.request import Request
 from kvloom.engine.reuse.kvshare.matching import Match, Run
+from kvloom.engine.reuse.kvshare.repair import repair_of
 
 MOST_TENANTS = 1024
 """Tenants whose tokens are counted apart."""
@@ -31,7 +32,7 @@ class TenantTokens(OrderedDict[str, Counter[str]]):
 
 def count(stats: ShareStats, tenants: TenantTokens, request: Request, reason: str, kinds: Mapping[bytes, str]) -> None:
     """Add what became of a request's prompt. reason: why nothing was reused, "" if something was; kinds: of domain keys."""
-    repair, prefix = request.repair, request.computed
+    repair, prefix = repair_of(request), request.computed
     found = Counter(prefix=prefix, fresh=len(request.tokens) - prefix) if repair is None else repair.kinds
     stats.tokens.update(found)
     tenants.add(request.tenant, found)
@@ -58,7 +59,7 @@ def describe(match: Match, kinds: Mapping[bytes, str]) -> dict[str, Any]:
 
 def explain(request: Request, match: Match, reason: str, kinds: Mapping[bytes, str]) -> dict[str, Any]:
     """The same, and what became of it."""
-    repair = request.repair
+    repair = repair_of(request)
     told = describe(match, kinds)
     told["cached_tokens"] = request.cached
     told["reason"] = reason or None

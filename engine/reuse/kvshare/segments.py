@@ -13,15 +13,14 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from kvloom.engine.cache.eviction import STRANGER_TURNOVERS, KeptItems
-from kvloom.engine.reuse.kvshare.chains import START, Chains, link
+from kvloom.engine.reuse.kvshare.chains import Chains
 from kvloom.engine.reuse.kvshare.chunks import fingerprints
+from kvloom.engine.reuse.kvshare.segment import START, Segment
 from kvloom.engine.reuse.prefix import Domain
 
 MOST_CANDIDATES = 8
@@ -34,44 +33,6 @@ REJECTIONS = 3
 """Deviation rejections after which a segment goes."""
 
 Key = tuple[bytes, int]
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Segment:
-    """KV of a span of tokens, private to the store: requests copy from it."""
-
-    domain: Domain
-    tokens: npt.NDArray[np.int32]
-    """[len]"""
-    k: Tensor
-    """[layers, len, kv_heads, head_dim], rotated for positions [position, position + len)."""
-    v: Tensor
-    position: int
-    donor: int
-    """What computed it: segments of one donor stand beside each other in one context."""
-    isolated: bool
-    """Computed alone: the only kind that may be found outside its owner's domain."""
-    owner: str
-    """Tenant that is charged."""
-    before: bytes = START
-    """In a shared domain: the link of what stood between the neutral prose and this,"""
-    link: bytes = field(init=False, default=START)
-    """and its own (`chains`)."""
-    heirs: list[str] = field(default_factory=list)
-    """Tenants that left the same in this shared domain since: the first of them takes it over when its owner gives it up."""
-    uses: int = 0
-    deviation: float = 0.0
-    """Moving mean of the relative deviation seen when it was reused."""
-    rejections: int = 0
-
-    def __post_init__(self) -> None:
-        if self.domain.shared:
-            self.link = link(self.domain, self.before, self.tokens)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.k.nbytes + self.v.nbytes
 
 
 class SegmentStore:

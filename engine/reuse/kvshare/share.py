@@ -33,7 +33,7 @@ from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
 from kvloom.engine.reuse.kvshare.matching import Match, find
 from kvloom.engine.reuse.kvshare.options import RepairOptions, ShareOptions, read_repair
 from kvloom.engine.reuse.kvshare.ranker import Candidate, Ranker
-from kvloom.engine.reuse.kvshare.repair import Repair
+from kvloom.engine.reuse.kvshare.repair import Repair, repair_of
 from kvloom.engine.reuse.kvshare.report import TenantTokens, count, describe, explain
 from kvloom.engine.reuse.kvshare.scan import Placed, Scan
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook, Scopes
@@ -167,10 +167,11 @@ class KVShare(Feature):
         """See `Feature`."""
         self._donors.close(request)
         again = self._shadow.close(request)
-        if request.repair is not None:
-            self.stats.stale_left += len(request.repair.stale)
+        repair = repair_of(request)
+        if repair is not None:
+            self.stats.stale_left += len(repair.stale)
             if not again:
-                self._heal(request, request.repair)
+                self._heal(request, repair)
         job = self.jobs.of(request)
         if job is not None:
             self._shadow.conclude(request.tenant, whole=request.generated >= len(job.answer))
@@ -213,8 +214,9 @@ class KVShare(Feature):
         self._plans[request] = Plan(match, reason)
         if request.repair is None and request.kv.share != "none":
             self._donors.expect(request)
-        if request.repair is not None:
-            kinds = request.repair.kinds
+        repair = repair_of(request)
+        if repair is not None:
+            kinds = repair.kinds
             request.reused = kinds["stale"]
             request.recomputed = kinds["boundary"] + kinds["ranked"] + kinds["rejected"]
         count(self.stats, self.tenant_tokens, request, reason, self.scopes.of(request).kinds())
@@ -264,7 +266,7 @@ class KVShare(Feature):
         """See `scheduling.Reuse`."""
         budget, found = min(rows, self.options.refresh_budget), []
         for chunk in plan.chunks:
-            repair = chunk.request.repair
+            repair = repair_of(chunk.request)
             if budget <= 0:
                 break
             if repair is None or not self._worth(chunk, repair):

@@ -14,7 +14,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from kvloom.engine.reuse.kvshare import chunks
 from kvloom.engine.reuse.kvshare.chunks import fingerprints
-from kvloom.engine.reuse.kvshare.segments import MOST_CANDIDATES, MOST_REPEATS, REJECTIONS, Segment, SegmentStore
+from kvloom.engine.reuse.kvshare.segment import Segment
+from kvloom.engine.reuse.kvshare.segments import MOST_CANDIDATES, MOST_REPEATS, REJECTIONS, SegmentStore
 from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
