@@ -183,13 +183,7 @@ class SelectionOptions:
 
     def options(self) -> dict[str, Any]:
         """`selection_options`, read. Raises ConfigError if it is no JSON object."""
-        try:
-            found = json.loads(self.selection_options or "{}")
-        except ValueError as error:
-            raise ConfigError(f"selection_options is {self.selection_options!r}, which is not JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ConfigError(f'selection_options is {self.selection_options!r}; allowed: a JSON object such as {{"sinks": 8}}')
-        return found
+        return json_object("selection_options", self.selection_options, '{"sinks": 8}')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -287,6 +281,17 @@ def all_options() -> Iterator[tuple[str, Option]]:
             yield inspect.cleandoc(cls.__doc__ or ""), option
 
 
+def json_object(name: str, text: str | None, example: str) -> dict[str, Any]:
+    """A setting that is written as a JSON object; nothing for None. Raises ConfigError."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise ConfigError(f"{name} is {text!r}, which is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{name} is {text!r}; allowed: a JSON object such as {example}")
+    return found
+
+
 _SIZE = re.compile(r"^\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?)?B?\s*$", re.IGNORECASE)
 
 
@@ -302,12 +307,14 @@ def parse_bytes(text: str | int) -> int:
 
 def parse_value(option: Option, value: Any) -> Any:
     """A value from the command line, YAML or Python in the option's type. Raises ConfigError."""
-    if option.name in ("kv_memory", "segment_memory", "selection_memory") and value is not None:
-        return parse_bytes(value)
     kinds = [t for t in getattr(option.type, "__args__", (option.type,)) if t is not type(None)]
     optional = type(None) in getattr(option.type, "__args__", ())
     if value is None and optional:
         return None
+    if option.unit == "SIZE":
+        return parse_bytes(value)
+    if tuple[str, ...] == option.type:
+        return tuple(_split(option.name, value))
     if all(isinstance(kind, str) for kind in kinds):  # Literal["a", "b"]
         value = _DTYPE_NAMES.get(value, value) if option.name == "dtype" else value
         value = value_now(option.name, value)
@@ -319,10 +326,18 @@ def parse_value(option: Option, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ConfigError(f"{option.name} is {value!r}; allowed: true or false")
         return value
-    if isinstance(value, bool) or not isinstance(value, (str, kind)):
+    if isinstance(value, bool) or not isinstance(value, (str, kind, int) if kind is float else (str, kind)):
         shown = f"a {type(value).__name__}" if option.secret else repr(value)
         raise ConfigError(f"{option.name} is {shown}; allowed: {kind.__name__}")
     try:
         return kind(value)
     except ValueError:
         raise ConfigError(f"{option.name} is {value!r}; allowed: {kind.__name__}") from None
+
+
+def _split(name: str, value: Any) -> Iterator[str]:
+    """Texts in a list, or in one text with commas. Raises ConfigError."""
+    for item in [value] if isinstance(value, str) else value or ():
+        if not isinstance(item, str):
+            raise ConfigError(f"{name} holds {item!r}; allowed: text (quote it in YAML)")
+        yield from (part.strip() for part in item.split(","))

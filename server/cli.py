@@ -56,6 +56,8 @@ MEASUREMENTS = {
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""
 API_KEY_VARIABLE = "KVLOOM_API_KEY"
+PLANNED = ("model", "dtype", "max_model_len", "block_size")
+"""Settings that `kvloom plan` takes beside a memory."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -138,9 +140,6 @@ def _add_serve(commands: Any) -> None:
     )
     groups: dict[str, Any] = {}
     for section, option in all_options():
-        if option.name == "model":
-            serve.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help=_help(option))
-            continue
         if section not in groups:
             groups[section] = serve.add_argument_group(section.splitlines()[0].rstrip("."))
         _add_flag(groups[section], option)
@@ -154,7 +153,10 @@ def _add_serve(commands: Any) -> None:
 def _add_flag(group: Any, option: Option) -> None:
     flag = "--" + option.name.replace("_", "-")
     common = {"dest": option.name, "default": argparse.SUPPRESS, "help": _help(option)}
-    if option.type is bool:
+    if option.name == "model":
+        del common["dest"]
+        group.add_argument("model", nargs="?", metavar="MODEL", **common)
+    elif option.type is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
     elif option.type == tuple[str, ...]:
         group.add_argument(flag, action="append", metavar=option.unit, **common)
@@ -181,20 +183,18 @@ def _add_models(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="what fits into a memory, for every retention", allow_abbrev=False)
-    plan.add_argument("model", nargs="?", default="smollm2", metavar="MODEL", help="as in kvloom serve (default: %(default)s)")
     plan.add_argument("--memory", required=True, metavar="SIZE", help="for weights and KV cache together: 16GiB, 512MiB, ...")
-    plan.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="(default: %(default)s)")
-    plan.add_argument("--max-model-len", type=int, metavar="TOKENS", help="length of a request (default: the model's own)")
-    plan.add_argument("--block-size", type=int, default=16, metavar="TOKENS", help="(default: %(default)s)")
+    for _, option in all_options():
+        if option.name in PLANNED:
+            _add_flag(plan, option)
     plan.set_defaults(run=_plan, parser=plan)
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    from kvloom.engine.config import CacheOptions
     from kvloom.server.plan_command import plan
 
-    size = CacheOptions(block_size=arguments.block_size).block_size  # refuses what cannot be
-    return plan(arguments.model, arguments.memory, arguments.dtype, arguments.max_model_len, size)
+    given = {name: getattr(arguments, name) for name in PLANNED if hasattr(arguments, name)}
+    return plan(EngineConfig.from_flat(given), arguments.memory)
 
 
 def _serve(arguments: argparse.Namespace) -> int:

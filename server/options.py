@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_bytes, parse_value
+from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.tenants import Tenants
 
@@ -114,7 +114,9 @@ class ServerOptions:
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> ServerOptions:
         """Make options from the command line's or a YAML file's values. Raises ConfigError."""
-        return cls(**{option.name: _parse(option, values[option.name]) for option in server_options() if option.name in values})
+        return cls(
+            **{option.name: parse_value(option, values[option.name]) for option in server_options() if option.name in values}
+        )
 
 
 def server_options() -> tuple[Option, ...]:
@@ -122,32 +124,11 @@ def server_options() -> tuple[Option, ...]:
     return tuple(option for option in option_fields(ServerOptions) if option.name != "tenant_keys")
 
 
-def _parse(option: Option, value: Any) -> Any:
-    if option.name == "max_body":
-        return parse_bytes(value)
-    if option.type is bool:
-        if not isinstance(value, bool):
-            raise ConfigError(f"{option.name} is {value!r}; allowed: true or false")
-        return value
-    if tuple[str, ...] == option.type:
-        return tuple(_split(option.name, value))
-    if option.type is float and isinstance(value, int):
-        value = float(value)
-    return parse_value(option, value)
-
-
-def _split(name: str, value: Any) -> Iterable[str]:
-    for item in [value] if isinstance(value, str) else value or ():
-        if not isinstance(item, str):
-            raise ConfigError(f"{name} holds {item!r}; allowed: text (quote it in YAML)")
-        yield from (part.strip() for part in item.split(","))
-
-
 def default_text(option: Option) -> str:
     """The default as help shows it; empty when the help text explains it."""
     if option.default is None or option.default == () or option.default is dataclasses.MISSING:
         return ""
-    if option.name == "max_body":
+    if option.unit == "SIZE":
         return f"{option.default // 1024**2}MiB"
     return str(option.default)
 

@@ -5,21 +5,22 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from kvloom.engine.config import DType, parse_bytes
+from kvloom.engine.config import EngineConfig, parse_bytes
 from kvloom.server.console import LoadingBars
 
 MIB = 1 << 20
 
 
-def plan(model: str, memory: str, dtype: DType, length: int | None, block_size: int) -> int:
+def plan(config: EngineConfig, memory: str) -> int:
     """Print the plan. Raises ModelError, ModelNotFoundError or ConfigError."""
     from kvloom.engine.capacity import capacity  # torch takes its time
     from kvloom.engine.catalog import resolve
     from kvloom.engine.model.load import TORCH_DTYPES
 
+    model, dtype, length = config.model.model, config.model.dtype, config.model.max_model_len
     with LoadingBars() as progress:
         files = resolve(model, progress)
-    found = capacity(files.path, parse_bytes(memory), TORCH_DTYPES[dtype], length, block_size)
+    found = capacity(files.path, parse_bytes(memory), TORCH_DTYPES[dtype], length, config.cache.block_size)
     console = Console(highlight=False)
     console.print(
         f"{files.name}: {found.model.layers} layers, {found.model.kv_heads} KV heads of {found.model.head_dim}, {dtype}\n"

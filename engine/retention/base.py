@@ -6,7 +6,6 @@ Retention    one per engine: the head groups, what rows see of the one that give
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec
-from kvloom.engine.config import option_fields, parse_value
+from kvloom.engine.config import json_object, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.former import renamed
 from kvloom.engine.lifecycle import Feature
@@ -94,12 +93,7 @@ class Method:
                 raise ConfigError(f"retention_options is given, but retention {self.name} has none; choose another --retention")
             return None
         known = {option.name: option for option in option_fields(self.options)}
-        try:
-            values = json.loads(text or "{}")
-        except ValueError as error:
-            raise ConfigError(f"retention_options is {text!r}, which is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f'retention_options is {text!r}; allowed: a JSON object such as {{"{next(iter(known))}": 1}}')
+        values = json_object("retention_options", text, f'{{"{next(iter(known))}": 1}}')
         values = renamed(self.name, values)
         if strange := sorted(set(values) - set(known)):
             raise ConfigError(f"retention_options: unknown {', '.join(strange)}; allowed: {', '.join(sorted(known))}")

@@ -7,6 +7,7 @@ through, since clients send extras of their own; fields that name something know
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Annotated, Any
 
@@ -127,17 +128,14 @@ class KVFields(BaseModel):
     def options(self) -> KVOptions:
         """The engine's form of it. Options alone choose their method."""
         name, options = next(iter((self.model_extra or {}).items()), (self.selection, {}))
-        return KVOptions(
-            selection=self.selection or name,
-            budget=self.budget,
-            options=options,
-            draft=self.draft,
-            draft_tokens=self.draft_tokens,
-            reuse=self.reuse,
-            reuse_options=self.kvshare or {},
-            share=self.share,
-            explain=bool(self.explain),
-        )
+        asked = {"selection": self.selection or name, "options": options, "reuse_options": self.kvshare or {}}
+        return KVOptions(**{**_said(self, KVOptions), **asked})
+
+
+def _said(body: BaseModel, cls: Any) -> dict[str, Any]:
+    """What a body says of the fields of the engine's dataclass that go by the same name on the wire; lists become tuples."""
+    said = {field.name: getattr(body, field.name) for field in dataclasses.fields(cls) if field.name in body.model_fields_set}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items() if value is not None}
 
 
 class GenerationBody(StrictBody):
@@ -214,29 +212,9 @@ class GenerationBody(StrictBody):
         logprobs: int | None,
         prompt_logprobs: int | None,
     ) -> SamplingParams:
-        """The engine's form; `defaults` stand in for what the body does not say. Raises InvalidRequestError for a value out
-        of bounds."""
-        said = self.model_fields_set
-        return SamplingParams(
-            n=self.n,
-            max_tokens=max_tokens,
-            default_tokens=default_tokens,
-            min_tokens=self.min_tokens,
-            temperature=self.temperature if "temperature" in said else defaults.temperature,
-            top_p=self.top_p if "top_p" in said else defaults.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
-            logit_bias={int(token): bias for token, bias in self.logit_bias.items()},
-            seed=self.seed,
-            stop=tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids),
-            include_stop_str_in_output=self.include_stop_str_in_output,
-            ignore_eos=self.ignore_eos,
-            skip_special_tokens=self.skip_special_tokens,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            forced_tokens=tuple(self.forced_tokens),
-        )
+        """The engine's form: what the body says, and `defaults` for what it does not. Raises InvalidRequestError for a value
+        out of bounds."""
+        said = {**defaults._asdict(), **_said(self, SamplingParams)}
+        said["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        decided = {"max_tokens": max_tokens, "default_tokens": default_tokens, "logprobs": logprobs}
+        return SamplingParams(**{**said, **decided, "prompt_logprobs": prompt_logprobs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from kvloom.engine import memory
 from kvloom.engine.config import EngineConfig, all_options, parse_bytes
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.request import SamplingParams
+from kvloom.engine.retention import RETENTION
+from kvloom.engine.reuse import REUSE
+from kvloom.engine.scheduling import ORDERS
+from kvloom.engine.selection import SELECTIONS
 
 
 def test_every_setting_is_described() -> None:
@@ -24,6 +29,12 @@ def test_every_setting_is_described() -> None:
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert parse_bytes(text) == size
+
+
+def test_help_names_all_that_may_be_chosen() -> None:
+    help = {option.name: option.help for _, option in all_options()}
+    for name, choices in (("selection", SELECTIONS), ("reuse", REUSE), ("scheduler", ORDERS), ("retention", RETENTION)):
+        assert set(choices) <= set(re.findall(r"\w+", help[name])), name
 
 
 def test_flat_settings_find_their_place() -> None:

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from kvloom import __version__
-from kvloom.engine.config import all_options
+from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError
 from kvloom.server import cli
 from kvloom.server.options import ServerOptions, server_options
@@ -139,6 +139,19 @@ def test_models_list(tmp_path, monkeypatch, capsys):
 def test_models_pull_of_an_unknown_name(capsys):
     assert cli.main(["models", "pull", "no-such-model"]) == 1
     assert "no model 'no-such-model'" in capsys.readouterr().err
+
+
+def test_plan_takes_the_settings_of_serve(monkeypatch, capsys):
+    planned = []
+    monkeypatch.setattr("kvloom.server.plan_command.plan", lambda config, memory: planned.append((config, memory)) or 0)
+    assert cli.main(["plan", "m", "--memory", "1GiB", "--dtype", "half", "--max-model-len", "64", "--block-size", "32"]) == 0
+    assert cli.main(["plan", "--memory", "2GiB"]) == 0
+    (config, memory), (default, _) = planned
+    assert (config.model.model, config.model.dtype, config.model.max_model_len) == ("m", "fp16", 64)
+    assert (memory, config.cache.block_size, default) == ("1GiB", 32, EngineConfig())
+    for wrong in (["--block-size", "17"], ["--dtype", "fp8"], ["--max-model-len", "x"]):
+        assert cli.main(["plan", "--memory", "1GiB", *wrong]) == 2
+    assert "power of two" in capsys.readouterr().err
 
 
 def test_version_needs_nothing_heavy():

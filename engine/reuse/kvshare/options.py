@@ -6,17 +6,17 @@ Both are read from JSON objects; a field's docstring is its documentation. Defau
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
+from kvloom.engine.config import json_object
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.selection.base import check_fields, read_fields
 
-POLICIES = ("focus", "dhd", "query", "blend", "boundary", "random")
-ORDERS = ("importance", "position", "runs", "sweep")
+Policy = Literal["focus", "dhd", "query", "blend", "boundary", "random"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
 SCOPES = ("none", "tenant", "group", "public")
 """How far what a request leaves behind may go."""
 GATE = "kvshare"
@@ -29,7 +29,7 @@ RATIOS = (0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 class RepairOptions:
     """What is recomputed of reused KV: `kv.kvshare` in a request, `kvshare_options` of a server for its default."""
 
-    policy: Literal["focus", "dhd", "query", "blend", "boundary", "random"] = "focus"
+    policy: Policy = "focus"
     """How reused tokens are ranked for recomputation: focus (deviation x root of the attention, all layers), dhd (deviation x
     attention, the paper), blend (deviation), query (attention, all layers), boundary (the first ones of every run), random (a
     control)."""
@@ -100,12 +100,7 @@ class ShareOptions:
     @classmethod
     def read(cls, text: str | None) -> ShareOptions:
         """From `--kvshare-options`: fields of this class and of `RepairOptions` in one JSON object. Raises ConfigError."""
-        try:
-            found = json.loads(text or "{}")
-        except ValueError as error:
-            raise ConfigError(f"kvshare_options is {text!r}, which is not JSON: {error}") from None
-        if not isinstance(found, dict):
-            raise ConfigError(f'kvshare_options is {text!r}; allowed: a JSON object such as {{"ratio": 0.2}}')
+        found = json_object("kvshare_options", text, '{"ratio": 0.2}')
         own = {f.name for f in fields(cls)} - {"repair"}
         try:
             repair = read_repair({key: value for key, value in found.items() if key not in own})
