@@ -216,5 +216,5 @@ class EngineServer(uvicorn.Server):
         """The first signal drains, the second ends the process at once."""
         if self.should_exit:
             os._exit(128 + sig)
-        log.info("shutting down; requests have %g s to finish; a second signal ends them at once", self._options.drain_seconds)
         self.should_exit = True
+        log.info("shutting down; requests have %g s to finish; a second signal ends them at once", self._options.drain_seconds)
