@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import random
 from collections import OrderedDict, deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -60,15 +61,13 @@ class Shadow:
         self._seen: dict[Request, list[Tensor]] = {}
         self._checking: list[tuple[float, bool]] = []
         self._tenants: OrderedDict[str, Quality] = OrderedDict()
+        self.failed: Mapping[str, str] = {}
+        """Tenants whose checks have failed, and what follows: "more" is computed, or reuse is "off". Told after every step, so
+        it is made anew when it changes, and not before."""
 
     def of(self, tenant: str) -> Quality:
         """What is known of a tenant. Not to be changed."""
         return self._tenants.get(tenant, _UNKNOWN)
-
-    @property
-    def failed(self) -> dict[str, str]:
-        """Tenants whose checks have failed, and what follows: "more" is computed, or reuse is "off"."""
-        return {t: "more" if q.enabled else "off" for t, q in self._tenants.items() if q.least_ratio or not q.enabled}
 
     def open(self, request: Request, *, default: bool) -> None:
         """Maybe watch a request that may reuse KV. default: it leaves the server's options as they are."""
@@ -121,7 +120,9 @@ class Shadow:
         quality = self._tenants.setdefault(tenant, Quality())
         self._tenants.move_to_end(tenant)
         if len(self._tenants) > MOST_TENANTS:
-            self._tenants.popitem(last=False)
+            forgotten, _ = self._tenants.popitem(last=False)
+            if forgotten in self.failed:
+                self.failed = {name: follows for name, follows in self.failed.items() if name != forgotten}
         quality.checks += 1
         quality.window.append((kl / tokens, same / tokens))
         if len(quality.window) >= LEAST:
@@ -137,9 +138,11 @@ class Shadow:
         ratio = self._options.repair.ratio
         if quality.least_ratio == 0.0 and ratio < 1:
             quality.least_ratio = next(step for step in RATIOS if step > ratio)
+            self.failed = {**self.failed, tenant: "more"}
             log.warning("%s; at least %g of its reused tokens are computed from now on", told, quality.least_ratio)
         else:
             quality.enabled = False
+            self.failed = {**self.failed, tenant: "off"}
             log.error("%s; its requests are served without approximate reuse from now on", told)
 
 
