@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from kvloom.engine.client import EngineClient, EngineStats
     from kvloom.engine.config import EngineConfig
     from kvloom.engine.llm import LLM, Completion
-    from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams
-    from kvloom.engine.thread_client import ThreadEngineClient
+    from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams
+    from kvloom.engine.thread.client import ThreadEngineClient
 
 _HOMES = {
     "LLM": "llm",

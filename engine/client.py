@@ -1,8 +1,8 @@
 """EngineClient: the one seam between HTTP and the engine. A thread, a process or a Ray handle can stand behind it.
 
-All that crosses it can be pickled, errors too. What stays beside whoever asks: `model`, the tokenizer (`engine.prepare` makes
-it from the model's files), and the places of `reserve`. Where several engines serve the same, `everywhere` says which questions
-are for all of them, and how their answers make one; the others are for the one that a request goes to.
+All that crosses it can be pickled, errors too. What stays beside whoever asks: `model`, the tokenizer (`engine.startup.prepare`
+makes it from the model's files), and the places of `reserve`. Where several engines serve the same, `everywhere` says which
+questions are for all of them, and how their answers make one; the others are for the one that a request goes to.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
-from kvloom.engine.figures import Merge, gauge, merged, note, table
-from kvloom.engine.request import OPENAI_SAMPLING, KVOptions, RequestOutput, SamplingDefaults, SamplingParams
-from kvloom.engine.stats import OTHERS, RUN_LENGTHS, SHARES, EngineStats, GroupStats, MethodStats, ShareStats, TenantStats
+from kvloom.engine.requests.figures import Merge, gauge, merged, note, table
+from kvloom.engine.requests.request import OPENAI_SAMPLING, KVOptions, RequestOutput, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.stats import (
+    OTHERS,
+    RUN_LENGTHS,
+    SHARES,
+    EngineStats,
+    GroupStats,
+    MethodStats,
+    ShareStats,
+    TenantStats,
+)
 
 __all__ = ["OTHERS", "RUN_LENGTHS", "SHARES", "EngineClient", "EngineStats", "GroupStats", "Health", "MethodStats", "ModelInfo",
            "ShareStats", "TenantStats"]  # fmt: skip
@@ -29,7 +38,7 @@ class ModelInfo:
     root: str
     """Where the weights came from: path or repo id."""
     source: str = ""
-    """The setting `model`: what finds the model's files (`engine.catalog.resolve`). Not for clients of the API."""
+    """The setting `model`: what finds the model's files (`engine.startup.catalog.resolve`). Not for clients of the API."""
     replica: str = "0"
     """Which of the engines that serve the same."""
     max_model_len: int

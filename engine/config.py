@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.former import value_now
+from kvloom.engine.settings.former import value_now
 
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]

@@ -15,22 +15,22 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from kvloom.engine.admission import Admission, Hold
-from kvloom.engine.background import Background, Jobs
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.client import EngineStats, TenantStats
-from kvloom.engine.decoding import Decoding, Draw
 from kvloom.engine.errors import EngineDeadError, InternalError, InvalidRequestError, KVLoomError
-from kvloom.engine.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, failed
-from kvloom.engine.lifecycle import Features
-from kvloom.engine.limits import Limits
-from kvloom.engine.request import Request, RequestOutput
-from kvloom.engine.reuse.prefix import Domain
-from kvloom.engine.runner import Runner, StepResult
+from kvloom.engine.requests.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, failed
+from kvloom.engine.requests.lifecycle import Features
+from kvloom.engine.requests.request import Request, RequestOutput
+from kvloom.engine.requests.state import StateMemory
+from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.scheduling import Scheduler, StepPlan
-from kvloom.engine.state import StateMemory
+from kvloom.engine.scheduling.admission import Admission, Hold
+from kvloom.engine.scheduling.background import Background, Jobs
+from kvloom.engine.scheduling.limits import Limits
 from kvloom.engine.statistics import Statistics
-from kvloom.engine.tenants import Tenants
+from kvloom.engine.step.decoding import Decoding, Draw
+from kvloom.engine.step.runner import Runner, StepResult
 
 log = logging.getLogger("kvloom.engine")
 

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvloom.engine.build import Progress, build
 from kvloom.engine.client import EngineStats, ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import FinishReason, KVOptions, Request, RequestOutput, SamplingParams, TokenLogprob, Usage
+from kvloom.engine.requests.request import FinishReason, KVOptions, Request, RequestOutput, SamplingParams, TokenLogprob, Usage
+from kvloom.engine.startup.build import Progress, build
 from kvloom.engine.text import template_of
 
 Prompt = str | Sequence[int]

@@ -1,4 +1,4 @@
-"""What the engine counts, and what it tells of itself: the figures that `engine.stats` declares.
+"""What the engine counts, and what it tells of itself: the figures that `engine.requests.stats` declares.
 
 `snapshot` is taken after every step: its cost depends on neither what was served before nor how many tenants there are. What
 tenants hold is a table of its own, made when somebody asks.
@@ -13,11 +13,19 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.requests.state import StateMemory
+from kvloom.engine.requests.stats import (
+    CHECKS,
+    STEP_PROMPT_ROWS,
+    STEP_SECONDS,
+    EngineStats,
+    GroupStats,
+    ShareStats,
+    TenantStats,
+)
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.scheduling import Scheduler
 from kvloom.engine.selection.policies import Selectors
-from kvloom.engine.state import StateMemory
-from kvloom.engine.stats import CHECKS, STEP_PROMPT_ROWS, STEP_SECONDS, EngineStats, GroupStats, ShareStats, TenantStats
 from kvloom.kernels.interface import Kernels
 
 _NAMES = tuple(field.name for field in fields(EngineStats))

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kvloom.engine.tenants import NAME, NAME_RULE
+from kvloom.engine.requests.tenants import NAME, NAME_RULE
 from kvloom.server.errors import WireError
 from kvloom.server.options import Network
 

@@ -227,7 +227,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """A flat mapping of settings. Raises ConfigError if the file is none."""
     import yaml
 
-    from kvloom.engine import strict_yaml
+    from kvloom.engine.settings import strict_yaml
 
     try:
         content = strict_yaml.load(file.read_text(encoding="utf-8"))

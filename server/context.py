@@ -13,7 +13,7 @@ from fastapi import Request
 
 from kvloom.engine.client import EngineClient
 from kvloom.engine.errors import ModelNotFoundError, OverloadedError
-from kvloom.engine.questions import WAITING_OF_TENANT
+from kvloom.engine.thread.questions import WAITING_OF_TENANT
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder

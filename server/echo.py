@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from kvloom.engine.request import FinishReason, RequestOutput
+from kvloom.engine.requests.request import FinishReason, RequestOutput
 from kvloom.server.logprobs import Echoed
 
 

@@ -11,10 +11,10 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-from kvloom.engine.backlog import MAX_OUTPUTS
 from kvloom.engine.client import EngineClient
 from kvloom.engine.errors import EngineDeadError, OverloadedError
-from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams
+from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams
+from kvloom.engine.thread.backlog import MAX_OUTPUTS
 from kvloom.server.errors import GenerationError, ServerClosingError
 from kvloom.server.trace import RequestTrace
 

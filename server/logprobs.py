@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from kvloom.engine.request import TokenLogprob
+from kvloom.engine.requests.request import TokenLogprob
 from kvloom.engine.text.reader import TokenReader
 
 FLOOR = -9999.0

@@ -1,7 +1,7 @@
 """Prometheus metrics: vLLM's names, units and buckets with the prefix `kvloom:`, so that its dashboards carry over.
 
-The engine's figures are those that `engine.stats` declares, read when Prometheus asks; times are observed by the routes. Labels
-are the model and values that the code fixes: nothing a client sends becomes a label.
+The engine's figures are those that `engine.requests.stats` declares, read when Prometheus asks; times are observed by the
+routes. Labels are the model and values that the code fixes: nothing a client sends becomes a label.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvloom.engine.client import EngineClient, ModelInfo
-from kvloom.engine.figures import Figure, told
-from kvloom.engine.request import FinishReason
+from kvloom.engine.requests.figures import Figure, told
+from kvloom.engine.requests.request import FinishReason
 from kvloom.version import __version__
 
 PREFIX = "kvloom:"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 
-from kvloom.engine import catalog
-from kvloom.engine.folders import cache_folder
+from kvloom.engine.settings.folders import cache_folder
+from kvloom.engine.startup import catalog
 from kvloom.server.console import LoadingBars
 
 
 def list_models() -> int:
     """Print the built-in models and whether each is on this machine, and the packed weights that are kept."""
-    from kvloom.engine.model.packed_cache import list_packed  # imports torch
+    from kvloom.engine.model.packed_cache import list_packed
 
     cached = {model.name for model in catalog.list_cached()}
     print(f"cache folder: {cache_folder()}")

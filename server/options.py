@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.tenants import Tenants
+from kvloom.engine.requests.tenants import Tenants
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]

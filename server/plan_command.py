@@ -13,9 +13,9 @@ MIB = 1 << 20
 
 def plan(config: EngineConfig, memory: str) -> int:
     """Print the plan. Raises ModelError, ModelNotFoundError or ConfigError."""
-    from kvloom.engine.capacity import capacity  # torch takes its time
-    from kvloom.engine.catalog import resolve
     from kvloom.engine.model.load import TORCH_DTYPES
+    from kvloom.engine.startup.capacity import capacity
+    from kvloom.engine.startup.catalog import resolve
 
     model, dtype, length = config.model.model, config.model.dtype, config.model.max_model_len
     with LoadingBars() as progress:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from typing import Any, NamedTuple
 
-from kvloom.engine.request import FinishReason, RequestOutput, TokenLogprob
+from kvloom.engine.requests.request import FinishReason, RequestOutput, TokenLogprob
 from kvloom.server.sse import DONE
 from kvloom.server.usage import UsageTotals
 

@@ -13,7 +13,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from kvloom.engine.request import RequestOutput, SamplingParams
+from kvloom.engine.requests.request import RequestOutput, SamplingParams
 from kvloom.server.context import ServerContext, client_request_id, context_of, new_id, tenant_of
 from kvloom.server.errors import sse_error
 from kvloom.server.generation import Indexed, Work, outputs

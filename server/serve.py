@@ -23,13 +23,13 @@ from types import FrameType
 
 import uvicorn
 
-from kvloom.engine.aside import aside, load_torch_library
-from kvloom.engine.catalog import at_hand, resolve
 from kvloom.engine.client import EngineClient
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import KVLoomError
-from kvloom.engine.prepare import Prepared
-from kvloom.engine.tenants import Tenants
+from kvloom.engine.requests.tenants import Tenants
+from kvloom.engine.startup.aside import aside, load_torch_library
+from kvloom.engine.startup.catalog import at_hand, resolve
+from kvloom.engine.startup.prepare import Prepared
 from kvloom.server.app import create_app
 from kvloom.server.collector import no_collections
 from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
@@ -82,7 +82,7 @@ def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
         library = aside(load_torch_library)
         prepared = Prepared(lambda: resolve(model, progress)) if at_hand(model) else None
         library.result()  # gives the others the interpreter's lock, as the import does not
-        from kvloom.engine.thread_client import ThreadEngineClient
+        from kvloom.engine.thread.client import ThreadEngineClient
 
         return ThreadEngineClient.start(config, progress, prepared)
 

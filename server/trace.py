@@ -7,7 +7,7 @@ import logging
 import time
 
 from kvloom.engine.errors import KVLoomError
-from kvloom.engine.request import FinishReason, RequestOutput, Usage
+from kvloom.engine.requests.request import FinishReason, RequestOutput, Usage
 from kvloom.server.metrics import Metrics, Path
 
 log = logging.getLogger("kvloom.access")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvloom.engine.request import Usage
+from kvloom.engine.requests.request import Usage
 
 _NOTHING = Usage(prompt_tokens=0, completion_tokens=0, cached_tokens=0)
 

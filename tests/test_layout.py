@@ -20,6 +20,28 @@ MAY_IMPORT = {
 }
 
 
+FLOORS = (
+    {"errors", "bounds"},
+    {"settings"},
+    {"config"},
+    {"model"},
+    {"text", "calibration"},
+    {"cache"},
+    {"requests"},
+    {"client"},
+    {"retention"},
+    {"selection"},
+    {"reuse"},
+    {"scheduling"},
+    {"step"},
+    {"statistics"},
+    {"core"},
+    {"startup"},
+    {"llm", "thread"},
+)
+"""Rooms of `engine/`, from the ground up: a room imports what is below it, and its own files; never in a circle."""
+
+
 def imports(path: Path) -> set[str]:
     """Rooms of kvloom that a file imports."""
     found = set()
@@ -40,6 +62,66 @@ def test_imports_point_one_way(room: str) -> None:
         assert not extra, f"{path.relative_to(ROOT)} imports {extra}"
 
 
+def modules(folder: Path) -> dict[str, set[str]]:
+    """Of every module of a folder of kvloom, those that it imports, for type checking and inside functions too."""
+    paths = {path: path.relative_to(ROOT).with_suffix("").parts for path in folder.rglob("*.py")}
+    files = {".".join(parts).removesuffix(".__init__"): path for path, parts in paths.items()}
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        found[name] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("kvloom."):
+                module = node.module.removeprefix("kvloom.")
+                parts = {f"{module}.{alias.name}" for alias in node.names}
+                found[name] |= {part if part in files else module for part in parts} & files.keys() - {name}
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def floor(module: str) -> int:
+    return next((i for i, rooms in enumerate(FLOORS) if room(module) in rooms), len(FLOORS))
+
+
+def arrows(found: dict[str, set[str]]) -> list[str]:
+    """Imports of one room of `engine/` by another that is not above it."""
+    pairs = [(name, other) for name, others in found.items() for other in others if room(name) != room(other)]
+    return sorted(f"{name} -> {other}" for name, other in pairs if floor(name) <= floor(other))
+
+
+def circles(found: dict[str, set[str]]) -> list[set[str]]:
+    """Modules that import each other, directly or through others."""
+    reach = {name: set(others) for name, others in found.items()}
+    for middle in reach:
+        for others in reach.values():
+            if middle in others:
+                others |= reach[middle]
+    together = {name: frozenset(other for other in others if name in reach[other]) for name, others in reach.items()}
+    return [set(group) for group in sorted(set(together.values()), key=len) if group]
+
+
+def test_arrows_inside_the_engine_point_down() -> None:
+    found = modules(ROOT / "engine")
+    assert len(found) > 100
+    up = arrows(found)
+    print(f"{sum(map(len, found.values()))} imports between {len(found)} modules, {len(up)} of them not downwards")
+    assert not up
+    assert not circles(found)
+    assert {room(name) for name in found} - {""} == set().union(*FLOORS), "a room has no floor, or a floor no room"
+
+
+def test_arrows_and_circles_are_seen() -> None:
+    found = {
+        "engine.core": {"engine.cache.pool"},
+        "engine.cache.pool": {"engine.step.run"},
+        "engine.step.run": {"engine.core"},
+    }
+    assert arrows(found) == ["engine.cache.pool -> engine.step.run", "engine.step.run -> engine.core"]
+    assert circles(found) == [set(found)]
+
+
 def test_the_readers_path_leads_to_files_and_is_as_long_as_it_says() -> None:
     page = (ROOT / "docs" / "engine.md").read_text().split("## Reading the code")[1]
     said = int(re.findall(r"About ([\d,]+) lines", page)[0].replace(",", ""))
@@ -54,7 +136,7 @@ def test_every_room_is_linked() -> None:
 
 
 def test_the_serving_path_imports_no_transformers() -> None:
-    code = "import sys, kvloom.engine.thread_client, kvloom.server.app; sys.exit('transformers' in sys.modules)"
+    code = "import sys, kvloom.engine.thread.client, kvloom.server.app; sys.exit('transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 

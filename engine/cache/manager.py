@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvloom.engine.cache.pool import BlockPool, Claim
+from kvloom.engine.cache.prefix import Chain, Domain, PrefixIndex
 from kvloom.engine.cache.storage import Storage
-from kvloom.engine.reuse.prefix import Chain, Domain, PrefixIndex
 
 _CLAIMS = 4096
 """Claims that are remembered: asked for with every block, and tenants may be many."""
@@ -38,7 +38,7 @@ HOLE = -1
 
 
 class Claimant(Protocol):
-    """What a tenant may keep in the cache (`engine.tenants.Tenant`)."""
+    """What a tenant may keep in the cache (`engine.requests.tenants.Tenant`)."""
 
     @property
     def weight(self) -> float:

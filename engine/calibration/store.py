@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.folders import cache_folder
+from kvloom.engine.settings.folders import cache_folder
 from kvloom.kernels.trust import foreign
 
 log = logging.getLogger("kvloom.engine")

@@ -19,7 +19,7 @@ class TidalChoice:
 
     layers: tuple[int, ...]
     figures: Mapping[str, float] = field(default_factory=dict)
-    """As measured by the calibration: see `engine.calibration.tidal_search.Figures`."""
+    """As measured by the calibration: see `loadtest.calibrations.tidal_search.Figures`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

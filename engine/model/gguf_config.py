@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.files import Fields, shown
 from kvloom.engine.model.config import ModelConfig, cap_to_window
+from kvloom.engine.model.files import Fields, shown
 from kvloom.engine.model.gguf_file import GGUFFile, GGUFTensor
 from kvloom.engine.model.rope import RopeConfig, yarn_attention_factor
 

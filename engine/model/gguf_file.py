@@ -19,7 +19,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.files import Fields, shown
+from kvloom.engine.model.files import Fields, shown
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

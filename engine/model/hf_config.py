@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.files import Fields, read_json, read_json_if_there, shown
 from kvloom.engine.model.config import ModelConfig, cap_to_window, log
+from kvloom.engine.model.files import Fields, read_json, read_json_if_there, shown
 from kvloom.engine.model.rope import RopeConfig, yarn_attention_factor
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kvloom.engine.config import DType, WeightMode
 from kvloom.engine.errors import ConfigError, ModelError
-from kvloom.engine.files import naming
 from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
+from kvloom.engine.model.files import naming
 from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads, output_columns, projection_rows
 from kvloom.engine.model.held import Held

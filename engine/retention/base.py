@@ -16,15 +16,15 @@ from torch import Tensor
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec
 from kvloom.engine.config import json_object, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.former import renamed
-from kvloom.engine.lifecycle import Feature
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.state import Keeper, StateMemory
+from kvloom.engine.requests.lifecycle import Feature
+from kvloom.engine.requests.state import Keeper, StateMemory
+from kvloom.engine.settings.former import renamed
 from kvloom.kernels.interface import Folded, Kernels, Rows
 
 if TYPE_CHECKING:
-    from kvloom.engine.request import Request
-    from kvloom.engine.scheduling.plan import Chunk
+    from kvloom.engine.requests.plan import Chunk
+    from kvloom.engine.requests.request import Request
 
 
 class Kept(NamedTuple):

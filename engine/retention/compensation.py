@@ -22,7 +22,7 @@ from torch import Tensor
 from kvloom.kernels.interface import Folded, Kernels, PagedKV
 
 if TYPE_CHECKING:
-    from kvloom.engine.request import Request
+    from kvloom.engine.requests.request import Request
 
 Ints = npt.NDArray[np.int32]
 

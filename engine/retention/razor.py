@@ -32,17 +32,17 @@ from kvloom.engine.calibration import find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.request import MAX_DRAFT_TOKENS
+from kvloom.engine.requests.request import MAX_DRAFT_TOKENS
+from kvloom.engine.requests.state import StateMemory
+from kvloom.engine.requests.traits import Record
 from kvloom.engine.retention.base import Kept
 from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
-from kvloom.engine.state import StateMemory
-from kvloom.engine.traits import Record
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 if TYPE_CHECKING:
-    from kvloom.engine.request import Request
-    from kvloom.engine.scheduling.plan import Chunk
+    from kvloom.engine.requests.plan import Chunk
+    from kvloom.engine.requests.request import Request
 
 RETRIEVAL, LOCAL = 0, 1
 

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from kvloom.engine.cache import BlockTable, CacheManager
-from kvloom.engine.isolation import blame
-from kvloom.engine.request import Request
+from kvloom.engine.requests.isolation import blame
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling.order import first_come
 from kvloom.engine.scheduling.pace import StepCost
 from kvloom.engine.scheduling.queue import Candidate

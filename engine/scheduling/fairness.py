@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 
 DECODE_COST = 2.0
 MOST_DEBTORS = 4096

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 
 Key = tuple[float, ...]
 

@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from kvloom.engine.request import Request
-from kvloom.engine.scheduling.plan import StepPlan, least, prefills
+from kvloom.engine.requests.plan import StepPlan, least, prefills
+from kvloom.engine.requests.request import Request
 
 MOST_ROWS = 2**31
 """As many as there is room for."""

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from kvloom.engine.cache import BlockTable, CacheManager
-from kvloom.engine.request import Request
+from kvloom.engine.requests.plan import Chunk, Reuse, fitting
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling.fairness import Fairness
-from kvloom.engine.scheduling.plan import Chunk, Reuse, fitting
 from kvloom.engine.scheduling.publishing import exact_until
 
 LOOK_UP_COST = 0.01

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvloom.engine.scheduling.plan import Chunk
+    from kvloom.engine.requests.plan import Chunk
 
 
 def exact_until(chunk: Chunk, *, saw_everything: bool) -> int:

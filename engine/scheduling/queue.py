@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Key
 

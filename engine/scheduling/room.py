@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from kvloom.engine.cache import BlockTable, CacheManager
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Order
 from kvloom.engine.scheduling.shares import MOST_VICTIMS, Shares
-from kvloom.engine.state import StateMemory
 
 MOST_PASSES = 64
 """Requests of other tenants that may start before one that waits for memory; then it comes first, unless its own tenant has

@@ -17,21 +17,21 @@ from collections import Counter
 from collections.abc import Callable
 
 from kvloom.engine.cache import BlockTable, CacheManager
-from kvloom.engine.isolation import Blamed
-from kvloom.engine.replay import rewind
-from kvloom.engine.request import Request, Status
+from kvloom.engine.requests.isolation import Blamed
+from kvloom.engine.requests.plan import Chunk, Reuse, StepPlan, of_prompt, prefills
+from kvloom.engine.requests.replay import rewind
+from kvloom.engine.requests.request import Request, Status
+from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.engine.scheduling.order import Order
 from kvloom.engine.scheduling.pace import Pace
-from kvloom.engine.scheduling.plan import Chunk, Reuse, StepPlan, of_prompt, prefills
 from kvloom.engine.scheduling.progress import Progress
 from kvloom.engine.scheduling.publishing import exact_until
 from kvloom.engine.scheduling.queue import KeyedLane, Lane, WaitingQueue
 from kvloom.engine.scheduling.room import Room
 from kvloom.engine.scheduling.shares import Shares
 from kvloom.engine.scheduling.turns import TURN_STEPS, Turns
-from kvloom.engine.state import StateMemory
 
 MOST_TRIES = 8
 """Heads of lanes that are tried per admission."""

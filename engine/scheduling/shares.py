@@ -16,7 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling.order import Key
 
 MOST_VICTIMS = 16

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvloom.engine.request import Request
+from kvloom.engine.requests.plan import StepPlan, of_prompt
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling.order import Key
-from kvloom.engine.scheduling.plan import StepPlan, of_prompt
 
 TURN_STEPS = 4
 """Steps in a row without a row after which a prompt, or drafts to verify, come before decode rows: those need one row each and

@@ -8,6 +8,7 @@ recycled       lists by attention score per layer and KV head, used again until 
 razor_view     everything, or another method, for retrieval heads; sinks, a window and a compensation token for all others
 """
 
+from kvloom.engine.requests.stats import MethodStats
 from kvloom.engine.selection.base import Method, Selector
 from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.selection.dense import dense_rows
@@ -17,7 +18,6 @@ from kvloom.engine.selection.recycled import Recycled, RecycledOptions
 from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
 from kvloom.engine.selection.token_select import TokenSelect, TokenSelectOptions
-from kvloom.engine.stats import MethodStats
 
 METHODS: dict[str, Method] = {
     method.name: method

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from kvloom.engine.bounds import shown, wrong
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.former import renamed
+from kvloom.engine.requests.traits import Layer, SelectorTraits
 from kvloom.engine.selection.geometry import Geometry
-from kvloom.engine.traits import Layer, SelectorTraits
+from kvloom.engine.settings.former import renamed
 from kvloom.kernels.interface import Kernels
 
 if TYPE_CHECKING:

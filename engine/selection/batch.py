@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.client import MethodStats
+from kvloom.engine.requests.state import NO_STATE, StateMemory
+from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.geometry import Geometry
-from kvloom.engine.state import NO_STATE, StateMemory
-from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Kernels, Lists, Plan, PoolHow, Rows
 
 if TYPE_CHECKING:
-    from kvloom.engine.request import Request
+    from kvloom.engine.requests.request import Request
 
 Ints = npt.NDArray[np.int32]
 Plans = Mapping[int, Plan]

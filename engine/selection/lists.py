@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvloom.engine.requests.traits import Layer
 from kvloom.engine.selection.batch import Batch, Span
-from kvloom.engine.traits import Layer
 from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal, Rows
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import MAX_DRAFT_TOKENS, KVOptions, Request
+from kvloom.engine.requests.request import MAX_DRAFT_TOKENS, KVOptions, Request
+from kvloom.engine.requests.state import WORD
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
 from kvloom.engine.selection.base import Method, Whole, read_options
-from kvloom.engine.state import WORD
 from kvloom.kernels.interface import Kernels
 
 MOST_SELECTORS = 64

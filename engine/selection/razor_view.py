@@ -34,14 +34,14 @@ from kvloom.engine.bounds import bounded
 from kvloom.engine.calibration import HeadClasses, find_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.requests.state import NO_STATE
+from kvloom.engine.requests.stats import MethodStats
+from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
 from kvloom.engine.selection.base import EVERYWHERE, Method, RowsInStep, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.engine.selection.geometry import Geometry
-from kvloom.engine.state import NO_STATE
-from kvloom.engine.stats import MethodStats
-from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Folded, Kernels
 
 NAME = "razor_view"

@@ -41,12 +41,12 @@ from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.requests.stats import MethodStats
+from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.base import EVERYWHERE, check_fields
 from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.lists import KeptLists, Renewed
-from kvloom.engine.stats import MethodStats
-from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Kernels, Rows
 
 MOST_SEED_ROWS = 64

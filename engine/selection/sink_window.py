@@ -13,11 +13,11 @@ import numpy as np
 from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
+from kvloom.engine.requests.stats import MethodStats
+from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.base import EVERYWHERE, check_fields, refuse
 from kvloom.engine.selection.batch import Batch
 from kvloom.engine.selection.geometry import Geometry
-from kvloom.engine.stats import MethodStats
-from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Kernels
 
 

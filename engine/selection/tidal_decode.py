@@ -41,11 +41,11 @@ from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.calibration import TidalCalibration, find_tidal
+from kvloom.engine.requests.stats import MethodStats
+from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.base import EVERYWHERE, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Plans
 from kvloom.engine.selection.geometry import Geometry
-from kvloom.engine.stats import MethodStats
-from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Kernels, Lists, PoolHow
 
 NAME = "tidal_decode"

@@ -42,12 +42,12 @@ from torch import Tensor
 from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.client import MethodStats
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.base import EVERYWHERE, RowsInStep, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints, Plans
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.lists import KeptLists, Renewed
 from kvloom.engine.selection.token_select_positions import Reindexed, TurnBack, neutral_query, neutral_scores
-from kvloom.engine.traits import Layer, Record
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 MOST_LOCAL = 512

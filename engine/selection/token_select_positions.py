@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.engine.requests.traits import Layer
 from kvloom.engine.selection.batch import Batch, Ints, Plans
-from kvloom.engine.traits import Layer
 from kvloom.kernels.interface import PagedKV, Rows
 
 Indices = npt.NDArray[np.int64]

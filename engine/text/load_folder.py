@@ -14,7 +14,7 @@ from typing import Any
 import tokenizers
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.files import Fields, read_json_if_there, shown
+from kvloom.engine.model.files import Fields, read_json_if_there, shown
 from kvloom.engine.text.settings import TokenizerSettings, unique
 from kvloom.engine.text.spelling import most_bytes
 

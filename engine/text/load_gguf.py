@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.files import Fields, shown
+from kvloom.engine.model.files import Fields, shown
 from kvloom.engine.text.presplit import presplit
 from kvloom.engine.text.settings import TokenizerSettings, unique
 from kvloom.engine.text.spelling import most_bytes

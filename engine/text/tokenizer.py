@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.files import naming
+from kvloom.engine.model.files import naming
 from kvloom.engine.text.load_folder import load_folder
 from kvloom.engine.text.load_gguf import load_gguf
 from kvloom.engine.text.settings import TokenizerSettings

@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 
 from kvloom.engine import LLM, SamplingParams
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.kernels import Kernels
 from kvloom.loadtest.figures import markdown, publish
 from kvloom.loadtest.study import results

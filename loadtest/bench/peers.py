@@ -37,7 +37,7 @@ from kvloom.loadtest.study.results import console
 from kvloom.version import __version__
 
 if TYPE_CHECKING:
-    from kvloom.loadtest.client.client import Client  # aiohttp: the command's help is read without it
+    from kvloom.loadtest.client.client import Client
 
 LEAD = 20
 """Chunks that every stream has sent before prompts arrive."""

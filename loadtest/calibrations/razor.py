@@ -21,9 +21,9 @@ import torch
 from kvloom.engine import LLM
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, save_razor
 from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, Scores, best_heads, retrieval_heads
-from kvloom.engine.calibration.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.calibrations import add_held
+from kvloom.loadtest.calibrations.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 from kvloom.loadtest.study.flags import add_model, need, parser
 from kvloom.loadtest.study.pictures import picture
 from kvloom.loadtest.study.results import console, console_table

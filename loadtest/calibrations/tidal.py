@@ -20,13 +20,13 @@ import torch
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import TidalChoice, save_tidal
-from kvloom.engine.calibration.rows import DecodeRows
-from kvloom.engine.calibration.tidal_search import Figures, Judge, TidalSearch
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection.base import Selector
 from kvloom.engine.selection.sink_window import SinkWindow, SinkWindowOptions
 from kvloom.engine.selection.tidal_decode import TidalDecodeOptions, paper_layers
 from kvloom.loadtest.calibrations import add_held
+from kvloom.loadtest.calibrations.rows import DecodeRows
+from kvloom.loadtest.calibrations.tidal_search import Figures, Judge, TidalSearch
 from kvloom.loadtest.study.flags import add_model, numbers, parser
 from kvloom.loadtest.study.results import console, console_table
 from kvloom.loadtest.workloads.corpus import TextSource

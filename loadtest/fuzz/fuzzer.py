@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request, RequestOutput
+from kvloom.engine.requests.request import Request, RequestOutput
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.selection import METHODS
 from kvloom.loadtest.fuzz.inputs import Inputs, Sent

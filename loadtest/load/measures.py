@@ -20,7 +20,7 @@ from kvloom.loadtest.study.flags import seconds_of
 from kvloom.loadtest.study.intervals import bootstrap_median
 
 if TYPE_CHECKING:
-    from kvloom.loadtest.client.drive import StageRun  # aiohttp: a command's help is read without it
+    from kvloom.loadtest.client.drive import StageRun
 
 DEFINITIONS = {
     "ttft": "time to first token: sending -> arrival of the first non-empty text. Setting up the connection counts (each "

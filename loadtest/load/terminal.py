@@ -14,7 +14,7 @@ from kvloom.loadtest.client.record import Record
 from kvloom.loadtest.study.results import console_table
 
 if TYPE_CHECKING:
-    from kvloom.loadtest.client.drive import Driver  # aiohttp: a command's help is read without it
+    from kvloom.loadtest.client.drive import Driver
 
 TIMES = (("TTFT", "ttft"), ("TPOT", "tpot"), ("ITL", "itl"), ("E2E", "e2el"))
 LATE_MS = 50.0

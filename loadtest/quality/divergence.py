@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine import LLM
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.loadtest.quality.decoding import Cost, Passage, follow
 from kvloom.loadtest.study.intervals import bootstrap, exponential
 

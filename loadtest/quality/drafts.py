@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import Completion
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.selection import METHODS
 from kvloom.loadtest.figures import publish
 from kvloom.loadtest.quality.text import reference_text, windows

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.divergence import BLOCK
 from kvloom.loadtest.quality.spec import MethodSpec, plan

@@ -21,7 +21,7 @@ import numpy as np
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement, Scores

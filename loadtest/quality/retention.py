@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions, Request, SamplingParams, Status
+from kvloom.engine.requests.request import KVOptions, Request, SamplingParams, Status
 from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import WARM_STEPS, prefill
 from kvloom.loadtest.quality.divergence import Agreement

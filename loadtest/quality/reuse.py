@@ -31,7 +31,7 @@ import numpy as np
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.loadtest.quality.reuse_runs import (

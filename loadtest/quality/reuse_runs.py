@@ -26,7 +26,7 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions, Request, SamplingParams, Usage
+from kvloom.engine.requests.request import KVOptions, Request, SamplingParams, Usage
 from kvloom.loadtest.quality import facts
 from kvloom.loadtest.quality.divergence import divergence
 from kvloom.loadtest.quality.facts import Fact

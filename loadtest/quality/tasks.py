@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.text import Tokenizer
 from kvloom.loadtest.quality import facts
 from kvloom.loadtest.quality.decoding import Cost, Passage, follow

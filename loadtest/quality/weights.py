@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine import LLM, SamplingParams
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.loadtest.bench.engine import add, median_seconds, random_tokens, weight_bytes
 from kvloom.loadtest.quality.text import reference_text, windows

@@ -46,10 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(folders: Sequence[Path], names: Sequence[str], out: Path | None) -> list[Path]:
-    from kvloom.loadtest.report.pages import compare_runs, write_run  # draws: the command's help is read without matplotlib
+    from kvloom.loadtest.report.pages import compare_runs, write_run
 
     if len(folders) == 1 and (folders[0] / "sweep.json").exists():
-        from kvloom.loadtest.sweep.report import write_sweep  # stands above this package
+        from kvloom.loadtest.sweep.report import write_sweep
 
         return write_sweep(folders[0], out)
     if len(folders) == 1:

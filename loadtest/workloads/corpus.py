@@ -20,9 +20,9 @@ from pathlib import Path
 from pydoc_data import topics
 from typing import NamedTuple
 
-from kvloom.engine.catalog import resolve
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.gguf_file import read_metadata
+from kvloom.engine.startup.catalog import resolve
 from kvloom.engine.text import Tokenizer
 
 _BLANK = re.compile(r"\n[ \t]*\n")

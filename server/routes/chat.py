@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from kvloom.engine.request import TokenLogprob
+from kvloom.engine.requests.request import TokenLogprob
 from kvloom.server.context import context_of
 from kvloom.server.logprobs import chat_logprobs, prompt_logprobs
 from kvloom.server.replies import CHAT, Choice, whole_body

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from kvloom.engine.request import TokenLogprob
+from kvloom.engine.requests.request import TokenLogprob
 from kvloom.server.context import ServerContext, context_of
 from kvloom.server.echo import Echo
 from kvloom.server.logprobs import Echoed, LegacyLogprobs, prompt_logprobs

@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from kvloom.engine.client import EngineStats, TenantStats
-from kvloom.engine.figures import placed
+from kvloom.engine.requests.figures import placed
 from kvloom.server.context import context_of, sees_all, tenant_of
 from kvloom.server.routes import explain, segments
 

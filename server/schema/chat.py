@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, WithJsonSchema, model_validator
 
-from kvloom.engine.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.common import GenerationBody, StrictBody, Text, unicode_text
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.unsupported import OF_MESSAGES, refuse

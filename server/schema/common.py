@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from kvloom.engine.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingDefaults, SamplingParams
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, refuse
 

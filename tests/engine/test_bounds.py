@@ -15,7 +15,7 @@ import pytest
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.bounds import Range, range_of, shown, told, wrong
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.retention.razor import RazorOptions
 from kvloom.engine.reuse.kvshare.options import RepairOptions, ShareOptions
 from kvloom.engine.selection import METHODS

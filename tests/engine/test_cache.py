@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from kvloom.engine.cache import HOLE, BlockTable, CacheManager, GroupSpec, Match, Storage, bytes_per_token
-from kvloom.engine.reuse.prefix import Domain, DomainFactory
+from kvloom.engine.cache.prefix import Domain, DomainFactory
 
 SIZE = 4
 FACTORY = DomainFactory("model", "fp32", secret=b"s" * 32)
@@ -91,7 +91,7 @@ def test_domain_parts_cannot_run_together() -> None:
 
 def test_colliding_keys_are_told_apart_by_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     cache = make_cache()
-    monkeypatch.setattr("kvloom.engine.reuse.prefix.Chain.extend", lambda self, tokens, n: self.keys.extend([b"k"] * n))
+    monkeypatch.setattr("kvloom.engine.cache.prefix.Chain.extend", lambda self, tokens, n: self.keys.extend([b"k"] * n))
     cache.close(fill(cache, [1, 2, 3, 4]))
     assert hit(cache, [1, 2, 3, 4, 5]) == 4
     assert hit(cache, [9, 9, 9, 9, 5]) == 0

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvloom.engine.cache import BlockTable
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling import cache_aware
 from kvloom.engine.scheduling.cache_aware import Estimate, PrefixEstimator, hit_level
 from kvloom.loadtest.simulate_scheduler import Job, Machine, Simulation, hot_and_cold

@@ -14,14 +14,14 @@ import torch
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.calibration import TidalCalibration, TidalChoice, find_tidal, save_tidal, store
-from kvloom.engine.calibration.choose import best_chain, improve
-from kvloom.engine.calibration.rows import DecodeRows
-from kvloom.engine.calibration.similarity import read_by, similarity
-from kvloom.engine.calibration.tidal_search import Judge, TidalSearch
 from kvloom.engine.errors import ConfigError, ModelError
-from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
 from kvloom.loadtest.calibrations import tidal as calibrate_tidal
+from kvloom.loadtest.calibrations.choose import best_chain, improve
+from kvloom.loadtest.calibrations.rows import DecodeRows
+from kvloom.loadtest.calibrations.similarity import read_by, similarity
+from kvloom.loadtest.calibrations.tidal_search import Judge, TidalSearch
 
 Make = Callable[..., LLM]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from kvloom.engine import catalog
-from kvloom.engine.catalog import BuiltinModel, ModelFiles, list_cached, resolve
 from kvloom.engine.errors import ModelError, ModelNotFoundError
-from kvloom.engine.folders import cache_folder
-from kvloom.engine.request import SamplingDefaults
+from kvloom.engine.requests.request import SamplingDefaults
+from kvloom.engine.settings.folders import cache_folder
+from kvloom.engine.startup import catalog
+from kvloom.engine.startup.catalog import BuiltinModel, ModelFiles, list_cached, resolve
 
 CONTENT = b"GGUF" + bytes(range(256)) * 4000  # about 1 MB: more than one chunk
 

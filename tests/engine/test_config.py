@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from kvloom.engine import memory
 from kvloom.engine.config import EngineConfig, all_options, parse_bytes
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import SamplingParams
+from kvloom.engine.requests.request import SamplingParams
 from kvloom.engine.retention import RETENTION
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS
+from kvloom.engine.startup import memory
 
 
 def test_every_setting_is_described() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.core import EngineCore
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.report import MOST_TENANTS
 from kvloom.engine.reuse.kvshare.shadow import LEAST
+from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]
 SHARE = '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "shadow_share": 0, "heal": false}'
@@ -57,8 +58,8 @@ def serve(core: EngineCore, tenants: range) -> None:
 
 def fail_checks(core: EngineCore, tenants: int) -> None:
     """As if shadow checks had gone wrong for so many tenants."""
-    assert core.share is not None
-    shadow = core.share._shadow
+    assert core.feature(KVShare) is not None
+    shadow = core.feature(KVShare)._shadow
     for i in range(min(tenants, 2 * MOST_TENANTS)):
         for _ in range(LEAST):
             shadow._checking = [(1.0, False)]

@@ -11,7 +11,7 @@ import torch
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.errors import ConfigError, ContextLengthError, InvalidRequestError
-from kvloom.engine.stats import STEP_PROMPT_ROWS
+from kvloom.engine.requests.stats import STEP_PROMPT_ROWS
 
 MakeLLM = Callable[..., LLM]
 BLOCK_BYTES = 3 * 2 * 2 * 16 * 4 * 16  # layers, K and V, heads, head_dim, fp32, tokens

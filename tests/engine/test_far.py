@@ -16,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient, errors
-from kvloom.engine.build import Built
 from kvloom.engine.client import Health, ModelInfo
 from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError, EngineDeadError, KVLoomError, ModelError
-from kvloom.engine.prepare import tokenizer_of
-from kvloom.engine.request import KVOptions, RequestOutput, SamplingDefaults, TokenLogprob, Usage
+from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingDefaults, TokenLogprob, Usage
+from kvloom.engine.startup.build import Built
+from kvloom.engine.startup.prepare import tokenizer_of
 from kvloom.server.errors import GenerationError, ServerClosingError
 
 MakeLLM = Callable[..., LLM]
@@ -91,7 +91,7 @@ def test_the_tokenizer_is_loaded_without_the_engine_and_without_torch(make_llm: 
     llm = make_llm()
     assert llm.model.source == str(tiny)
     code = (
-        "import pickle, sys; from kvloom.engine.prepare import tokenizer_of\n"
+        "import pickle, sys; from kvloom.engine.startup.prepare import tokenizer_of\n"
         "tokens = tokenizer_of(pickle.loads(sys.stdin.buffer.read())).encode('import the model')\n"
         "sys.exit(1 if 'torch' in sys.modules else 0) if tokens else sys.exit(2)"
     )

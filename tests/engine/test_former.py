@@ -6,11 +6,11 @@ import logging
 
 import pytest
 
-from kvloom.engine import former
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.retention import RETENTIONS
 from kvloom.engine.selection import METHODS
 from kvloom.engine.selection.base import read_options
+from kvloom.engine.settings import former
 
 OLD = {"least": 64, "share": 7}
 

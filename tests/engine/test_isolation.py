@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, EngineConfig, KVOptions, SamplingParams
-from kvloom.engine.assemble import assemble
 from kvloom.engine.errors import EngineDeadError, InternalError
-from kvloom.engine.isolation import INTERNAL, MOST_FAILURES
-from kvloom.engine.request import Request, RequestOutput
+from kvloom.engine.requests.isolation import INTERNAL, MOST_FAILURES
+from kvloom.engine.requests.request import Request, RequestOutput
 from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.startup.assemble import assemble
 
 MakeLLM = Callable[..., LLM]
 SHARE = (

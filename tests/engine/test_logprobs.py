@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kvloom.engine.logprobs import logprobs
+from kvloom.engine.step.logprobs import logprobs
 
 
 def plain(row: list[float], token: int, top: int) -> tuple[int, float, int, list[tuple[int, float]]]:

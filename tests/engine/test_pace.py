@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvloom.engine.request import Request, Status
+from kvloom.engine.requests.request import Request, Status
 from kvloom.engine.scheduling.pace import BURST_SECONDS, FAVOUR, LEAST_ROWS, PROBE_STEPS, StepCost
 from kvloom.loadtest.simulate_scheduler import Job, Machine, Simulation
 

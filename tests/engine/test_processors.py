@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.engine.processors import Processors, processors, quota
+from kvloom.engine.startup.processors import Processors, processors, quota
 
 
 def _group(folder: Path, **files: str) -> None:

@@ -11,12 +11,12 @@ from collections.abc import Callable
 import pytest
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
-from kvloom.engine.backlog import MAX_OUTPUTS, Backlog
-from kvloom.engine.build import Built
 from kvloom.engine.errors import ContextLengthError, OverloadedError
-from kvloom.engine.questions import STEPS_SHARE, WAITING, WAITING_OF_TENANT, Question, Questions
-from kvloom.engine.queue_limit import QUEUED_CAPACITIES, QUEUED_REQUESTS, Place, QueueLimit
-from kvloom.engine.request import RequestOutput, Usage
+from kvloom.engine.requests.request import RequestOutput, Usage
+from kvloom.engine.startup.build import Built
+from kvloom.engine.thread.backlog import MAX_OUTPUTS, Backlog
+from kvloom.engine.thread.questions import STEPS_SHARE, WAITING, WAITING_OF_TENANT, Question, Questions
+from kvloom.engine.thread.queue_limit import QUEUED_CAPACITIES, QUEUED_REQUESTS, Place, QueueLimit
 
 
 def fill(limit: QueueLimit, tenant: str, tokens: int) -> int:
@@ -190,7 +190,7 @@ def test_what_is_not_read_is_bounded() -> None:
 
 
 def test_work_beside_requests_is_charged() -> None:
-    from kvloom.engine.request import Request
+    from kvloom.engine.requests.request import Request
     from kvloom.engine.scheduling.fairness import Fairness
 
     fairness = Fairness(100.0, lambda tenant: 1.0)

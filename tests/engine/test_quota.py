@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage
 from kvloom.engine.cache.eviction import KeptItems
 from kvloom.engine.cache.pool import STRANGER_TURNOVERS
-from kvloom.engine.reuse.prefix import DomainFactory
+from kvloom.engine.cache.prefix import DomainFactory
 
 SIZE = 4
 DOMAINS = DomainFactory("model", secret=b"s" * 32)

@@ -16,11 +16,11 @@ from torch import Tensor
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.retention.razor import divide, window_blocks
 from kvloom.engine.retention.window import Window
-from kvloom.engine.runner import StepResult
 from kvloom.engine.scheduling import StepPlan
+from kvloom.engine.step.runner import StepResult
 
 LAYERS, HEADS, GROUP, DIM = 3, 2, 2, 16
 INDUCTION = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
@@ -36,7 +36,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
         echo = tuple(tuple(float((layer, head) == (0, 1)) for head in range(HEADS)) for layer in range(LAYERS))
         return RazorCalibration(model_key=model_key, model="tiny", induction=INDUCTION, echo=echo)
 
-    for module in ("kvloom.engine.retention.razor", "kvloom.engine.capacity", "kvloom.engine.selection.razor_view"):
+    for module in ("kvloom.engine.retention.razor", "kvloom.engine.startup.capacity", "kvloom.engine.selection.razor_view"):
         monkeypatch.setattr(f"{module}.find_razor", find)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, find_razor, save_razor, store
 from kvloom.engine.calibration.razor import best_heads, retrieval_heads
-from kvloom.engine.calibration.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 from kvloom.engine.errors import ConfigError, ModelError
+from kvloom.loadtest.calibrations.razor_scores import HeadScores, Pattern, mean_scores, measure, overlaps
 
 Make = Callable[..., LLM]
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request, SamplingParams
-from kvloom.engine.sampler import Drawn, SampleError, Token, uniform
-from kvloom.engine.sampler import Sampler as BatchSampler
+from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.step.sampler import Drawn, SampleError, Token, uniform
+from kvloom.engine.step.sampler import Sampler as BatchSampler
 from kvloom.kernels import Kernels, load
 
 VOCAB = 50

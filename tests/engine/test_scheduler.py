@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage
-from kvloom.engine.isolation import Blamed
-from kvloom.engine.request import Request, SamplingParams, Status
-from kvloom.engine.reuse.prefix import DomainFactory
+from kvloom.engine.cache.prefix import DomainFactory
+from kvloom.engine.requests.isolation import Blamed
+from kvloom.engine.requests.request import Request, SamplingParams, Status
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 
 SIZE = 4

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvloom.engine import LLM, SamplingParams
-from kvloom.engine.catalog import resolve
+from kvloom.engine.startup.catalog import resolve
 from kvloom.loadtest.bench.peers import busy
 from kvloom.server.console import FIRST_QUESTION
 

@@ -10,7 +10,7 @@ import pytest
 from kvloom.engine import LLM
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.tenants import Tenant, Tenants
+from kvloom.engine.requests.tenants import Tenant, Tenants
 
 FILE = """
 tenants:
@@ -134,7 +134,7 @@ def test_settings() -> None:
 
 @pytest.mark.parametrize("order", ["fcfs", "priority", "cache_aware"])
 def test_every_order_gives_the_same_tokens(make_llm: Callable[..., LLM], order: str) -> None:
-    from kvloom.engine.request import SamplingParams
+    from kvloom.engine.requests.request import SamplingParams
 
     prompts = [f"{'once upon a time ' * 12}{i}" for i in range(6)]
     params = SamplingParams(temperature=0, max_tokens=8)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, SamplingParams, ThreadEngineClient
-from kvloom.engine.build import Built
 from kvloom.engine.client import Health, TenantStats
 from kvloom.engine.errors import (
     ContextLengthError,
@@ -22,9 +21,10 @@ from kvloom.engine.errors import (
     ModelError,
     OverloadedError,
 )
-from kvloom.engine.isolation import INTERNAL
-from kvloom.engine.request import KVOptions, RequestOutput
-from kvloom.engine.thread_client import DIED, STALL_SECONDS
+from kvloom.engine.requests.isolation import INTERNAL
+from kvloom.engine.requests.request import KVOptions, RequestOutput
+from kvloom.engine.startup.build import Built
+from kvloom.engine.thread.client import DIED, STALL_SECONDS
 
 MakeLLM = Callable[..., LLM]
 LONG = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
@@ -322,8 +322,8 @@ def test_requests_go_before_the_engines_own_work(make_llm: MakeLLM) -> None:
 def test_many_requests_at_once_are_added_between_steps_not_before_one(
     make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvloom.engine.thread_client.RECEIVE_SECONDS", 0.0)  # a message and no more
-    monkeypatch.setattr("kvloom.engine.thread_client.RECEIVE_SHARE", 0.0)
+    monkeypatch.setattr("kvloom.engine.thread.client.RECEIVE_SECONDS", 0.0)  # a message and no more
+    monkeypatch.setattr("kvloom.engine.thread.client.RECEIVE_SHARE", 0.0)
     llm = make_llm()
     added, step = [0], llm.core.step
     add = llm.core.add

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from kvloom.engine.watchdog import Watchdog
+from kvloom.engine.thread.watchdog import Watchdog
 
 
 class Clock:
@@ -42,7 +42,7 @@ def test_silence_is_counted_in_ticks_of_ones_own() -> None:
 
 STOPPED = """
 import sys, time
-from kvloom.engine.watchdog import Watchdog
+from kvloom.engine.thread.watchdog import Watchdog
 dog = Watchdog(lambda: True, interval=0.02)
 dog.start()
 print("ready", flush=True)

@@ -14,12 +14,7 @@ from torch import Tensor
 
 from kvloom.engine.model.quantized import round_to_int4, round_to_int8
 from kvloom.kernels.cpu.native import NativeKernels
-from kvloom.kernels.cpu.native.linear import (
-    PackedWeight,
-    QuantLinear,
-    pack_int4,
-    pack_int8,
-)
+from kvloom.kernels.cpu.native.linear import PackedWeight, QuantLinear, pack_int4, pack_int8
 from tests.conftest import native_kernels
 
 FORMATS = ("q4_0", "q4_1", "q8_0")

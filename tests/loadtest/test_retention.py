@@ -10,7 +10,7 @@ import pytest
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.loadtest.quality import retention
 from kvloom.loadtest.quality.tasks import ask, in_prompt, trials
 from kvloom.server.cli import main
@@ -24,7 +24,7 @@ def find(model_key: str) -> RazorCalibration:
 
 @pytest.fixture
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("kvloom.engine.retention.razor", "kvloom.engine.capacity"):
+    for module in ("kvloom.engine.retention.razor", "kvloom.engine.startup.capacity"):
         monkeypatch.setattr(f"{module}.find_razor", find)
 
 

@@ -20,12 +20,12 @@ from typing import Any
 
 import pytest
 
-from kvloom.engine.build import build
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.load import load_model
-from kvloom.engine.prepare import load_tokenizer
+from kvloom.engine.startup.build import build
+from kvloom.engine.startup.prepare import load_tokenizer
 from kvloom.engine.text import check_vocabulary, end_tokens
 from kvloom.engine.text.spelling import byte_alphabet
 

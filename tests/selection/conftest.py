@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.calibration import HeadClasses
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.selection import Geometry
 from kvloom.engine.selection.razor_view import RazorViewOptions
 from kvloom.kernels.interface import Folded, PagedKV, Rows

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from kvloom.engine import LLM
-from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
 from kvloom.engine.selection import METHODS
 from kvloom.kernels.cpu.native.graph import NativeGraph
 from tests.conftest import write_tokenizer
@@ -89,7 +89,7 @@ def test_dense_requests_pay_nothing(make_llm: Make, monkeypatch: pytest.MonkeyPa
     def refuse(*_: Any) -> None:
         raise AssertionError("a dense step went through selection")
 
-    monkeypatch.setattr("kvloom.engine.runner.StepParts", refuse)
+    monkeypatch.setattr("kvloom.engine.step.runner.StepParts", refuse)
     assert run(llm, jobs) == expected
     after = llm.stats()
     assert after.selection == before.selection

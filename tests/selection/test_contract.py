@@ -11,7 +11,7 @@ import torch
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
 from tests.selection.conftest import Traced, greedy, masked_attention
 
 Make = Callable[..., LLM]

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
-from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
 from tests.selection.conftest import greedy
 
 Make = Callable[..., LLM]

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.cache.manager import BlockTable
-from kvloom.engine.request import KVOptions, Request
-from kvloom.engine.scheduling.plan import StepPlan
+from kvloom.engine.requests.plan import StepPlan
+from kvloom.engine.requests.request import KVOptions, Request
 from tests.selection.conftest import greedy
 
 Make = Callable[..., LLM]

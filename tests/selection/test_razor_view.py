@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from kvloom.engine import LLM, SamplingParams
-from kvloom.engine.attention import StepAttention
 from kvloom.engine.calibration import HeadClasses, RazorCalibration, save_razor, store
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.retention.window import Window
 from kvloom.engine.selection import razor_view
+from kvloom.engine.step.attention import StepAttention
 from tests.selection.conftest import Traced, greedy, masked_attention
 
 Make = Callable[..., LLM]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from tests.selection.conftest import Call, Traced, greedy, logprobs_of, masked_attention
 
 Make = Callable[..., LLM]

@@ -10,8 +10,8 @@ import pytest
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
-from kvloom.engine.request import KVOptions, Request, SamplingParams
-from kvloom.engine.scheduling.plan import StepPlan
+from kvloom.engine.requests.plan import StepPlan
+from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
 from tests.selection.conftest import greedy
 
 Make = Callable[..., LLM]

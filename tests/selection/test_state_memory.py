@@ -11,9 +11,9 @@ import torch
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
+from kvloom.engine.requests.state import NO_STATE, StateMemory
 from kvloom.engine.selection.lists import KeptLists
-from kvloom.engine.state import NO_STATE, StateMemory
 from kvloom.kernels.interface import NO_LIST
 from tests.selection.conftest import greedy, logprobs_of
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.engine.calibration import TidalCalibration, TidalChoice, save_tidal, store
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
 from kvloom.kernels.interface import PagedKV
 from kvloom.kernels.reference import gather
 from tests.conftest import write_tokenizer

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvloom import kernels
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from kvloom.kernels.reference import ReferenceKernels
 from tests.selection.conftest import Call, Traced, greedy, masked_attention
 

@@ -17,11 +17,11 @@ from kvloom.engine import LLM
 from kvloom.engine.client import MethodStats
 from kvloom.engine.errors import ConfigError, ContextLengthError
 from kvloom.engine.model.rope import RopeConfig, rotary_table
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.state import StateMemory
+from kvloom.engine.requests.traits import Layer
 from kvloom.engine.selection import Batch, Geometry, Scratch
 from kvloom.engine.selection.token_select_positions import Reindexed, TurnBack, neutral_query, neutral_scores
-from kvloom.engine.state import StateMemory
-from kvloom.engine.traits import Layer
 from kvloom.kernels.interface import PagedKV, Rows
 from kvloom.kernels.reference import ReferenceKernels
 from tests.selection.conftest import greedy

@@ -11,7 +11,7 @@ import torch
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import KVOptions
+from kvloom.engine.requests.request import KVOptions
 from tests.selection.conftest import Call, Traced, greedy, masked_attention
 
 Make = Callable[..., LLM]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration, TidalCalibration, TidalChoice
-from kvloom.engine.request import KVOptions, Request
-from kvloom.engine.scheduling.plan import StepPlan
+from kvloom.engine.requests.plan import StepPlan
+from kvloom.engine.requests.request import KVOptions, Request
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
 from kvloom.kernels.reference import ReferenceKernels

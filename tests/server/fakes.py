@@ -18,10 +18,10 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo, ShareStats, TenantStats
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, KVLoomError
-from kvloom.engine.queue_limit import QueueLimit
-from kvloom.engine.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
+from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
 from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
 from kvloom.engine.text.tokenizer import TokenizerSettings
+from kvloom.engine.thread.queue_limit import QueueLimit
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

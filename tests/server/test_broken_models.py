@@ -71,8 +71,8 @@ def test_one_line_and_exit_code_1(tmp_path, capsys, monkeypatch, case) -> None:
 
 def load(model: str) -> int:
     """What serving does up to the engine, without compiling kernels."""
-    from kvloom.engine.catalog import resolve
     from kvloom.engine.model.load import load_model
+    from kvloom.engine.startup.catalog import resolve
     from kvloom.kernels.reference import ReferenceKernels
 
     load_model(resolve(model).path, "fp32", ReferenceKernels())

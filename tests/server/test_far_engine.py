@@ -11,8 +11,8 @@ import pytest
 
 from kvloom.engine.client import EngineClient, fold_of
 from kvloom.engine.errors import ContextLengthError, InternalError, OverloadedError
-from kvloom.engine.request import KVOptions
-from kvloom.engine.stats import EngineStats
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.stats import EngineStats
 
 CHAT = {"messages": [{"role": "user", "content": "hello world"}], "max_tokens": 5}
 TEXT = {"prompt": "hello world", "max_tokens": 6}

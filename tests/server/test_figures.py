@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvloom.engine.client import Health
-from kvloom.engine.figures import declared, placed, told
-from kvloom.engine.stats import CHECKS, KINDS, EngineStats, GroupStats, MethodStats, ShareStats, TenantStats
+from kvloom.engine.requests.figures import declared, placed, told
+from kvloom.engine.requests.stats import CHECKS, KINDS, EngineStats, GroupStats, MethodStats, ShareStats, TenantStats
 
 CLASSES: tuple[Any, ...] = (EngineStats, GroupStats, MethodStats, ShareStats, TenantStats, Health)
 METRICS = {

@@ -213,7 +213,7 @@ def test_access_line_can_be_off(serving, fake, caplog):
 def test_the_models_own_sampling_stands_in_for_what_a_request_does_not_say(serving, fake):
     from dataclasses import replace
 
-    from kvloom.engine.request import SamplingDefaults
+    from kvloom.engine.requests.request import SamplingDefaults
 
     engine = fake.FakeEngine()
     engine.model = replace(engine.model, sampling=SamplingDefaults(temperature=0.2, top_p=0.9))

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.thread_client import ThreadEngineClient
+from kvloom.engine.thread.client import ThreadEngineClient
 
 OPTIONS = (
     '{"verified": true, "min_match": 32, "min_reusable": 48, "min_gain": -1, "reject_above": 10, "shadow_share": 0, '

@@ -6,8 +6,8 @@ import threading
 import pytest
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError, OverloadedError
-from kvloom.engine.questions import WAITING_OF_TENANT
-from kvloom.engine.queue_limit import QueueLimit
+from kvloom.engine.thread.questions import WAITING_OF_TENANT
+from kvloom.engine.thread.queue_limit import QueueLimit
 from kvloom.server import fair_pool
 from kvloom.server.fair_pool import FairPool
 from kvloom.server.prompts import INLINE_CHARACTERS, MAX_DECODED, PIECE_CHARACTERS, PIECE_TEXTS, THREADS, PromptEncoder, _pieces

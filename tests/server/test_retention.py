@@ -6,7 +6,7 @@ import pytest
 
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.thread_client import ThreadEngineClient
+from kvloom.engine.thread.client import ThreadEngineClient
 
 SCORES = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
 

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.request import SamplingParams
-from kvloom.engine.thread_client import ThreadEngineClient
+from kvloom.engine.requests.request import SamplingParams
+from kvloom.engine.thread.client import ThreadEngineClient
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]

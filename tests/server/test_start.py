@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.engine import aside as aside_module
-from kvloom.engine.aside import aside, load_torch_library
-from kvloom.engine.catalog import at_hand, resolve
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ModelError, ModelNotFoundError
 from kvloom.engine.model import gguf_file
-from kvloom.engine.prepare import Prepared
+from kvloom.engine.startup import aside as aside_module
+from kvloom.engine.startup.aside import aside, load_torch_library
+from kvloom.engine.startup.catalog import at_hand, resolve
+from kvloom.engine.startup.prepare import Prepared
 from kvloom.server import serve
 from kvloom.server.collector import no_collections
 
@@ -53,7 +53,7 @@ print(json.dumps([name for name in {NOT_AT_START!r} if name in sys.modules]))
 
 
 def test_what_begins_before_torch_is_there_does_not_import_it() -> None:
-    code = "import json, sys, kvloom.server.serve, kvloom.engine.prepare; print(json.dumps('torch' in sys.modules))"
+    code = "import json, sys, kvloom.server.serve, kvloom.engine.startup.prepare; print(json.dumps('torch' in sys.modules))"
     assert in_new_process(code) is False
 
 
@@ -105,7 +105,7 @@ def test_work_aside_gives_its_result_or_its_error() -> None:
 def test_the_library_is_there_before_torch_is_imported() -> None:
     code = """
 import json, pathlib, sys
-from kvloom.engine.aside import load_torch_library
+from kvloom.engine.startup.aside import load_torch_library
 load_torch_library()
 loaded = "libtorch_cpu" in pathlib.Path("/proc/self/maps").read_text()
 print(json.dumps([loaded, "torch" in sys.modules]))

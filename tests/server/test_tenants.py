@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.tenants import Tenants
+from kvloom.engine.requests.tenants import Tenants
 from kvloom.server import auth, cli
 from kvloom.server.auth import KeyRing
 from kvloom.server.options import ServerOptions, server_options

@@ -129,7 +129,7 @@ def test_special_tokens_are_echoed_as_they_were_given(served, skip):
 
 def test_tokens_of_half_characters_keep_their_names(served):
     """Four tokens of one byte each, none of them text alone: all are in top_logprobs, under names that tell them apart."""
-    from kvloom.engine.request import TokenLogprob
+    from kvloom.engine.requests.request import TokenLogprob
 
     tokenizer = served.engine.tokenizer
     fox = tokenizer.encode("🦊")
@@ -142,7 +142,7 @@ def test_tokens_of_half_characters_keep_their_names(served):
 
 def test_tokens_of_the_same_name_go_by_id(served):
     """Ids without text, as in an embedding that is padded: the token itself keeps its name."""
-    from kvloom.engine.request import TokenLogprob
+    from kvloom.engine.requests.request import TokenLogprob
 
     item = TokenLogprob(9001, -2.0, 3, ((9000, -0.5), (70, -1.0), (9001, -2.0)))
     found = LegacyLogprobs(served.engine.tokenizer, 3).take([9001], [item])

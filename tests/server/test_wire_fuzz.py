@@ -7,7 +7,7 @@ import random
 import pytest
 
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.thread_client import ThreadEngineClient
+from kvloom.engine.thread.client import ThreadEngineClient
 
 REQUESTS = 300
 KNOWN = {200, 204, 400, 404, 405, 413, 415, 429}

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from kvloom.engine.catalog import resolve
 from kvloom.engine.model.gguf_file import read_metadata
+from kvloom.engine.startup.catalog import resolve
 from kvloom.engine.text import Tokenizer
 from kvloom.engine.text.spelling import byte_alphabet
 

@@ -20,10 +20,10 @@ from collections import Counter, OrderedDict
 import numpy as np
 import numpy.typing as npt
 
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.reuse.kvshare.chunks import LEAST, WINDOW, Hashes, window_hashes
 from kvloom.engine.reuse.kvshare.segment import START, Segment, link
 from kvloom.engine.reuse.kvshare.work import Work
-from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 ENDINGS = 4

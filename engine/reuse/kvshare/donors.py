@@ -16,10 +16,11 @@ import numpy as np
 
 from kvloom.engine.bounds import shown
 from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.isolation import blame
-from kvloom.engine.request import Request
+from kvloom.engine.requests.isolation import blame
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare import chunks
 from kvloom.engine.reuse.kvshare.chains import stretches
 from kvloom.engine.reuse.kvshare.copying import copy_out
@@ -31,7 +32,6 @@ from kvloom.engine.reuse.kvshare.scan import Placed
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook
 from kvloom.engine.reuse.kvshare.segment import START, Segment, link
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
-from kvloom.engine.reuse.prefix import Domain
 
 LEAST_NEW = 64
 """Tokens of a text that came twice of which nothing is there yet: with fewer it is not compiled again."""

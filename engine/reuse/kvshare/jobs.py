@@ -18,7 +18,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvloom.engine.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
 
 MOST = 64
 """JobQueue that wait; the oldest of the tenant that has most are forgotten."""

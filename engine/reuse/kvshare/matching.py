@@ -23,12 +23,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.reuse.kvshare.chunks import WINDOW, fingerprints, window_hashes
 from kvloom.engine.reuse.kvshare.periodic import periodic
 from kvloom.engine.reuse.kvshare.segment import START, Segment, link
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.work import Work
-from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kvloom.engine.reuse.prefix import Domain
+from kvloom.engine.cache.prefix import Domain
 
 LEAST, MOST = 64, 1024
 """Tokens of a text that is worth compiling, and of one that is compiled at once."""

@@ -18,7 +18,8 @@ import numpy as np
 from kvloom.engine.cache import Storage
 from kvloom.engine.client import ShareStats
 from kvloom.engine.model.decoder import Decoder
-from kvloom.engine.request import Request
+from kvloom.engine.requests.plan import StepPlan
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.copying import copy_in, covered
 from kvloom.engine.reuse.kvshare.matching import Match, Run
 from kvloom.engine.reuse.kvshare.options import RepairOptions, ShareOptions
@@ -26,7 +27,6 @@ from kvloom.engine.reuse.kvshare.ranking import choose
 from kvloom.engine.reuse.kvshare.repair import Floats
 from kvloom.engine.reuse.kvshare.scan import Placed, Scan, Scanner
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
-from kvloom.engine.scheduling.plan import StepPlan
 from kvloom.kernels.interface import Kernels
 
 log = logging.getLogger("kvloom.engine")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvloom.engine.client import OTHERS, RUN_LENGTHS, SHARES, ShareStats
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.matching import Match, Run
 from kvloom.engine.reuse.kvshare.repair import repair_of
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from kvloom.engine.cache import Storage
 from kvloom.engine.model.config import ModelConfig
+from kvloom.engine.requests.traits import Layer
 from kvloom.engine.reuse.kvshare.repair import Floats, Ints
-from kvloom.engine.traits import Layer
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 IDENTITY_ROWS = 32

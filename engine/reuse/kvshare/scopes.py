@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from kvloom.engine.bounds import shown
+from kvloom.engine.cache.prefix import Domain, DomainFactory
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.reuse.kvshare.options import SCOPES
-from kvloom.engine.reuse.prefix import Domain, DomainFactory
-from kvloom.engine.tenants import Tenants
 
 
 class Scopes(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from kvloom.engine.reuse.prefix import Domain
+from kvloom.engine.cache.prefix import Domain
 
 START = b""
 """The link in front of a chain's first segment."""

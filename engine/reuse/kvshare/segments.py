@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvloom.engine.cache.eviction import STRANGER_TURNOVERS, KeptItems
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.reuse.kvshare.chains import Chains
 from kvloom.engine.reuse.kvshare.chunks import fingerprints
 from kvloom.engine.reuse.kvshare.segment import START, Segment
-from kvloom.engine.reuse.prefix import Domain
 
 MOST_CANDIDATES = 8
 """Places kept per domain and fingerprint; the least recently used is forgotten there."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.client import ShareStats
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
 from kvloom.engine.reuse.kvshare.options import RATIOS, ShareOptions
 

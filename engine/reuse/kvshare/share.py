@@ -22,12 +22,15 @@ import numpy.typing as npt
 from torch import Tensor
 
 from kvloom.engine.cache import BlockTable, CacheManager
+from kvloom.engine.cache.prefix import DomainFactory
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.isolation import blame
-from kvloom.engine.lifecycle import Feature
 from kvloom.engine.model.decoder import Decoder
-from kvloom.engine.request import Request
+from kvloom.engine.requests.isolation import blame
+from kvloom.engine.requests.lifecycle import Feature
+from kvloom.engine.requests.plan import Chunk, StepPlan
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.reuse.kvshare.donors import Donors
 from kvloom.engine.reuse.kvshare.jobs import Job, JobQueue
 from kvloom.engine.reuse.kvshare.matching import Match, find
@@ -39,9 +42,6 @@ from kvloom.engine.reuse.kvshare.scan import Placed, Scan
 from kvloom.engine.reuse.kvshare.scopes import ScopeBook, Scopes
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.shadow import Shadow
-from kvloom.engine.reuse.prefix import DomainFactory
-from kvloom.engine.scheduling.plan import Chunk, StepPlan
-from kvloom.engine.tenants import Tenants
 from kvloom.kernels.interface import Kernels
 
 NEAR_END = 8

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.lifecycle import Feature
-from kvloom.engine.request import Request
+from kvloom.engine.requests.lifecycle import Feature
+from kvloom.engine.requests.request import Request
 
 
 class NoKVShare(Feature):

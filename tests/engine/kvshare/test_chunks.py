@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.reuse.kvshare.chunks import LEAST, MASK, MOST, WINDOW, WINDOWS, cut, fingerprints, window_hashes
 from kvloom.engine.reuse.kvshare.popularity import LEAST as WORTH
 from kvloom.engine.reuse.kvshare.popularity import MOST as AT_ONCE
 from kvloom.engine.reuse.kvshare.popularity import Popularity
-from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 RUN = WINDOW + WINDOWS - 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.matching import Match, Piece, Run
 from kvloom.engine.reuse.kvshare.scan import gather
 from kvloom.engine.reuse.kvshare.share import KVShare

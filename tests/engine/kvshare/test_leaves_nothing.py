@@ -11,7 +11,7 @@ import pytest
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.jobs import MOST, Job, JobQueue
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.scheduling.fairness import MOST_DEBTORS, Fairness

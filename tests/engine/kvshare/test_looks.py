@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.scheduling import StepPlan
 

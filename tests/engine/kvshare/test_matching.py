@@ -12,13 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.reuse.kvshare import chunks, matching
 from kvloom.engine.reuse.kvshare.chunks import WINDOW, WINDOWS, cut
 from kvloom.engine.reuse.kvshare.matching import NEAR, Broken, Match, Piece, Run, find
 from kvloom.engine.reuse.kvshare.segment import Segment
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.work import AT_ONCE, PER_TOKEN, Work
-from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 OWN, GROUP, PUBLIC, FOREIGN = (Domain(name.encode(), name) for name in ("own", "group", "public", "foreign"))

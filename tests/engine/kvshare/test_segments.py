@@ -12,11 +12,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
+from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.reuse.kvshare import chunks
 from kvloom.engine.reuse.kvshare.chunks import fingerprints
 from kvloom.engine.reuse.kvshare.segment import Segment
 from kvloom.engine.reuse.kvshare.segments import MOST_CANDIDATES, MOST_REPEATS, REJECTIONS, SegmentStore
-from kvloom.engine.reuse.prefix import Domain
 
 Ints = npt.NDArray[np.int32]
 TENANTS = {name: Domain(f"own {name}".encode(), name) for name in ("alice", "bob")}

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.share import KVShare
 
 MakeLLM = Callable[..., LLM]

@@ -14,7 +14,7 @@ from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.client import ShareStats
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.jobs import JobQueue
 from kvloom.engine.reuse.kvshare.options import ShareOptions
 from kvloom.engine.reuse.kvshare.shadow import MOST_TENANTS, WINDOW, Shadow

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
-from kvloom.engine.request import Request
+from kvloom.engine.requests.request import Request
 
 MakeLLM = Callable[..., LLM]
 OPTIONS = (

@@ -1,0 +1,1 @@
+"""Beside `config`: names of before, YAML, folders."""

@@ -1,0 +1,316 @@
+"""From settings to a ready engine: find the model, load it, size the cache, put the parts together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from kvloom import kernels
+from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
+from kvloom.engine.cache.prefix import DomainFactory
+from kvloom.engine.calibration import store as calibrations
+from kvloom.engine.client import ModelInfo
+from kvloom.engine.config import EngineConfig
+from kvloom.engine.core import EngineCore
+from kvloom.engine.errors import ConfigError
+from kvloom.engine.model.heads import Heads
+from kvloom.engine.model.linear import quantizes
+from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
+from kvloom.engine.model.rope import rotary_table
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.state import StateMemory
+from kvloom.engine.requests.tenants import Tenants
+from kvloom.engine.retention import RETENTIONS, Retention
+from kvloom.engine.reuse import REUSE
+from kvloom.engine.reuse.kvshare.options import GATE, ShareOptions
+from kvloom.engine.reuse.kvshare.segments import SegmentStore
+from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.reuse.kvshare.sink import PROSE
+from kvloom.engine.scheduling import ORDERS
+from kvloom.engine.scheduling.limits import Limits
+from kvloom.engine.selection import SELECTIONS, Geometry
+from kvloom.engine.selection.base import extrapolates
+from kvloom.engine.selection.policies import Defaults, Selectors
+from kvloom.engine.startup.assemble import assemble
+from kvloom.engine.startup.catalog import ModelFiles, packed_folder, resolve
+from kvloom.engine.startup.memory import MIB, check_kv_memory, default_kv_memory, size
+from kvloom.engine.startup.prepare import Prepared
+from kvloom.engine.startup.processors import processors
+from kvloom.engine.step.runner import Runner
+from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
+from kvloom.kernels.interface import Kernels
+
+log = logging.getLogger("kvloom.engine")
+
+SEGMENT_PART = 2
+STATE_PART = 8
+"""By default, segments of approximate reuse and selection state may take these parts of the KV cache's memory, beside it."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, done, total) while something takes time."""
+
+
+class Built(NamedTuple):
+    """A loaded engine that nobody drives yet."""
+
+    core: EngineCore
+    model: ModelInfo
+    tokenizer: Tokenizer
+
+
+def build(config: EngineConfig, progress: Progress | None = None, prepared: Prepared | None = None) -> Built:
+    """Load the model and make an engine of it. prepared: what was begun of it already.
+
+    Raises ModelError, ModelNotFoundError or ConfigError.
+    """
+    _check_names(config)
+    tenants, secret = Tenants.read(config.tenants.tenants), config.cache.secret()
+    progress = progress or (lambda stage, done, total: None)
+    threads = config.model.threads or processors().threads
+    torch.set_num_threads(threads)
+    if prepared is None:
+        found = resolve(config.model.model, progress)
+        prepared = Prepared(lambda: found)
+    files = prepared.files
+    backend = _backend(config.model.backend, threads, progress)
+    method = RETENTIONS[config.scheduler.retention]
+    options, dtype = method.read(config.scheduler.retention_options), TORCH_DTYPES[config.model.dtype]
+    loaded = load_model(
+        files.path,
+        config.model.dtype,
+        backend,
+        config.model.weights,
+        progress=lambda done, total: progress("loading layers", done, total),
+        head_groups=lambda model, key: _head_groups(method.make(options, key, model, dtype)),
+        packed_folder=packed_folder(),
+        gguf=prepared.gguf,
+    )
+    if quantizes(config.model.weights, dtype, backend):
+        torch.set_num_threads(1)  # what a step leaves to torch is short, and its threads would take cores from the kernels'
+    tokenizer = prepared.tokenizer
+    check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
+    eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
+    retention = method.make(options, loaded.fingerprint, loaded.config, dtype)
+    cache = _cache(config, loaded, retention)
+    length = _max_model_len(config, loaded, cache)
+    trained, vocab = loaded.config.max_position, loaded.config.vocab_size
+    loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
+    geometry = _geometry(loaded, length, cache.block_size, retention)
+    states = _states(config, cache.bytes, retention)
+    runner = Runner(
+        loaded.decoder,
+        cache,
+        backend,
+        geometry,
+        states,
+        max_rows=config.scheduler.max_batched_tokens,
+        max_seqs=config.scheduler.max_num_seqs,
+        shadow_interval=config.selection.shadow_interval,
+        retention=retention,
+    )
+    selection = config.selection
+    defaults = Defaults(selection.selection, selection.budget, selection.options(), selection.draft, selection.draft_tokens)
+    selectors = Selectors(defaults, geometry, backend, config.scheduler.max_batched_tokens - config.scheduler.max_num_seqs)
+    if length > trained and not extrapolates(selectors.policy(KVOptions()).selector):
+        raise ConfigError(
+            f"max_model_len is {length}, but this model was trained for {trained}; give at most that, or a default selection "
+            "that goes beyond: --selection token_select with --selection-options "
+            """'{"positions": "reindexed", "prefill_budget": 1024}'"""
+        )
+    domains = DomainFactory(
+        loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention, secret=secret
+    )
+    share = None if retention is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
+    core = assemble(
+        config, runner, cache, states, backend, selectors, tokenizer, domains, tenants, Limits(length, trained, vocab), eos,
+        retention, share,
+    )  # fmt: skip
+    return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
+
+
+def _backend(name: str, threads: int, progress: Progress) -> Kernels:
+    """The kernels of that name. Raises ConfigError if they cannot be had on this machine."""
+    try:
+        return kernels.load(name, threads=threads, progress=progress)
+    except Exception as error:  # no compiler, or one that fails
+        raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
+
+
+def _head_groups(retention: Retention | None) -> list[Heads] | None:
+    """The KV heads of every group in every layer, None for one group: weights are put into that order."""
+    return None if retention is None else list(zip(*(spec.heads for spec in retention.specs)))
+
+
+def _check_names(config: EngineConfig) -> None:
+    for name, value, allowed in (
+        ("reuse", config.cache.reuse, REUSE),
+        ("scheduler", config.scheduler.scheduler, tuple(ORDERS)),
+        ("selection", config.selection.selection, SELECTIONS),
+        ("retention", config.scheduler.retention, RETENTIONS),
+    ):
+        if value not in allowed:
+            raise ConfigError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+def _geometry(loaded: LoadedModel, length: int, block_size: int, retention: Retention | None) -> Geometry:
+    model = loaded.config
+    chosen = GroupSpec.everything(model.layers, model.kv_heads) if retention is None else retention.specs[0]
+    return Geometry(
+        layers=model.layers,
+        q_heads=model.q_heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        max_len=length,
+        trained_len=model.max_position,
+        inv_freq=loaded.decoder.rotary.inv_freq,
+        model_key=loaded.fingerprint,
+        block_size=block_size,
+        heads=chosen.heads,
+    )
+
+
+def _cache(config: EngineConfig, loaded: LoadedModel, retention: Retention | None) -> CacheManager:
+    model, dtype = loaded.config, loaded.decoder.dtype
+    spec = GroupSpec.everything(model.layers, model.kv_heads)
+    block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
+    memory = config.cache.kv_memory
+    if memory is None:
+        memory = default_kv_memory()
+    else:
+        check_kv_memory(memory, 0 if retention else _segment_bound(config, memory), _state_bound(config, memory))
+    if retention is not None:
+        return retention.make_cache(memory, config.model.max_model_len or model.max_position, config.cache.block_size)
+    if memory < 2 * block:
+        raise ConfigError(
+            f"kv_memory is {memory} bytes, but one block of {config.cache.block_size} tokens takes {block}; "
+            f"give at least {2 * block}"
+        )
+    return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+
+
+def _states(config: EngineConfig, kv_bytes: int, retention: Retention | None) -> StateMemory:
+    """Memory of what methods remember. Raises ConfigError if there cannot be so much, or it holds nothing of one request."""
+    bound = _state_bound(config, kv_bytes)
+    try:
+        states = StateMemory(bound, retention)
+        if retention is not None and states.selection_bound < 0:
+            raise ConfigError(
+                f"selection_memory is {bound} bytes, but of one long request retention {retention.name} remembers "
+                f"{bound - states.selection_bound}; give more"
+            )
+        return states
+    except (OSError, OverflowError):
+        raise ConfigError(f"selection_memory is {bound} bytes, which cannot be allocated; lower it") from None
+
+
+def _state_bound(config: EngineConfig, kv_bytes: int) -> int:
+    """Most bytes of what selection methods and retention remember of requests."""
+    asked = config.selection.selection_memory
+    return max(MIB, kv_bytes // STATE_PART) if asked is None else asked
+
+
+def _segment_bound(config: EngineConfig, kv_bytes: int) -> int:
+    """Most bytes of segments that approximate reuse keeps."""
+    asked = config.cache.segment_memory
+    return kv_bytes // SEGMENT_PART if asked is None else asked
+
+
+def _share(
+    config: EngineConfig,
+    loaded: LoadedModel,
+    cache: CacheManager,
+    backend: Kernels,
+    domains: DomainFactory,
+    tokenizer: Tokenizer,
+    tenants: Tenants,
+    length: int,
+) -> KVShare:
+    """What serves approximate reuse. Raises ConfigError if it is the default but no check of this model has passed."""
+    options = ShareOptions.read(config.cache.kvshare_options)
+    if not options.verified and calibrations.read(GATE, loaded.fingerprint) is not None:
+        options = replace(options, verified=True)
+    if config.cache.reuse == "approx" and not options.verified:
+        raise ConfigError(
+            f"reuse is approx, but nobody has checked what that does to this model's answers; run kvloom calibrate kvshare "
+            f"{config.model.model} first, or say that you know with --kvshare-options '{{\"verified\": true}}'"
+        )
+    capacity = _segment_bound(config, cache.storage.blocks * cache.storage.block_bytes)
+    return KVShare(
+        options,
+        SegmentStore(capacity, lambda name: tenants.get(name).segment_bytes, lambda name: tenants.get(name).weight),
+        loaded.decoder,
+        cache,
+        backend,
+        domains,
+        tenants,
+        default=config.cache.reuse,
+        special=tokenizer.special_ids,
+        sink=_sink(tokenizer, length),
+    )
+
+
+def _sink(tokenizer: Tokenizer, length: int) -> list[int]:
+    """Neutral tokens in front of text that is compiled alone, at most a quarter of the longest sequence."""
+    return tokenizer.encode(PROSE)[: length // 4]
+
+
+def _beyond_training(asked: int, trained: int) -> ConfigError:
+    how = """--selection token_select --selection-options '{"positions": "reindexed", "prefill_budget": 1024}'"""
+    return ConfigError(
+        f"max_model_len is {asked}, but this model was trained for {trained}; give at most {trained}, or a selection that goes "
+        f"beyond: {how}"
+    )
+
+
+def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManager) -> int:
+    """Longest request: what was asked for, or what the model was trained for; never more than the cache holds.
+
+    Whether a default selection other than dense can serve more than that is checked once it is made.
+    """
+    trained, capacity, asked = loaded.config.max_position, cache.longest, config.model.max_model_len
+    if asked is None:
+        if trained > capacity:
+            log.warning(
+                "kv_memory holds %d tokens, so max_model_len is %d instead of the model's %d, which takes about %s",
+                capacity, capacity, trained, size(cache.bytes * trained // capacity),
+            )  # fmt: skip
+        return min(trained, capacity)
+    if asked < 2:
+        raise ConfigError(f"max_model_len is {asked}; allowed for this model: 2 to {trained}")
+    if asked > trained and config.selection.selection == "dense":
+        raise _beyond_training(asked, trained)
+    if asked > capacity:
+        raise ConfigError(f"max_model_len is {asked}, but the KV cache holds {capacity} tokens; raise kv_memory or lower it")
+    return asked
+
+
+def _info(
+    config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: Kernels, threads: int
+) -> ModelInfo:
+    options = config.model
+    return ModelInfo(
+        name=_text(options.served_model_name or options.model),
+        root=_text(files.name),
+        source=options.model,
+        replica=options.replica,
+        max_model_len=length,
+        vocab_size=loaded.config.vocab_size,
+        dtype=options.dtype,
+        weights=options.weights,
+        weights_held=loaded.weights_held,
+        backend=backend.name,
+        threads=f"{threads} on {processors()}",
+        created=int(time.time()),
+        settings=config.changed(),
+        sampling=files.sampling,
+    )
+
+
+def _text(name: str) -> str:
+    """A name as text that can be sent: paths may hold bytes that are no UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,0 +1,1 @@
+"""One step: rows and what they see, attention, the run, tokens drawn, text."""

@@ -1,0 +1,217 @@
+"""From logits to the next token: all rows of a step at once, where the logits are.
+
+Owns the order in which a request's parameters act, which is vLLM's:
+
+    logit_bias, min_tokens  ->  repetition, frequency, presence penalty  ->  temperature  ->  min_p  ->  top_k  ->  top_p
+
+Promises that a row's token depends on that row, its request and nothing else: the random number of output i is a function of
+(seed, i) alone (Philox with the seed as key and i as counter), so the same seed gives the same text in any batch, and after
+preemption. What is drawn for a number is `Kernels.sample`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.kernels.interface import Kernels
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy: dividing by them would overflow."""
+
+
+class SampleError(Exception):
+    """A request cannot go on, and is told why; the others of the batch can."""
+
+
+Token = int | Exception
+"""What a row gives, or why it gives none."""
+
+
+class Drawn(NamedTuple):
+    """A request's next token is to be drawn from a row of logits."""
+
+    request: Request
+    known: int
+    """Tokens known in front of it: all of them, or fewer for rows before drafts that are verified."""
+
+    @property
+    def place(self) -> int:
+        """Index of the output that is drawn."""
+        return self.known - len(self.request.prompt)
+
+    @property
+    def forced(self) -> bool:
+        """Whether the request says which token it is."""
+        return self.place < len(self.request.sampling.forced_tokens)
+
+
+class Sampled(NamedTuple):
+    """Tokens that have been drawn, perhaps not yet computed."""
+
+    ids: Tensor
+    """[rows] int64, -1 for rows that no token can be drawn from."""
+    errors: Mapping[int, Exception]
+    """Rows that could not be prepared, and why."""
+
+    def read(self) -> list[Token]:
+        """Wait for them. A row that holds NaN or inf, or nothing but -inf, gives an error."""
+        tokens: list[int] = self.ids.tolist()
+        return [self.errors.get(row, token if token >= 0 else _unusable()) for row, token in enumerate(tokens)]
+
+    @classmethod
+    def nothing(cls) -> Sampled:
+        """Of no rows."""
+        return cls(torch.empty(0, dtype=torch.int64), {})
+
+
+def _unusable() -> SampleError:
+    return SampleError("the model's logits for this request are not finite, so no token can be chosen")
+
+
+class _Seen(NamedTuple):
+    """What penalties need to know of one request, kept up token by token."""
+
+    tokens: list[int]
+    """Generated so far,"""
+    counts: Counter[int]
+    """and how often each."""
+    repeated: dict[int, None]
+    """Those of the prompt and those, each once; nothing while no repetition penalty asks for it."""
+
+
+class _Edits:
+    """Changes of single logits: no token twice in a row."""
+
+    def __init__(self) -> None:
+        self._rows: list[npt.NDArray[np.int64]] = []
+        self._tokens: list[npt.NDArray[np.int64]] = []
+        self._amounts: list[npt.NDArray[np.float32]] = []
+
+    def add(self, row: int, tokens: Collection[int], amounts: Iterable[float] | float) -> None:
+        """Of one row; one amount for each token, or for all."""
+        count = len(tokens)
+        self._rows.append(np.full(count, row))
+        self._tokens.append(np.fromiter(tokens, np.int64, count))
+        if isinstance(amounts, float):
+            self._amounts.append(np.full(count, amounts, np.float32))
+        else:
+            self._amounts.append(np.fromiter(amounts, np.float32, count))
+
+    def make(self, logits: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """logits: [n, vocab], in place; change: of the logits concerned and their amounts, [changes] each."""
+        if self._rows:
+            rows, tokens, amounts = (
+                torch.from_numpy(np.concatenate(column)).to(logits.device)
+                for column in (self._rows, self._tokens, self._amounts)
+            )
+            logits[rows, tokens] = change(logits[rows, tokens], amounts)
+
+
+class Sampler:
+    """Draws one token per row. Remembers what penalties count of a request until it is dropped."""
+
+    def __init__(self, vocab_size: int, kernels: Kernels) -> None:
+        self.vocab_size = vocab_size
+        self._kernels = kernels
+        self._seen: dict[Request, _Seen] = {}  # requests compare by identity
+
+    def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> Sampled:
+        """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
+        tensor."""
+        logits, errors = self._changed(logits.float(), rows, eos_ids)
+        how = torch.tensor([_how(row) for row in rows], dtype=torch.float64).view(-1, 5)
+        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+        self._kernels.sample(logits, how.to(logits.device), ids)
+        for i, row in enumerate(rows):
+            if row.forced:
+                ids[i] = row.request.sampling.forced_tokens[row.place]
+        return Sampled(ids, errors)
+
+    def check(self, sampling: SamplingParams) -> None:
+        """Raises InvalidRequestError if parameters name tokens outside the vocabulary."""
+        for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
+            if any(token >= self.vocab_size for token in ids):
+                raise InvalidRequestError(
+                    f"{name} names token {max(ids)}; allowed: 0 to {self.vocab_size - 1}, the vocabulary of this model",
+                    param=name,
+                )
+
+    def drop(self, request: Request) -> None:
+        """Forget a request that has ended. Unknown requests are ignored."""
+        self._seen.pop(request, None)
+
+    def _changed(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> tuple[Tensor, dict[int, Exception]]:
+        """The logits with bias, bans and penalties, a copy if there are any; and rows for which that failed."""
+        added, repeated, counted, errors = _Edits(), _Edits(), _Edits(), dict[int, Exception]()
+        changing = [(i, row) for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
+        for i, row in changing:
+            try:
+                self._edit(i, row, eos_ids, added, repeated, counted)
+            except InvalidRequestError as error:
+                errors[i] = SampleError(str(error))
+            except Exception as error:  # its request ends, no other is concerned
+                errors[i] = error
+        if changing:
+            logits = logits.clone()
+            added.make(logits, torch.add)
+            repeated.make(logits, lambda found, penalty: torch.where(found > 0, found / penalty, found * penalty))
+            counted.make(logits, torch.sub)
+        return logits, errors
+
+    def _edit(self, i: int, row: Drawn, eos_ids: Sequence[int], added: _Edits, repeated: _Edits, counted: _Edits) -> None:
+        """The changes of one row. Raises InvalidRequestError."""
+        params = row.request.sampling
+        self.check(params)
+        bias = dict(params.logit_bias)
+        if row.place < params.min_tokens:
+            bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)), -np.inf)
+        seen = self._seen_before(row) if _penalises(params) else _Seen([], Counter(), {})
+        often, once = params.frequency_penalty, params.presence_penalty
+        added.add(i, bias, bias.values())
+        repeated.add(i, seen.repeated, float(params.repetition_penalty))
+        counted.add(i, seen.counts, (often * count + once for count in seen.counts.values()))
+
+    def _seen_before(self, row: Drawn) -> _Seen:
+        """What was known of a request before one of its rows."""
+        request, begin, repeats = row.request, len(row.request.prompt), row.request.sampling.repetition_penalty != 1.0
+        seen = self._seen.get(request)
+        if seen is None or seen.tokens != request.tokens[begin : min(begin + len(seen.tokens), row.known)]:
+            # new, or tokens were taken back
+            seen = self._seen[request] = _Seen([], Counter(), dict.fromkeys(request.prompt if repeats else ()))
+        new = request.tokens[begin + len(seen.tokens) : row.known]
+        seen.tokens.extend(new)
+        seen.counts.update(new)
+        seen.repeated.update(dict.fromkeys(new if repeats else ()))
+        return seen
+
+
+def _how(row: Drawn) -> tuple[float, ...]:
+    """See `Kernels.sample`."""
+    params = row.request.sampling
+    if params.temperature < GREEDY_BELOW:
+        return 0.0, 0, 1.0, 0.0, 0.0
+    number = uniform(row.request.seed, row.place)
+    return params.temperature, max(0, params.top_k), params.top_p, params.min_p, number
+
+
+def _penalises(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+
+def _changes_logits(row: Drawn) -> bool:
+    params = row.request.sampling
+    return _penalises(params) or bool(params.logit_bias) or row.place < params.min_tokens
+
+
+def uniform(seed: int, index: int) -> float:
+    """The random number in [0, 1) of output `index`: a function of its arguments, and of nothing else."""
+    return float(np.random.Generator(np.random.Philox(key=seed % 2**64, counter=index)).random())

@@ -1,0 +1,1 @@
+"""An engine on a thread of this process, as `client.EngineClient`."""
