@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
+from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.quantized import QuantizedLinears
 
 
 def wide(x: Tensor) -> Tensor:

@@ -24,7 +24,8 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.packed_cache import PackedCache
 from kvloom.engine.model.quantized import GROUP, Codes, QuantizedLinear, round_to_int4, round_to_int8, unpack
 from kvloom.engine.model.weights import QuantizedRows, WeightSource
-from kvloom.kernels.interface import Kernels, PackedWeight, QuantizedLinears
+from kvloom.kernels.interface import Kernels
+from kvloom.kernels.quantized import PackedWeight, QuantizedLinears
 
 
 class Linear(Protocol):

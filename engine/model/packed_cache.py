@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.model.config import log
-from kvloom.kernels.interface import PackedWeight
+from kvloom.kernels.quantized import PackedWeight
 
 MOST_FILES = 8
 MOST_BYTES = 16 << 30

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.model.weights import QuantizedRows
-from kvloom.kernels.interface import PackedWeight, QuantizedLinears
+from kvloom.kernels.quantized import PackedWeight, QuantizedLinears
 
 GROUP = 32
 

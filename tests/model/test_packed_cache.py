@@ -17,7 +17,7 @@ import torch
 from kvloom.engine.model import packed_cache
 from kvloom.engine.model.load import load_model
 from kvloom.engine.model.packed_cache import PackedCache, PackedKey, list_packed
-from kvloom.kernels.interface import PackedWeight
+from kvloom.kernels.quantized import PackedWeight
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, QuantizedLinears, Renewal, Rows
+from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding, check_pool, check_renewal, check_sample
 
 from .build import Progress, build

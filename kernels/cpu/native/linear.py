@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import PackedWeight
+from kvloom.kernels.quantized import PackedWeight
 
 from .backend import NativeKernels
 from .library import DTYPES, Library

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kvloom.kernels.interface import PackedWeight
+from kvloom.kernels.quantized import PackedWeight
 
 if TYPE_CHECKING:
     from .backend import NativeKernels
