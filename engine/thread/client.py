@@ -46,6 +46,8 @@ BACKGROUND_SECONDS = 0.2
 RECEIVE_SECONDS, RECEIVE_SHARE = 0.005, 0.2
 """Between two steps, messages are taken for so long, or for that share of the step before if it is more: a thousand requests at
 once are not added before anybody's next token, and nobody waits behind them for many long steps."""
+STATS_SECONDS = 0.1
+"""While it works, the engine says so often what it has counted."""
 IDLE_SECONDS = 1.0
 """After this long with nothing to do, the engine proves once that no block is lost."""
 
@@ -190,7 +192,7 @@ class ThreadEngineClient:
         return await asyncio.wrap_future(answer)
 
     async def stats(self) -> EngineStats:
-        """As of the end of the last step."""
+        """As of the end of the last step, or of one STATS_SECONDS before while the engine works."""
         return self._stats
 
     async def health(self) -> Health:
@@ -226,13 +228,15 @@ class ThreadEngineClient:
         made.set_result(built)
         reason = "the engine has been shut down"
         try:
-            took = 0.0
+            took, told = 0.0, time.monotonic()
             while self._receive(max(RECEIVE_SECONDS, RECEIVE_SHARE * took)):
                 self._watchdog.beat()
                 began = time.monotonic()
                 self._deliver(self._core.step())
-                took = time.monotonic() - began
-                self._stats = self._core.stats()
+                now = time.monotonic()
+                took = now - began
+                if now - told >= STATS_SECONDS or not self._core.busy:
+                    self._stats, told = self._core.stats(), now
         except BaseException:
             log.exception("the engine thread has died")
             reason = DIED
