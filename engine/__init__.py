@@ -17,11 +17,11 @@ _HOMES = {
     "Completion": "llm",
     "EngineClient": "client",
     "EngineConfig": "config",
-    "EngineStats": "client",
-    "KVOptions": "request",
-    "RequestOutput": "request",
-    "SamplingParams": "request",
-    "ThreadEngineClient": "thread_client",
+    "EngineStats": "requests.stats",
+    "KVOptions": "requests.request",
+    "RequestOutput": "requests.request",
+    "SamplingParams": "requests.request",
+    "ThreadEngineClient": "thread.client",
 }
 
 __all__ = [

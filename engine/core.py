@@ -1,7 +1,7 @@
 """The engine: add requests, take steps. A step has two halves: `_launch` runs the model and draws tokens for everybody at once,
 `_collect` waits for them and gives each request its own. What may take part in a request's life is a feature (`lifecycle`).
 
-Single-threaded and synchronous; `thread_client` drives it from a thread of its own, `llm` from the caller's.
+Single-threaded and synchronous; `thread` drives it from a thread of its own, `llm` from the caller's.
 """
 
 from __future__ import annotations
