@@ -90,6 +90,7 @@ class Oracle:
             positions = torch.arange(first, first + len(tokens))
             q, k = self.rotate(q, positions), self.rotate(k, positions)
             self.k[layer], self.v[layer] = torch.cat([self.k[layer], k]), torch.cat([self.v[layer], v])
+            self.q, self.first = q, first
             out = torch.stack([self.attend(layer, row, first + r + 1, begins[r]) for r, row in enumerate(q)])
             x = x + out.flatten(1) @ w[p + "self_attn.o_proj.weight"].T
             h = self.norm(x, w[p + "post_attention_layernorm.weight"])
