@@ -159,10 +159,6 @@ class Razor:
         )
         return self._cache
 
-    def use(self, states: StateMemory, kernels: Kernels) -> None:
-        """Before the first request: where records lie, and who computes them."""
-        self._states, self._kernels = states, kernels
-
     @property
     def state(self) -> Compensation | None:
         """What stands for dropped tokens; None if nothing does."""
@@ -209,7 +205,7 @@ class Razor:
         begins = self.window.begin(lengths, size)
         moved = [(*pair, int(to)) for pair, to in zip(going_on, begins) if to > pair[1].forgotten * size]
         if moved and self.state is not None:
-            self._fold(self._state, moved, self._states, self._kernels, cache.groups[LOCAL].storage)
+            self._fold(self._state, moved, states, kernels, cache.groups[LOCAL].storage)
         for _, table, to in moved:
             cache.forget(table, LOCAL, max(keep, table.forgotten), to // size)
 
