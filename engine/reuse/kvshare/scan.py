@@ -105,6 +105,8 @@ class Scan:
         self._copied: Tensor | None = None
         self.mass = torch.zeros(len(sequence.tokens))
         """Attention that watched rows pay to every position, summed over rows, heads and layers."""
+        self.failure: Exception | None = None
+        """What went wrong inside a step, which is others' as well; raised when the request's own turn comes."""
 
     def all_rows(self, begin: int) -> None:
         """Look at positions from `begin` on up to the check layer. Those before must be computed in these layers."""
@@ -138,7 +140,7 @@ class Scan:
         """See `Looks`: of one pass at a time."""
         part = self._passes[0]
         positions = part.positions[self._at : self._at + count]
-        return positions, LookAtRows(self._scanner, self._sequence, part, positions, self.mass)
+        return positions, LookAtRows(self, self._scanner, self._sequence, part, positions)
 
     def advance(self, count: int) -> None:
         """See `Looks`."""
@@ -154,7 +156,10 @@ class Scan:
         """Whether layer 0's copied keys and values of sampled positions are what the model computes there.
 
         Sampled evenly. Tolerance: copied keys were rounded to the model's dtype before they were turned and again after.
+        Raises what went wrong when rows were looked at.
         """
+        if self.failure is not None:
+            raise self.failure
         slots = self._sequence.slots(self._sample)
         return all(_agrees(old, gather(new, slots)) for old, new in zip(self._first, self._scanner.storage.layers[0]))
 
@@ -180,8 +185,8 @@ class Scan:
 class LookAtRows:
     """`scheduling.Look` at some rows of a pass."""
 
-    def __init__(self, scanner: Scanner, sequence: Placed, part: Pass, positions: Ints, mass: Tensor) -> None:
-        self._scanner, self._watch, self._mass = scanner, part.watch, mass
+    def __init__(self, scan: Scan, scanner: Scanner, sequence: Placed, part: Pass, positions: Ints) -> None:
+        self._scan, self._scanner, self._watch = scan, scanner, part.watch
         self.stop, self.depth = part.stop, depth(part.stop, scanner.config.layers)
         zeros = torch.zeros(len(positions), dtype=torch.int32)
         start, lists, columns = zeros, None, np.arange(int(positions[-1]) + 1)
@@ -198,13 +203,19 @@ class LookAtRows:
         self._plan = scanner.kernels.plan(self._rows, config.q_heads, config.kv_heads, config.head_dim)
 
     def attend(self, layer: Layer, out: Tensor) -> None:
-        """See `Look`."""
+        """See `Look`. What goes wrong here must not end the requests whose rows are in the same step."""
+        try:
+            self._attend(layer, out)
+        except Exception as error:
+            self._scan.failure = error
+
+    def _attend(self, layer: Layer, out: Tensor) -> None:
         config, logits = self._scanner.config, None
         if layer.layer in self._watch:
             logits = torch.full((len(out), config.q_heads, len(self._columns)), float("-inf"))
         self._scanner.kernels.attend(layer.q, layer.kv, self._plan, scale=config.head_dim**-0.5, out=out, logits=logits)
         if logits is not None:
-            self._mass[self._columns] += logits.softmax(dim=2).sum(dim=(0, 1))
+            self._scan.mass[self._columns] += logits.softmax(dim=2).sum(dim=(0, 1))
 
 
 def gather(paged: Tensor, slots: Tensor) -> Tensor:

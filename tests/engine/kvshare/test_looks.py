@@ -12,6 +12,7 @@ import torch
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.requests.request import Request
+from kvloom.engine.reuse.kvshare.scan import LookAtRows
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.scheduling import StepPlan
 
@@ -166,3 +167,21 @@ def test_what_layer_0_contradicts_is_computed_instead(make_llm: MakeLLM) -> None
     cold.core.add(plain)
     run(cold)
     assert request.output == plain.output
+
+
+def test_a_look_that_fails_ends_nobody_elses_request(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = engine(make_llm, max_batched_tokens=64)
+    stream = Request(id="stream", prompt=tuple(text(9, 20)), sampling=SamplingParams(max_tokens=40, ignore_eos=True))
+    llm.core.add(stream)
+    llm.core.step()
+
+    def fail(self: LookAtRows, layer: Any, out: Any) -> None:
+        raise MemoryError("no room for what is looked at")
+
+    monkeypatch.setattr(LookAtRows, "_attend", fail)
+    llm.core.add(asks("focus"))
+    ends: dict[str, str | None] = {}
+    while llm.core.busy:
+        ends |= {output.id: output.finish_reason for output in llm.core.step() if output.finish_reason is not None}
+    assert ends == {"asks": "error", "stream": "length"}
+    assert llm.stats().internal_errors == 1 and llm.core.cache.pool.in_use == 0
