@@ -87,9 +87,10 @@ class StepCost:
         took = max(0.0, seconds - self.base if beside else seconds)
         if expected and self._sums[0] > 2:  # the first few are not known well
             took = min(took, OUTLIER * expected)
+        weight = min(1.0, rows / LEAST_ROWS)  # a few rows that are only looked at take as long as any step, and say little
         if seconds > 0:
-            self.rows_per_second += (rows / seconds - self.rows_per_second) * (0.2 if self.rows_per_second else 1.0)
-        self._fit(pairs / rows, took / rows, min(1.0, rows / LEAST_ROWS))
+            self.rows_per_second += (rows / seconds - self.rows_per_second) * (0.2 * weight if self.rows_per_second else 1.0)
+        self._fit(pairs / rows, took / rows, weight)
         return took
 
     def _fit(self, x: float, y: float, weight: float) -> None:

@@ -188,3 +188,11 @@ def test_what_a_row_costs_is_told_from_what_it_sees() -> None:
         rows = cost.rows(0.1, start)
         assert cost.seconds(rows, start) == pytest.approx(0.1)
     assert cost.rows(0.1, 4000) < 0.4 * cost.rows(0.1, 0)
+
+
+def test_a_few_rows_that_are_only_looked_at_hardly_change_how_fast_prompts_are() -> None:
+    cost = StepCost()
+    for _ in range(30):
+        cost.prompts(500, 500 * 250, 0.25, beside=False)
+        cost.prompts(0.4, 0.4 * 800, 0.005, beside=False)
+    assert cost.rows_per_second > 1800
