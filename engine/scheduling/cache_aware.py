@@ -259,7 +259,8 @@ class ScoredLane:
         if producer is None or not self._around.cost.rows_per_second:
             return False
         if note.held_until is None:
-            note.held_until = now + producer.pending / self._around.cost.rows_per_second
+            rows = producer.pending if producer.looks is None else len(producer.tokens) - producer.computed
+            note.held_until = now + rows / self._around.cost.rows_per_second
         return now < note.held_until
 
     def _shared_block(self, note: _Note) -> int:

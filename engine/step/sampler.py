@@ -127,10 +127,13 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> Sampled:
         """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
         tensor."""
-        logits, errors = self._changed(logits.float(), rows, eos_ids)
-        how = torch.tensor([_how(row) for row in rows], dtype=torch.float64).view(-1, 5)
-        ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-        self._kernels.sample(logits, how.to(logits.device), ids)
+        logits, hows = logits.float(), [_how(row) for row in rows]
+        ids, errors = self._draw(logits, hows), dict[int, Exception]()
+        changing = [i for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
+        if changing:
+            changed = logits[torch.tensor(changing, device=logits.device)]
+            errors = self._change(changed, [(i, rows[i]) for i in changing], eos_ids)
+            ids[torch.tensor(changing, device=ids.device)] = self._draw(changed, [hows[i] for i in changing])
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
@@ -149,26 +152,28 @@ class Sampler:
         """Forget a request that has ended. Unknown requests are ignored."""
         self._seen.pop(request, None)
 
-    def _changed(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> tuple[Tensor, dict[int, Exception]]:
-        """The logits with bias, bans and penalties, a copy if there are any; and rows for which that failed."""
+    def _draw(self, logits: Tensor, hows: Sequence[tuple[float, ...]]) -> Tensor:
+        how = torch.tensor(hows, dtype=torch.float64).view(-1, 5).to(logits.device)
+        return self._kernels.sample(logits, how, torch.empty(len(hows), dtype=torch.int64, device=logits.device))
+
+    def _change(self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int]) -> dict[int, Exception]:
+        """Add bias, bans and penalties to logits, in place. rows: theirs, with the numbers by which they are called among all.
+        Returns those for which that failed."""
         added, repeated, counted, errors = _Edits(), _Edits(), _Edits(), dict[int, Exception]()
-        changing = [(i, row) for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
-        for i, row in changing:
+        for at, (i, row) in enumerate(rows):
             try:
-                self._edit(i, row, eos_ids, added, repeated, counted)
+                self._edit(at, row, eos_ids, added, repeated, counted)
             except InvalidRequestError as error:
                 errors[i] = SampleError(str(error))
             except Exception as error:  # its request ends, no other is concerned
                 errors[i] = error
-        if changing:
-            logits = logits.clone()
-            added.make(logits, torch.add)
-            repeated.make(logits, lambda found, penalty: torch.where(found > 0, found / penalty, found * penalty))
-            counted.make(logits, torch.sub)
-        return logits, errors
+        added.make(logits, torch.add)
+        repeated.make(logits, lambda found, penalty: torch.where(found > 0, found / penalty, found * penalty))
+        counted.make(logits, torch.sub)
+        return errors
 
-    def _edit(self, i: int, row: Drawn, eos_ids: Sequence[int], added: _Edits, repeated: _Edits, counted: _Edits) -> None:
-        """The changes of one row. Raises InvalidRequestError."""
+    def _edit(self, at: int, row: Drawn, eos_ids: Sequence[int], added: _Edits, repeated: _Edits, counted: _Edits) -> None:
+        """The changes of one row, which is row `at` of the logits that change. Raises InvalidRequestError."""
         params = row.request.sampling
         self.check(params)
         bias = dict(params.logit_bias)
@@ -176,9 +181,9 @@ class Sampler:
             bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)), -np.inf)
         seen = self._seen_before(row) if _penalises(params) else _Seen([], Counter(), {})
         often, once = params.frequency_penalty, params.presence_penalty
-        added.add(i, bias, bias.values())
-        repeated.add(i, seen.repeated, float(params.repetition_penalty))
-        counted.add(i, seen.counts, (often * count + once for count in seen.counts.values()))
+        added.add(at, bias, bias.values())
+        repeated.add(at, seen.repeated, float(params.repetition_penalty))
+        counted.add(at, seen.counts, (often * count + once for count in seen.counts.values()))
 
     def _seen_before(self, row: Drawn) -> _Seen:
         """What was known of a request before one of its rows."""

@@ -189,6 +189,7 @@ class KVShare(Feature):
 
     def begin(self, request: Request, table: BlockTable) -> float:
         """See `scheduling.Reuse`."""
+        self._looking.pop(request, None)  # it may have been preempted meanwhile
         placed, options = Placed.of(request.tokens, table.blocks, self._cache.block_size), self._repairs[request]
         began = time.perf_counter()
         match = self._search(placed.tokens, request.computed, self.scopes.of(request), options)
