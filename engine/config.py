@@ -95,15 +95,16 @@ class CacheOptions:
 
     def secret(self) -> bytes | None:
         """`hash_secret` as a key, None to draw one. Raises ConfigError, which never quotes what was given."""
-        text = self.hash_secret or os.environ.get(SECRET_VARIABLE, "")
+        given = os.environ.get(SECRET_VARIABLE) or None if self.hash_secret is None else self.hash_secret
+        if given is None:
+            return None
+        text = given.strip()
         if text.startswith("@"):
             try:
                 text = Path(text[1:]).read_text(encoding="utf-8").strip()
             except (OSError, ValueError) as error:
                 reason = getattr(error, "strerror", None) or "it is no text"
                 raise ConfigError(f"the file of hash_secret cannot be read: {reason}") from None
-        elif not text:
-            return None
         if len(text) < LEAST_SECRET:
             raise ConfigError(f"hash_secret has {len(text)} characters; allowed: {LEAST_SECRET} or more")
         return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=32).digest()

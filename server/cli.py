@@ -234,7 +234,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"--config {file} is not YAML: {error}") from None
+        raise ConfigError(f"--config {file} is not YAML{strict_yaml.told(error)}") from None
     if content is not None and not isinstance(content, dict):
         raise ConfigError(f"--config {file} holds no mapping; write lines such as port: 8000")
     values = {str(key).replace("-", "_"): value for key, value in (content or {}).items()}

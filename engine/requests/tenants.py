@@ -100,9 +100,7 @@ def _load(file: str) -> object:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"tenants file {file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)  # its text would quote the file, which holds keys
-        line = f" (line {mark.line + 1})" if mark is not None else ""
-        raise ConfigError(f"tenants file {file} is not YAML{line}: {getattr(error, 'problem', None) or 'unreadable'}") from None
+        raise ConfigError(f"tenants file {file} is not YAML{strict_yaml.told(error)}") from None
 
 
 def _mapping(value: object, where: str) -> Mapping[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable
 from typing import Any
 
@@ -28,3 +29,10 @@ class _Loader(yaml.SafeLoader):
 def load(text: str) -> Any:
     """What a YAML text holds. Raises yaml.YAMLError."""
     return yaml.load(text, Loader=_Loader)  # a safe loader
+
+
+def told(error: yaml.YAMLError) -> str:
+    """What is wrong with a text and in which line, without a word of it: it may hold keys and secrets."""
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "unreadable"
+    line = f" (line {mark.line + 1})" if mark is not None else ""
+    return f"{line}: " + re.sub(r" '[^'<][^']+'", "", problem)

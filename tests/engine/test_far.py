@@ -124,6 +124,11 @@ def test_the_secret_is_never_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert SECRET not in repr(config) and config.changed() == {} and config.cache.secret() is not None
     assert [option.name for _, option in all_options() if option.secret] == ["hash_secret"]
     (tmp_path / "bytes").write_bytes(b"\xff" * 40)
+    monkeypatch.setenv("KVLOOM_HASH_SECRET", f" {SECRET}\n")
+    assert EngineConfig().cache.secret() == config.cache.secret(), "as a file of it is read"
+    for empty in ("", " \n"):
+        with pytest.raises(ConfigError, match="hash_secret has 0 characters"):
+            EngineConfig.from_flat({"hash_secret": empty}).cache.secret()
     wrong: list[Any] = ["short", f"@{tmp_path / 'bytes'}", f"@{tmp_path / 'absent'}", 12345678901234567890, "@" + SECRET]
     for value in wrong:
         with pytest.raises(ConfigError, match="hash_secret") as caught:

@@ -11,6 +11,8 @@ from kvloom.engine.errors import ConfigError
 from kvloom.server import cli
 from kvloom.server.options import ServerOptions, server_options
 
+SECRET = "never-to-be-shown-4711"
+
 
 def parse(*flags):
     return cli.serve_settings(cli.parse(["serve", *flags]))
@@ -83,6 +85,15 @@ def test_bad_yaml_is_one_line_and_exit_code_2(tmp_path, capsys, content, message
     assert cli.main(["serve", "--config", str(file)]) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("kvloom: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("before", ["", "'", "@", "%", "*", "!", "x: ", "[", "a\nhash_secret: "])
+def test_broken_yaml_is_not_quoted(tmp_path, capsys, before):
+    file = tmp_path / "kvloom.yaml"
+    file.write_text(f"hash_secret: {before}{SECRET}\n{'' if before else 'port: ['}")
+    assert cli.main(["serve", "--config", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert "is not YAML (line " in error and SECRET not in error and error.count("\n") == 1
 
 
 def test_absent_yaml(capsys):
