@@ -127,8 +127,9 @@ class EngineClient(Protocol):
         ...
 
     async def peek(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> int:
-        """Tokens of a prompt's beginning whose KV is held now, for who chooses an engine. Cheap; changes nothing, not even what
-        is evicted next. Raises EngineDeadError."""
+        """Tokens of a prompt's beginning whose KV is held now, for who chooses an engine: of a prompt that is computed densely,
+        as with all methods but those that compute prompts sparsely or look at their last rows. Cheap; changes nothing, not even
+        what is evicted next. Raises EngineDeadError."""
         ...
 
     @everywhere(operator.add)

@@ -157,7 +157,7 @@ class EngineCore:
         return {"prompt_tokens": len(prompt), "cached_tokens": cached, **found}
 
     def peek(self, prompt: Sequence[int], tenant: str, salt: str) -> int:
-        """Tokens of a prompt's exact prefix that are held now. Changes nothing; may be asked from any thread."""
+        """Tokens of a dense prompt's exact prefix that are held now. Changes nothing; may be asked from any thread."""
         return self.cache.held(self.domain(tenant, salt), prompt)
 
     def purge(self, tenant: str) -> int:

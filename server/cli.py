@@ -93,7 +93,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         flags = ["--" + name.replace("_", "-") for name in (*known, *aliases.RENAMED, *aliases.SWITCHES, *aliases.ONLY)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        arguments.parser.error(f"unknown argument {unknown[0]}{hint}")
+        arguments.parser.error(f"unknown argument {unknown[0].split('=')[0]}{hint}")
     return arguments
 
 
