@@ -63,7 +63,7 @@ class Traced:
             tables=plan.rows.tables.clone(), request=plan.rows.request.clone(), start=plan.rows.start.clone(),
             stop=plan.rows.stop.clone()
         )  # fmt: skip
-        dense = plan in self._attention._plans.values()
+        dense = any(plan is other for other in self._attention._plans.values())
         present = [head for head in range(kv.k.shape[1]) if heads is None or heads[head] >= 0]
         compensated = () if folded is None else tuple(present)
         call = Call(rows, seen, q.clone(), kv.k.clone(), kv.v.clone(), result.clone(), scale, dense, False, compensated)

@@ -78,7 +78,7 @@ def outputs(llm: LLM) -> list[Tensor]:
         def __call__(self, *arguments: Any) -> Tensor:
             result = super().__call__(*arguments)
             if self._groups[0].parts:
-                found.append(self._out[: self._groups[0].first].clone())
+                found.append(self._out[: self._groups[0].own.start].clone())
             return result
 
     runner._attention.__class__ = Kept
