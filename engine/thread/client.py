@@ -232,11 +232,12 @@ class ThreadEngineClient:
             while self._receive(max(RECEIVE_SECONDS, RECEIVE_SHARE * took)):
                 self._watchdog.beat()
                 began = time.monotonic()
-                self._deliver(self._core.step())
+                outputs = self._core.step()
                 now = time.monotonic()
                 took = now - began
-                if now - told >= STATS_SECONDS or not self._core.busy:
+                if now - told >= STATS_SECONDS or not self._core.busy:  # who gets a last output finds it counted
                     self._stats, told = self._core.stats(), now
+                self._deliver(outputs)
         except BaseException:
             log.exception("the engine thread has died")
             reason = DIED

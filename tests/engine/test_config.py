@@ -11,7 +11,7 @@ import pytest
 from kvloom.engine.config import EngineConfig, all_options, parse_bytes
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.requests.request import SamplingParams
-from kvloom.engine.retention import RETENTION
+from kvloom.engine.retention import RETENTIONS
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS
@@ -33,7 +33,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 def test_help_names_all_that_may_be_chosen() -> None:
     help = {option.name: option.help for _, option in all_options()}
-    for name, choices in (("selection", SELECTIONS), ("reuse", REUSE), ("scheduler", ORDERS), ("retention", RETENTION)):
+    for name, choices in (("selection", SELECTIONS), ("reuse", REUSE), ("scheduler", ORDERS), ("retention", RETENTIONS)):
         assert set(choices) <= set(re.findall(r"\w+", help[name])), name
 
 

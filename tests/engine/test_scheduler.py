@@ -254,7 +254,7 @@ class Greedy:
     def __init__(self, work: float) -> None:
         self.work = work
 
-    def prepare(self, request: Request, table: object) -> float:
+    def begin(self, request: Request, table: object) -> float:
         return self.work
 
     def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:

@@ -14,6 +14,7 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import Request
 from kvloom.engine.reuse.kvshare.jobs import MOST, Job, JobQueue
 from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.reuse.kvshare.unavailable import NoKVShare
 from kvloom.engine.scheduling.fairness import MOST_DEBTORS, Fairness
 
 MakeLLM = Callable[..., LLM]
@@ -93,7 +94,7 @@ def test_explain_answers_for_the_exact_prefix_on_a_server_that_drops_kv(
     llm = make_llm()
     prompt = text(1, 100)
     ask(llm, prompt, reuse="exact", share=None)
-    monkeypatch.setattr(llm.core, "share", None)  # as with --retention razor
+    monkeypatch.setattr(llm.core, "_features", [NoKVShare("exact")])  # as with --retention razor
     told = llm.core.explain([*prompt, 5], "t", "")
     assert told == {"prompt_tokens": 101, "cached_tokens": 96, "runs": [], "broken": [], "dropped": []}
 

@@ -46,7 +46,8 @@ def estimate(llm: LLM, waiting: Request) -> float:
     scheduler = llm.core._scheduler
     found = llm.core._scheduler._waiting  # queue of lanes
     assert found is not None
-    return found._around.estimator.estimate(waiting, scheduler.table(waiting), waiting.tokens).work
+    around = next(iter(found._lanes.values()))._around
+    return around.estimator.estimate(waiting, scheduler.table(waiting), waiting.tokens).work
 
 
 def test_waiting_requests_know_what_they_will_reuse(make_llm: MakeLLM) -> None:
