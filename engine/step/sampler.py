@@ -127,10 +127,11 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> Sampled:
         """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
         tensor."""
-        logits, hows = logits.float(), [_how(row) for row in rows]
-        ids, errors = self._draw(logits, hows), dict[int, Exception]()
+        logits, errors = logits.float(), dict[int, Exception]()
         changing = [i for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
-        if changing:
+        hows = [_how(row) for row in rows]
+        ids = self._draw(logits, [_GREEDY if row.forced or _changes_logits(row) else how for row, how in zip(rows, hows)])
+        if changing:  # whose first draw, like that of forced ones, was no more than a look
             changed = logits[torch.tensor(changing, device=logits.device)]
             errors = self._change(changed, [(i, rows[i]) for i in changing], eos_ids)
             ids[torch.tensor(changing, device=ids.device)] = self._draw(changed, [hows[i] for i in changing])
@@ -199,11 +200,14 @@ class Sampler:
         return seen
 
 
+_GREEDY = (0.0, 0, 1.0, 0.0, 0.0)
+
+
 def _how(row: Drawn) -> tuple[float, ...]:
     """See `Kernels.sample`."""
     params = row.request.sampling
     if params.temperature < GREEDY_BELOW:
-        return 0.0, 0, 1.0, 0.0, 0.0
+        return _GREEDY
     number = uniform(row.request.seed, row.place)
     return params.temperature, max(0, params.top_k), params.top_p, params.min_p, number
 
