@@ -151,10 +151,10 @@ class EngineCore:
         """What a prompt would reuse now; of a server without approximate reuse the exact prefix alone. Moves and pins nothing:
         no eviction order, no store order."""
         cached = self.peek(prompt, tenant, salt)
-        found: dict[str, Any] = {"runs": [], "broken": [], "dropped": []}
+        found: dict[str, Any] = {"prompt_tokens": len(prompt), "cached_tokens": cached}
         for feature in self._features:
             found |= feature.look(prompt, cached, tenant, salt)
-        return {"prompt_tokens": len(prompt), "cached_tokens": cached, **found}
+        return found
 
     def peek(self, prompt: Sequence[int], tenant: str, salt: str) -> int:
         """Tokens of a dense prompt's exact prefix that are held now. Changes nothing; may be asked from any thread."""

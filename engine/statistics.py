@@ -1,6 +1,6 @@
 """What the engine counts, and what it tells of itself: the figures that `engine.requests.stats` declares.
 
-`snapshot` is taken after every step: its cost depends on neither what was served before nor how many tenants there are. What
+`snapshot` is taken while steps go on: its cost depends on neither what was served before nor how many tenants there are. What
 tenants hold is a table of its own, made when somebody asks.
 """
 

@@ -2,7 +2,7 @@
 
 received    it has come, and nothing is checked
 opened      it is being queued, its options are resolved; whoever cannot serve it says so
-admitted    it has blocks and a place in the next step             (`scheduling.Reuse` alone has something to do there)
+admitted    it has blocks and a place in the next step             (`plan.Reuse` alone has something to do there)
 computed    a step has stored KV of it
 sampled     a token is about to be taken from its logits
 prefilled   that was the first: its prompt is computed

@@ -18,6 +18,7 @@ from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.heads import Heads
 from kvloom.engine.model.linear import quantizes
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
@@ -78,24 +79,12 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         prepared = Prepared(lambda: found)
     files = prepared.files
     backend = _backend(config.model.backend, threads, progress)
-    method = RETENTIONS[config.scheduler.retention]
-    options, dtype = method.read(config.scheduler.retention_options), TORCH_DTYPES[config.model.dtype]
-    loaded = load_model(
-        files.path,
-        config.model.dtype,
-        backend,
-        config.model.weights,
-        progress=lambda done, total: progress("loading layers", done, total),
-        head_groups=lambda model, key: _head_groups(method.make(options, key, model, dtype)),
-        packed_folder=packed_folder(),
-        gguf=prepared.gguf,
-    )
-    if quantizes(config.model.weights, dtype, backend):
+    loaded, retention = _load(config, files, prepared, backend, progress)
+    if quantizes(config.model.weights, loaded.decoder.dtype, backend):
         torch.set_num_threads(1)  # what a step leaves to torch is short, and its threads would take cores from the kernels'
     tokenizer = prepared.tokenizer
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
     eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
-    retention = method.make(options, loaded.fingerprint, loaded.config, dtype)
     cache = _cache(config, loaded, retention)
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
@@ -113,15 +102,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         shadow_interval=config.selection.shadow_interval,
         retention=retention,
     )
-    selection = config.selection
-    defaults = Defaults(selection.selection, selection.budget, selection.options(), selection.draft, selection.draft_tokens)
-    selectors = Selectors(defaults, geometry, backend, config.scheduler.max_batched_tokens - config.scheduler.max_num_seqs)
-    if length > trained and not extrapolates(selectors.policy(KVOptions()).selector):
-        raise ConfigError(
-            f"max_model_len is {length}, but this model was trained for {trained}; give at most that, or a default selection "
-            "that goes beyond: --selection token_select with --selection-options "
-            """'{"positions": "reindexed", "prefill_budget": 1024}'"""
-        )
+    selectors = _selectors(config, geometry, backend)
     domains = DomainFactory(
         loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention, secret=secret
     )
@@ -133,6 +114,30 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
 
 
+def _load(
+    config: EngineConfig, files: ModelFiles, prepared: Prepared, backend: Kernels, progress: Progress
+) -> tuple[LoadedModel, Retention | None]:
+    """The model, its weights in the order of the head groups of its retention; and that, None if everything is kept."""
+    method, dtype = RETENTIONS[config.scheduler.retention], TORCH_DTYPES[config.model.dtype]
+    options, made = method.read(config.scheduler.retention_options), list[Retention | None]()
+
+    def head_groups(model: ModelConfig, model_key: str) -> list[Heads] | None:
+        made.append(method.make(options, model_key, model, dtype))
+        return None if made[0] is None else list(zip(*(spec.heads for spec in made[0].specs)))
+
+    loaded = load_model(
+        files.path,
+        config.model.dtype,
+        backend,
+        config.model.weights,
+        progress=lambda done, total: progress("loading layers", done, total),
+        head_groups=head_groups,
+        packed_folder=packed_folder(),
+        gguf=prepared.gguf,
+    )
+    return loaded, made[0]
+
+
 def _backend(name: str, threads: int, progress: Progress) -> Kernels:
     """The kernels of that name. Raises ConfigError if they cannot be had on this machine."""
     try:
@@ -141,9 +146,14 @@ def _backend(name: str, threads: int, progress: Progress) -> Kernels:
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
 
-def _head_groups(retention: Retention | None) -> list[Heads] | None:
-    """The KV heads of every group in every layer, None for one group: weights are put into that order."""
-    return None if retention is None else list(zip(*(spec.heads for spec in retention.specs)))
+def _selectors(config: EngineConfig, geometry: Geometry, backend: Kernels) -> Selectors:
+    """Selection methods, and the default one. Raises ConfigError if that cannot serve sequences as long as they may be."""
+    selection, scheduler = config.selection, config.scheduler
+    defaults = Defaults(selection.selection, selection.budget, selection.options(), selection.draft, selection.draft_tokens)
+    selectors = Selectors(defaults, geometry, backend, scheduler.max_batched_tokens - scheduler.max_num_seqs)
+    if geometry.max_len > geometry.trained_len and not extrapolates(selectors.policy(KVOptions()).selector):
+        raise _beyond_training(geometry.max_len, geometry.trained_len)
+    return selectors
 
 
 def _check_names(config: EngineConfig) -> None:

@@ -5,8 +5,8 @@
     layers      layers [0, c] of all rows        writes their true KV, and compares the values of layer c with what was copied
     attention   layers of the last rows          who looks at what: at layer c alone, or averaged over all layers
 
-They are rows of steps like any others, run beside other requests' (`scheduling.Look`); nothing is read back before the last has
-been computed. Everything is read from and written to the request's own blocks.
+They are rows of steps like any others, run beside other requests' (`requests.traits.Look`); nothing is read back before the
+last has been computed. Everything is read from and written to the request's own blocks.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Pass(NamedTuple):
 
     positions: Ints
     stop: int
-    """See `scheduling.Look`."""
+    """See `requests.traits.Look`."""
     known: Ints | None = None
     """What they see beside each other, of rows that follow each other; None: everything up to themselves."""
     watch: range = range(0)
@@ -92,7 +92,7 @@ class Pass(NamedTuple):
 
 
 class Scan:
-    """`scheduling.Looks` of one request, and what came of them."""
+    """`requests.traits.Looks` of one request, and what came of them."""
 
     def __init__(self, scanner: Scanner, sequence: Placed, reused: Ints) -> None:
         self._scanner, self._sequence, self._reused = scanner, sequence, reused
@@ -124,7 +124,7 @@ class Scan:
         stop = self._scanner.layer + 1 if known is None else self._scanner.config.layers
         self._passes.append(Pass(probe, stop, known, range(stop - 1, stop) if known is None else range(stop)))
 
-    # `scheduling.Looks` -------------------------------------------------------------------------------------------------
+    # `requests.traits.Looks` ------------------------------------------------------------------------------------------
 
     @property
     def left(self) -> int:
@@ -183,7 +183,7 @@ class Scan:
 
 
 class LookAtRows:
-    """`scheduling.Look` at some rows of a pass."""
+    """`requests.traits.Look` at some rows of a pass."""
 
     def __init__(self, scan: Scan, scanner: Scanner, sequence: Placed, part: Pass, positions: Ints) -> None:
         self._scan, self._scanner, self._watch = scan, scanner, part.watch

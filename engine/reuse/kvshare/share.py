@@ -188,7 +188,7 @@ class KVShare(Feature):
     # Admission ----------------------------------------------------------------------------------------------------------
 
     def begin(self, request: Request, table: BlockTable) -> float:
-        """See `scheduling.Reuse`."""
+        """See `requests.plan.Reuse`."""
         self._looking.pop(request, None)  # it may have been preempted meanwhile
         placed, options = Placed.of(request.tokens, table.blocks, self._cache.block_size), self._repairs[request]
         began = time.perf_counter()
@@ -205,7 +205,7 @@ class KVShare(Feature):
         return work
 
     def settle(self, request: Request) -> None:
-        """See `scheduling.Reuse`."""
+        """See `requests.plan.Reuse`."""
         candidate, scan = self._looking.pop(request)
         reason = self._ranker.settle(request, candidate, scan)
         self._decided(request, candidate.match, reason)
@@ -264,7 +264,7 @@ class KVShare(Feature):
     # Decoding -----------------------------------------------------------------------------------------------------------
 
     def refresh(self, plan: StepPlan, rows: int) -> list[Chunk]:
-        """See `scheduling.Reuse`."""
+        """See `requests.plan.Reuse`."""
         budget, found = min(rows, self.options.refresh_budget), []
         for chunk in plan.chunks:
             repair = repair_of(chunk.request)

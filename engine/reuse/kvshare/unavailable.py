@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.lifecycle import Feature
 from kvloom.engine.requests.request import Request
@@ -23,6 +26,10 @@ class NoKVShare(Feature):
         """See `Feature`."""
         if request.kv.reuse_or(self._default) == "approx":
             raise _refusal()
+
+    def look(self, tokens: Sequence[int], prefix: int, tenant: str, salt: str) -> Mapping[str, Any]:
+        """See `Feature`: nothing, in the form in which there would be something."""
+        return {"runs": [], "broken": [], "dropped": []}
 
     def purge(self, tenant: str) -> int:
         """See `Feature`."""
