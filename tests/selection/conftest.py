@@ -7,7 +7,8 @@ from the whole cache with -inf where nothing may be seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,11 +17,13 @@ from torch import Tensor
 
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.calibration import HeadClasses
-from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.plan import StepPlan
+from kvloom.engine.requests.request import KVOptions, Request, RequestOutput
 from kvloom.engine.selection import Geometry
 from kvloom.engine.selection.razor_view import RazorViewOptions
 from kvloom.kernels.interface import Folded, PagedKV, Rows
 from kvloom.kernels.reference import visible
+from tests.conftest import write_tokenizer
 
 
 class Call(NamedTuple):
@@ -140,3 +143,36 @@ def logprobs_of(llm: LLM, prompts: list[list[int]], tokens: int, kv: KVOptions =
     """Log-probabilities of greedy continuations, all in one batch."""
     results = llm.generate(prompts, greedy(tokens, logprobs=0, **more), kv=kv)
     return [[entry.logprob for entry in result.logprobs] for result in results]
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random Llama of seven layers, two KV heads of 16 and twice as many query heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("deep")
+    vocab = write_tokenizer(folder)
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=7,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=None,
+                         initializer_range=0.15)  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def stepped(
+    llm: LLM, requests: Sequence[Request], lose: Callable[[int], int | None] = lambda step: None
+) -> Iterator[RequestOutput]:
+    """What requests get in one batch. lose: which of them loses its blocks before a step, in so many steps that everybody loses
+    them more than once, and all finish."""
+    core, steps = llm.core, 0
+    for request in requests:
+        core.add(request)
+    while core.busy:
+        steps += 1
+        which = lose(steps) if steps < 60 else None
+        if which is not None and requests[which] in core._scheduler.running:
+            core._scheduler._preempt(requests[which], StepPlan([], []))
+        yield from core.step()
+        core.check()

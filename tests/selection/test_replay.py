@@ -12,7 +12,7 @@ from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.requests.plan import StepPlan
 from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
-from tests.selection.conftest import greedy
+from tests.selection.conftest import greedy, stepped
 
 Make = Callable[..., LLM]
 RECYCLED = KVOptions(selection="recycled", budget=24)
@@ -36,19 +36,10 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 def run(llm: LLM, requests: Sequence[Request], lose: Callable[[int], int | None] = lambda step: None) -> list[list[Any]]:
     """Log-probabilities of all requests in one batch. lose: which of them loses its blocks before a step."""
-    core, steps = llm.core, 0  # for so long that everybody loses them more than once, and all finish
     found: dict[str, list[Any]] = {request.id: [] for request in requests}
-    for request in requests:
-        core.add(request)
-    while core.busy:
-        steps += 1
-        which = lose(steps) if steps < 60 else None
-        if which is not None and requests[which] in core._scheduler.running:
-            core._scheduler._preempt(requests[which], StepPlan([], []))
-        for output in core.step():
-            found[output.id].extend(output.logprobs)
-            requests[int(output.id)].arrival = output.usage.attended_tokens  # kept for the comparison
-        core.check()
+    for output in stepped(llm, requests, lose):
+        found[output.id].extend(output.logprobs)
+        requests[int(output.id)].arrival = output.usage.attended_tokens  # kept for the comparison
     return list(found.values())
 
 

@@ -17,29 +17,12 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import KVOptions, Request
 from kvloom.kernels.interface import PagedKV
 from kvloom.kernels.reference import gather
-from tests.conftest import write_tokenizer
 from tests.selection.conftest import Call, Traced, greedy, masked_attention
 
 Make = Callable[..., LLM]
 LAYERS, HEADS, GROUP = 7, 2, 2
 SINKS, RECENT, BUDGET = 3, 6, 24
 SELECTED = BUDGET - SINKS - RECENT
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama of seven layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("deep")
-    vocab = write_tokenizer(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
-                         num_attention_heads=HEADS * GROUP, num_key_value_heads=HEADS, head_dim=16,
-                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=None,
-                         initializer_range=0.15)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

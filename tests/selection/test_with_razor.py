@@ -14,14 +14,12 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration, TidalCalibration, TidalChoice
-from kvloom.engine.requests.plan import StepPlan
 from kvloom.engine.requests.request import KVOptions, Request
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.tidal_decode import TidalDecode, TidalDecodeOptions
 from kvloom.kernels.reference import ReferenceKernels
-from tests.conftest import write_tokenizer
 from tests.engine import test_razor
-from tests.selection.conftest import greedy
+from tests.selection.conftest import greedy, stepped
 
 Make = Callable[..., LLM]
 LAYERS, HEADS, GROUP, DIM = 7, 2, 2, 16
@@ -30,22 +28,6 @@ RETRIEVAL = ((0, 1), (), (1,), (0, 1), (0,), (), (0, 1))
 BLOCK, BUDGET, SINKS = 16, 24, 3
 OPTIONS = '{"induction_share": 0.55, "echo_share": 0.0, "sinks": 3, "min_window": 24, "window_divisor": 4}'
 DENSE = KVOptions()
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random Llama of seven layers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("deep")
-    vocab = write_tokenizer(folder)
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=vocab, hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS,
-                         num_attention_heads=HEADS * GROUP, num_key_value_heads=HEADS, head_dim=DIM,
-                         max_position_embeddings=512, bos_token_id=None, eos_token_id=2, pad_token_id=None,
-                         initializer_range=0.15)  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -102,22 +84,13 @@ def run(
     llm: LLM, jobs: Sequence[tuple[list[int], KVOptions]], tokens: int = 24, lose: Callable[[int], int | None] = lambda _: None
 ) -> list[list[Any]]:
     """Jobs in one batch: every greedy token with its log-probability. lose: which loses its blocks before a step."""
-    core, steps = llm.core, 0
     requests = [
         Request(id=str(i), prompt=text, sampling=greedy(tokens, logprobs=0), kv=kv) for i, (text, kv) in enumerate(jobs)
     ]
     found: dict[str, list[Any]] = {request.id: [] for request in requests}
-    for request in requests:
-        core.add(request)
-    while core.busy:
-        steps += 1
-        which = lose(steps) if steps < 60 else None
-        if which is not None and requests[which] in core._scheduler.running:
-            core._scheduler._preempt(requests[which], StepPlan([], []))
-        for output in core.step():
-            assert output.finish_reason != "error"
-            found[output.id] += [(entry.token, entry.logprob) for entry in output.logprobs]
-        core.check()
+    for output in stepped(llm, requests, lose):
+        assert output.finish_reason != "error"
+        found[output.id] += [(entry.token, entry.logprob) for entry in output.logprobs]
     return list(found.values())
 
 

@@ -129,21 +129,21 @@ def test_debts_of_strangers_are_bounded() -> None:
     assert not fairness._credit
 
 
-def errand(tenant: str, number: int) -> Job:
+def job(tenant: str, number: int) -> Job:
     return Job(kind="heal", tokens=(number,), tenant=tenant)
 
 
-def test_one_tenants_errands_crowd_out_nobody_elses() -> None:
-    errands = JobQueue()
+def test_one_tenants_jobs_crowd_out_nobody_elses() -> None:
+    jobs = JobQueue()
     for number in range(3):
-        errands.add(errand("quiet", number))
+        jobs.add(job("quiet", number))
     for number in range(200):
-        errands.add(errand("busy", number))
-    assert len(errands) == MOST
+        jobs.add(job("busy", number))
+    assert len(jobs) == MOST
     started = []
-    while (request := errands.start()) is not None:
+    while (request := jobs.start()) is not None:
         started.append((request.tenant, request.prompt[0]))
-        errands.done()
+        jobs.done()
     assert [number for tenant, number in started if tenant == "quiet"] == [0, 1, 2]
     assert [tenant for tenant, _ in started[:6]].count("quiet") == 3, "they take turns"
     assert [number for tenant, number in started if tenant == "busy"] == list(range(200 - MOST + 3, 200))

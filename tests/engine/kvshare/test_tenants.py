@@ -263,7 +263,7 @@ def is_in(needle: list[int], hay: list[int]) -> bool:
     return any(hay[i : i + len(needle)] == needle for i in range(len(hay) - len(needle) + 1))
 
 
-def test_errands_give_way(healing: LLM) -> None:
+def test_jobs_give_way(healing: LLM) -> None:
     ask(healing, "", prompt(1))
     ask(healing, "", [*text(7, 5), *DOCUMENT, *text(9, 100)])
     core = healing.core
