@@ -56,6 +56,8 @@ class ModelInfo:
     """What requests that do not say are sampled with."""
     weights_held: str = ""
     """What the mode `weights` came to and why: layers int4 (the file's codes), head int8 (rounded from BF16)."""
+    device: str = "cpu"
+    """Where weights and KV are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

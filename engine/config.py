@@ -25,6 +25,7 @@ from kvloom.engine.settings.former import value_now
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
 Backend = Literal["auto", "native", "torch", "reference"]
+DeviceName = Literal["cpu", "cuda"]
 
 Tokens = Annotated[int, "TOKENS"]
 Count = Annotated[int, "N"]
@@ -61,7 +62,9 @@ class ModelOptions:
     """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
     only with a selection that goes beyond it: token_select with re-indexed positions."""
     backend: Backend = "auto"
-    """Attention kernels: native (C++, built on this machine), torch, reference, or auto (the first that works)."""
+    """Attention kernels: native (C++, built on this machine, for the CPU), torch, reference, or auto (the first that works)."""
+    device: DeviceName = "cpu"
+    """Where weights and KV are, and steps are computed: cpu, or cuda, where kernels are torch's so far."""
     threads: Count | None = None
     """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
 
@@ -71,7 +74,8 @@ class CacheOptions:
     """The KV cache."""
 
     kv_memory: Size | None = None
-    """Bytes for the KV cache (4GiB, 512MiB, ...); the default is a quarter of the memory that is free, at most 4 GiB."""
+    """Bytes for the KV cache (4GiB, 512MiB, ...); the default is a quarter of the memory that is free, at most 4 GiB, and on a
+    GPU half of what is free there."""
     block_size: Tokens = 16
     """Tokens per block: a power of two from 1 to 256."""
     reuse: Name = "exact"
@@ -254,13 +258,14 @@ class Option(NamedTuple):
 
 @functools.cache
 def option_fields(cls: Any) -> tuple[Option, ...]:
-    """The settings of a dataclass with the docstrings that follow its fields."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
+    """The settings of a dataclass with the docstrings that follow its fields, also where it has them from another."""
     docs: dict[str, str] = {}
-    for node, after in zip(tree.body, tree.body[1:]):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-            docs[node.target.id] = inspect.cleandoc(str(ast.literal_eval(after.value)))
+    for base in (base for base in reversed(cls.__mro__) if "__dataclass_fields__" in vars(base)):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        assert isinstance(tree, ast.ClassDef)
+        for node, after in zip(tree.body, tree.body[1:]):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+                docs[node.target.id] = inspect.cleandoc(str(ast.literal_eval(after.value)))
     hints, marked = get_type_hints(cls), get_type_hints(cls, include_extras=True)
     return tuple(
         Option(f.name, hints[f.name], f.default, docs[f.name], _unit(marked[f.name]), not f.repr)

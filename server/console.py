@@ -60,7 +60,7 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
     print(
         f"\nkvloom serves {model.name} at {url}\n"
-        f"  model     {model.root} ({model.dtype}, {model.backend} kernels)\n"
+        f"  model     {model.root} ({model.dtype}, {model.backend} kernels on {model.device})\n"
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  threads   {model.threads}\n"
         f"  context   {model.max_model_len} tokens\n"

@@ -120,7 +120,10 @@ class _EngineFigures(Collector):
 
     def _info(self) -> Metric:
         model = self._model
-        about = {"version": __version__, "backend": model.backend, "dtype": model.dtype, "weights": model.weights}
+        about = {
+            "version": __version__, "backend": model.backend, "device": model.device, "dtype": model.dtype,
+            "weights": model.weights,
+        }  # fmt: skip
         family = GaugeMetricFamily(PREFIX + "engine_info", "What runs here; always 1.", labels=[*self._labels, *about])
         family.add_metric([*self._labels.values(), *about.values()], 1)
         return family

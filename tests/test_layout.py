@@ -22,6 +22,7 @@ MAY_IMPORT = {
 
 FLOORS = (
     {"errors", "bounds"},
+    {"device"},
     {"settings"},
     {"config"},
     {"model"},

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
+from kvloom.engine.device import CPU
 from kvloom.engine.errors import ConfigError
 from kvloom.kernels.interface import PagedKV
+
+ALLOCATION_ERRORS = (OSError, OverflowError, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +42,37 @@ def bytes_per_token(spec: GroupSpec, head_dim: int, dtype: torch.dtype) -> int:
 class Storage:
     """K and V of one head group: per layer a `PagedKV` of [blocks, heads, block_size, head_dim].
 
-    Pages of memory are only taken from the system when a block is first written.
+    A CPU's pages are only taken from the system when a block is first written.
     """
 
-    def __init__(self, spec: GroupSpec, blocks: int, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, spec: GroupSpec, blocks: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device = CPU
+    ) -> None:
+        """Raises ConfigError if there cannot be so much."""
         self.spec = spec
+        self.device = device
         self.blocks = blocks
         self.block_size = block_size
         shapes = [(blocks, len(heads), block_size, head_dim) for heads in spec.heads]
         try:
-            self.layers: Sequence[PagedKV] = [PagedKV(lazy_zeros(s, dtype), lazy_zeros(s, dtype)) for s in shapes]
-        except (OSError, OverflowError):
+            self.layers: Sequence[PagedKV] = [
+                PagedKV(lazy_zeros(shape, dtype, device), lazy_zeros(shape, dtype, device)) for shape in shapes
+            ]
+        except ALLOCATION_ERRORS:
             size = blocks * block_size * bytes_per_token(spec, head_dim, dtype)
             raise ConfigError(f"the KV cache of {size} bytes cannot be allocated; lower kv_memory") from None
         self.block_bytes: int = sum(tensor[0].nbytes for layer in self.layers for tensor in layer)
         """Bytes of one block over all layers."""
 
 
-def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros that cost nothing until they are touched. Raises OSError or OverflowError if there cannot be so many.
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, which cost a CPU nothing until they are touched. Raises one of ALLOCATION_ERRORS if there cannot be so many.
 
-    They come page by page: a new block of a cache is new in every layer at once, and clearing huge pages of two megabytes in
-    each of them would hold up a step for a fifth of a second.
+    There they come page by page: a new block of a cache is new in every layer at once, and clearing huge pages of two
+    megabytes in each of them would hold up a step for a fifth of a second.
     """
-    if 0 in shape:  # a layer without heads in this group
-        return torch.empty(shape, dtype=dtype)
+    if 0 in shape or device.type != "cpu":  # a layer without heads in this group has none
+        return torch.zeros(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         with contextlib.suppress(OSError):  # of a kernel without huge pages

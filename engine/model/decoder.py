@@ -98,7 +98,7 @@ class Decoder:
         head: Linear,
     ) -> None:
         """embedding: [vocab, hidden] in `dtype`; final_norm: [hidden] fp32; head: hidden -> vocab."""
-        self.config, self.dtype, self.kernels = config, dtype, kernels
+        self.config, self.dtype, self.kernels, self.device = config, dtype, kernels, embedding.device
         self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
         projections = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
         captures = kernels.graph() is not None and all(linear.capturable for linear in projections)
@@ -109,7 +109,7 @@ class Decoder:
     @functools.cached_property
     def rotary(self) -> RotaryTable:
         """Cosines and sines for the runner: of all positions, unless a table of another length is set before anybody asks."""
-        return rotary_table(self.config.rope, self.config.max_position)
+        return rotary_table(self.config.rope, self.config.max_position, self.device)
 
     def forward(
         self,
@@ -196,9 +196,9 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden] fp32, the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""
-        normed = torch.empty(hidden.shape, dtype=self.dtype)
+        normed = hidden.new_empty(hidden.shape, dtype=self.dtype)
         self.kernels.add_rms_norm(hidden, None, self.final_norm, self.config.rms_eps, normed)
-        return self.head(normed, torch.empty(hidden.shape[0], self.config.vocab_size, dtype=torch.float32))
+        return self.head(normed, hidden.new_empty(hidden.shape[0], self.config.vocab_size))
 
     # The pieces of `forward`, for callers that change the set of rows between layers ------------------------------------
 
@@ -243,7 +243,7 @@ class Decoder:
     @torch.inference_mode(False)  # a caller in inference mode must not leave buffers that others cannot write
     def _allocate(self, rows: int) -> Workspace:
         config = self.config
-        residual = torch.empty(rows, config.hidden_size, dtype=torch.float32)
+        residual = torch.empty(rows, config.hidden_size, dtype=torch.float32, device=self.device)
         widths = (
             config.hidden_size,
             config.qkv_size,
@@ -251,4 +251,4 @@ class Decoder:
             config.intermediate_size,
             config.hidden_size,
         )
-        return Workspace(residual, *(torch.empty(rows, width, dtype=self.dtype) for width in widths))
+        return Workspace(residual, *(residual.new_empty(rows, width, dtype=self.dtype) for width in widths))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.config import WeightMode
+from kvloom.engine.device import CPU
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.packed_cache import PackedCache
 from kvloom.engine.model.quantized import GROUP, Codes, QuantizedLinear, round_to_int4, round_to_int8, unpack
@@ -152,13 +153,15 @@ def make_linear(
     dtype: torch.dtype,
     kernels: Kernels,
     cache: PackedCache | None = None,
+    device: torch.device = CPU,
 ) -> Linear:
-    """The projection in the given mode; bias: [out] in `dtype`; cache: where its packed form may be, and goes if it is not.
+    """The projection in the given mode; bias: [out] in `dtype`, on the device; cache: where its packed form may be, and goes if
+    it is not; device: where the projection is computed.
 
     Raises ConfigError for a mode that is not available.
     """
     if not quantizes(mode, dtype, kernels) or weight.shape[1] % GROUP:
-        return _dense(weight, bias, dtype)
+        return _dense(weight, bias, dtype, device)
     if kernels.quantized is None:
         raise ConfigError(f"weights={mode} needs the native back end, but {kernels.name} runs here; use weights=bf16 or auto")
     return QuantizedLinear(kernels.quantized, _packed(weight, mode, kernels.quantized, cache), bias)
@@ -185,6 +188,7 @@ def _codes(weight: LinearWeight, mode: WeightMode) -> Codes:
     return round_to_int4(dense) if mode == "int4" and not weight.sensitive else round_to_int8(dense)
 
 
-def _dense(weight: LinearWeight, bias: Tensor | None, dtype: torch.dtype) -> Linear:
-    dense = weight.dense(dtype)
-    return PackedLinear(dense, bias) if dtype == torch.bfloat16 and PackedLinear.works() else DenseLinear(dense, bias)
+def _dense(weight: LinearWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:
+    dense = weight.dense(dtype).to(device)
+    packs = device.type == "cpu" and dtype == torch.bfloat16 and PackedLinear.works()
+    return PackedLinear(dense, bias) if packs else DenseLinear(dense, bias)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.config import DType, WeightMode
+from kvloom.engine.device import CPU
 from kvloom.engine.errors import ConfigError, ModelError
 from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.decoder import Decoder, Layer
@@ -62,11 +63,12 @@ def load_model(
     head_groups: Callable[[ModelConfig, str], Sequence[Heads] | None] = lambda config, fingerprint: None,
     packed_folder: Path | None = None,
     gguf: GGUFFile | None = None,
+    device: torch.device = CPU,
 ) -> LoadedModel:
     """path: a folder (config.json, *.safetensors) or a .gguf file; max_model_len: positions to prepare for, at most the
     model's own; head_groups: from config and fingerprint, the KV heads of every group in every layer, None for one group;
     packed_folder: where packed weights are kept from one start to the next, None for nowhere; gguf: the .gguf file, if it is
-    open already.
+    open already; device: where the weights go, one projection at a time.
 
     Raises ModelError if files are absent, damaged or unsupported, ConfigError if a setting does not fit the model.
     """
@@ -82,7 +84,7 @@ def load_model(
     if packed_folder is not None and kernels.quantized is not None and quantizes(weights, TORCH_DTYPES[dtype], kernels):
         parts = (fingerprint, weights, dtype, repr(groups), kernels.quantized.layout)
         cache = PackedCache(packed_folder, PackedKey(path.name, files, parts))
-    assembly = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups, cache)
+    assembly = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups, cache, device)
     decoder = assembly.decoder(progress)
     log.info("loaded %s (%s, %s) in %.2f s", path.name, config.architecture, config.dtype, time.perf_counter() - started)
     if cache is not None:
@@ -131,9 +133,10 @@ class _Assembly:
         kernels: Kernels,
         groups: Sequence[Heads] | None = None,
         cache: PackedCache | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.config, self.source, self.dtype, self.mode, self.kernels = config, source, dtype, mode, kernels
-        self.groups, self.cache = groups, cache
+        self.groups, self.cache, self.device = groups, cache, device
         self.held = Held()
 
     def decoder(self, progress: Progress | None) -> Decoder:
@@ -181,7 +184,7 @@ class _Assembly:
     def head(self, embedding: Tensor) -> Linear:
         tied = self.config.tied_embeddings
         weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), embedding if tied else None, sensitive=True)
-        made = make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache)
+        made = make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache, self.device)
         self.held.note("head", made, weight)
         return made
 
@@ -189,14 +192,14 @@ class _Assembly:
         weight = LinearWeight(self.source, tuple(part + ".weight" for part in parts), rows=rows, columns=columns)
         bias = torch.cat([self.read(part + ".bias", self.dtype) for part in parts]) if biased else None
         bias = bias[rows] if bias is not None and rows is not None else bias
-        made = make_linear(weight, bias, self.mode, self.dtype, self.kernels, self.cache)
+        made = make_linear(weight, bias, self.mode, self.dtype, self.kernels, self.cache, self.device)
         self.held.note("layers", made, weight)
         return made
 
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         out = torch.empty(self.source.shape(name), dtype=dtype)
         self.source.read_into(name, out)
-        return out
+        return out.to(self.device)
 
 
 _WINDOW, _WINDOWS = 4096, 1024

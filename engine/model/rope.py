@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kvloom.engine.device import CPU
 from kvloom.engine.errors import ModelError
 
 _MOST_THETA, _MOST_FACTOR, _MOST_POSITION = 1e15, 1e6, 1 << 30  # beyond any model, and far from what arithmetic cannot hold
@@ -78,15 +79,15 @@ class RotaryTable(NamedTuple):
     inv_freq: Tensor
 
 
-def rotary_table(rope: RopeConfig, max_position: int) -> RotaryTable:
-    """Tables for positions [0, max_position)."""
+def rotary_table(rope: RopeConfig, max_position: int, device: torch.device = CPU) -> RotaryTable:
+    """Tables for positions [0, max_position), made on the CPU."""
     inv_freq = inverse_frequencies(rope)
     cos, sin = torch.empty(max_position, rope.dim // 2), torch.empty(max_position, rope.dim // 2)
     for begin in range(0, max_position, _SPAN):
         angles = torch.arange(begin, min(begin + _SPAN, max_position), dtype=torch.float64)[:, None] * inv_freq
         cos[begin : begin + _SPAN] = angles.cos().mul_(rope.attention_factor)
         sin[begin : begin + _SPAN] = angles.sin_().mul_(rope.attention_factor)
-    return RotaryTable(cos, sin, inv_freq.float())
+    return RotaryTable(*(table.to(device) for table in (cos, sin, inv_freq.float())))
 
 
 def inverse_frequencies(rope: RopeConfig) -> Tensor:

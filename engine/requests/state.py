@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache.storage import lazy_zeros
+from kvloom.engine.device import CPU
 from kvloom.engine.requests.traits import Record
 
 if TYPE_CHECKING:
@@ -57,9 +58,9 @@ class _Stretch:
 class StateMemory:
     """The array, and who holds what of it. Called on the engine's thread."""
 
-    def __init__(self, bound: int, retention: Keeper | None = None) -> None:
+    def __init__(self, bound: int, retention: Keeper | None = None, device: torch.device = CPU) -> None:
         """bound: bytes, of which at most 2^31 words are used. retention: keeps state of every request, beside its selection."""
-        self.words: Tensor = lazy_zeros((min(bound // WORD, 2**31 - 1),), torch.int32)
+        self.words: Tensor = lazy_zeros((min(bound // WORD, 2**31 - 1),), torch.int32, device)
         """[total] int32: memory of what is never used is never touched."""
         self.bound = bound
         self._retention = retention

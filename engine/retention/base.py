@@ -44,7 +44,7 @@ class Retention(Keeper, Protocol):
     name: str
     specs: tuple[GroupSpec, GroupSpec]
 
-    def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
+    def make_cache(self, memory: int, length: int, block_size: int, device: torch.device) -> CacheManager:
         """A cache of both groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
         ...
 

@@ -20,16 +20,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.engine.bounds import bounded, shown, wrong
+from kvloom.engine.bounds import shown, wrong
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage, bytes_per_token
-from kvloom.engine.calibration import find_razor
-from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE, HeadClasses
+from kvloom.engine.calibration.razor import HeadClasses
+from kvloom.engine.device import upload
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.requests.request import MAX_DRAFT_TOKENS
@@ -37,7 +37,7 @@ from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.traits import Record
 from kvloom.engine.retention.base import Kept
 from kvloom.engine.retention.compensation import Compensation, Leaving
-from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
+from kvloom.engine.retention.window import RazorHeads, Window
 from kvloom.kernels.interface import Kernels, Lists, Rows
 
 if TYPE_CHECKING:
@@ -48,41 +48,19 @@ RETRIEVAL, LOCAL = 0, 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RazorOptions:
+class RazorOptions(RazorHeads):
     """Options of retention razor."""
-
-    induction_share: float = bounded(INDUCTION_SHARE, 0, 1)
-    """Share of all KV heads that keep everything for their induction score, at least one head."""
-    echo_share: float = bounded(ECHO_SHARE, 0, 1)
-    """The same for their echo score."""
-    sinks: int = bounded(4, SINKS)
-    """N0: first tokens that local heads keep."""
-    min_window: int = bounded(256, LENGTHS)
-    """S0: shortest window of local heads, in tokens."""
-    window_divisor: int = bounded(5, DIVISORS)
-    """C: the window is a C-th of the sequence, if that is more."""
-    compensation: bool = True
-    """Whether a token stands for what was dropped."""
-    heads: Literal["calibrated", "random"] = "calibrated"
-    """Which heads keep everything: the calibrated ones, or as many anywhere (to compare with)."""
-    seed: int = bounded(0, SEEDS)
-    """Of random heads."""
 
     def __post_init__(self) -> None:
         if (found := wrong(self)) is not None:
             raise ConfigError(f"retention_options: {found.name} is {shown(found.value)}; allowed: {found.allowed}")
 
-    @property
-    def window(self) -> Window:
-        return Window(self.sinks, self.min_window, self.window_divisor)
-
-    def classes(self, model_key: str) -> HeadClasses:
-        """The model's head classes. Raises ConfigError if it has no calibration."""
-        calibration = find_razor(model_key)
-        if calibration is None:
+    def calibrated(self, model_key: str) -> HeadClasses:
+        """`classes`. Raises ConfigError if the model has no calibration."""
+        found = self.classes(model_key)
+        if found is None:
             raise ConfigError("this model has no RazorAttention calibration; run kvloom calibrate razor MODEL first")
-        seed = self.seed if self.heads == "random" else None
-        return calibration.classes(self.induction_share, self.echo_share, random_seed=seed)
+        return found
 
 
 def group_specs(classes: HeadClasses) -> tuple[GroupSpec, GroupSpec]:
@@ -139,23 +117,22 @@ class Razor:
 
     def __init__(self, options: RazorOptions, model_key: str, model: ModelConfig, dtype: torch.dtype) -> None:
         """Raises ConfigError if the model has no calibration, or no heads of either kind."""
-        self.options, self.classes, self.window = options, options.classes(model_key), options.window
+        self.options, self.classes, self.window = options, options.calibrated(model_key), options.window
         self.specs = group_specs(self.classes)
         self._model, self._dtype = model, dtype
         local = [len(heads) for heads in self.specs[LOCAL].heads]
         self._local = sum(local)
         self._state = Compensation(model.layers, local, model.head_dim, options.sinks)
-        self._sinks = torch.arange(max(1, options.sinks), dtype=torch.int32)
         self._cache: CacheManager | None = None
 
-    def make_cache(self, memory: int, length: int, block_size: int) -> CacheManager:
-        """A cache of two groups. length: of the sequences that it is divided for. Raises ConfigError if it is too small."""
+    def make_cache(self, memory: int, length: int, block_size: int, device: torch.device) -> CacheManager:
+        """See `Retention`."""
         sizes = block_bytes(self.classes, self._model.head_dim, self._dtype, block_size)
         blocks = divide(memory, length, block_size, sizes, self.window)
         if min(blocks) < 2:
             raise ConfigError(f"kv_memory is {memory} bytes; two blocks of all heads take {2 * sum(sizes)}, give at least that")
         self._cache = CacheManager(
-            *(Storage(spec, n, block_size, self._model.head_dim, self._dtype) for spec, n in zip(self.specs, blocks))
+            *(Storage(spec, n, block_size, self._model.head_dim, self._dtype, device) for spec, n in zip(self.specs, blocks))
         )
         return self._cache
 
@@ -182,9 +159,10 @@ class Razor:
         counts = [chunk.count for chunk in chunks]
         begins = np.array([chunk.table.forgotten * self._cache.block_size for chunk in chunks], np.int32)
         dropped = self._state.dropped(begins)
-        begin = torch.from_numpy(np.repeat(begins, counts))
+        begin = upload(np.repeat(begins, counts), stop.device)
         lengths = torch.where(begin > 0, self.window.sinks, 0).to(torch.int32)[:, None]
-        rows = Rows(tables, request, begin, stop, Lists(self._sinks, torch.zeros_like(lengths), lengths))
+        sinks = torch.arange(max(1, self.window.sinks), dtype=torch.int32, device=stop.device)
+        rows = Rows(tables, request, begin, stop, Lists(sinks, torch.zeros_like(lengths), lengths))
         unseen = (dropped * self._local).tolist()
         if self.state is None:
             return Kept(rows, unseen)
@@ -220,8 +198,8 @@ class Razor:
             row[: len(own)] = own
         last, rows, at = np.array(to, np.int32), np.arange(len(moved), dtype=np.int32), states.at(state, requests)
         first = state.advance(requests, last)
-        request, begin, end, where = (torch.from_numpy(column) for column in (rows, first, last, at))
-        leaving = Leaving(torch.from_numpy(tables), request, begin, end, where, int((last - first).max()))
+        request, begin, end, where = (upload(column, storage.device) for column in (rows, first, last, at))
+        leaving = Leaving(upload(tables, storage.device), request, begin, end, where, int((last - first).max()))
         for layer, kv in enumerate(storage.layers):
             if storage.spec.heads[layer]:
                 state.fold(kernels, states.words, layer, kv, leaving)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.client import MethodStats
+from kvloom.engine.device import CPU
 from kvloom.engine.requests.state import NO_STATE, StateMemory
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.geometry import Geometry
@@ -38,7 +39,8 @@ class Scratch:
     What is taken under a name lies where it lay the last time, unless more was wanted than ever before.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CPU) -> None:
+        self.device = device
         self._buffers: dict[str, Tensor] = {}
         self.plans: dict[str, dict[int, Plan]] = {}
         """Made anew in their place in every step."""
@@ -51,7 +53,7 @@ class Scratch:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             with torch.inference_mode(False):
-                buffer = self._buffers[name] = torch.empty(size + size // 4, dtype=dtype)
+                buffer = self._buffers[name] = torch.empty(size + size // 4, dtype=dtype, device=self.device)
             self.moves += 1
         return buffer[:size].view(shape)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,11 @@ class Geometry:
     heads: tuple[tuple[int, ...], ...]
     """[layers]: the KV heads that methods decide for, ascending: all, or with a retention those that keep everything. A method
     is not called for a layer that has none of them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's tensors are."""
+        return self.inv_freq.device
 
     @property
     def group(self) -> int:

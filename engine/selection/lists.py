@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,9 +21,6 @@ from torch import Tensor
 from kvloom.engine.requests.traits import Layer
 from kvloom.engine.selection.batch import Batch, Span
 from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal, Rows
-
-if TYPE_CHECKING:
-    pass
 
 
 class KeptLists:
@@ -49,7 +45,7 @@ class KeptLists:
             if count:
                 words[begin] = NO_LIST
                 lists = words[begin + 1 : begin + 1 + count * self.width].view(count, self.width)
-                lists[:, : self.sinks] = torch.arange(self.sinks, dtype=torch.int32)
+                lists[:, : self.sinks] = torch.arange(self.sinks, dtype=torch.int32, device=words.device)
 
     def closed(self, request: Hashable) -> None:
         """See `Record`."""
@@ -60,7 +56,7 @@ class KeptLists:
 
     def offsets(self, at: Tensor, lists: int) -> Tensor:
         """[len(at), lists] int32: where the lists of records begin, of a layer with so many."""
-        return at[:, None] + (torch.arange(lists, dtype=torch.int32) * self.width + 1)
+        return at[:, None] + (torch.arange(lists, dtype=torch.int32, device=at.device) * self.width + 1)
 
     def chosen(self, words: Tensor, lists: int) -> Tensor:
         """[lists, width - sinks]: where a record at 0 keeps what was chosen. words: `of_layer`."""

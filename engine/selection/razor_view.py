@@ -30,44 +30,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvloom.engine.bounds import bounded
-from kvloom.engine.calibration import HeadClasses, find_razor
-from kvloom.engine.calibration.razor import ECHO_SHARE, INDUCTION_SHARE
+from kvloom.engine.calibration import HeadClasses
+from kvloom.engine.device import upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.state import NO_STATE
 from kvloom.engine.requests.stats import MethodStats
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.retention.compensation import Compensation, Leaving
-from kvloom.engine.retention.window import DIVISORS, LENGTHS, SEEDS, SINKS, Window
+from kvloom.engine.retention.window import RazorHeads
 from kvloom.engine.selection.base import EVERYWHERE, Method, RowsInStep, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.kernels.interface import Folded, Kernels
 
 NAME = "razor_view"
-_WINDOW = Window()
 
 
-@dataclass(frozen=True, slots=True)
-class RazorViewOptions:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RazorViewOptions(RazorHeads):
     """Options of razor_view."""
 
-    induction_share: float = bounded(INDUCTION_SHARE, 0, 1)
-    """Share of all KV heads that are retrieval heads for their induction score, at least one head."""
-    echo_share: float = bounded(ECHO_SHARE, 0, 1)
-    """The same for their echo score."""
-    sinks: int = bounded(_WINDOW.sinks, SINKS)
-    """N0: first tokens that local heads read."""
-    min_window: int = bounded(_WINDOW.shortest, LENGTHS)
-    """S0: shortest window of local heads, in tokens."""
-    window_divisor: int = bounded(_WINDOW.divisor, DIVISORS)
-    """C: the window is a C-th of the sequence, if that is more."""
-    compensation: bool = True
-    """Whether a token stands for what local heads do not read."""
-    heads: Literal["calibrated", "random"] = "calibrated"
-    """Which are retrieval heads: the calibrated ones, or as many anywhere (to compare with)."""
-    seed: int = bounded(0, SEEDS)
-    """Of random heads."""
     retrieval: str | None = None
     """The selection method by which retrieval heads read, with its default options and the request's budget. None: they read
     everything, and there is no budget."""
@@ -95,13 +77,14 @@ class RazorView:
     ) -> None:
         """methods: by which retrieval heads may choose, by name; this one may be among them."""
         classes = head_classes(options, geometry)
-        self.options, self.window = options, Window(options.sinks, options.min_window, options.window_divisor)
+        self.options, self.window = options, options.window
         self.inner = _inner(options.retrieval, budget, geometry, kernels, methods)
         whole = options.sinks + options.min_window
         self.budget = whole if self.inner is None else min(whole, self.inner.budget)
         self.levels: tuple[int, ...] = () if self.inner is None else (self.inner.budget,)
-        layers, kv_heads = range(classes.layers), torch.arange(geometry.kv_heads, dtype=torch.int32)
-        self.local = [torch.isin(kv_heads, torch.tensor(classes.local(layer), dtype=torch.int32)) for layer in layers]
+        layers, kv_heads = range(classes.layers), torch.arange(geometry.kv_heads, dtype=torch.int32, device=geometry.device)
+        local = (np.isin(np.arange(geometry.kv_heads), classes.local(layer)) for layer in layers)
+        self.local = [upload(heads, geometry.device) for heads in local]
         """[layers] of [kv_heads] bool: local heads."""
         self.any_local = [bool(classes.local(layer)) for layer in layers]
         self.any_retrieval = [bool(heads) for heads in classes.retrieval]
@@ -126,15 +109,14 @@ class RazorView:
 
 def head_classes(options: RazorViewOptions, geometry: Geometry) -> HeadClasses:
     """The model's retrieval and local heads. Raises InvalidRequestError if it has no calibration."""
-    calibration = find_razor(geometry.model_key)
-    if calibration is None:
+    found = options.classes(geometry.model_key)
+    if found is None:
         raise InvalidRequestError(
             "kv.selection is razor_view, but this model has no RazorAttention calibration; run kvloom calibrate razor MODEL "
             "first, or choose another method",
             param="kv.selection",
         )
-    seed = options.seed if options.heads == "random" else None
-    return calibration.classes(options.induction_share, options.echo_share, random_seed=seed)
+    return found
 
 
 def _inner(

@@ -241,7 +241,7 @@ class _Seed:
         self._span = span = batch.spans(f"seed {run}", table, np.full(rows, method.sinks, np.int32), last)
         self._last = replace(span, first=span.first[-1:], columns=span.columns[-1:])
         self._kept = Renewed(_alone(batch, run), method.lists, method.renewal)
-        self._due = torch.ones(1, dtype=torch.int32)
+        self._due = batch.tensor("seed due", [1])
 
     def make(self, layer: Layer) -> None:
         """The list of a layer."""

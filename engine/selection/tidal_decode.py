@@ -41,6 +41,7 @@ from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
 from kvloom.engine.calibration import TidalCalibration, find_tidal
+from kvloom.engine.device import upload
 from kvloom.engine.requests.stats import MethodStats
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.base import EVERYWHERE, check_fields, refuse
@@ -230,7 +231,7 @@ def _reads(
             if len(own) != len(there) or (mapped is None and listers == places):
                 found.append(Reads(listers, None))
             else:  # one plan for all such layers
-                found.append(Reads(places, torch.tensor(listers, dtype=torch.int32)))
+                found.append(Reads(places, upload(np.array(listers, np.int32), geometry.device)))
     return found
 
 
@@ -246,7 +247,7 @@ class TidalDecodeStep:
         self._method, self._batch = method, batch
         rows, width = batch.rows, method.width
         lists = batch.ints("lists", rows, method.lists, width)
-        lists[..., : method.sinks] = torch.arange(method.sinks, dtype=torch.int32)
+        lists[..., : method.sinks] = torch.arange(method.sinks, dtype=torch.int32, device=lists.device)
         self._chosen = lists[..., method.sinks :]
         self._whole = batch.span("whole", 0, batch.stops)
         self._sparse: dict[tuple[int, ...], Plans] = {}

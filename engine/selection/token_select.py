@@ -41,6 +41,7 @@ from torch import Tensor
 
 from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.client import MethodStats
+from kvloom.engine.device import upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.base import EVERYWHERE, RowsInStep, check_fields, refuse
@@ -255,14 +256,15 @@ class ReindexedStep:
         method, batch, rows = self._method, self._batch, self._rows
         words = rows.renew(layer, self._due)
         at = method.lists.offsets(rows.at, 1)[:, 0].long()
-        lists = words[at[:, None] + torch.arange(method.split.width)]
+        places = at[:, None] + torch.arange(method.split.width, device=at.device)
+        lists = words[places]
         misses = (rows.active >= 0).nonzero()[:, 0]
         if len(misses):
-            which = misses.numpy()
+            which = misses.cpu().numpy()
             lists[misses] = vote(method, batch, method.split, layer._replace(q=layer.q[misses]), batch.of[which],
                                  batch.stops[which] - 1)  # fmt: skip
-            words[at[misses, None] + torch.arange(method.split.width)] = lists[misses]
-        starts = rows.start.numpy()
+            words[places[misses]] = lists[misses]
+        starts = rows.start.cpu().numpy()
         if self._reindexed is None or not np.array_equal(self._reindexed.starts, starts):
             self._reindexed = Reindexed(batch, np.arange(batch.rows), starts, method.split.width, layer.kv.k.shape[2])
         self._reindexed.attend(layer, lists, out, batch.read)
@@ -291,7 +293,8 @@ class PromptStep:
             start = np.where(sparse, batch.begins + np.int32(1 - self._split.local), 0)
             lengths = np.where(sparse, np.int32(self._split.width), 0)
         self._lists = batch.ints("prompt lists", len(batch.counts), self._split.width)
-        self._which = torch.from_numpy(self._runs)
+        self._which = upload(self._runs, batch.geometry.device)
+        self._counts = upload(batch.counts, batch.geometry.device)
         self._reindexed: Reindexed | None = None
         self._plans = self._planned(start, lengths)
 
@@ -328,8 +331,8 @@ class PromptStep:
 
     def _means(self, q: Tensor) -> Tensor:
         """Mean queries of the sparse cells: [sparse runs, q_heads, head_dim] in the model's dtype."""
-        sums = np.add.reduceat(q.float().numpy(), self._first_rows, axis=0)[self._runs]
-        return torch.from_numpy(sums / self._batch.counts[self._runs, None, None].astype(np.float32)).to(q.dtype)
+        sums = torch.segment_reduce(q.float().flatten(1), "sum", lengths=self._counts, unsafe=True)[self._which]
+        return (sums / self._counts[self._which, None]).to(q.dtype).view(-1, *q.shape[1:])
 
 
 def _angles(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -345,7 +348,7 @@ def vote(method: TokenSelect, batch: Batch, split: Split, layer: Layer, of: Ints
     them. of: [queries] rows of `tables`.
     """
     lists = batch.ints("votes", len(of), split.width)
-    lists[:, : split.sinks] = torch.arange(split.sinks, dtype=torch.int32)
+    lists[:, : split.sinks] = torch.arange(split.sinks, dtype=torch.int32, device=lists.device)
     at_once = max(1, MOST_LOGITS // (layer.q.shape[1] * max(1, int(positions.max(initial=0)))))
     for first in range(0, len(of), at_once):
         part = slice(first, first + at_once)
@@ -359,7 +362,7 @@ def _vote(method: TokenSelect, batch: Batch, split: Split, layer: Layer, of: Int
     if method.reindexed:
         q = neutral_query(batch, layer.q, positions, split.local)
         logits = neutral_scores(batch, method.turn_back(), q, layer.kv, of, first, last, method.scale)
-        begin, columns = torch.from_numpy(first), torch.from_numpy(last - first)
+        begin, columns = (upload(values, layer.q.device) for values in (first, last - first))
         zeros = torch.zeros_like(begin)
     else:
         span = batch.spans("votes", batch.tensor("votes of", of), first, last)

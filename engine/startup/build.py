@@ -13,10 +13,12 @@ import torch
 from kvloom import kernels
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.cache.prefix import DomainFactory
+from kvloom.engine.cache.storage import ALLOCATION_ERRORS
 from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
+from kvloom.engine.device import settle
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.heads import Heads
@@ -78,8 +80,9 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         found = resolve(config.model.model, progress)
         prepared = Prepared(lambda: found)
     files = prepared.files
-    backend = _backend(config.model.backend, threads, progress)
-    loaded, retention = _load(config, files, prepared, backend, progress)
+    device = settle(config.model.device)
+    backend = _backend(config.model.backend, device, threads, progress)
+    loaded, retention = _load(config, files, prepared, backend, device, progress)
     if quantizes(config.model.weights, loaded.decoder.dtype, backend):
         torch.set_num_threads(1)  # what a step leaves to torch is short, and its threads would take cores from the kernels'
     tokenizer = prepared.tokenizer
@@ -88,9 +91,9 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     cache = _cache(config, loaded, retention)
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
-    loaded.decoder.rotary = rotary_table(loaded.config.rope, length)  # never longer than the cache, whatever the model says
+    loaded.decoder.rotary = rotary_table(loaded.config.rope, length, device)  # never longer than the cache
     geometry = _geometry(loaded, length, cache.block_size, retention)
-    states = _states(config, cache.bytes, retention)
+    states = _states(config, cache.bytes, retention, device)
     runner = Runner(
         loaded.decoder,
         cache,
@@ -115,7 +118,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
 
 
 def _load(
-    config: EngineConfig, files: ModelFiles, prepared: Prepared, backend: Kernels, progress: Progress
+    config: EngineConfig, files: ModelFiles, prepared: Prepared, backend: Kernels, device: torch.device, progress: Progress
 ) -> tuple[LoadedModel, Retention | None]:
     """The model, its weights in the order of the head groups of its retention; and that, None if everything is kept."""
     method, dtype = RETENTIONS[config.scheduler.retention], TORCH_DTYPES[config.model.dtype]
@@ -134,14 +137,15 @@ def _load(
         head_groups=head_groups,
         packed_folder=packed_folder(),
         gguf=prepared.gguf,
+        device=device,
     )
     return loaded, made[0]
 
 
-def _backend(name: str, threads: int, progress: Progress) -> Kernels:
-    """The kernels of that name. Raises ConfigError if they cannot be had on this machine."""
+def _backend(name: str, device: torch.device, threads: int, progress: Progress) -> Kernels:
+    """The kernels of that name. Raises ConfigError if they cannot be had on this machine and device."""
     try:
-        return kernels.load(name, threads=threads, progress=progress)
+        return kernels.load(name, device.type, threads, progress)
     except Exception as error:  # no compiler, or one that fails
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
@@ -185,36 +189,38 @@ def _geometry(loaded: LoadedModel, length: int, block_size: int, retention: Rete
 
 
 def _cache(config: EngineConfig, loaded: LoadedModel, retention: Retention | None) -> CacheManager:
-    model, dtype = loaded.config, loaded.decoder.dtype
+    model, dtype, device = loaded.config, loaded.decoder.dtype, loaded.decoder.device
     spec = GroupSpec.everything(model.layers, model.kv_heads)
     block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
     memory = config.cache.kv_memory
     if memory is None:
-        memory = default_kv_memory()
+        memory = default_kv_memory(device)
     else:
-        check_kv_memory(memory, 0 if retention else _segment_bound(config, memory), _state_bound(config, memory))
+        segments = 0 if retention else _segment_bound(config, memory)
+        check_kv_memory(memory, segments, _state_bound(config, memory), device)
     if retention is not None:
-        return retention.make_cache(memory, config.model.max_model_len or model.max_position, config.cache.block_size)
+        length = config.model.max_model_len or model.max_position
+        return retention.make_cache(memory, length, config.cache.block_size, device)
     if memory < 2 * block:
         raise ConfigError(
             f"kv_memory is {memory} bytes, but one block of {config.cache.block_size} tokens takes {block}; "
             f"give at least {2 * block}"
         )
-    return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype))
+    return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype, device))
 
 
-def _states(config: EngineConfig, kv_bytes: int, retention: Retention | None) -> StateMemory:
+def _states(config: EngineConfig, kv_bytes: int, retention: Retention | None, device: torch.device) -> StateMemory:
     """Memory of what methods remember. Raises ConfigError if there cannot be so much, or it holds nothing of one request."""
     bound = _state_bound(config, kv_bytes)
     try:
-        states = StateMemory(bound, retention)
+        states = StateMemory(bound, retention, device)
         if retention is not None and states.selection_bound < 0:
             raise ConfigError(
                 f"selection_memory is {bound} bytes, but of one long request retention {retention.name} remembers "
                 f"{bound - states.selection_bound}; give more"
             )
         return states
-    except (OSError, OverflowError):
+    except ALLOCATION_ERRORS:
         raise ConfigError(f"selection_memory is {bound} bytes, which cannot be allocated; lower it") from None
 
 
@@ -310,6 +316,7 @@ def _info(
         replica=options.replica,
         max_model_len=length,
         vocab_size=loaded.config.vocab_size,
+        device=options.device,
         dtype=options.dtype,
         weights=options.weights,
         weights_held=loaded.weights_held,

@@ -83,7 +83,7 @@ def _settings(model: ModelConfig, key: str, memory: int, dtype: torch.dtype, len
         return
     for share in SHARES:
         options = RazorOptions() if share is None else RazorOptions(induction_share=share)
-        classes = options.classes(key)
+        classes = options.calibrated(key)
         flags = "--retention razor" + ("" if share is None else f" --retention-options '{{\"induction_share\": {share}}}'")
         sizes = block_bytes(classes, model.head_dim, dtype, block_size)
         divided = divide(memory, length, block_size, sizes, options.window)

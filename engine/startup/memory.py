@@ -7,6 +7,9 @@ import logging
 import os
 from pathlib import Path
 
+import torch
+
+from kvloom.engine.device import CPU, free_memory
 from kvloom.engine.errors import ConfigError
 
 log = logging.getLogger("kvloom.engine")
@@ -42,9 +45,9 @@ def _group(root: Path) -> int:
     return min(int(limit), max(0, left))
 
 
-def default_kv_memory() -> int:
-    """A quarter of what is available, at most 4 GiB."""
-    return min(4 * GIB, available_memory() // 4)
+def default_kv_memory(device: torch.device = CPU) -> int:
+    """A quarter of what is available, at most 4 GiB; half of it on a device that has memory of its own."""
+    return min(4 * GIB, available_memory() // 4) if device.type == "cpu" else free_memory(device) // 2
 
 
 def size(count: int) -> str:
@@ -54,18 +57,20 @@ def size(count: int) -> str:
     return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.0f} MiB"
 
 
-def check_kv_memory(asked: int, segments: int, selection: int) -> None:
-    """Compare a KV cache with what this machine has left, the model being loaded; bytes.
+def check_kv_memory(asked: int, segments: int, selection: int, device: torch.device = CPU) -> None:
+    """Compare a KV cache with what its device has left, the model being loaded; bytes.
 
     segments, selection: most that approximate reuse and selection methods may take beside it, as they come. Raises ConfigError
     if the cache alone does not fit, and warns if all of it does not.
     """
-    free, total = available_memory(), asked + segments + selection
+    free = available_memory() if device.type == "cpu" else free_memory(device)
+    total = asked + segments + selection
     if total <= free:
         return
     parts = f"{size(asked)} for the KV cache, up to {size(segments)} for segments and {size(selection)} for selection state"
     most = max(0, int(free * asked / total / MIB))
     found = f"{parts} make {size(total)}, and {size(free)} are free; give about {most}MiB"
     if asked > free:
-        raise ConfigError(f"kv_memory does not fit this machine with the model loaded: {found}, or leave it out")
+        where = "this machine" if device.type == "cpu" else str(device)
+        raise ConfigError(f"kv_memory does not fit {where} with the model loaded: {found}, or leave it out")
     log.warning("memory can run out when all of it is in use: %s, or lower segment_memory or selection_memory", found)

@@ -89,7 +89,7 @@ class StepAttention:
         self._config = config
         self._cos, self._sin = cos, sin
         self._scale, self._group = config.head_dim**-0.5, config.q_heads // config.kv_heads
-        self._scratch = Scratch()
+        self._scratch = Scratch(cos.device)
         self._groups: Sequence[GroupRows] = ()
         self._shapes = [(at, n) for at, one in enumerate(self._storages) for n in {*map(len, one.spec.heads)} if n]
         self._plans: dict[tuple[int, int], Plan] = {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.device import Mirror, upload
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.retention.base import Retention
@@ -56,30 +57,32 @@ class Runner:
         None if there is one group."""
         config = decoder.config
         self._kernels, self.geometry, self._states = kernels, geometry, states
-        self._scratch, self._moves = Scratch(), 0
+        device = decoder.device
+        self._scratch, self._moves = Scratch(device), 0
         self._shadow_interval, self._sparse_steps = shadow_interval, 0
         self.decoder = decoder
         self._size = cache.block_size
         self._attention = StepAttention(kernels, cache.groups, config, decoder.rotary.cos, decoder.rotary.sin)
         self._retention = retention
-        self._tokens, self._positions = (np.zeros(max_rows, np.int64) for _ in range(2))
-        self._slots = [np.zeros(max_rows, np.int64) for _ in cache.groups]
-        self._request, self._stop = (np.zeros(max_rows, np.int32) for _ in range(2))
-        self._zeros = torch.zeros(max_rows, dtype=torch.int32)
-        self._folds = torch.zeros(2, max_rows, dtype=torch.int32)
-        self._read = torch.zeros(max_rows, dtype=torch.int64)
-        self._tables = [np.zeros((2 * max_seqs, -(-geometry.max_len // self._size)), np.int32) for _ in cache.groups]
+        self._tokens, self._positions = (Mirror(max_rows, torch.int64, device) for _ in range(2))
+        self._slots = [Mirror(max_rows, torch.int64, device) for _ in cache.groups]
+        self._request, self._stop = (Mirror(max_rows, torch.int32, device) for _ in range(2))
+        self._zeros = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._folds = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
+        self._read = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        blocks = (2 * max_seqs, -(-geometry.max_len // self._size))
+        self._tables = [Mirror(blocks, torch.int32, device) for _ in cache.groups]
         shape = (max_rows, config.q_heads, config.head_dim)
-        self._q, self._out = (torch.empty(shape, dtype=decoder.dtype) for _ in range(2))
+        self._q, self._out = (torch.empty(shape, dtype=decoder.dtype, device=device) for _ in range(2))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows and store their KV."""
         order, rows = arrange(plan.chunks), plan.rows
         chunks, starts = order.chunks, self._fill(order.chunks)
-        tables = [torch.from_numpy(array[: len(chunks)]) for array in self._tables]
-        slots = [torch.from_numpy(array[:rows]) for array in self._slots]
-        request, stop = torch.from_numpy(self._request[:rows]), torch.from_numpy(self._stop[:rows])
+        tables = [mirror.front(len(chunks)) for mirror in self._tables]
+        slots = [mirror.front(rows) for mirror in self._slots]
+        request, stop = self._request.front(rows), self._stop.front(rows)
         parts = self._parts(chunks[: order.selecting], tables[0]) if order.selecting else None
         looks = [LookAt(at, at + c.count, c.look) for at, c in zip(starts, chunks) if c.look is not None]
         first, last = parts.rows if parts else 0, looks[0].first if looks else rows
@@ -107,7 +110,7 @@ class Runner:
         return StepParts(chunks, tables, read, self.geometry, self._kernels, self._scratch, self._states)
 
     def _forward(self, groups: list[GroupRows], rows: int) -> Tensor:
-        tokens, positions = torch.from_numpy(self._tokens[:rows]), torch.from_numpy(self._positions[:rows])
+        tokens, positions = self._tokens.front(rows), self._positions.front(rows)
         shadow = False
         if self._shadow_interval and any(part.decodes for part in groups[0].parts):
             self._sparse_steps += 1
@@ -129,34 +132,37 @@ class Runner:
     def logits(self, result: StepResult, rows: list[int]) -> Tensor:
         """[len(rows), vocab] fp32 of some rows of a step."""
         hidden = result.hidden
-        return self.decoder.logits(hidden if rows == list(range(hidden.shape[0])) else hidden[rows])
+        if rows != list(range(hidden.shape[0])):
+            hidden = hidden[upload(np.array(rows), hidden.device)]
+        return self.decoder.logits(hidden)
 
     def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
         """Write tokens, positions, slots and tables into the buffers, in this order. Returns each chunk's first row."""
         starts, row, size = [], 0, self._size
+        all_tokens, all_positions, all_requests = self._tokens.host, self._positions.host, self._request.host
         for i, chunk in enumerate(chunks):
             request, start, count, scattered = chunk.request, chunk.start, chunk.count, chunk.positions
-            self._request[row] = i
+            all_requests[row] = i
             starts.append(row)
             if count == 1:  # a decode: scalars beat slices
-                self._tokens[row] = request.tokens[start]
-                self._positions[row] = start
+                all_tokens[row] = request.tokens[start]
+                all_positions[row] = start
             else:
                 stop = row + count
                 positions = np.arange(start, start + count) if scattered is None else scattered
-                self._positions[row:stop] = positions
+                all_positions[row:stop] = positions
                 known = request.tokens
-                self._tokens[row:stop] = (
+                all_tokens[row:stop] = (
                     known[start : start + count] if scattered is None else [known[position] for position in scattered]
                 )
-                self._request[row:stop] = i
+                all_requests[row:stop] = i
             for part, tables, slots in zip(chunk.table.parts, self._tables, self._slots):
                 blocks = np.frombuffer(part, np.int32)
-                tables[i, : len(blocks)] = blocks
+                tables.host[i, : len(blocks)] = blocks
                 if count == 1:
-                    slots[row] = int(blocks[start // size]) * size + start % size
+                    slots.host[row] = int(blocks[start // size]) * size + start % size
                 else:
-                    slots[row:stop] = blocks[positions // size].astype(np.int64) * size + positions % size
+                    slots.host[row:stop] = blocks[positions // size].astype(np.int64) * size + positions % size
             row += count
-        np.add(self._positions[:row], 1, out=self._stop[:row], casting="unsafe")
+        np.add(all_positions[:row], 1, out=self._stop.host[:row], casting="unsafe")
         return starts

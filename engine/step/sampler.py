@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kvloom.engine.device import upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import Request, SamplingParams
 from kvloom.kernels.interface import Kernels
@@ -109,10 +110,8 @@ class _Edits:
     def make(self, logits: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
         """logits: [n, vocab], in place; change: of the logits concerned and their amounts, [changes] each."""
         if self._rows:
-            rows, tokens, amounts = (
-                torch.from_numpy(np.concatenate(column)).to(logits.device)
-                for column in (self._rows, self._tokens, self._amounts)
-            )
+            columns = (self._rows, self._tokens, self._amounts)
+            rows, tokens, amounts = (upload(np.concatenate(column), logits.device) for column in columns)
             logits[rows, tokens] = change(logits[rows, tokens], amounts)
 
 
@@ -132,9 +131,10 @@ class Sampler:
         hows = [_how(row) for row in rows]
         ids = self._draw(logits, [_GREEDY if row.forced or _changes_logits(row) else how for row, how in zip(rows, hows)])
         if changing:  # whose first draw, like that of forced ones, was no more than a look
-            changed = logits[torch.tensor(changing, device=logits.device)]
+            which = upload(np.array(changing), logits.device)
+            changed = logits[which]
             errors = self._change(changed, [(i, rows[i]) for i in changing], eos_ids)
-            ids[torch.tensor(changing, device=ids.device)] = self._draw(changed, [hows[i] for i in changing])
+            ids[which] = self._draw(changed, [hows[i] for i in changing])
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
@@ -154,7 +154,7 @@ class Sampler:
         self._seen.pop(request, None)
 
     def _draw(self, logits: Tensor, hows: Sequence[tuple[float, ...]]) -> Tensor:
-        how = torch.tensor(hows, dtype=torch.float64).view(-1, 5).to(logits.device)
+        how = upload(np.array(hows, np.float64).reshape(-1, 5), logits.device)
         return self._kernels.sample(logits, how, torch.empty(len(hows), dtype=torch.int64, device=logits.device))
 
     def _change(self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int]) -> dict[int, Exception]:

@@ -21,7 +21,7 @@ def render(model: ModelInfo, stats: EngineStats, command: str) -> str:
     facts = {
         "version": __version__,
         "model": model.name,
-        "kernels": f"{model.dtype}, weights {model.weights}, {model.backend} kernels",
+        "kernels": f"{model.dtype}, weights {model.weights}, {model.backend} kernels on {model.device}",
         "context": f"{model.max_model_len:,}",
         "capacity": f"{stats.capacity_tokens:,}",
         "command": command,

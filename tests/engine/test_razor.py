@@ -36,7 +36,7 @@ def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
         echo = tuple(tuple(float((layer, head) == (0, 1)) for head in range(HEADS)) for layer in range(LAYERS))
         return RazorCalibration(model_key=model_key, model="tiny", induction=INDUCTION, echo=echo)
 
-    for module in ("kvloom.engine.retention.razor", "kvloom.engine.startup.capacity", "kvloom.engine.selection.razor_view"):
+    for module in ("kvloom.engine.retention.window", "kvloom.engine.startup.capacity"):
         monkeypatch.setattr(f"{module}.find_razor", find)
 
 
@@ -273,7 +273,7 @@ def test_settings_that_cannot_work_are_refused_by_name(
     ):
         with pytest.raises(InvalidRequestError, match=f"{kv.selection}, but this server's --retention keeps"):
             llm.generate([text(5)], kv=kv)
-    monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda model_key: None)
+    monkeypatch.setattr("kvloom.engine.retention.window.find_razor", lambda model_key: None)
     with pytest.raises(ConfigError, match="kvloom calibrate razor"):
         razor()
 

@@ -24,7 +24,7 @@ def find(model_key: str) -> RazorCalibration:
 
 @pytest.fixture
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("kvloom.engine.retention.razor", "kvloom.engine.startup.capacity"):
+    for module in ("kvloom.engine.retention.window", "kvloom.engine.startup.capacity"):
         monkeypatch.setattr(f"{module}.find_razor", find)
 
 

@@ -107,7 +107,7 @@ def where(value: Any) -> Iterator[int]:
 def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     """For the retention: one head of each layer keeps everything."""
     scores = RazorCalibration(model_key="", model="", induction=((0.1, 0.9), (0.8, 0.2), (0.3, 0.7)), echo=((0.0, 0.0),) * 3)
-    monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda key: scores)
+    monkeypatch.setattr("kvloom.engine.retention.window.find_razor", lambda key: scores)
 
 
 def started(llm: LLM, kvs: list[KVOptions], tokens: int) -> None:

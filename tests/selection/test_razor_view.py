@@ -219,8 +219,7 @@ def test_evict_mode_computes_the_same(make_llm: Make, monkeypatch: pytest.Monkey
     calibration = RazorCalibration(
         model_key="", model="", induction=((0.9, 0.8), (0.1, 0.7), (0.0, 0.0)), echo=((0.9, 0.0), (0.0, 0.0), (0.0, 0.0))
     )
-    for module in (razor_view, __import__("kvloom.engine.retention.razor", fromlist=["razor"])):
-        monkeypatch.setattr(module, "find_razor", lambda model_key: calibration)
+    monkeypatch.setattr("kvloom.engine.retention.window.find_razor", lambda model_key: calibration)
     monkeypatch.setattr(razor_view, "head_classes", CALIBRATED)
     assert calibration.classes(0.5) == SOME
     forced = texts(40, seed=5)[0]

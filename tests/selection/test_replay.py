@@ -133,7 +133,7 @@ def test_heads_that_drop_kv_drop_it_again(make_llm: Make, monkeypatch: pytest.Mo
     scores = RazorCalibration(
         model_key="", model="tiny", induction=((0.1, 0.9), (0.8, 0.2), (0.3, 0.4)), echo=((0.0, 0.0),) * 3
     )
-    monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda key: scores)
+    monkeypatch.setattr("kvloom.engine.retention.window.find_razor", lambda key: scores)
     options = '{"induction_share": 0.33, "echo_share": 0.0, "sinks": 3, "min_window": 24, "window_divisor": 4}'
     config = {"threads": 1, "retention": "razor", "retention_options": options, "block_size": 4, "max_batched_tokens": 32}
     expected = run(make_llm(**config), made(greedy(30, logprobs=0), KVOptions()))

@@ -35,7 +35,7 @@ def razor(deep: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Builds engines that evict; afterwards proves that each gave everything back."""
     scores = tuple(tuple(float(head in heads) for head in range(HEADS)) for heads in RETRIEVAL)
     found = RazorCalibration(model_key="", model="deep", induction=scores, echo=scores)
-    monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda key: found)
+    monkeypatch.setattr("kvloom.engine.retention.window.find_razor", lambda key: found)
     made: list[LLM] = []
 
     def build(**config: Any) -> LLM:

@@ -14,8 +14,7 @@ SCORES = ((0.1, 0.9), (0.8, 0.2), (0.3, 0.4))
 @pytest.fixture
 def running(tiny, serving, monkeypatch):
     found = RazorCalibration(model_key="", model="tiny", induction=SCORES, echo=SCORES)
-    monkeypatch.setattr("kvloom.engine.retention.razor.find_razor", lambda key: found)
-    monkeypatch.setattr("kvloom.engine.selection.razor_view.find_razor", lambda key: found)
+    monkeypatch.setattr("kvloom.engine.retention.window.find_razor", lambda key: found)
     config = EngineConfig.from_flat(
         {"model": str(tiny), "served_model_name": "m", "dtype": "fp32", "kv_memory": "8MiB", "retention": "razor",
          "retention_options": '{"induction_share": 0.3, "min_window": 24}'}

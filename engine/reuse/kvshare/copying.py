@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import Storage
+from kvloom.engine.device import upload
 from kvloom.engine.reuse.kvshare.matching import Run
 from kvloom.engine.reuse.kvshare.repair import Ints
 from kvloom.engine.reuse.kvshare.scan import Placed, gather
@@ -33,8 +34,8 @@ def copy_in(runs: Sequence[Run], sequence: Placed, storage: Storage, kernels: Ke
     shifts = np.repeat(
         [piece.target - piece.source - piece.segment.position for piece in pieces], [piece.length for piece in pieces]
     )
-    delta = torch.from_numpy(shifts.astype(np.int32))
-    slots = sequence.slots(covered(runs))
+    delta = upload(shifts.astype(np.int32), storage.device)
+    slots = sequence.slots(covered(runs), storage)
     turned = None
     for layer, kv in enumerate(storage.layers):
         k = torch.cat([segment.k[layer, first:last] for segment, first, last in spans])
@@ -46,9 +47,9 @@ def copy_in(runs: Sequence[Run], sequence: Placed, storage: Storage, kernels: Ke
 @torch.inference_mode()
 def copy_out(sequence: Placed, begin: int, end: int, storage: Storage) -> tuple[Tensor, Tensor]:
     """K and V of positions [begin, end): [layers, end - begin, kv_heads, head_dim] each."""
-    slots = sequence.slots(np.arange(begin, end))
+    slots = sequence.slots(np.arange(begin, end), storage)
     shape = (len(storage.layers), end - begin, storage.layers[0].k.shape[1], storage.layers[0].k.shape[3])
-    k, v = (torch.empty(shape, dtype=storage.layers[0].k.dtype) for _ in range(2))
+    k, v = (storage.layers[0].k.new_empty(shape) for _ in range(2))
     for layer, kv in enumerate(storage.layers):
         k[layer], v[layer] = gather(kv.k, slots), gather(kv.v, slots)
     return k, v

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import Storage
+from kvloom.engine.device import upload
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.requests.traits import Layer
 from kvloom.engine.reuse.kvshare.repair import Floats, Ints
@@ -41,10 +42,10 @@ class Placed(NamedTuple):
         """From a request's tokens and table."""
         return cls(np.array(tokens, np.int64), np.frombuffer(blocks, np.int32).copy(), block_size)
 
-    def slots(self, positions: Ints) -> Tensor:
-        """[positions] int64"""
-        return torch.from_numpy(self.blocks[positions // self.block_size].astype(np.int64) * self.block_size
-                                + positions % self.block_size)  # fmt: skip
+    def slots(self, positions: Ints, storage: Storage) -> Tensor:
+        """[positions] int64, on the storage's device."""
+        blocks = self.blocks[positions // self.block_size].astype(np.int64)
+        return upload(blocks * self.block_size + positions % self.block_size, storage.device)
 
 
 class Deviation(NamedTuple):
@@ -97,13 +98,12 @@ class Scan:
     def __init__(self, scanner: Scanner, sequence: Placed, reused: Ints) -> None:
         self._scanner, self._sequence, self._reused = scanner, sequence, reused
         self._sample = reused[:: -(-len(reused) // IDENTITY_ROWS)].copy()
-        layers = scanner.storage.layers
-        slots = sequence.slots(self._sample)
-        self._first = tuple(gather(cache, slots) for cache in layers[0])
+        slots = sequence.slots(self._sample, scanner.storage)
+        self._first = tuple(gather(cache, slots) for cache in scanner.storage.layers[0])
         self._passes = [Pass(self._sample, 0)]
         self._at = 0
         self._copied: Tensor | None = None
-        self.mass = torch.zeros(len(sequence.tokens))
+        self.mass = torch.zeros(len(sequence.tokens), device=scanner.storage.device)
         """Attention that watched rows pay to every position, summed over rows, heads and layers."""
         self.failure: Exception | None = None
         """What went wrong inside a step, which is others' as well; raised when the request's own turn comes."""
@@ -111,7 +111,8 @@ class Scan:
     def all_rows(self, begin: int) -> None:
         """Look at positions from `begin` on up to the check layer. Those before must be computed in these layers."""
         scanner, sequence = self._scanner, self._sequence
-        self._copied = gather(scanner.storage.layers[scanner.layer].v, sequence.slots(self._reused))
+        slots = sequence.slots(self._reused, scanner.storage)
+        self._copied = gather(scanner.storage.layers[scanner.layer].v, slots)
         self._passes = [Pass(np.arange(begin, len(sequence.tokens)), scanner.layer)]
 
     def watch(self, probe: Ints, known: Ints | None = None) -> None:
@@ -160,15 +161,16 @@ class Scan:
         """
         if self.failure is not None:
             raise self.failure
-        slots = self._sequence.slots(self._sample)
-        return all(_agrees(old, gather(new, slots)) for old, new in zip(self._first, self._scanner.storage.layers[0]))
+        storage = self._scanner.storage
+        slots = self._sequence.slots(self._sample, storage)
+        return all(_agrees(old, gather(new, slots)) for old, new in zip(self._first, storage.layers[0]))
 
     @torch.inference_mode()
     def deviation(self) -> Deviation:
         """Of reused positions, after `all_rows`."""
         assert self._copied is not None
-        values = self._scanner.storage.layers[self._scanner.layer].v
-        true = gather(values, self._sequence.slots(self._reused)).float()
+        storage = self._scanner.storage
+        true = gather(storage.layers[self._scanner.layer].v, self._sequence.slots(self._reused, storage)).float()
         change = (true - self._copied.float()).flatten(1)
         norm = true.flatten(1).norm(dim=1).clamp_min(1e-12)
         return Deviation(change.abs().sum(dim=1).cpu().numpy(), (change.norm(dim=1) / norm).cpu().numpy())
@@ -188,17 +190,18 @@ class LookAtRows:
     def __init__(self, scan: Scan, scanner: Scanner, sequence: Placed, part: Pass, positions: Ints) -> None:
         self._scan, self._scanner, self._watch = scan, scanner, part.watch
         self.stop, self.depth = part.stop, depth(part.stop, scanner.config.layers)
-        zeros = torch.zeros(len(positions), dtype=torch.int32)
+        device = scanner.storage.device
+        zeros = torch.zeros(len(positions), dtype=torch.int32, device=device)
         start, lists, columns = zeros, None, np.arange(int(positions[-1]) + 1)
         if part.known is not None:
             first = int(part.positions[0])
             start = torch.full_like(zeros, first)
-            lengths = torch.full((len(positions), 1), len(part.known), dtype=torch.int32)
-            lists = Lists(torch.from_numpy(part.known.astype(np.int32)), torch.zeros_like(lengths), lengths)
+            lengths = torch.full_like(zeros, len(part.known))[:, None]
+            lists = Lists(upload(part.known.astype(np.int32), device), torch.zeros_like(lengths), lengths)
             columns = np.concatenate([part.known, np.arange(first, int(positions[-1]) + 1)])
-        stop = torch.from_numpy((positions + 1).astype(np.int32))
-        self._rows = Rows(torch.from_numpy(sequence.blocks)[None], zeros, start, stop, lists)
-        self._columns = torch.from_numpy(columns)
+        stop = upload((positions + 1).astype(np.int32), device)
+        self._rows = Rows(upload(sequence.blocks, device)[None], zeros, start, stop, lists)
+        self._columns = upload(columns, device)
         config = scanner.config
         self._plan = scanner.kernels.plan(self._rows, config.q_heads, config.kv_heads, config.head_dim)
 
@@ -212,7 +215,8 @@ class LookAtRows:
     def _attend(self, layer: Layer, out: Tensor) -> None:
         config, logits = self._scanner.config, None
         if layer.layer in self._watch:
-            logits = torch.full((len(out), config.q_heads, len(self._columns)), float("-inf"))
+            shape = (len(out), config.q_heads, len(self._columns))
+            logits = torch.full(shape, float("-inf"), device=out.device)
         self._scanner.kernels.attend(layer.q, layer.kv, self._plan, scale=config.head_dim**-0.5, out=out, logits=logits)
         if logits is not None:
             self._scan.mass[self._columns] += logits.softmax(dim=2).sum(dim=(0, 1))
