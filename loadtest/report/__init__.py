@@ -46,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _write(folders: Sequence[Path], names: Sequence[str], out: Path | None) -> list[Path]:
-    from kvloom.loadtest.report.pages import compare_runs, write_run
+    from kvloom.loadtest.report.pages import compare_runs, write_report
 
     if len(folders) == 1 and (folders[0] / "sweep.json").exists():
         from kvloom.loadtest.sweep.report import write_sweep
 
         return write_sweep(folders[0], out)
     if len(folders) == 1:
-        return write_run(load_run(folders[0], names[0]), out or folders[0])
+        return write_report(folders[0], out, names[0])
     runs = [load_run(folder, name) for folder, name in zip(folders, names)]
     return compare_runs(runs, out or folders[0].resolve().parent / "comparison")

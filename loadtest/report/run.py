@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-SUMMARY, REQUESTS = "summary.json", "requests.jsonl"
+from kvloom.loadtest.load.outputs import REQUESTS, SUMMARY
 
 
 class ReportError(Exception):
@@ -143,7 +144,12 @@ def load_run(folder: Path, name: str = "") -> Run:
     summary = summary or {}
     figures = [stage for stage in summary.get("stages") or () if isinstance(stage, Mapping)]
     if not figures:
-        figures = [summary] if "completed" in summary else [counts(part) for part in _by_stage(rows)] or [{}]
+        last = max((row.stage for row in rows), default=-1)
+        figures = (
+            [summary]
+            if "completed" in summary
+            else [counts([r for r in rows if r.stage == i]) for i in range(last + 1)] or [{}]
+        )
     stages = [Stage(i, part, tuple(row for row in rows if row.stage == i)) for i, part in enumerate(figures)]
     if lost := sum(row.stage >= len(stages) for row in rows):
         notes.append(f"{lost} requests belong to stages without figures and are left out")
@@ -155,25 +161,17 @@ def load_run(folder: Path, name: str = "") -> Run:
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
     """The figures that can be counted from requests alone, for a run that ended before its summary."""
-    failures: dict[str, int] = {}
-    for row in rows:
-        if row.failure:
-            failures[row.failure] = failures.get(row.failure, 0) + 1
+    failures = Counter(row.failure for row in rows if row.failure)
     good = [row for row in rows if row.ok]
     return {
         "num_prompts": len(rows),
         "completed": len(good),
-        "failed": sum(failures.values()),
+        "failed": failures.total(),
         "cancelled": sum(bool(row.values.get("cancelled")) for row in rows),
-        "failures": failures,
+        "failures": dict(failures),
         "total_input_tokens": sum(int(row.number("prompt_tokens") or 0) for row in good),
         "total_output_tokens": sum(int(row.number("output_tokens") or 0) for row in good),
     }
-
-
-def _by_stage(rows: Sequence[Row]) -> Iterator[list[Row]]:
-    for index in range(max((row.stage for row in rows), default=-1) + 1):
-        yield [row for row in rows if row.stage == index]
 
 
 def _summary(path: Path) -> tuple[Mapping[str, Any] | None, list[str]]:

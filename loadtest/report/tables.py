@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from kvloom.loadtest.report.bars import CLASSES, classes
 from kvloom.loadtest.report.document import NONE, Table, amount, ms, percent
@@ -109,14 +108,11 @@ def by_class(run: Run, key: str, title: str) -> Table:
     rows = []
     for stage in run.stages:
         for name, figures in classes(stage, key).items():
-            rows.append([stage.label, name or "(none)", *_class_row(figures)])
+            counts = [amount(figures.get(k)) for k in ("completed", "failed", "output_tokens")]
+            times = [ms(figures.get(k)) for k in ("mean_ttft_ms", "p99_ttft_ms")]
+            rows.append([stage.label, name or "(none)", *counts, percent(figures.get("share")), *times])
     head = ["load", key.removesuffix("s"), "ok", "failed", "output tokens", "share", "mean TTFT ms", "p99 TTFT ms"]
     return Table(title, head, rows)
-
-
-def _class_row(figures: Mapping[str, Any]) -> list[str]:
-    counts = [amount(figures.get(k)) for k in ("completed", "failed", "output_tokens")]
-    return [*counts, percent(figures.get("share")), ms(figures.get("mean_ttft_ms")), ms(figures.get("p99_ttft_ms"))]
 
 
 def words(key: str) -> str:
