@@ -127,10 +127,6 @@ def load_results(folder: Path) -> tuple[list[Result], bool]:
     """The results in a sweep's folder, and whether it was interrupted. Raises ReportError."""
     try:
         content = json.loads((folder / RESULTS).read_text())
-        return [_result(row) for row in content["results"]], bool(content["interrupted"])
+        return [Result(**row) for row in content["results"]], bool(content["interrupted"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ReportError(f"{folder / RESULTS} does not hold a sweep: {error}") from None
-
-
-def _result(row: Mapping[str, Any]) -> Result:
-    return Result(**row)

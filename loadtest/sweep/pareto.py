@@ -51,17 +51,11 @@ QUALITIES = (
 )
 
 
-class Entry(NamedTuple):
-    """A combination with its run."""
-
-    result: Result
-    run: Run
-
-
 class Row(NamedTuple):
     """A combination under one load."""
 
-    entry: Entry
+    result: Result
+    run: Run
     stage: Stage
 
 
@@ -89,7 +83,7 @@ def front(rows: Sequence[Row], speed: Speed, quality: Quality) -> frozenset[int]
     found: set[int] = set()
     for load in dict.fromkeys(row.stage.label for row in rows):
         places = [i for i, row in enumerate(rows) if row.stage.label == load]
-        values = [(rows[i].stage.number(speed.key), quality_of(rows[i].entry.result, quality)) for i in places]
+        values = [(rows[i].stage.number(speed.key), quality_of(rows[i].result, quality)) for i in places]
         marks = pareto_front([(_signed(a, speed.sign), _signed(b, quality.sign)) for a, b in values])
         found.update(i for i, mark in zip(places, marks) if mark)
     return frozenset(found)
@@ -104,7 +98,7 @@ def pareto_plot(rows: Sequence[Row], quality: Quality, fronts: Sequence[frozense
     name, title = f"pareto_{quality.probe}", f"Quality against speed: {quality.name}"
     loads = {row.stage.label: row.stage.load or 0.0 for row in rows}
     load = max(loads, key=lambda label: loads[label]) if loads else ""
-    shown = [i for i, row in enumerate(rows) if row.stage.label == load and quality_of(row.entry.result, quality) is not None]
+    shown = [i for i, row in enumerate(rows) if row.stage.label == load and quality_of(row.result, quality) is not None]
     caption = f"Filled: nothing else at {load} is better in both. Towards the upper right is better in every panel."
     speeds = [(speed, marks) for speed, marks in zip(SPEEDS, fronts) if any(rows[i].stage.number(speed.key) for i in shown)]
     if not shown or not speeds:
@@ -124,14 +118,14 @@ def _panel(
     axis: Axes, theme: Theme, rows: Sequence[Row], shown: Sequence[int], speed: Speed, quality: Quality, marks: frozenset[int]
 ) -> None:
     places: Mapping[int, tuple[float, float]] = {
-        i: (rows[i].stage.number(speed.key) or 0.0, quality_of(rows[i].entry.result, quality) or 0.0) for i in shown
+        i: (rows[i].stage.number(speed.key) or 0.0, quality_of(rows[i].result, quality) or 0.0) for i in shown
     }
     ends = sorted(places[i] for i in shown if i in marks)
     axis.plot(*zip(*ends), "-", color=theme.faint, linewidth=3, zorder=1)
     for order, i in enumerate(shown):
         color, marker = theme.color(order), MARKERS[(order + order // len(theme.series)) % len(MARKERS)]
         fill = color if i in marks else "none"
-        label = shorten(rows[i].entry.result.label, 34)
+        label = shorten(rows[i].result.label, 34)
         axis.plot(*places[i], marker, color=color, markersize=9, markerfacecolor=fill, markeredgewidth=2, label=label)
     axis.margins(0.12)
     if speed.sign < 0:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from kvloom.loadtest.load.outputs import REQUESTS, SUMMARY
 from kvloom.loadtest.report.bars import curves, runs_beside
 from kvloom.loadtest.report.compare import definitions, origin
 from kvloom.loadtest.report.document import NONE, Document, Table, amount, ms, percent
 from kvloom.loadtest.report.pages import write_document
-from kvloom.loadtest.report.run import load_run
+from kvloom.loadtest.report.run import Run, load_run
 from kvloom.loadtest.report.tables import settings as settings_table
 from kvloom.loadtest.report.verdict import warnings
 from kvloom.loadtest.sweep.grid import Result, load_results
-from kvloom.loadtest.sweep.pareto import QUALITIES, SPEEDS, Entry, Row, front, pareto_plot, precise, quality_of
+from kvloom.loadtest.sweep.pareto import QUALITIES, SPEEDS, Row, front, pareto_plot, precise, quality_of
 
 DEFINITIONS = {
     "front": "no other combination at the same load is at least as good in quality and in the named speed, and better in one",
@@ -28,22 +29,19 @@ DEFINITIONS = {
 def write_sweep(folder: Path, out: Path | None = None) -> list[Path]:
     """Report on the sweep in `folder`, into it or `out`. Returns the files written. Raises ReportError."""
     results, interrupted = load_results(folder)
-    entries = [Entry(r, load_run(folder / r.folder, r.label)) for r in results if _has_run(folder / r.folder)]
-    return write_document(document(results, entries, interrupted), out or folder)
+    there = [r for r in results if any((folder / r.folder / name).exists() for name in (SUMMARY, REQUESTS))]
+    runs = [load_run(folder / result.folder, result.label) for result in there]
+    return write_document(document(results, list(zip(there, runs)), interrupted), out or folder)
 
 
-def _has_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("summary.json", "requests.jsonl"))
-
-
-def document(results: Sequence[Result], entries: Sequence[Entry], interrupted: bool) -> Document:
+def document(results: Sequence[Result], entries: Sequence[tuple[Result, Run]], interrupted: bool) -> Document:
     """What there is to say of a sweep."""
-    rows = [Row(entry, stage) for entry in entries for stage in entry.run.stages]
+    rows = [Row(result, run, stage) for result, run in entries for stage in run.stages]
     fronts = [[front(rows, speed, quality) for speed in SPEEDS] for quality in QUALITIES]
-    runs = [entry.run for entry in entries]
+    runs = [run for _, run in entries]
     tables = [table for table in (main_table(rows, fronts), agreement_table(entries), left_out(results)) if table.rows]
     plots = [pareto_plot(rows, quality, found) for quality, found in zip(QUALITIES, fronts)]
-    best = {rows[i].entry.run.title for part in fronts for marks in part for i in marks}
+    best = {rows[i].run.title for part in fronts for marks in part for i in marks}
     plots += [runs_beside(runs), *curves(sorted(runs, key=lambda run: run.title not in best))] if runs else []
     return Document(
         f"Sweep over {len(results)} combinations of settings",
@@ -59,18 +57,9 @@ def document(results: Sequence[Result], entries: Sequence[Entry], interrupted: b
 
 def main_table(rows: Sequence[Row], fronts: Sequence[Sequence[frozenset[int]]]) -> Table:
     """A row per load and combination; those on a front are marked."""
-    measured = [q for q in QUALITIES if any(quality_of(row.entry.result, q) is not None for row in rows)]
-    head = [
-        "load",
-        "settings",
-        "TTFT p50 ms",
-        "TTFT p99 ms",
-        "TPOT p50 ms",
-        "TPOT p99 ms",
-        "output tok/s",
-        "hit rate",
-        "failed",
-    ]
+    measured = [q for q in QUALITIES if any(quality_of(row.result, q) is not None for row in rows)]
+    times = [f"{name} {quantile} ms" for name in ("TTFT", "TPOT") for quantile in ("p50", "p99")]
+    head = ["load", "settings", *times, "output tok/s", "hit rate", "failed"]
     head += [quality.name for quality in measured] + (["on the front of"] if measured else [])
     on = [
         {SPEEDS[j].name.split(",")[0] for part in fronts for j, marks in enumerate(part) if i in marks}
@@ -79,7 +68,7 @@ def main_table(rows: Sequence[Row], fronts: Sequence[Sequence[frozenset[int]]]) 
     order = sorted(range(len(rows)), key=lambda i: [row.stage.label for row in rows].index(rows[i].stage.label))
     cells = []
     for i in order:
-        result, stage = rows[i].entry.result, rows[i].stage
+        result, stage = rows[i].result, rows[i].stage
         times = [ms(stage.figures.get(f"{p}_{m}_ms")) for m in ("ttft", "tpot") for p in ("p50", "p99")]
         known = [quality.show(quality_of(result, quality)) for quality in measured]
         marks = [", ".join(sorted(on[i])) or NONE] if measured else []
@@ -90,7 +79,7 @@ def main_table(rows: Sequence[Row], fronts: Sequence[Sequence[frozenset[int]]]) 
     return Table("Speed and quality", head, cells, note, marked)
 
 
-def agreement_table(entries: Sequence[Entry]) -> Table:
+def agreement_table(entries: Sequence[tuple[Result, Run]]) -> Table:
     """Every figure of the agreement probe."""
     rows = []
     for result, _ in entries:
@@ -124,19 +113,19 @@ def _verdict(results: Sequence[Result], rows: Sequence[Row], fronts: Sequence[Se
             known = [(speed.sign * v, row) for row in own if (v := row.stage.number(speed.key)) is not None]
             if len(known) > 1:
                 best = max(known, key=lambda pair: pair[0])[1]
-                yield f"At {load} the best {speed.name}: {ms(best.stage.number(speed.key))} with {best.entry.result.label}."
+                yield f"At {load} the best {speed.name}: {ms(best.stage.number(speed.key))} with {best.result.label}."
     for quality, found in zip(QUALITIES, fronts):
         for speed, marks in list(zip(SPEEDS, found))[:1]:
-            if names := list(dict.fromkeys(rows[i].entry.result.label for i in sorted(marks))):
+            if names := list(dict.fromkeys(rows[i].result.label for i in sorted(marks))):
                 yield f"On the front of {quality.name} against {speed.name}: {'; '.join(names)}."
 
 
-def _warnings(results: Sequence[Result], entries: Sequence[Entry], interrupted: bool) -> Iterator[str]:
+def _warnings(results: Sequence[Result], entries: Sequence[tuple[Result, Run]], interrupted: bool) -> Iterator[str]:
     if interrupted:
         yield "The sweep was interrupted: what follows is what was measured until then."
     for result in results:
         context, budget = (result.quality.get("agreement") or {}).get("context"), result.settings.get("budget", "")
         if context and budget.isdigit() and int(budget) >= context:
             yield f"{result.label}: the budget covers the probe's context of {context} tokens, so agreement shows little."
-    for entry in entries:
-        yield from (f"{entry.result.label}: {text}" for text in warnings(entry.run))
+    for result, run in entries:
+        yield from (f"{result.label}: {text}" for text in warnings(run))
