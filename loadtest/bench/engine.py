@@ -29,11 +29,10 @@ from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.requests.request import Request
 from kvloom.kernels import Kernels
 from kvloom.loadtest.figures import markdown, publish
-from kvloom.loadtest.study import results
 from kvloom.loadtest.study.flags import add_engine, add_model, add_outputs, need, parser
 from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.study.pictures import picture
-from kvloom.loadtest.study.results import Column, console, console_table
+from kvloom.loadtest.study.results import Column, Row, cells, console, console_table
 
 DECODES = ((1, 128), (1, 512), (1, 4096), (1, 7500), (2, 512), (4, 512), (8, 512), (16, 1024), (8, 4096), (8, 7500))
 PREFILLS = (128, 512, 1024, 4096)
@@ -164,27 +163,6 @@ def add(llm: LLM, prompt: Sequence[int], name: str, steps: int) -> None:
     llm.core.add(Request(id=name, prompt=prompt, sampling=sampling))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeRow:
-    """One decode case: medians over steps. Times in ms, rates in 10^9 per second."""
-
-    batch: int
-    context: int
-    step_ms: float
-    tokens_per_s: float
-    read_bytes: int
-    """Weights once, and K and V of every request's context."""
-    gbs: float
-    floor_ms: float
-    """read_bytes over the machine's read bandwidth."""
-    over_floor: float
-    attention_ms: float
-    attention_gbs: float
-    linear_ms: float
-    outside_share: float
-    """Of the step's time, outside the model."""
-
-
 def steps_as_served(llm: LLM, steps: int) -> tuple[list[float], list[float]]:
     """Seconds of decode steps, and the share of each that is spent outside the model."""
     decoder, clock, seconds, shares = llm.core.runner.decoder, Clock(), [], []
@@ -198,7 +176,12 @@ def steps_as_served(llm: LLM, steps: int) -> tuple[list[float], list[float]]:
     return seconds, shares
 
 
-def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: int = 24) -> DecodeRow:
+def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: int = 24) -> Row:
+    """One row of the table: medians over steps. Times in ms, rates in 10^9 per second.
+
+    read_bytes: weights once, and K and V of every request's context; floor_ms: those over the machine's read bandwidth;
+    outside_share: of the step's time, outside the model.
+    """
     prompts = [random_tokens(context, llm.model.vocab_size, 1000 * batch + i) for i in range(batch)]
     for prompt in prompts:
         remember(llm, prompt)
@@ -223,20 +206,20 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
     kv_bytes = batch * context * per_token
     read = weight_bytes(llm) + kv_bytes
     attended = statistics.median(attention)
-    return DecodeRow(
-        batch=batch,
-        context=context,
-        step_ms=plain * 1e3,
-        tokens_per_s=batch / plain,
-        read_bytes=read,
-        gbs=read / plain / 1e9,
-        floor_ms=read / ceilings.read_gbs / 1e6,
-        over_floor=plain * ceilings.read_gbs * 1e9 / read,
-        attention_ms=attended * 1e3,
-        attention_gbs=kv_bytes / attended / 1e9,
-        linear_ms=statistics.median(linear) * 1e3,
-        outside_share=statistics.median(shares),
-    )
+    return {
+        "batch": batch,
+        "context": context,
+        "step_ms": plain * 1e3,
+        "tokens_per_s": batch / plain,
+        "read_bytes": read,
+        "gbs": read / plain / 1e9,
+        "floor_ms": read / ceilings.read_gbs / 1e6,
+        "over_floor": plain * ceilings.read_gbs * 1e9 / read,
+        "attention_ms": attended * 1e3,
+        "attention_gbs": kv_bytes / attended / 1e9,
+        "linear_ms": statistics.median(linear) * 1e3,
+        "outside_share": statistics.median(shares),
+    }
 
 
 def weight_bytes(llm: LLM) -> int:
@@ -245,19 +228,8 @@ def weight_bytes(llm: LLM) -> int:
     return sum(linear.nbytes for linear in (*linears(llm), head))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrefillRow:
-    """One prompt length: medians over repeats."""
-
-    tokens: int
-    seconds: float
-    tokens_per_s: float
-    linear_gflops: float
-    attention_gflops: float
-    attention_share: float
-
-
-def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
+def prefill_case(llm: LLM, length: int, repeats: int = 3) -> Row:
+    """One row of the table, of one prompt length: medians over repeats."""
     core, config = llm.core, llm.core.runner.decoder.config
     seconds, attention, linear = [], [], []
     with instrumented(llm) as clock:
@@ -274,11 +246,15 @@ def prefill_case(llm: LLM, length: int, repeats: int = 3) -> PrefillRow:
     core.cache.evict()
     weights = sum(one.in_features * one.out_features for one in linears(llm))
     attention_flops = 4 * config.q_heads * config.head_dim * config.layers * length * (length + 1) / 2
-    total = statistics.median(seconds)
-    return PrefillRow(tokens=length, seconds=total, tokens_per_s=length / total,
-                      linear_gflops=2 * weights * length / statistics.median(linear) / 1e9,
-                      attention_gflops=attention_flops / statistics.median(attention) / 1e9,
-                      attention_share=statistics.median(attention) / total)  # fmt: skip
+    total, attended = statistics.median(seconds), statistics.median(attention)
+    return {
+        "tokens": length,
+        "seconds": total,
+        "tokens_per_s": length / total,
+        "linear_gflops": 2 * weights * length / statistics.median(linear) / 1e9,
+        "attention_gflops": attention_flops / attended / 1e9,
+        "attention_share": attended / total,
+    }
 
 
 def digits(value: float) -> str:
@@ -288,21 +264,15 @@ def digits(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def cells(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of a table, as text."""
-    names = list(asdict(rows[0]))
-    return results.cells([Column(name, name, digits) for name in names], [asdict(row) for row in rows])
-
-
-def plot(path: Path, decodes: Sequence[DecodeRow], prefills: Sequence[PrefillRow], ceilings: Ceilings) -> None:
+def plot(path: Path, decodes: Sequence[Row], prefills: Sequence[Row], ceilings: Ceilings) -> None:
     """Bars of decode step against its floor, and of prefill rates."""
     with picture(path, 1, 2, (12, 4.5)) as (_, axes):
         from matplotlib.ticker import NullFormatter, ScalarFormatter
 
         left, right = axes[0]
-        names = [f"{row.batch} x {row.context}" for row in decodes]
+        names = [f"{row['batch']} x {row['context']}" for row in decodes]
         for offset, label, key in ((-0.2, "measured", "step_ms"), (0.2, "memory floor", "floor_ms")):
-            heights = [getattr(row, key) for row in decodes]
+            heights = [row[key] for row in decodes]
             bars = left.bar([x + offset for x in range(len(names))], heights, 0.38, label=label)
             left.bar_label(bars, [f"{height:.1f}" for height in heights], fontsize=7, padding=1)
         left.set(title="Decode step by batch x context (log scale)", ylabel="ms", yscale="log")
@@ -311,9 +281,9 @@ def plot(path: Path, decodes: Sequence[DecodeRow], prefills: Sequence[PrefillRow
         left.yaxis.set_minor_formatter(NullFormatter())
         left.margins(y=0.1)
         left.legend()
-        lengths = [row.tokens for row in prefills]
-        right.plot(lengths, [row.linear_gflops for row in prefills], "o-", label="linear layers")
-        right.plot(lengths, [row.attention_gflops for row in prefills], "s-", label="attention")
+        lengths = [row["tokens"] for row in prefills]
+        right.plot(lengths, [row["linear_gflops"] for row in prefills], "o-", label="linear layers")
+        right.plot(lengths, [row["attention_gflops"] for row in prefills], "s-", label="attention")
         right.axhline(ceilings.bf16_gflops, color="grey", linestyle="--", label="torch bf16 matrix product")
         right.axhline(ceilings.fp32_gflops, color="grey", linestyle=":", label="torch fp32 matrix product")
         right.set(title="Prefill", xlabel="prompt tokens", ylabel="GFLOP/s (integer operations count as such)", xscale="log")
@@ -343,18 +313,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"Measured {describe()}."
     )
     console.print(head)
-    prefills = [prefill_case(llm, int(length)) for length in args.prefill.split(",") if length]
     cases = [tuple(map(int, case.split("x"))) for case in args.decode.split(",") if case]
-    decodes = [decode_case(llm, batch, context, ceilings) for batch, context in cases]
-    rows: dict[str, list[Any]] = {"prefill": list(prefills), "decode": list(decodes)}
-    tables = {title: cells(part) for title, part in rows.items() if part}
+    rows = {
+        "prefill": [prefill_case(llm, int(length)) for length in args.prefill.split(",") if length],
+        "decode": [decode_case(llm, batch, context, ceilings) for batch, context in cases],
+    }
+    tables = {title: cells([Column(name, name, digits) for name in part[0]], part) for title, part in rows.items() if part}
     for title, table in tables.items():
         console.print(console_table(*table, title))
-    report = {"machine": describe(), "model": asdict(llm.model), "ceilings": asdict(ceilings),
-              **{title: [asdict(row) for row in part] for title, part in rows.items()}}  # fmt: skip
+    report = {"machine": describe(), "model": asdict(llm.model), "ceilings": asdict(ceilings), **rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "engine.json").write_text(json.dumps(report, indent=1))
-    plot(args.out / "engine.png", decodes, prefills, ceilings)
+    plot(args.out / "engine.png", rows["decode"], rows["prefill"], ceilings)
     if args.markdown:
         about = "`kvloom bench engine` measures:\n\n```\n" + (__doc__ or "").split("\n", 2)[2] + "```"
         parts = ["# The engine alone", about, head, *(markdown(*table) for table in tables.values())]

@@ -1,4 +1,4 @@
-"""What a client can pour onto a server: one function per flood, each bounded in connections and in time.
+"""What a client can pour onto a server: floods by name, each bounded in connections and in time.
 
 A flood runs in a process of its own, at the lowest priority, so that what it costs the neighbour is the server's doing
 and not that of the client beside it. All of them send to a server on this machine with the key of a tenant of their own.
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,64 +41,42 @@ def _head(target: Target, path: str, length: int) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
-def _post(target: Target, path: str, body: Callable[[], bytes], threads: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Posts:
     """So many clients that send the same kind of body again and again, and read the answers."""
 
-    def one() -> None:
+    path: str
+    clients: int
+    body: Callable[[], Any]
+    """What is sent as JSON."""
+    anew: bool = True
+    """Whether every request has another body."""
+
+    def __call__(self, target: Target) -> None:
+        """Until it is over."""
+        same = None if self.anew else json.dumps(self.body()).encode()
+        clients = [threading.Thread(target=self._client, args=(target, same), daemon=True) for _ in range(self.clients)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(max(0.0, target.until - time.monotonic()) + 1.0)
+
+    def _client(self, target: Target, same: bytes | None) -> None:
+        headers = {"Authorization": f"Bearer {target.key}", "Content-Type": "application/json"}
         while not target.over:
             connection = http.client.HTTPConnection("127.0.0.1", target.port, timeout=max(0.1, target.until - time.monotonic()))
             with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(connection):
-                headers = {"Authorization": f"Bearer {target.key}", "Content-Type": "application/json"}
-                connection.request("POST", path, body(), headers)
+                connection.request("POST", self.path, same or json.dumps(self.body()).encode(), headers)
                 if connection.getresponse().read() is not None:
                     time.sleep(0.01)
-
-    clients = [threading.Thread(target=one, daemon=True) for _ in range(threads)]
-    for client in clients:
-        client.start()
-    for client in clients:
-        client.join(max(0.0, target.until - time.monotonic()) + 1.0)
-
-
-def _json(body: Any) -> bytes:
-    return json.dumps(body).encode()
 
 
 def _text(words: int, seed: int | None = None) -> str:
     return " ".join(random.Random(seed).choices(WORDS, k=words))
 
 
-def giant_body(target: Target) -> None:
-    """4 MB of token ids, for 64 completions."""
-    body = _json({"n": 64, "prompt": [7] * 1_390_000})
-    _post(target, "/v1/completions", lambda: body, 4)
-
-
-def long_chat(target: Target) -> None:
-    """Chat messages of 4 MB."""
-    body = _json({"messages": [{"role": "user", "content": _text(600_000, 0)[:4_100_000]}]})
-    _post(target, "/v1/chat/completions", lambda: body, 2)
-
-
-def short_prompts(target: Target) -> None:
-    """A thousand short prompts in one request."""
-    _post(target, "/v1/completions", lambda: _json({"prompt": [_text(12) for _ in range(1000)], "max_tokens": 1}), 2)
-
-
-def explain(target: Target) -> None:
-    """What would a long prompt reuse?"""
-    body = _json({"prompt": _text(2000, 1)})
-    _post(target, "/v1/kv/explain", lambda: body, 16)
-
-
-def segments(target: Target) -> None:
-    """New texts to compile."""
-    _post(target, "/v1/kv/segments", lambda: _json({"text": _text(1000)}), 4)
-
-
-def queued(target: Target) -> None:
-    """Long prompts, faster than they can be computed."""
-    _post(target, "/v1/completions", lambda: _json({"prompt": _text(4000), "max_tokens": 1}), 64)
+def _long_chat() -> Any:
+    return {"messages": [{"role": "user", "content": _text(600_000, 0)[:4_100_000]}]}
 
 
 def silent(target: Target) -> None:
@@ -139,13 +118,16 @@ def _alive(connection: socket.socket, more: bytes) -> bool:
         return False
 
 
+COMPLETIONS = "/v1/completions"
 FLOODS: dict[str, Callable[[Target], None]] = {
-    "giant body": giant_body,
-    "4 MB chat message": long_chat,
-    "thousands of short prompts": short_prompts,
-    "explain": explain,
-    "segments": segments,
-    "queued long prompts": queued,
+    "giant body": Posts(COMPLETIONS, 4, lambda: {"n": 64, "prompt": [7] * 1_390_000}, anew=False),  # 4 MB, 64 completions
+    "4 MB chat message": Posts("/v1/chat/completions", 2, _long_chat, anew=False),
+    "thousands of short prompts": Posts(COMPLETIONS, 2, lambda: {"prompt": [_text(12) for _ in range(1000)], "max_tokens": 1}),
+    "explain": Posts("/v1/kv/explain", 16, lambda: {"prompt": _text(2000, 1)}, anew=False),
+    "segments": Posts("/v1/kv/segments", 4, lambda: {"text": _text(1000)}),
+    "queued long prompts": Posts(
+        COMPLETIONS, 64, lambda: {"prompt": _text(4000), "max_tokens": 1}
+    ),  # more than can be computed
     "silent connections": silent,
     "slow bodies": slow_bodies,
 }

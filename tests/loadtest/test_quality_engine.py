@@ -91,9 +91,9 @@ def test_the_engine_bench_times_kernels_where_steps_are_captured(make_llm: MakeL
     llm = make_llm(backend="native", weights="int8", dtype="bf16", kv_memory="8MiB")
     ceilings = Ceilings(read_gbs=10.0, bf16_gflops=100.0, fp32_gflops=100.0)
     prompt = prefill_case(llm, 96, repeats=2)
-    assert prompt.linear_gflops > 0 and prompt.attention_gflops > 0
+    assert prompt["linear_gflops"] > 0 and prompt["attention_gflops"] > 0
     row = decode_case(llm, 2, 64, ceilings, steps=4)
-    assert 0 < row.outside_share < 1 and row.attention_ms > 0 and row.linear_ms > 0
+    assert 0 < row["outside_share"] < 1 and row["attention_ms"] > 0 and row["linear_ms"] > 0
     assert llm.core.runner.decoder._most == "full" and not llm.core.busy
 
 
