@@ -63,15 +63,13 @@ class Load:
     @property
     def name(self) -> str:
         """The stage's name in reports."""
-        return self._name + ("" if self.seconds is None else f" for {self.seconds:g} s")
-
-    @property
-    def _name(self) -> str:
         if self.concurrency is not None:
-            return f"concurrency {self.concurrency}"
-        if self.ramp is not None:
-            return f"rate {self.ramp.start:g} to {self.ramp.end:g}"
-        return "trace" if self.rate is None else f"rate {self.rate:g}"
+            name = f"concurrency {self.concurrency}"
+        elif self.ramp is not None:
+            name = f"rate {self.ramp.start:g} to {self.ramp.end:g}"
+        else:
+            name = "trace" if self.rate is None else f"rate {self.rate:g}"
+        return name if self.seconds is None else f"{name} for {self.seconds:g} s"
 
 
 def due_times(load: Load, jobs: Sequence[Job], seed: int) -> list[float]:

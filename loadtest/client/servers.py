@@ -22,10 +22,10 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from kvloom.server.exit_codes import USAGE_ERROR
+
 START_SECONDS = 600.0
 STOP_SECONDS = 30.0
-USAGE_ERROR = 2
-"""The exit code with which a server says that its settings are wrong."""
 LAST_WORDS = 400
 """Characters of a dead server's output that are worth repeating."""
 

@@ -146,11 +146,6 @@ class Slo:
         return all(limit is None or seconds * 1e3 <= limit for limit, seconds in taken)
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95% bootstrap interval of the median, in the unit of the values; None for fewer than two."""
-    return bootstrap_median(values) if len(values) > 1 else None
-
-
 def peak_concurrency(records: Sequence[Record]) -> int:
     """Most requests that were under way at once."""
     ends = [(record.ended, -1) for record in records if record.ended is not None]
@@ -247,7 +242,7 @@ def _times(name: str, values: Sequence[float], percentiles: Sequence[float]) -> 
 
 
 def _interval(values: Sequence[float]) -> list[float] | None:
-    found = median_interval(values)
+    found = bootstrap_median(values)
     return None if found is None else [bound * 1e3 for bound in found]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -12,13 +11,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from kvloom.engine.config import option_fields
+from kvloom.engine.config import json_object, option_fields
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.client.arrivals import Curve, Load, Ramp
 from kvloom.loadtest.client.record import PATHS, Endpoint
 from kvloom.loadtest.load.measures import Slo
 from kvloom.loadtest.load.search import FASTEST, MOST_STEPS
-from kvloom.loadtest.study.flags import Parser, add_options, options_of, seconds_of
+from kvloom.loadtest.study.flags import Parser, add_options, listed, options_of, seconds_of
 from kvloom.loadtest.workloads import WORKLOADS
 
 MOST_STAGES = 100
@@ -116,16 +115,15 @@ def _ramp(args: argparse.Namespace) -> Ramp:
 
 def _numbers(flag: str, text: str, most: float, *, whole: bool) -> list[float]:
     """Positive numbers between commas, up to `most` (or inf, where they need not be whole)."""
-    try:
-        values = [float(int(part)) if whole else float(part) for part in text.split(",")]
-    except (ValueError, OverflowError):
-        values = []
-    allowed = all(0 < value <= most or (not whole and value == math.inf) for value in values)
-    if not (values and allowed and len(values) <= MOST_STAGES):
-        kind = "whole numbers" if whole else "numbers (or inf)"
-        numbers = f"up to {MOST_STAGES} {kind} above 0, up to {most:g}, separated by commas"
-        raise ConfigError(f"{flag} is {text!r}; allowed: {numbers}")
-    return values
+    kind = "whole numbers" if whole else "numbers (or inf)"
+    return listed(
+        flag,
+        text,
+        lambda part: float(int(part)) if whole else float(part),
+        lambda value: 0 < value <= most or (not whole and value == math.inf),
+        f"up to {MOST_STAGES} {kind} above 0, up to {most:g}",
+        MOST_STAGES,
+    )
 
 
 DEFAULT_REQUESTS = 64
@@ -289,6 +287,8 @@ def _plan(args: argparse.Namespace) -> Plan:
         raise ConfigError(f"--stages has a stage of more than {MOST_REQUESTS:,} requests; give a shorter time or a lower rate")
     if args.num_requests is not None and any(load.seconds is not None and load.rate is not None for load in loads):
         raise ConfigError("--num-requests follows from rates and times; leave it out with --stages of rates")
+    allowed = f"up to {MOST_PERCENTILES} numbers above 0, up to 100"
+    percentiles = listed("--percentiles", args.percentiles, float, lambda part: 0 < part <= 100, allowed, MOST_PERCENTILES)
     given = {field.name: getattr(args, field.name, None) for field in fields(Plan)}
     made = {
         "base_url": args.base_url.rstrip("/").removesuffix("/v1"),
@@ -297,25 +297,13 @@ def _plan(args: argparse.Namespace) -> Plan:
         "loads": loads,
         "slo": slo,
         "find_steps": args.find_steps if args.find_rate else None,
-        "percentiles": _percentiles(args.percentiles),
+        "percentiles": tuple(sorted(set(percentiles))),
         "api_key": args.api_key or os.environ.get(API_KEY_VARIABLE) or None,
         "tenant_keys": dict(map(_pair, args.tenant_key)),
-        "extra_body": _extra_body(args.extra_body),
+        "extra_body": json_object("--extra-body", args.extra_body, '{"top_k": 1}'),
         "headers": dict(map(_header, args.header)),
     }
     return Plan(**{**given, **made})
-
-
-def _percentiles(text: str) -> tuple[float, ...]:
-    """In rising order, each once. Raises ConfigError."""
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not (0 < len(found) <= MOST_PERCENTILES and all(0 < value <= 100 for value in found)):
-        allowed = f"up to {MOST_PERCENTILES} numbers above 0, up to 100, separated by commas"
-        raise ConfigError(f"--percentiles is {text!r}; allowed: {allowed}")
-    return tuple(found)
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -332,13 +320,3 @@ def _pair(text: str) -> tuple[str, str]:
     if not (tenant and mark and key):
         raise ConfigError("--tenant-key must be TENANT=KEY")  # the value may be a secret: not repeated
     return tenant, key
-
-
-def _extra_body(text: str) -> dict[str, Any]:
-    try:
-        body = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"--extra-body is no JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise ConfigError("--extra-body must be a JSON object, such as '{\"top_k\": 1}'")
-    return body

@@ -201,7 +201,7 @@ def summary_of(plan: Plan, outcome: Outcome, corpus: str) -> dict[str, Any]:
         "model": outcome.model,
         "endpoint": plan.endpoint,
         "workload": plan.workload,
-        "workload_options": {name: _plain(value) for name, value in asdict(plan.options).items()},
+        "workload_options": asdict(plan.options),
         "num_requests": plan.count,
         **same,
         "corpus": corpus,
@@ -217,10 +217,6 @@ def summary_of(plan: Plan, outcome: Outcome, corpus: str) -> dict[str, Any]:
     top = outcome.stages[0] if len(plan.loads) == len(outcome.stages) == 1 and not outcome.search else {}
     ended = {"interrupted": outcome.interrupted, "server_lost": outcome.lost, "search": outcome.search}
     return {**top, "settings": settings, **ended, "stages": outcome.stages}
-
-
-def _plain(value: Any) -> Any:
-    return value if isinstance(value, (int, float, str, bool, type(None), list, tuple, dict)) else str(value)
 
 
 def _now() -> str:

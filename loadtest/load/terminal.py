@@ -33,15 +33,22 @@ def _share(value: float | None) -> str:
 
 def show(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
     """One table for a single stage, else a row per stage; then what to know about each."""
-    (_several if len(stages) > 1 else _single)(console, stages)
+    if len(stages) > 1:
+        rows = [[stage["name"], *(form(stage[key]) for _, key, form in COLUMNS)] for stage in stages]
+        console.print(console_table(("stage", *(title for title, _, _ in COLUMNS)), rows, "times in ms"))
+    else:
+        _single(console, *stages)
     for stage in stages:
         for line in remarks(stage):
             console.print(f"[bold]{stage['name']}[/]  {line}", soft_wrap=True)
 
 
-def _single(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
-    (stage,) = stages
-    console.print(_counts(stage), soft_wrap=True)
+def _single(console: Console, stage: Mapping[str, Any]) -> None:
+    console.print(
+        f"{stage['name']}: {stage['completed']} of {stage['num_prompts']} requests in {stage['duration']:.1f} s, "
+        f"{stage['request_throughput']:.2f} req/s, {stage['output_throughput']:.1f} output tok/s",
+        soft_wrap=True,
+    )
     quantiles = ("mean", *(f"p{percentile:g}" for percentile in stage["percentiles"]))
     rows = [[title, *(_number(stage[f"{quantile}_{key}_ms"]) for quantile in quantiles)] for title, key in TIMES]
     console.print(console_table(("ms", *quantiles), rows))
@@ -61,18 +68,6 @@ COLUMNS = (
 """Of a table of several stages: title, key and form."""
 
 
-def _several(console: Console, stages: Sequence[Mapping[str, Any]]) -> None:
-    rows = [[stage["name"], *(form(stage[key]) for _, key, form in COLUMNS)] for stage in stages]
-    console.print(console_table(("stage", *(title for title, _, _ in COLUMNS)), rows, "times in ms"))
-
-
-def _counts(stage: Mapping[str, Any]) -> str:
-    return (
-        f"{stage['name']}: {stage['completed']} of {stage['num_prompts']} requests in {stage['duration']:.1f} s, "
-        f"{stage['request_throughput']:.2f} req/s, {stage['output_throughput']:.1f} output tok/s"
-    )
-
-
 def remarks(stage: Mapping[str, Any]) -> list[str]:
     """Client lag, cache, goodput, what the server itself says, and reservations about the figures."""
     lines = []
@@ -80,7 +75,9 @@ def remarks(stage: Mapping[str, Any]) -> list[str]:
         late = "; the client fell behind, the load was lower than asked" if lag["p99_ms"] > LATE_MS else ""
         lines.append(f"client lag mean {lag['mean_ms']:.1f} ms, p99 {lag['p99_ms']:.1f} ms, max {lag['max_ms']:.1f} ms{late}")
     if stage["hit_rate"] is not None:
-        known = "; the server knew them from an earlier run, change --seed" if _known_before(stage) else ""
+        # Prompts that share nothing were found in the cache all the same.
+        before = stage["reusable_tokens"] == 0 and stage["hit_rate"] > KNOWN_SHARE
+        known = "; the server knew them from an earlier run, change --seed" if before else ""
         share = f"{stage['cached_tokens']} of {stage['total_input_tokens']} prompt tokens cached ({_share(stage['hit_rate'])})"
         lines.append(share + known)
     if stage["request_goodput"] is not None:
@@ -99,11 +96,6 @@ def remarks(stage: Mapping[str, Any]) -> list[str]:
     if stage["cancelled"]:
         lines.append(f"{stage['cancelled']} requests were ended by the client")
     return lines
-
-
-def _known_before(stage: Mapping[str, Any]) -> bool:
-    """Whether prompts that share nothing were found in the cache all the same."""
-    return stage["reusable_tokens"] == 0 and stage["hit_rate"] > KNOWN_SHARE
 
 
 def failures(stage: Mapping[str, Any]) -> str | None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from kvloom.engine.config import Option, option_fields, parse_value
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.server.exit_codes import FAILED, INTERRUPTED, USAGE_ERROR
 
 __all__ = ["FAILED", "INTERRUPTED", "USAGE_ERROR"]
+
+N = TypeVar("N")
 
 
 class BenchError(KVLoomError):
@@ -53,15 +56,22 @@ def count(text: str) -> int:
     return number
 
 
+def listed(
+    flag: str, text: str, kind: Callable[[str], N], fits: Callable[[N], bool], allowed: str, most: float = math.inf
+) -> list[N]:
+    """Up to `most` values separated by commas. Raises ConfigError saying what is allowed unless all are of a kind and fit."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except (ValueError, OverflowError):
+        found = []
+    if not 0 < len(found) <= most or not all(map(fits, found)):
+        raise ConfigError(f"{flag} is {text!r}; allowed: {allowed}, separated by commas")
+    return found
+
+
 def numbers(text: str, flag: str) -> list[int]:
     """Positive whole numbers separated by commas. Raises ConfigError."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise ConfigError(f"{flag} is {text!r}; allowed: whole numbers of 1 or more, separated by commas")
-    return found
+    return listed(flag, text, int, lambda number: number >= 1, "whole numbers of 1 or more")
 
 
 def add(made: Any, *flags: tuple[str, Any, str], kind: Callable[[str], Any] = count) -> None:

@@ -83,9 +83,9 @@ def _medians(values: npt.ArrayLike, generator: np.random.Generator, resamples: i
     return np.median(data[generator.integers(0, len(data), (resamples, len(data)))], axis=1)
 
 
-def bootstrap_median(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """Interval of the median of values that are drawn one by one."""
-    return _edges(_medians(values, np.random.default_rng(seed), resamples))
+def bootstrap_median(values: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:
+    """Interval of the median of values that are drawn one by one, in their unit; None for fewer than two."""
+    return _edges(_medians(values, np.random.default_rng(seed), resamples)) if np.size(values) > 1 else None
 
 
 def ratio(above: npt.ArrayLike, below: npt.ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval | None:

@@ -9,7 +9,8 @@ import pytest
 from kvloom.loadtest.client.arrivals import Load
 from kvloom.loadtest.client.drive import StageRun
 from kvloom.loadtest.client.record import Record
-from kvloom.loadtest.load.measures import Slo, Spread, median_interval, peak_concurrency, stage_summary, summarise
+from kvloom.loadtest.load.measures import Slo, Spread, peak_concurrency, stage_summary, summarise
+from kvloom.loadtest.study.intervals import bootstrap_median
 
 
 def record(index: int, sent: float, first: float, gap: float, tokens: int, **more: object) -> Record:
@@ -106,11 +107,11 @@ def test_peak_concurrency_counts_overlaps() -> None:
 
 def test_the_interval_holds_the_median_and_narrows() -> None:
     few, many = [float(i % 10) for i in range(10)], [float(i % 10) for i in range(1000)]
-    wide, narrow = median_interval(few), median_interval(many)
+    wide, narrow = bootstrap_median(few), bootstrap_median(many)
     assert wide is not None and narrow is not None
     assert wide[0] <= 4.5 <= wide[1]
     assert narrow[1] - narrow[0] < wide[1] - wide[0]
-    assert median_interval([1.0]) is None
+    assert bootstrap_median([1.0]) is None
 
 
 def test_spread_of_one_value() -> None:
