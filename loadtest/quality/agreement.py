@@ -13,7 +13,7 @@ from collections.abc import Hashable
 from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement
-from kvloom.loadtest.quality.methods import COLUMNS
+from kvloom.loadtest.quality.methods import Methods
 from kvloom.loadtest.study.flags import add, numbers
 from kvloom.loadtest.study.results import Column, Row
 from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
@@ -23,7 +23,7 @@ class MethodAgreement(Study):
     """Measures methods at every context."""
 
     title = "Agreement with dense decoding"
-    columns = (*COLUMNS[:3], Column("context", "context"), Column("tokens", "n"), *COLUMNS[3:])
+    columns = (*Methods.columns[:3], Column("context", "context"), Column("tokens", "n"), *Methods.columns[3:])
     identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored")
 
     @staticmethod

@@ -30,7 +30,7 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.selection import METHODS, Geometry
 from kvloom.engine.selection.base import read_options
-from kvloom.loadtest.quality.spec import DENSE
+from kvloom.loadtest.quality.spec import DENSE, METHOD_COLUMNS
 from kvloom.loadtest.study.flags import add_outputs, parser
 from kvloom.loadtest.study.results import Column, Results, Row
 
@@ -38,9 +38,7 @@ SCORE = 4
 """Bytes of a score: fp32."""
 ITEM = {"bf16": 2, "fp16": 2, "fp32": 4}
 COLUMNS = (
-    Column("method", "method"),
-    Column("budget", "budget"),
-    Column("options", "options"),
+    *METHOD_COLUMNS,
     Column("lists made", "made", ".1%"),
     Column("MB counted", "counted", ".1f", 1e-6),
     Column("MB by formula", "formula", ".1f", 1e-6),

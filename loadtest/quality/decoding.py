@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -109,11 +109,31 @@ class _Clock:
         return out
 
 
-def prefill(llm: LLM, prompts: Sequence[Sequence[int]], done: Callable[[], None] = lambda: None) -> None:
+def prefill(
+    llm: LLM, prompts: Sequence[Sequence[int]], done: Callable[[], None] = lambda: None, kv: KVOptions = KVOptions()
+) -> None:
     """Have the prefix cache hold these prompts, computed one after another; `done` is called after each."""
     for prompt in prompts:
-        llm.generate([list(prompt)], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True))
+        llm.generate([list(prompt)], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), kv=kv)
         done()
+
+
+def greedy(name: str, prompt: Sequence[int], tokens: int, kv: KVOptions, forced: Sequence[int] = ()) -> Request:
+    """A request that comes now and is answered with exactly so many tokens, `forced` ones first."""
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, forced_tokens=tuple(forced))
+    return Request(id=name, prompt=list(prompt), sampling=sampling, kv=kv, arrival=time.monotonic())
+
+
+@contextlib.contextmanager
+def under_way(llm: LLM, requests: Sequence[Request]) -> Iterator[None]:
+    """Requests are in the engine meanwhile, and gone at the end, also after Ctrl-C. Raises InvalidRequestError."""
+    try:
+        for request in requests:
+            llm.core.add(request)
+        yield
+    finally:
+        for request in requests:
+            llm.core.abort(request.id)
 
 
 def follow(llm: LLM, passages: Sequence[Passage], kv: KVOptions, *, free: int = 0, observe: Observe | None = None) -> Followed:
@@ -122,12 +142,7 @@ def follow(llm: LLM, passages: Sequence[Passage], kv: KVOptions, *, free: int = 
     Raises InvalidRequestError if one cannot be served, ConfigError if the KV cache is too small for requests that run together
     (one that is preempted comes back as a prompt, and its rows are no decode rows).
     """
-    requests = [
-        Request(id=f"follow-{i}", prompt=list(passage.prompt), kv=kv, arrival=time.monotonic(),
-                sampling=SamplingParams(temperature=0, max_tokens=len(passage.forced) + free, ignore_eos=True,
-                                        forced_tokens=tuple(passage.forced)))
-        for i, passage in enumerate(passages)
-    ]  # fmt: skip
+    requests = [greedy(f"follow-{i}", one.prompt, len(one.forced) + free, kv, one.forced) for i, one in enumerate(passages)]
     return _Run(llm, requests, observe).run()
 
 
@@ -135,7 +150,7 @@ class _Run:
     """One batch on its way."""
 
     def __init__(self, llm: LLM, requests: list[Request], observe: Observe | None) -> None:
-        self._core, self._requests, self._observe = llm.core, requests, observe
+        self._llm, self._core, self._requests, self._observe = llm, llm.core, requests, observe
         self._number = {request.id: i for i, request in enumerate(requests)}
         self._observing = 0.0
         self._last: dict[str, RequestOutput] = {}
@@ -147,23 +162,17 @@ class _Run:
         attention: Any = runner._attention
         clock: Any = _Clock(attention)
         core.observer = None if self._observe is None else self._observed
-        replaced = contextlib.ExitStack()
-        replaced.enter_context(runner.decoder.capturing("piecewise"))  # so that attention is called
-        runner._attention = clock
         try:
-            for request in self._requests:
-                core.add(request)
-            warm = 0
-            while core.busy:
-                decoding = len(self._last) == len(self._requests) and all(o.finish_reason is None for o in self._last.values())
-                warm += decoding
-                self._step(clock, timed=decoding and warm > WARM_STEPS)
-        finally:  # also on Ctrl-C
+            with runner.decoder.capturing("piecewise"), under_way(self._llm, self._requests):  # so that attention is called
+                runner._attention, warm = clock, 0
+                while core.busy:
+                    last = self._last.values()
+                    decoding = len(last) == len(self._requests) and all(output.finish_reason is None for output in last)
+                    warm += decoding
+                    self._step(clock, timed=decoding and warm > WARM_STEPS)
+        finally:
             core.observer = None
             runner._attention = attention
-            replaced.close()
-            for request in self._requests:
-                core.abort(request.id)
         return self._result()
 
     def _step(self, clock: _Clock, *, timed: bool) -> None:

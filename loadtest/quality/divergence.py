@@ -79,27 +79,27 @@ class Agreement:
 
     def remember_dense(self, done: Callable[[], None] = lambda: None) -> None:
         """Compute the reference; `done` is called after every batch."""
-        self.dense = self._measure(KVOptions(selection="dense"), done, keep=True)
-
-    def measure(self, kv: KVOptions, done: Callable[[], None] = lambda: None, *, on: LLM | None = None) -> Scores:
-        """Compare a method with the reference. on: another engine of the same model, such as one that keeps less.
-
-        Raises InvalidRequestError if the method cannot be used.
-        """
-        return self._measure(kv, done, keep=False, llm=on)
+        self.dense = self.measure(KVOptions(selection="dense"), done, keep=True)
 
     @property
     def batches(self) -> int:
         return -(-len(self.passages) // self.batch)
 
-    def _measure(self, kv: KVOptions, done: Callable[[], None], *, keep: bool, llm: LLM | None = None) -> Scores:
+    def measure(
+        self, kv: KVOptions, done: Callable[[], None] = lambda: None, *, on: LLM | None = None, keep: bool = False
+    ) -> Scores:
+        """Compare a method with the reference. on: another engine of the same model, such as one that keeps less; keep: it is
+        the reference itself.
+
+        Raises InvalidRequestError if the method cannot be used.
+        """
         scores = Scores(len(self.passages), self.scored)
         for first in range(0, len(self.passages), self.batch):
 
             def observe(number: int, index: int, logits: Tensor, first: int = first) -> None:
                 self._score(scores, first + number, index, logits, keep)
 
-            found = follow(llm or self._llm, self.passages[first : first + self.batch], kv, observe=observe)
+            found = follow(on or self._llm, self.passages[first : first + self.batch], kv, observe=observe)
             scores.cost.add(found.cost)
             done()
         return scores

@@ -22,6 +22,7 @@ from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.request import KVOptions
 from kvloom.loadtest.quality import spec, text
+from kvloom.loadtest.quality.decoding import prefill
 from kvloom.loadtest.quality.divergence import BLOCK
 from kvloom.loadtest.quality.spec import MethodSpec, plan
 from kvloom.loadtest.quality.tasks import ask, haystacks, trials
@@ -36,16 +37,6 @@ SCORED = 1024
 ROOM = 64
 """Tokens of a question and its answer behind the longest context."""
 METHODS = "dense,token_select:prefill_budget=1024,token_select:prefill_budget=1024:positions=reindexed"
-COLUMNS = (
-    Column("context", "context"),
-    Column("method", "method"),
-    Column("positions", "positions"),
-    Column("budget", "budget"),
-    Column("options", "options"),
-    Column("needle", "accuracy", ".1%"),
-    Column("questions", "trials"),
-    Column("perplexity", "ppl", ".1f"),
-)
 Losses = npt.NDArray[np.float64]
 
 
@@ -84,7 +75,16 @@ class Extrapolation(Study):
     """Measures methods one by one, each at every context."""
 
     title = "Beyond the trained length"
-    columns = COLUMNS
+    columns = (
+        Column("context", "context"),
+        Column("method", "method"),
+        Column("positions", "positions"),
+        Column("budget", "budget"),
+        Column("options", "options"),
+        Column("needle", "accuracy", ".1%"),
+        Column("questions", "trials"),
+        Column("perplexity", "ppl", ".1f"),
+    )
     identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "haystacks", "texts", "seed")
     sort_by = "context"
 
@@ -134,9 +134,7 @@ class Extrapolation(Study):
         """Haystacks go into the prefix cache first, so that questions which run together share them."""
         method, context = case.what
         asked = self.trials[context]
-        for prompt in haystacks(asked):
-            self.llm.generate([list(prompt)], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), kv=method.kv)
-            steps.done()
+        prefill(self.llm, haystacks(asked), steps.done, method.kv)
         answers = ask(self.llm, asked, method.kv, self.args.batch, steps.done)
         return {**perplexity(self._scored, context), **answers.figures()}
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from kvloom.engine import LLM
 from kvloom.loadtest.quality import facts, spec, text
 from kvloom.loadtest.quality.decoding import Cost, Passage, follow, prefill
-from kvloom.loadtest.quality.spec import DENSE, MethodSpec
+from kvloom.loadtest.quality.spec import COST_COLUMNS, DENSE, METHOD_COLUMNS, MethodSpec
 from kvloom.loadtest.study.flags import add
 from kvloom.loadtest.study.intervals import bootstrap, wilson
 from kvloom.loadtest.study.results import Column, Row
@@ -31,19 +31,6 @@ from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
 
 FACTS = 6
 """Planted in every generated text."""
-COLUMNS = (
-    Column("method", "method"),
-    Column("budget", "budget"),
-    Column("options", "options"),
-    Column("same as dense for (median tokens)", "divergence", ".0f"),
-    Column("never differed", "identical", ".0%"),
-    Column("recall of generated facts", "recall", ".1%"),
-    Column("facts", "facts"),
-    Column("step ms", "step_ms", ".1f"),
-    Column("MB read", "bytes_read", ".1f", 1e-6),
-    Column("positions read", "attended_share", ".1%"),
-    Column("KV MB", "kv_bytes", ".1f", 1e-6),
-)
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
@@ -85,7 +72,14 @@ class Long(Study):
     """Measures methods one by one."""
 
     title = "Long generation"
-    columns = COLUMNS
+    columns = (
+        *METHOD_COLUMNS,
+        Column("same as dense for (median tokens)", "divergence", ".0f"),
+        Column("never differed", "identical", ".0%"),
+        Column("recall of generated facts", "recall", ".1%"),
+        Column("facts", "facts"),
+        *COST_COLUMNS,
+    )
     identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "generate", "prompts", "seed")
 
     @staticmethod

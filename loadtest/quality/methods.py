@@ -25,33 +25,12 @@ from kvloom.engine.requests.request import KVOptions
 from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import WARM_STEPS, Cost, Passage, follow, prefill
 from kvloom.loadtest.quality.divergence import BLOCK, Agreement, Scores
-from kvloom.loadtest.quality.spec import BASELINE, DENSE, MethodSpec
+from kvloom.loadtest.quality.spec import BASELINE, DENSE, METHOD_COLUMNS, MethodSpec
 from kvloom.loadtest.quality.tasks import NEEDLES, Answers, ask, haystacks, in_prompt, trials
 from kvloom.loadtest.study.flags import add
 from kvloom.loadtest.study.intervals import bootstrap, ratio
 from kvloom.loadtest.study.results import Column, Row
 from kvloom.loadtest.study.runner import Case, Steps, Study, command, described
-
-COLUMNS = (
-    Column("method", "method"),
-    Column("budget", "budget"),
-    Column("options", "options"),
-    Column("KL to dense", "kl_mean", ".4f"),
-    Column("less baseline's", "kl_over_baseline", "+.4f"),
-    Column("KL p99", "kl_p99", ".3f"),
-    Column("top-1", "top1", ".1%"),
-    Column("ppl", "ppl", ".3f"),
-    Column("needle", "needle", ".1%"),
-    Column("asked", "asked", ".1%"),
-    Column("step ms", "step_ms", ".1f"),
-    Column("speed-up", "speed_up", ".2f"),
-    Column("attention ms", "attention_ms", ".1f"),
-    Column("of dense", "attention_up", ".2f"),
-    Column("MB read", "bytes_read", ".1f", 1e-6),
-    Column("positions read", "attended_share", ".1%"),
-    Column("KV MB", "kv_bytes", ".1f", 1e-6),
-    Column("state MB", "state_bytes", ".2f", 1e-6),
-)
 
 
 def timed(
@@ -98,7 +77,24 @@ class Methods(Study):
     """Measures methods one by one, on an engine whose cache holds the texts."""
 
     title = "Selection methods: quality beside speed"
-    columns = COLUMNS
+    columns = (
+        *METHOD_COLUMNS,
+        Column("KL to dense", "kl_mean", ".4f"),
+        Column("less baseline's", "kl_over_baseline", "+.4f"),
+        Column("KL p99", "kl_p99", ".3f"),
+        Column("top-1", "top1", ".1%"),
+        Column("ppl", "ppl", ".3f"),
+        Column("needle", "needle", ".1%"),
+        Column("asked", "asked", ".1%"),
+        Column("step ms", "step_ms", ".1f"),
+        Column("speed-up", "speed_up", ".2f"),
+        Column("attention ms", "attention_ms", ".1f"),
+        Column("of dense", "attention_up", ".2f"),
+        Column("MB read", "bytes_read", ".1f", 1e-6),
+        Column("positions read", "attended_share", ".1%"),
+        Column("KV MB", "kv_bytes", ".1f", 1e-6),
+        Column("state MB", "state_bytes", ".2f", 1e-6),
+    )
     identity = ("model", "dtype", "weights", "method", "budget", "options", "context", "batch", "windows", "scored",
                 "haystacks", "seed")  # fmt: skip
 

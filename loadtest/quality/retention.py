@@ -17,16 +17,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams, Status
+from kvloom.engine.requests.request import KVOptions, Status
 from kvloom.loadtest.quality import spec, text
-from kvloom.loadtest.quality.decoding import WARM_STEPS, prefill
+from kvloom.loadtest.quality.decoding import WARM_STEPS, greedy, prefill, under_way
 from kvloom.loadtest.quality.divergence import Agreement
 from kvloom.loadtest.quality.methods import timed
 from kvloom.loadtest.quality.spec import MethodSpec, parse_methods
@@ -36,26 +35,6 @@ from kvloom.loadtest.study.results import Column, Row
 from kvloom.loadtest.study.runner import Case, Steps, Study, command, described, engine
 
 EVERYTHING = "everything"
-COLUMNS = (
-    Column("retention", "retention"),
-    Column("options", "options"),
-    Column("method", "method"),
-    Column("budget", "budget"),
-    Column("method's options", "method_options"),
-    Column("retrieval heads", "retrieval_share", ".0%"),
-    Column("KL to dense", "kl_mean", ".4f"),
-    Column("top-1", "top1", ".1%"),
-    Column("needle", "needle", ".1%"),
-    Column("step ms", "step_ms", ".1f"),
-    Column("speed-up", "speed_up", ".2f"),
-    Column("attention ms", "attention_ms", ".1f"),
-    Column("of everything", "attention_up", ".2f"),
-    Column("MB read", "bytes_read", ".1f", 1e-6),
-    Column("held MB", "held_bytes", ".1f", 1e-6),
-    Column("held, of everything", "held_share", ".3f"),
-    Column("at once", "at_once"),
-    Column("capacity tokens", "capacity_tokens"),
-)
 
 
 class Setting(NamedTuple):
@@ -89,18 +68,11 @@ class Pair(NamedTuple):
 def at_once(llm: LLM, prompts: Sequence[Sequence[int]], tokens: int, kv: KVOptions) -> int:
     """Most of these requests that decode together, when all come at once. Raises ConfigError if one was preempted."""
     core, most = llm.core, 0
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    requests = [Request(id=f"at-once-{i}", prompt=list(prompt), sampling=sampling, arrival=time.monotonic(), kv=kv)
-                for i, prompt in enumerate(prompts)]  # fmt: skip
-    try:
-        for request in requests:
-            core.add(request)
+    requests = [greedy(f"at-once-{i}", prompt, tokens, kv) for i, prompt in enumerate(prompts)]
+    with under_way(llm, requests):
         while core.busy and any(request.generated == 0 for request in requests):
             core.step()
             most = max(most, sum(r.generated > 0 and r.status is Status.RUNNING for r in requests))
-    finally:
-        for request in requests:
-            core.abort(request.id)
     if core.stats().preemptions:
         raise ConfigError("a request was preempted while capacity was measured, so the figure means nothing; report this")
     return most
@@ -116,7 +88,26 @@ class Retention(Study):
     """Measures settings beside one engine that keeps everything."""
 
     title = "Retention: quality, speed and memory"
-    columns = COLUMNS
+    columns = (
+        Column("retention", "retention"),
+        Column("options", "options"),
+        Column("method", "method"),
+        Column("budget", "budget"),
+        Column("method's options", "method_options"),
+        Column("retrieval heads", "retrieval_share", ".0%"),
+        Column("KL to dense", "kl_mean", ".4f"),
+        Column("top-1", "top1", ".1%"),
+        Column("needle", "needle", ".1%"),
+        Column("step ms", "step_ms", ".1f"),
+        Column("speed-up", "speed_up", ".2f"),
+        Column("attention ms", "attention_ms", ".1f"),
+        Column("of everything", "attention_up", ".2f"),
+        Column("MB read", "bytes_read", ".1f", 1e-6),
+        Column("held MB", "held_bytes", ".1f", 1e-6),
+        Column("held, of everything", "held_share", ".3f"),
+        Column("at once", "at_once"),
+        Column("capacity tokens", "capacity_tokens"),
+    )
     identity = ("model", "dtype", "weights", "retention", "options", "method", "budget", "method_options", "context", "batch",
                 "windows", "scored", "memory", "haystacks")  # fmt: skip
 

@@ -30,10 +30,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvloom.engine import LLM
+from kvloom.engine.config import json_object
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
 from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.loadtest.quality.decoding import greedy, under_way
 from kvloom.loadtest.quality.reuse_runs import (
     KINDS,
     Case,
@@ -49,7 +51,7 @@ from kvloom.loadtest.quality.reuse_runs import (
 )
 from kvloom.loadtest.quality.reuse_scores import EVERYTHING, NAIVE, Setting, Trend, figures, relate, settings, trends
 from kvloom.loadtest.study import runner
-from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, parser
+from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, listed, parser
 from kvloom.loadtest.study.results import Column, Results, Row
 from kvloom.loadtest.study.runner import described
 
@@ -93,10 +95,8 @@ def produce(llm: LLM, case: Case, kind: str) -> float:
     core = llm.core
     core.purge("")
     core.cache.evict()
-    sampling = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
-    request = Request(id="donor", prompt=case.donor, sampling=sampling, kv=KVOptions(reuse="approx"), arrival=time.monotonic())
-    core.add(request)
-    try:
+    request = greedy("donor", case.donor, 2, KVOptions(reuse="approx"))
+    with under_way(llm, [request]):
         while request.generated == 0:
             core.step()
         share = core.feature(KVShare)
@@ -104,8 +104,6 @@ def produce(llm: LLM, case: Case, kind: str) -> float:
         began = time.perf_counter()
         share.stepping()  # what the next step would do first: copy out
         return time.perf_counter() - began
-    finally:
-        core.abort(request.id)
 
 
 def cumulative(found: Sequence[Charged]) -> list[Row]:
@@ -154,12 +152,7 @@ def engine(args: argparse.Namespace) -> LLM:
 
     What deviates is not refused, so that every row is about the same tokens. Raises ModelError or ConfigError.
     """
-    try:
-        given = json.loads(args.kvshare_options)
-    except ValueError:
-        given = None
-    if not isinstance(given, dict):
-        raise ConfigError(f'--kvshare-options is {args.kvshare_options!r}; allowed: a JSON object such as {{"min_match": 32}}')
+    given = json_object("--kvshare-options", args.kvshare_options, '{"min_match": 32}')
     fixed = {"verified": True, "heal": False, "shadow_share": 0.0}
     return runner.engine(args, kvshare_options=json.dumps({"min_gain": -1.0, "reject_above": 1000, **given, **fixed}))
 
@@ -256,12 +249,7 @@ def chosen_settings(args: argparse.Namespace) -> list[Setting]:
     unknown = [name for name in policies if name not in (NAIVE, *POLICIES)]
     if unknown or not policies:
         raise ConfigError(f"--policies is {args.policies!r}; allowed: {', '.join((NAIVE, *POLICIES))}")
-    try:
-        ratios = [float(part) for part in args.ratios.split(",")]
-    except ValueError:
-        ratios = []
-    if not ratios or not all(0 <= ratio <= 1 for ratio in ratios):
-        raise ConfigError(f"--ratios is {args.ratios!r}; allowed: numbers from 0 to 1, separated by commas")
+    ratios = listed("--ratios", args.ratios, float, lambda ratio: 0 <= ratio <= 1, "numbers from 0 to 1")
     return settings(policies, ratios, args.boundary)
 
 

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams, Usage
+from kvloom.engine.requests.request import KVOptions, Usage
 from kvloom.loadtest.quality import facts
+from kvloom.loadtest.quality.decoding import greedy, prefill, under_way
 from kvloom.loadtest.quality.divergence import divergence
 from kvloom.loadtest.quality.facts import Fact
 from kvloom.loadtest.quality.text import read
@@ -156,22 +157,20 @@ def ask(
     """Answer a prompt greedily, alone, over an empty prefix cache. Raises InvalidRequestError."""
     core = llm.core
     core.cache.evict()
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, forced_tokens=tuple(forced))
-    request = Request(id="ask", prompt=tuple(prompt), sampling=sampling, kv=kv, arrival=time.monotonic())
+    request = greedy("ask", prompt, tokens, kv, forced)
     core.observer = None if observe is None else lambda seen, logits: observe(seen.generated, logits[0])
     answer: list[int] = []
     first = usage = None
     began = time.perf_counter()
     try:
-        core.add(request)
-        while core.busy:
-            for output in core.step():
-                first = time.perf_counter() - began if first is None else first
-                answer += output.tokens
-                usage = output.usage
-    finally:  # also on Ctrl-C
+        with under_way(llm, [request]):
+            while core.busy:
+                for output in core.step():
+                    first = time.perf_counter() - began if first is None else first
+                    answer += output.tokens
+                    usage = output.usage
+    finally:
         core.observer = None
-        core.abort(request.id)
     assert first is not None and usage is not None
     return Ran(answer, usage, first)
 
@@ -181,7 +180,7 @@ def donate(llm: LLM, case: Case, kind: str) -> None:
     llm.core.purge("")
     llm.core.cache.evict()
     if kind == "context":
-        llm.generate([case.donor], SamplingParams(max_tokens=1, temperature=0, ignore_eos=True), kv=KVOptions(reuse="approx"))
+        prefill(llm, [case.donor], kv=KVOptions(reuse="approx"))
     else:
         for document in case.documents:
             llm.add_segment(document)

@@ -124,15 +124,17 @@ class Completions:
         return found
 
 
-async def all_of(jobs: Sequence[Coroutine[Any, Any, T]], done: Callable[[int, T], None]) -> None:
-    """Run jobs at once; `done(index, result)` as each ends, in any order. The first failure ends the others."""
+async def all_of(jobs: Sequence[Coroutine[Any, Any, T]], done: Callable[[], None]) -> list[T]:
+    """Run jobs at once; their results in order. `done` is called as each ends. The first failure ends the others."""
 
-    async def one(index: int, job: Coroutine[Any, Any, T]) -> None:
-        done(index, await job)
+    async def one(job: Coroutine[Any, Any, T]) -> T:
+        result = await job
+        done()
+        return result
 
-    tasks = [asyncio.create_task(one(i, job)) for i, job in enumerate(jobs)]
+    tasks = [asyncio.create_task(one(job)) for job in jobs]
     try:
-        await asyncio.gather(*tasks)
+        return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
             task.cancel()

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from kvloom.engine.config import json_object
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality.scoring import Completions, Scored, all_of, coarse_divergence, likeliest
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
@@ -106,26 +106,13 @@ class Study:
                 row["needle_dense"] = float(np.mean(await self._needle(reference)))
 
     async def _score(self, server: Completions) -> list[Scored]:
-        found: dict[int, Scored] = {}
-
-        def done(index: int, scored: Scored) -> None:
-            found[index] = scored
-            self._steps.done()
-
         self._steps.name(f"{self._context} tokens: perplexity")
-        await all_of([server.score(text, self._args.top) for text in self._texts], done)
-        return [found[i] for i in range(len(self._texts))]
+        return await all_of([server.score(text, self._args.top) for text in self._texts], self._steps.done)
 
     async def _needle(self, server: Completions) -> list[float]:
-        right = [0.0] * len(self._trials)
-
-        def done(index: int, text: str) -> None:
-            right[index] = self._trials[index][0].score(text)
-            self._steps.done()
-
         self._steps.name(f"{self._context} tokens: needles")
-        await all_of([server.complete(prompt, trial.room) for trial, prompt in self._trials], done)
-        return right
+        jobs = [server.complete(prompt, trial.room) for trial, prompt in self._trials]
+        return [trial.score(said) for (trial, _), said in zip(self._trials, await all_of(jobs, self._steps.done))]
 
 
 async def run(args: argparse.Namespace, source: TextSource, results: Results) -> None:
@@ -165,10 +152,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--seed", type=int, default=0)
     add_outputs(made)
     args = made.parse_args(argv)
-    try:
-        args.kv = json.loads(args.kv or "{}")
-    except ValueError as error:
-        raise ConfigError(f"--kv is {args.kv!r}, which is not JSON: {error}") from None
+    args.kv = json_object("--kv", args.kv, '{"selection": "sink_window"}')
     return args
 
 

@@ -21,11 +21,19 @@ from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
 from kvloom.engine.selection import METHODS
 from kvloom.engine.selection.base import read_options
 from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, numbers
-from kvloom.loadtest.study.results import Row
+from kvloom.loadtest.study.results import Column, Row
 from kvloom.loadtest.study.runner import Case, engine
 
 DENSE = "dense"
 BASELINE = "sink_window"
+METHOD_COLUMNS = (Column("method", "method"), Column("budget", "budget"), Column("options", "options"))
+COST_COLUMNS = (
+    Column("step ms", "step_ms", ".1f"),
+    Column("MB read", "bytes_read", ".1f", 1e-6),
+    Column("positions read", "attended_share", ".1%"),
+    Column("KV MB", "kv_bytes", ".1f", 1e-6),
+)
+"""Of `MethodSpec.row`, and of `Cost.figures`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.quality import spec, text
 from kvloom.loadtest.quality.decoding import prefill
+from kvloom.loadtest.quality.spec import COST_COLUMNS, METHOD_COLUMNS
 from kvloom.loadtest.quality.tasks import TASKS, Trial, ask, haystacks, trials
 from kvloom.loadtest.study.flags import add, need, numbers
 from kvloom.loadtest.study.pictures import picture
@@ -72,26 +73,18 @@ def draw(path: Path, title: str, grids: Mapping[str, Grid]) -> None:
         figure.colorbar(image, ax=axes, label="right answers", shrink=0.8)
 
 
-COLUMNS = (
-    Column("task", "task"),
-    Column("context", "context"),
-    Column("method", "method"),
-    Column("budget", "budget"),
-    Column("options", "options"),
-    Column("accuracy", "accuracy", ".1%"),
-    Column("trials", "trials"),
-    Column("step ms", "step_ms", ".1f"),
-    Column("MB read", "bytes_read", ".1f", 1e-6),
-    Column("positions read", "attended_share", ".1%"),
-    Column("KV MB", "kv_bytes", ".1f", 1e-6),
-)
-
-
 class Tasks(Study):
     """Measures methods on every task at every length."""
 
     title = "Long-context tasks"
-    columns = COLUMNS
+    columns = (
+        Column("task", "task"),
+        Column("context", "context"),
+        *METHOD_COLUMNS,
+        Column("accuracy", "accuracy", ".1%"),
+        Column("trials", "trials"),
+        *COST_COLUMNS,
+    )
     identity = ("model", "dtype", "weights", "task", "method", "budget", "options", "context", "batch", "haystacks", "seed")
 
     @staticmethod

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -90,26 +91,16 @@ def _spread(filler: Filler, length: int, sentences: Sequence[str], random: Rando
     return tuple(found), depths
 
 
-def _asked(task: str, number: int, filler: Filler, length: int, planted: Sequence[Fact], random: Random) -> list[Trial]:
-    """A haystack with these facts, and a question for each."""
+def _asked(
+    task: str, draw: Callable[[Random], list[Fact]], number: int, filler: Filler, length: int, random: Random
+) -> list[Trial]:
+    """A haystack with the facts that `draw` gives, and a question for each."""
+    planted = draw(random)
     prompt, depths = _spread(filler, length, [fact.sentence for fact in planted], random)
-    encode = filler.encode
     return [
-        Trial(task, number, prompt, tuple(encode(f"\n\n{fact.question}")), (fact.answer,), depth, 8)
+        Trial(task, number, prompt, tuple(filler.encode(f"\n\n{fact.question}")), (fact.answer,), depth, 8)
         for fact, depth in zip(planted, depths)
     ]
-
-
-def _needle(number: int, filler: Filler, length: int, random: Random) -> list[Trial]:
-    return _asked("needle", number, filler, length, facts.words(random, NEEDLES), random)
-
-
-def _number(number: int, filler: Filler, length: int, random: Random) -> list[Trial]:
-    return _asked("number", number, filler, length, facts.numbers(random, NEEDLES), random)
-
-
-def _multi_key(number: int, filler: Filler, length: int, random: Random) -> list[Trial]:
-    return _asked("multi_key", number, filler, length, facts.keys(random, 4), random)
 
 
 def _multi_value(number: int, filler: Filler, length: int, random: Random) -> list[Trial]:
@@ -153,9 +144,9 @@ def _documents(number: int, filler: Filler, length: int, random: Random) -> list
 
 
 TASKS: dict[str, Callable[[int, Filler, int, Random], list[Trial]]] = {
-    "needle": _needle,
-    "number": _number,
-    "multi_key": _multi_key,
+    "needle": partial(_asked, "needle", lambda random: facts.words(random, NEEDLES)),
+    "number": partial(_asked, "number", lambda random: facts.numbers(random, NEEDLES)),
+    "multi_key": partial(_asked, "multi_key", lambda random: facts.keys(random, 4)),
     "multi_value": _multi_value,
     "tracking": _tracking,
     "documents": _documents,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -45,21 +44,11 @@ def log_probabilities(llm: LLM, tokens: Sequence[int], chunk: int = 256) -> Iter
         core.cache.close(table)
 
 
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How one engine's distributions compare with another's on the same text."""
+def agreement(llm: LLM, texts: Sequence[Sequence[int]], references: Sequence[Tensor]) -> Row:
+    """Compare with reference distributions, one [len(text) - 1, vocab] tensor of log-probabilities per text.
 
-    tokens: int
-    perplexity: float
-    kl_mean: float
-    """KL(reference || this), nats per token."""
-    kl_p99: float
-    top1: float
-    """Share of positions with the same likeliest token."""
-
-
-def agreement(llm: LLM, texts: Sequence[Sequence[int]], references: Sequence[Tensor]) -> Agreement:
-    """Compare with reference distributions, one [len(text) - 1, vocab] tensor of log-probabilities per text."""
+    KL(reference || this) in nats per token; top1: share of positions with the same likeliest token.
+    """
     losses, divergences, same = [], [], []
     for text, reference in zip(texts, references):
         start = 0
@@ -71,8 +60,13 @@ def agreement(llm: LLM, texts: Sequence[Sequence[int]], references: Sequence[Ten
             same.append(wanted.argmax(-1) == found.argmax(-1))
             start += len(found)
     loss, divergence = torch.cat(losses), torch.cat(divergences)
-    return Agreement(len(loss), float(loss.mean().exp()), float(divergence.mean()), float(divergence.quantile(0.99)),
-                     float(torch.cat(same).float().mean()))  # fmt: skip
+    return {
+        "n": len(loss),
+        "ppl": float(loss.mean().exp()),
+        "kl_mean": float(divergence.mean()),
+        "kl_p99": float(divergence.quantile(0.99)),
+        "top1": float(torch.cat(same).float().mean()),
+    }
 
 
 MODES = ("bf16", "int8", "int4", "auto")
@@ -100,11 +94,10 @@ def decode_ms(llm: LLM, batch: int, steps: int = 24) -> float:
     return seconds * 1e3
 
 
-def row(mode: str, llm: LLM, found: Agreement, perplexity: float) -> Row:
-    """One row of the table; `perplexity` is the reference's."""
-    quality = {"ppl": found.perplexity, "over_fp32": found.perplexity / perplexity - 1, "kl_mean": found.kl_mean}
+def row(mode: str, llm: LLM, found: Row, perplexity: float) -> Row:
+    """One row of the table; `found`: the agreement, `perplexity`: the reference's."""
     speed = {"bytes": weight_bytes(llm), "ms_1": decode_ms(llm, 1), "ms_8": decode_ms(llm, 8)}
-    return {"weights": mode, **quality, "kl_p99": found.kl_p99, "top1": found.top1, **speed}
+    return {"weights": mode, **found, "over_fp32": found["ppl"] / perplexity - 1, **speed}
 
 
 def measure(model: str, length: int, count: int) -> tuple[list[Row], str]:
@@ -113,15 +106,15 @@ def measure(model: str, length: int, count: int) -> tuple[list[Row], str]:
     texts = windows(reference.tokenizer.encode(reference_text()), length, count)
     wanted = [torch.cat(list(log_probabilities(reference, text))).half() for text in texts]
     base = agreement(reference, texts, wanted)
-    rows = [row("fp32", reference, base, base.perplexity)]
+    rows = [row("fp32", reference, base, base["ppl"])]
     del reference
     for mode in MODES:
         gc.collect()
         llm = LLM(model, weights=mode, kv_memory="512MiB")
-        rows.append(row(mode, llm, agreement(llm, texts, wanted), base.perplexity))
+        rows.append(row(mode, llm, agreement(llm, texts, wanted), base["ppl"]))
         console.print(f"measured: {mode}")
         del llm
-    tokens = f"{base.tokens} tokens of the Python reference in {count} windows of {length}"
+    tokens = f"{base['n']} tokens of the Python reference in {count} windows of {length}"
     return rows, f"{Path(model).name}, {tokens}. Measured {describe()}."
 
 
