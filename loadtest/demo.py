@@ -153,16 +153,11 @@ def converse(console: Console, base_url: str, model: str) -> None:
     given, wall = asyncio.run(crowd(base_url, model))
     report(console, given, wall)
     require(all(answer.cached_tokens > 0 for answer in given), "the shared system prompt was not reused")
-    kv = json.loads(get(base_url.removesuffix("/v1") + "/v1/kv"))
+    with urllib.request.urlopen(f"{base_url}/kv", timeout=10) as reply:
+        kv = json.load(reply)
     used = [group["in_use"] for group in kv["blocks"].values()]
     require(not any(used), f"blocks are still in use afterwards: {used}")
     console.print(f"KV cache          {kv['capacity_tokens']} tokens, hit rate {kv['hit_rate']:.0%}, no block in use")
-
-
-def get(url: str) -> bytes:
-    """The body of a GET. Raises OSError if nobody answers, or with an error status."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        return bytes(answer.read())
 
 
 def wait_until_healthy(url: str, server: subprocess.Popen[bytes]) -> float:
