@@ -163,7 +163,7 @@ class _Assembly:
             found = self.read(EMBEDDING, self.dtype)
             if self.cache is not None:
                 self.cache.keep(EMBEDDING, found)
-        return found
+        return found.to(self.device)
 
     def layer(self, prefix: str, heads: Heads | None = None) -> Layer:
         config = self.config

@@ -221,7 +221,7 @@ def _entry(data: np.ndarray, entry: dict[str, Any]) -> PackedWeight | Tensor:
 def _write(file: IO[bytes], key: PackedKey, made: Sequence[tuple[dict[str, Any], Tensor]]) -> None:
     entries = []
     for entry, tensor in made:
-        raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+        raw = tensor.cpu().contiguous().view(torch.uint8).numpy().reshape(-1)
         offset = file.tell()
         file.write(raw.data)
         file.write(bytes(-len(raw) % _ALIGNMENT))

@@ -84,5 +84,5 @@ class QuantizedLinear:
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
-            out = torch.empty(x.shape[0], self.out_features, dtype=x.dtype)
+            out = x.new_empty(x.shape[0], self.out_features)
         return self._multiply(x, out)
