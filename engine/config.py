@@ -24,7 +24,7 @@ from kvloom.engine.settings.former import value_now
 
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
-Backend = Literal["auto", "native", "torch", "reference"]
+Backend = Literal["auto", "native", "triton", "torch", "reference"]
 DeviceName = Literal["cpu", "cuda"]
 
 Tokens = Annotated[int, "TOKENS"]
@@ -62,9 +62,10 @@ class ModelOptions:
     """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
     only with a selection that goes beyond it: token_select with re-indexed positions."""
     backend: Backend = "auto"
-    """Attention kernels: native (C++, built on this machine, for the CPU), torch, reference, or auto (the first that works)."""
+    """Kernels: native (C++, built on this machine, for the CPU), triton (for cuda), torch, reference, or auto (the first that
+    works)."""
     device: DeviceName = "cpu"
-    """Where weights and KV are, and steps are computed: cpu, or cuda, where kernels are torch's so far."""
+    """Where weights and KV are, and steps are computed: cpu, or cuda, which no GPU has run yet."""
     threads: Count | None = None
     """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
 

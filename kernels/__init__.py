@@ -12,8 +12,8 @@ from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, Po
 
 __all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load"]
 
-BACKENDS = ("native", "torch", "reference")
-"""In the order in which `auto` tries them."""
+BACKENDS = ("native", "triton", "torch", "reference")
+"""In the order in which `auto` tries them: native on cpu alone, triton on cuda alone."""
 
 _log = logging.getLogger(__name__)
 
@@ -36,10 +36,12 @@ def load(
     if device != "cpu" and backend == "native":
         raise ValueError(f"the native back end runs on cpu, not on {device!r}; use torch there")
     if backend != "auto":
-        return _make(backend, threads, progress)
-    for name in BACKENDS if device == "cpu" else BACKENDS[1:]:
+        return _make(backend, device, threads, progress)
+    for name in BACKENDS:
+        if name == ("triton" if device == "cpu" else "native"):
+            continue
         try:
-            return _make(name, threads, progress)
+            return _make(name, device, threads, progress)
         except Exception as error:
             if name == "reference" or isinstance(error, ValueError):
                 raise
@@ -47,11 +49,15 @@ def load(
     raise AssertionError("the reference back end always loads")
 
 
-def _make(name: str, threads: int | None, progress: Callable[[str, int, int], None] | None) -> Kernels:
+def _make(name: str, device: str, threads: int | None, progress: Callable[[str, int, int], None] | None) -> Kernels:
     if name == "native":
         from kvloom.kernels.cpu.native import load as load_native
 
         return load_native(threads, progress=progress)
+    if name == "triton":
+        from kvloom.kernels.triton import load as load_triton
+
+        return load_triton(device)
     if name == "torch":
         from kvloom.kernels.vectorized import TorchKernels
 

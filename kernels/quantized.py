@@ -21,7 +21,8 @@ class PackedWeight(NamedTuple):
 
 
 class QuantizedLinears(Protocol):
-    """Products with weights of 4 or 8 bits and activations rounded to 15 bits per row and group of 32, summed in fp32."""
+    """Products with weights of 4 or 8 bits, summed in fp32. Activations are as they are, or, on a CPU, rounded to 15 bits per
+    row and group of 32."""
 
     layout: str
     """Names the layout of `PackedWeight.data`: what was packed under the same name may be used."""

@@ -14,7 +14,7 @@ from tests.kernels.conftest import ints, make_lists, make_rows, paged
 
 
 def test_unknown_back_end() -> None:
-    with pytest.raises(ValueError, match="'cuda'; allowed: auto, native, torch, reference"):
+    with pytest.raises(ValueError, match="'cuda'; allowed: auto, native, triton, torch, reference"):
         load("cuda")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvloom.kernels.checks import fp32, index, same_dtype, strides
 from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding, check_pool, check_renewal, check_sample
@@ -59,9 +60,9 @@ class NativeKernels:
     def store(self, k: Tensor, v: Tensor, kv: PagedKV, slots: Tensor) -> None:
         """See the contract. k, v: any strides whose last is 1."""
         rows, heads, dim = k.shape
-        _same_dtype(k, v, kv.k, kv.v)
-        _index(slots, torch.int64)
-        k_strides, v_strides = _strides(k), _strides(v)
+        same_dtype(k, v, kv.k, kv.v)
+        index(slots, torch.int64)
+        k_strides, v_strides = strides(k), strides(v)
         item = k.element_size()
         self.library.store(
             k.data_ptr(), k_strides[0], k_strides[1], v.data_ptr(), v_strides[0], v_strides[1],
@@ -79,8 +80,8 @@ class NativeKernels:
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
                read: Tensor | None = None, folded: Folded | None = None) -> Tensor:  # fmt: skip
         """See the contract."""
-        _same_dtype(q, out, kv.k, kv.v)
-        out_row, out_head, _ = _strides(out)
+        same_dtype(q, out, kv.k, kv.v)
+        out_row, out_head, _ = strides(out)
         listed = 0 if positions is None else _int32(positions)
         sums = (0, 0, 0)
         if folded is not None:
@@ -94,7 +95,7 @@ class NativeKernels:
              origin: int, most: int) -> None:  # fmt: skip
         """See the contract. One thread adds up a head's keys or values of a row."""
         check_folding(kv, tables, words, (request, first, last, at))
-        _same_dtype(kv.k, kv.v)
+        same_dtype(kv.k, kv.v)
         _, heads, _, dim = kv.k.shape
         self.library.fold(
             *_paged(kv), tables.data_ptr(), tables.stride(0), request.data_ptr(), first.data_ptr(), last.data_ptr(),
@@ -103,7 +104,7 @@ class NativeKernels:
 
     def score(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, active: Tensor | None = None) -> Tensor:
         """See the contract."""
-        _same_dtype(q, kv.k, kv.v)
+        same_dtype(q, kv.k, kv.v)
         self._run(q, kv, plan, scale, (0, 0, 0), None, out, (_ints(active, q.shape[0]), *(0,) * 6))
         return out
 
@@ -116,12 +117,12 @@ class NativeKernels:
             raise ValueError(f"plan is for q {expected}, got q {tuple(q.shape)} and K {tuple(kv.k.shape)}")
         if scale <= 0:
             raise ValueError(f"scale must be positive; got {scale}")
-        q_row, q_head, _ = _strides(q)
-        lse_at = (0, 0) if lse is None else (_fp32(lse), _strides(lse)[0])
+        q_row, q_head, _ = strides(q)
+        lse_at = (0, 0) if lse is None else (_fp32(lse), strides(lse)[0])
         logits_at: tuple[int, ...] = (0,) * 5
         if logits is not None:
             wanted = _EVERY if len(logits) == q.shape[0] else len(logits)
-            logits_at = (_fp32(logits), wanted, *_strides(logits)[:2], logits.shape[2])
+            logits_at = (_fp32(logits), wanted, *strides(logits)[:2], logits.shape[2])
         self.library.attend(q.data_ptr(), q_row, q_head, *out, *lse_at, *logits_at, *_paged(kv), plan.handle, *further,
                             self._totals.ctypes.data, scale, DTYPES[q.dtype])  # fmt: skip
         if (piece := self.library.capture) is not None:
@@ -131,8 +132,8 @@ class NativeKernels:
              how: PoolHow, window: int, out: Tensor, active: Tensor | None = None) -> Tensor:  # fmt: skip
         """See the contract."""
         check_pool(logits, groups, how, window)
-        _index(first, torch.int32)
-        _index(last, torch.int32)
+        index(first, torch.int32)
+        index(last, torch.int32)
         rows, q_heads, _ = logits.shape
         if not (first.shape == last.shape == (rows,) and out.shape[:2] == (rows, groups)):
             raise ValueError(
@@ -151,13 +152,13 @@ class NativeKernels:
                at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """See the contract. NaN is not ordered meaningfully."""
         rows, heads = scores.shape[0], 1 if scores.ndim == 2 else scores.shape[1]
-        _index(lengths, torch.int32)
+        index(lengths, torch.int32)
         if offset is not None:
-            _index(offset, torch.int32)
+            index(offset, torch.int32)
         shape = (*scores.shape[:-1], k)
         columns, counts = out or (torch.empty(shape, dtype=torch.int32), torch.empty(shape[:-1], dtype=torch.int32))
         if counts is not None:
-            _index(counts, torch.int32)
+            index(counts, torch.int32)
         if (
             columns.dtype is not torch.int32
             or columns.shape != (shape if at is None else shape[1:])
@@ -165,10 +166,10 @@ class NativeKernels:
         ):
             raise ValueError(f"out must be int32 {list(shape)} and {list(shape[:-1])}; got {columns.dtype} "
                              f"{tuple(columns.shape)} and {None if counts is None else tuple(counts.shape)}")  # fmt: skip
-        strides = (*((0,) if at is not None else ()), *_strides(columns)[:-1], *((0,) if scores.ndim == 2 else ()))
+        steps = (*((0,) if at is not None else ()), *strides(columns)[:-1], *((0,) if scores.ndim == 2 else ()))
         self.library.select(
             _fp32(scores), scores.stride(0), 0 if scores.ndim == 2 else scores.stride(1), lengths.data_ptr(),
-            0 if offset is None else offset.data_ptr(), columns.data_ptr(), _ints(at, rows), *strides,
+            0 if offset is None else offset.data_ptr(), columns.data_ptr(), _ints(at, rows), *steps,
             0 if counts is None else counts.data_ptr(), rows, heads, k, self.threads,
         )  # fmt: skip
         return columns, counts
@@ -178,7 +179,7 @@ class NativeKernels:
               counts: Tensor) -> None:  # fmt: skip
         """See the contract."""
         check_renewal(q, how, (at, stop, due, active, start), words, lengths, counts)
-        q_row, q_head, _ = _strides(q)
+        q_row, q_head, _ = strides(q)
         cos, sin, rotary = (0, 0, 0) if angles is None else (_fp32(angles[0]), _fp32(angles[1]), 2 * angles[0].shape[1])
         self.library.renew(
             q.data_ptr(), q_row, q_head, cos, sin, words.data_ptr(), at.data_ptr(), stop.data_ptr(), due.data_ptr(),
@@ -191,9 +192,9 @@ class NativeKernels:
     def rotate(self, k: Tensor, delta: Tensor, inv_freq: Tensor, out: Tensor) -> Tensor:
         """See the contract. `out` may be `k`."""
         rows, heads, dim = k.shape
-        _same_dtype(k, out)
-        _index(delta, torch.int32)
-        (k_row, k_head, _), (out_row, out_head, _) = _strides(k), _strides(out)
+        same_dtype(k, out)
+        index(delta, torch.int32)
+        (k_row, k_head, _), (out_row, out_head, _) = strides(k), strides(out)
         self.library.rotate(
             k.data_ptr(), k_row, k_head, out.data_ptr(), out_row, out_head, delta.data_ptr(), _fp32(inv_freq),
             rows, heads, dim, 2 * inv_freq.shape[0], DTYPES[k.dtype], self.threads,
@@ -216,12 +217,12 @@ class NativeKernels:
         """See the contract. weight: any dtype of the three."""
         rows, hidden = x.shape
         if x.dtype is not torch.float32:
-            _same_dtype(x, out)
+            same_dtype(x, out)
         if delta is not None:
-            _same_dtype(delta, out)
-        delta_at = (0, 0) if delta is None else (delta.data_ptr(), _strides(delta)[0])
+            same_dtype(delta, out)
+        delta_at = (0, 0) if delta is None else (delta.data_ptr(), strides(delta)[0])
         self.library.add_rms_norm(
-            x.data_ptr(), _strides(x)[0], *delta_at, weight.data_ptr(), out.data_ptr(), _strides(out)[0], rows, hidden,
+            x.data_ptr(), strides(x)[0], *delta_at, weight.data_ptr(), out.data_ptr(), strides(out)[0], rows, hidden,
             eps, DTYPES[x.dtype], DTYPES[weight.dtype], DTYPES[out.dtype], self.threads,
         )  # fmt: skip
         return out
@@ -230,15 +231,15 @@ class NativeKernels:
                      q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0) -> Tensor:  # fmt: skip
         """See the contract. A row whose slot is -1 gets its q and stores nothing."""
         rows, q_heads, dim = q.shape
-        _same_dtype(qkv, q, kv.k, kv.v)
-        _index(positions, torch.int64)
-        _index(slots, torch.int64)
-        q_row, q_head, _ = _strides(q)
+        same_dtype(qkv, q, kv.k, kv.v)
+        index(positions, torch.int64)
+        index(slots, torch.int64)
+        q_row, q_head, _ = strides(q)
         norm = q_norm if q_norm is not None else k_norm
         if q_norm is not None and k_norm is not None:
-            _same_dtype(q_norm, k_norm)
+            same_dtype(q_norm, k_norm)
         self.library.rotate_store(
-            qkv.data_ptr(), _strides(qkv)[0], _fp32(cos), _fp32(sin), _strides(cos)[0], positions.data_ptr(),
+            qkv.data_ptr(), strides(qkv)[0], _fp32(cos), _fp32(sin), strides(cos)[0], positions.data_ptr(),
             slots.data_ptr(), *_paged(kv), q.data_ptr(), q_row, q_head,
             0 if q_norm is None else q_norm.data_ptr(), 0 if k_norm is None else k_norm.data_ptr(), rows,
             q_heads, kv.k.shape[1], dim, 2 * cos.shape[1], eps,
@@ -249,31 +250,16 @@ class NativeKernels:
     def silu_mul(self, gate_up: Tensor, out: Tensor) -> Tensor:
         """See the contract."""
         rows, intermediate = out.shape
-        _same_dtype(gate_up, out)
+        same_dtype(gate_up, out)
         self.library.silu_mul(
-            gate_up.data_ptr(), _strides(gate_up)[0], out.data_ptr(), _strides(out)[0], rows, intermediate,
+            gate_up.data_ptr(), strides(gate_up)[0], out.data_ptr(), strides(out)[0], rows, intermediate,
             DTYPES[out.dtype], self.threads,
         )  # fmt: skip
         return out
 
 
-def _same_dtype(first: Tensor, *others: Tensor) -> None:
-    dtype = first.dtype
-    if dtype not in DTYPES or any(other.dtype is not dtype for other in others):
-        given = [str(tensor.dtype) for tensor in (first, *others)]
-        raise TypeError(f"tensors must share one dtype of fp32, bf16, fp16; got {given}")
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...]:
-    strides = tensor.stride()
-    if strides[-1] != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"the last dimension must be contiguous; got strides {strides} of shape {tuple(tensor.shape)}")
-    return strides
-
-
 def _fp32(tensor: Tensor) -> int:
-    if tensor.dtype is not torch.float32 or tensor.stride(-1) != 1:
-        raise TypeError(f"must be fp32 with a contiguous last dimension; got {tensor.dtype}, strides {tensor.stride()}")
+    fp32(tensor)
     return tensor.data_ptr()
 
 
@@ -281,23 +267,18 @@ def _ints(tensor: Tensor | None, size: int, dtype: torch.dtype = torch.int32) ->
     """The address of that many integers; 0 for none."""
     if tensor is None:
         return 0
-    _index(tensor, dtype)
+    index(tensor, dtype)
     if tensor.shape != (size,):
         raise ValueError(f"must have {size} elements; got {tuple(tensor.shape)}")
     return tensor.data_ptr()
 
 
 def _int32(tensor: Tensor) -> int:
-    _index(tensor, torch.int32)
+    index(tensor, torch.int32)
     return tensor.data_ptr()
-
-
-def _index(tensor: Tensor, dtype: torch.dtype) -> None:
-    if tensor.dtype is not dtype or not tensor.is_contiguous():
-        raise TypeError(f"must be contiguous {dtype}; got {tensor.dtype}, strides {tensor.stride()}")
 
 
 def _paged(kv: PagedKV) -> tuple[int, ...]:
     """Addresses and strides of both tensors, and the block size."""
     k, v = kv
-    return (k.data_ptr(), *_strides(k)[:3], v.data_ptr(), *_strides(v)[:3], k.shape[2])
+    return (k.data_ptr(), *strides(k)[:3], v.data_ptr(), *strides(v)[:3], k.shape[2])

@@ -1,0 +1,113 @@
+"""Attention of the Triton back end, in its interpreter: random shapes against fp64, and what only this back end promises."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.kernels import Rows, load
+from tests.kernels.conftest import ints, make_lists, make_rows, masked_attention, paged
+from tests.kernels.test_attend import check
+from tests.kernels.test_vectorized import WAITS, Recorder, calls
+
+pytest.importorskip("triton")
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_random_rows(data: st.DataObject) -> None:
+    """Ragged rows with lists and tails, starts per head and none, and a chunk that shares reads; outputs poisoned."""
+    kv_heads, group = data.draw(st.integers(1, 2)), data.draw(st.sampled_from([1, 2, 3, 4, 7, 8]))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    layout, dim = data.draw(st.sampled_from(["HND", "NHD"])), data.draw(st.sampled_from([16, 64, 80]))
+    store = paged(2, 540, kv_heads, dim, dtype=dtype, block_size=data.draw(st.sampled_from([16, 32])), layout=layout)
+    around = st.sampled_from([0, 1, 15, 16, 17, 127, 128, 129, 255, 256, 257, 511, 512, 513, 540])
+    request, start, stop, positions = [], [], [], []
+    for _ in range(data.draw(st.integers(1, 2))):
+        end = data.draw(around)
+        begins = [data.draw(st.integers(0, end)) for _ in range(kv_heads)]
+        request.append(data.draw(st.integers(0, 1)))
+        start.append(begins)
+        stop.append(end)
+        positions.append(
+            [sorted(data.draw(st.sets(st.integers(0, begin - 1), max_size=20))) if begin else [] for begin in begins]
+        )
+    for i in range(data.draw(st.sampled_from([0, 3, 17]))):
+        request.append(1)
+        start.append([0] * kv_heads)
+        stop.append(250 + i)
+        positions.append([[]] * kv_heads)
+    check(load("triton"), store, make_rows(store, request, start, stop, make_lists(positions)), kv_heads * group)
+
+
+def test_splits_in_one_program_and_in_many_give_the_same_bits() -> None:
+    """A long row and a chunk alone leave partial results; beside many others a program does all of a tile's splits."""
+    store, kernels = paged(3, 540, 1, 16, dtype=torch.bfloat16), load("triton")
+    chunk, others = range(524, 541), [3] * 60
+    request, stop = [0, *[1] * 17, *[2] * 60], [530, *chunk, *others]
+    rows = make_rows(store, request, [0] * len(stop), stop)
+    q = torch.randn(len(stop), 4, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    together = kernels.attend(q, store.kv, kernels.plan(rows, 4, 1, 16), scale=0.25, out=torch.empty_like(q))
+    for part in (slice(0, 1), slice(1, 18), slice(0, 18)):
+        own = Rows(store.tables, *(x[part].contiguous() for x in (rows.request, rows.start, rows.stop)))
+        out = kernels.attend(q[part], store.kv, kernels.plan(own, 4, 1, 16), scale=0.25, out=torch.empty_like(q[part]))
+        assert torch.equal(out, together[part])
+
+
+@pytest.mark.parametrize("number", range(11))
+def test_no_operation_waits_for_a_result(number: int) -> None:
+    call = calls(load("triton"))[number]  # type: ignore[arg-type]
+    with Recorder() as recorder:
+        call()
+    assert not recorder.names & WAITS
+
+
+def test_a_plan_waits_for_nothing() -> None:
+    store, kernels = paged(2, 300, 2, 64), load("triton")
+    rows = make_rows(store, [1, *[0] * 40], [0] * 41, [280, *range(90, 130)], make_lists([[[], []]] * 41))
+    with Recorder() as recorder:
+        plan = kernels.plan(rows, 6, 2, 64)
+    assert recorder.names and not recorder.names & WAITS
+    assert [tiles.size for tiles in plan.tiles] == [1, 21] and [int(tiles.count) for tiles in plan.tiles] == [1, 2]
+
+
+def test_a_plan_is_made_anew_where_it_was() -> None:
+    """Captured calls look for tiles where they were: a chunk, and then decode rows, in the tensors of the first plan."""
+    store, kernels = paged(2, 100, 1, 16), load("triton")
+    chunk = make_rows(store, [0] * 20, [0] * 20, range(60, 80))
+    decode = make_rows(store, [1] * 20, [0] * 20, [30] * 20)
+    first = kernels.plan(chunk, 2, 1, 16)
+    again = kernels.plan(decode, 2, 1, 16, first)
+    for one, other, count in zip(first.tiles, again.tiles, (20, 0)):
+        assert one.first is other.first and one.count is other.count and other.count.tolist() == [count]
+    q = torch.randn(20, 2, 16, generator=torch.Generator().manual_seed(1))
+    out = kernels.attend(q, store.kv, again, scale=0.25, out=torch.full_like(q, float("nan")))
+    torch.testing.assert_close(out.double(), masked_attention(q, store, decode, 0.25)[0], atol=1e-5, rtol=1e-5)
+
+
+def test_what_cannot_run_is_refused() -> None:
+    kernels, store = load("triton"), paged(1, 16, 1, 16)
+    for dim in (12, 264):
+        with pytest.raises(ValueError, match=f"head_dim is {dim}; the triton back end takes multiples of 8 up to 256"):
+            kernels.plan(make_rows(store, [0], [0], [9]), 1, 1, dim)
+    store, q = paged(1, 150, 1, 16, block_size=150), torch.zeros(1, 1, 16)
+    plan = kernels.plan(make_rows(store, [0], [0], [9]), 1, 1, 16)
+    with pytest.raises(ValueError, match="block size is 150; the triton back end takes up to 128"):
+        kernels.attend(q, store.kv, plan, scale=1.0, out=q)
+    with pytest.raises(ValueError, match=r"plan is for q \(1, 1, 16\)"):
+        kernels.attend(torch.zeros(2, 1, 16), store.kv, plan, scale=1.0, out=torch.zeros(2, 1, 16))
+    with pytest.raises(ValueError, match="contiguous int32"):
+        kernels.plan(make_rows(store, [0], [0], [9])._replace(stop=ints([9]).long()), 1, 1, 16)
+
+
+def test_without_a_gpu_it_needs_the_interpreter() -> None:
+    code = "from kvloom.kernels import load; load('triton')"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "runs on cuda; on cpu only in its interpreter, with TRITON_INTERPRET=1 set" in done.stderr
