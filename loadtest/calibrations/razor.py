@@ -83,7 +83,14 @@ def calibrate(llm: LLM, args: argparse.Namespace) -> Result:
 def _measure(llm: LLM, pattern: Pattern, seed: int) -> HeadScores:
     with Steps(pattern.length) as steps, torch.inference_mode():
         steps.name(f"seed {seed}")
-        return measure(llm, pattern, seed, steps.done)
+        before = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal before
+            steps.done(done - before)
+            before = done
+
+        return measure(llm, pattern, seed, progress)
 
 
 def _rounded(scores: Scores) -> Scores:

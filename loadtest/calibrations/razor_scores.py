@@ -25,6 +25,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from kvloom.engine.cache import BlockTable
 from kvloom.engine.calibration.razor import HeadClasses, Scores
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import LLM
@@ -126,10 +127,10 @@ def overlaps(classes: Sequence[HeadClasses]) -> list[float]:
     return [len(a & b) / len(a | b) if a | b else 1.0 for a, b in pairs]
 
 
-def measure(llm: LLM, pattern: Pattern, seed: int, progress: Callable[[int], None] = lambda done: None) -> HeadScores:
+def measure(llm: LLM, pattern: Pattern, seed: int, progress: Callable[[int, int], None] | None = None) -> HeadScores:
     """Run one prompt through the engine, beside its queue, on blocks of its own, and score every head.
 
-    progress: told how many positions more are done. Raises ConfigError if the KV cache cannot hold the prompt.
+    progress: told of positions done and in all. Raises ConfigError if the KV cache cannot hold the prompt.
     """
     core = llm.core
     prompt, cache = pattern.prompt(seed), core.cache
@@ -141,12 +142,17 @@ def measure(llm: LLM, pattern: Pattern, seed: int, progress: Callable[[int], Non
         cache.reserve(table, len(prompt))
         request = Request(id="razor", prompt=prompt, sampling=SamplingParams(), tokens=prompt, selector=probe)
         for start in range(0, len(prompt), _CHUNK):
-            count = min(_CHUNK, len(prompt) - start)
-            core.runner.run(StepPlan([Chunk(request, table, start, count)], []))
-            progress(count)
+            _step(llm, request, table, start)
+            if progress is not None:
+                progress(min(start + _CHUNK, len(prompt)), len(prompt))
     finally:
         cache.close(table)
     return probe.scores()
+
+
+def _step(llm: LLM, request: Request, table: BlockTable, start: int) -> None:
+    count = min(_CHUNK, len(request.tokens) - start)
+    llm.core.runner.run(StepPlan([Chunk(request, table, start, count)], []))
 
 
 class ScoreProbe:
