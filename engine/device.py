@@ -34,18 +34,18 @@ def free_memory(device: torch.device) -> int:
 
 
 def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """A host array as a tensor on the device: a CPU's shares its memory."""
-    return torch.from_numpy(values).to(device)
+    """A host array as a tensor on the device: a CPU's shares its memory, any other may be written again at once."""
+    return torch.from_numpy(values).to(device, non_blocking=True)
 
 
 class Mirror:
     """An array that the host writes and kernels read, at one address in every step."""
 
     def __init__(self, shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        """Filled with zeros."""
-        near = device.type == "cpu"
-        self._host = torch.zeros(shape, dtype=dtype, pin_memory=not near and torch.cuda.is_available())
-        self._there = self._host if near else torch.zeros(shape, dtype=dtype, device=device)
+        """Filled with zeros. The host's memory is not pinned: what is copied from it asynchronously is read before the call
+        returns, so that the next step may be written while this one runs."""
+        self._host = torch.zeros(shape, dtype=dtype)
+        self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self.host: npt.NDArray[Any] = self._host.numpy()
         """What the host writes, before `front` is asked for."""
 

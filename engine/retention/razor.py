@@ -167,7 +167,9 @@ class Razor:
         if self.state is None:
             return Kept(rows, unseen)
         own = states.at(self.state, [chunk.request for chunk in chunks])
-        at, count = (each.copy_(torch.from_numpy(np.repeat(of, counts))) for each, of in zip(space, (own, dropped)))
+        at, count = (
+            each.copy_(torch.from_numpy(np.repeat(of, counts)), non_blocking=True) for each, of in zip(space, (own, dropped))
+        )
         return Kept(rows, unseen, functools.partial(self.state.folded, states.words, at=at, dropped=count))
 
     def advance(self, going_on: Sequence[tuple[Request, BlockTable]], states: StateMemory, kernels: Kernels) -> None:

@@ -97,7 +97,7 @@ class Batch:
     def tensor(self, name: str, values: Any) -> Tensor:
         """An int32 tensor of these values, where one of that name was in the last step."""
         found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.int32))
-        return self.ints(name, *found.shape).copy_(found)
+        return self.ints(name, *found.shape).copy_(found, non_blocking=True)
 
     def ints(self, name: str, *shape: int) -> Tensor:
         """An int32 tensor with anything in it, the same throughout the step."""
