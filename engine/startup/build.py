@@ -46,7 +46,7 @@ from kvloom.engine.startup.prepare import Prepared
 from kvloom.engine.startup.processors import processors
 from kvloom.engine.step.runner import Runner
 from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
-from kvloom.kernels.interface import Kernels
+from kvloom.kernels.interface import Kernels, Rows
 
 log = logging.getLogger("kvloom.engine")
 
@@ -89,6 +89,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
     eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
     cache = _cache(config, loaded, retention)
+    _try(backend, cache, loaded.config)
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
     loaded.decoder.rotary = rotary_table(loaded.config.rope, length, device)  # never longer than the cache
@@ -207,6 +208,20 @@ def _cache(config: EngineConfig, loaded: LoadedModel, retention: Retention | Non
             f"give at least {2 * block}"
         )
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype, device))
+
+
+def _try(backend: Kernels, cache: CacheManager, model: ModelConfig) -> None:
+    """Attend to the cache with no rows. Raises ConfigError if the kernels cannot serve such heads or blocks."""
+    for storage in (group.storage for group in cache.groups):
+        none = torch.zeros(0, dtype=torch.int32, device=storage.device)
+        kv = max(storage.layers, key=lambda layer: layer.k.shape[1])
+        heads = kv.k.shape[1]
+        q = kv.k.new_empty(0, heads * model.q_heads // model.kv_heads, model.head_dim)
+        try:
+            plan = backend.plan(Rows(none.view(0, 1), none, none, none), q.shape[1], heads, model.head_dim)
+            backend.attend(q, kv, plan, scale=1.0, out=q)
+        except ValueError as error:
+            raise ConfigError(f"{error}; choose another --backend or --block-size") from None
 
 
 def _states(config: EngineConfig, kv_bytes: int, retention: Retention | None, device: torch.device) -> StateMemory:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.request import KVOptions, Request
 from tests.conftest import native_kernels
 
@@ -38,3 +39,8 @@ def test_every_method_gives_the_log_probabilities_of_the_native_back_end(make_ll
     for one, other in zip(native, triton):
         assert len(one) == 3 and [entry.token for entry in one] == [entry.token for entry in other]
         assert [e.logprob for e in one] == pytest.approx([e.logprob for e in other], abs=1e-4)
+
+
+def test_what_no_kernel_serves_is_refused_at_start(make_llm: Callable[..., LLM]) -> None:
+    with pytest.raises(ConfigError, match="block size is 256; the triton back end takes up to 128; choose another --backend"):
+        make_llm(backend="triton", block_size=256)
