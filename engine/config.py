@@ -65,7 +65,7 @@ class ModelOptions:
     """Kernels: native (C++, built on this machine, for the CPU), triton (for cuda), torch, reference, or auto (the first that
     works)."""
     device: DeviceName = "cpu"
-    """Where weights and KV are, and steps are computed: cpu, or cuda, which no GPU has run yet."""
+    """Where weights and KV are, and steps are computed: cpu, or cuda (not tried on a GPU yet)."""
     threads: Count | None = None
     """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
 

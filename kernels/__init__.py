@@ -34,7 +34,7 @@ def load(
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"unknown kernel back end {backend!r}; allowed: auto, {', '.join(BACKENDS)}")
     if device != "cpu" and backend == "native":
-        raise ValueError(f"the native back end runs on cpu, not on {device!r}; use torch there")
+        raise ValueError(f"the native back end runs on cpu, not on {device!r}; use triton or torch there")
     if backend != "auto":
         return _make(backend, device, threads, progress)
     for name in BACKENDS:

@@ -9,7 +9,8 @@ choice of implementation (`make_linear`). The decoder knows only the protocol `L
     auto   the codes that a GGUF stores, untouched; int8 for what it does not store as such; fp32 models stay fp32
 
 A GGUF's own codes cost nothing beyond the file; rounding a finer checkpoint costs quality: see `docs/bench-weights.md`.
-Quantised layers round activations to 15 bits, per row and group of 32, and need a back end that can (`Kernels.quantized`).
+Quantised layers need a back end that can (`Kernels.quantized`); the native one rounds activations to 15 bits, per row and group
+of 32.
 """
 
 from __future__ import annotations
@@ -163,7 +164,10 @@ def make_linear(
     if not quantizes(mode, dtype, kernels) or weight.shape[1] % GROUP:
         return _dense(weight, bias, dtype, device)
     if kernels.quantized is None:
-        raise ConfigError(f"weights={mode} needs the native back end, but {kernels.name} runs here; use weights=bf16 or auto")
+        raise ConfigError(
+            f"weights={mode} needs a back end that multiplies codes (native, triton), but {kernels.name} runs here; use "
+            "weights=bf16 or auto"
+        )
     return QuantizedLinear(kernels.quantized, _packed(weight, mode, kernels.quantized, cache), bias)
 
 

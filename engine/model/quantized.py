@@ -73,7 +73,7 @@ def _nonzero(scales: Tensor) -> Tensor:
 
 
 class QuantizedLinear:
-    """`Linear` on packed codes, multiplied by a back end with activations rounded to 15 bits per row and group of 32."""
+    """`Linear` on packed codes, multiplied by a back end (`kernels.quantized`)."""
 
     capturable = True
 

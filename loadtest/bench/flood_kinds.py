@@ -125,9 +125,8 @@ FLOODS: dict[str, Callable[[Target], None]] = {
     "thousands of short prompts": Posts(COMPLETIONS, 2, lambda: {"prompt": [_text(12) for _ in range(1000)], "max_tokens": 1}),
     "explain": Posts("/v1/kv/explain", 16, lambda: {"prompt": _text(2000, 1)}, anew=False),
     "segments": Posts("/v1/kv/segments", 4, lambda: {"text": _text(1000)}),
-    "queued long prompts": Posts(
-        COMPLETIONS, 64, lambda: {"prompt": _text(4000), "max_tokens": 1}
-    ),  # more than can be computed
+    # more than can be computed:
+    "queued long prompts": Posts(COMPLETIONS, 64, lambda: {"prompt": _text(4000), "max_tokens": 1}),
     "silent connections": silent,
     "slow bodies": slow_bodies,
 }

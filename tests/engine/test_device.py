@@ -12,10 +12,12 @@ from kvloom.engine import LLM, KVOptions, SamplingParams
 from kvloom.engine.device import Mirror, settle
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import Completion
-from tests.selection.test_guard import EVERY, calibrated, config  # noqa: F401
+from tests.selection import test_guard
+from tests.selection.test_guard import EVERY, config
 from tests.simulated import GPU, There, simulated_gpu
 
 MakeLLM = Callable[..., LLM]
+calibrated = test_guard.calibrated
 SAMPLED = SamplingParams(
     temperature=0.7, top_p=0.95, min_p=0.01, seed=3, max_tokens=6, ignore_eos=True, logprobs=2, repetition_penalty=1.1,
     presence_penalty=0.1, logit_bias={5: 1.0},

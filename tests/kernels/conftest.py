@@ -173,3 +173,21 @@ def masked_attention(q: Tensor, store: Paged, rows: Rows, scale: float) -> tuple
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse[..., None]).nan_to_num(0.0)
     return torch.einsum("rhn,rhnd->rhd", weights, values), lse
+
+
+OUTPUT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-5}
+"""Of products with quantised weights, relative to each output's size."""
+
+
+def activations(rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[rows, width], whose groups of 32 differ in size by a thousand, one of them zero."""
+    make = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, width, generator=make) * torch.logspace(-1.5, 1.5, width // 32).repeat_interleave(32)
+    x[:, :32] = 0
+    return x.to(dtype)
+
+
+def close(out: Tensor, expected: Tensor) -> bool:
+    """Whether products are as good as their dtype; expected: fp64."""
+    size = expected.abs().amax(1, keepdim=True)
+    return bool(((out.double() - expected).abs() <= OUTPUT_ERROR[out.dtype] * (expected.abs() + 0.1 * size + 1e-6)).all())

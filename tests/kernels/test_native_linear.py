@@ -16,12 +16,12 @@ from kvloom.engine.model.quantized import round_to_int4, round_to_int8
 from kvloom.kernels.cpu.native import NativeKernels
 from kvloom.kernels.cpu.native.linear import PackedWeight, QuantLinear, pack_int4, pack_int8
 from tests.conftest import native_kernels
+from tests.kernels.conftest import activations, close
 
 FORMATS = ("q4_0", "q4_1", "q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST = 127 * 128
 """The code of a group's largest magnitude: csrc/dot.h."""
-OUTPUT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-5}
 
 
 @pytest.fixture(scope="module", params=["machine", "generic"])
@@ -52,24 +52,11 @@ def rounded(x: Tensor) -> Tensor:
     return ((groups * inverse).round().double() * scale.double()).flatten(1)
 
 
-def inputs_for(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Activations whose groups differ in size by a thousand, one of them zero."""
-    make = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, width, generator=make) * torch.logspace(-1.5, 1.5, width // 32).repeat_interleave(32)
-    x[:, :32] = 0
-    return x.to(dtype)
-
-
-def close(out: Tensor, expected: Tensor) -> bool:
-    size = expected.abs().amax(1, keepdim=True)
-    return bool(((out.double() - expected).abs() <= OUTPUT_ERROR[out.dtype] * (expected.abs() + 0.1 * size + 1e-6)).all())
-
-
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8, 17, 64, 130, 241, 490])
 def test_equals_dense_product_of_rounded_activations(kernels: NativeKernels, layout: str, rows: int) -> None:
     packed, dense = packed_and_dense(kernels, layout, 100, 192)
-    x = inputs_for(rows, 192, torch.bfloat16)
+    x = activations(rows, 192, torch.bfloat16)
     out = QuantLinear(kernels, packed)(x, torch.empty(rows, 100))
     assert close(out, rounded(x) @ dense.T)
 
@@ -78,7 +65,7 @@ def test_equals_dense_product_of_rounded_activations(kernels: NativeKernels, lay
 @pytest.mark.parametrize("outputs", [1, 15, 16, 17, 31, 33, 48, 576])
 def test_output_sizes_that_fill_no_panel(kernels: NativeKernels, layout: str, outputs: int) -> None:
     packed, dense = packed_and_dense(kernels, layout, outputs, 64)
-    x = inputs_for(7, 64, torch.float32)
+    x = activations(7, 64, torch.float32)
     room = torch.full((7, outputs + 3), 9.0)
     QuantLinear(kernels, packed)(x, room[:, :outputs])
     assert close(room[:, :outputs], rounded(x) @ dense.T)
@@ -88,7 +75,7 @@ def test_output_sizes_that_fill_no_panel(kernels: NativeKernels, layout: str, ou
 @pytest.mark.parametrize("layout", FORMATS)
 def test_error_is_within_what_rounding_activations_allows(kernels: NativeKernels, layout: str) -> None:
     packed, dense = packed_and_dense(kernels, layout, 64, 576)
-    x = inputs_for(9, 576, torch.float32)
+    x = activations(9, 576, torch.float32)
     out = QuantLinear(kernels, packed)(x, torch.empty(9, 64))
     half_step = (x.unflatten(1, (-1, 32)).abs().amax(-1) / (2 * LARGEST)).repeat_interleave(32, 1).double()
     bound = half_step @ dense.abs().T + 1e-5 * (x.double().abs() @ dense.abs().T)
@@ -99,7 +86,7 @@ def test_error_is_within_what_rounding_activations_allows(kernels: NativeKernels
 @pytest.mark.parametrize("rows", [1, 20])
 def test_dtypes_bias_and_residual(kernels: NativeKernels, dtype: torch.dtype, rows: int) -> None:
     packed, dense = packed_and_dense(kernels, "q4_1", 45, 96)
-    x, bias = inputs_for(rows, 96, dtype), torch.linspace(-2, 2, 45).to(dtype)
+    x, bias = activations(rows, 96, dtype), torch.linspace(-2, 2, 45).to(dtype)
     stream = torch.linspace(-3, 3, rows * 45).view(rows, 45).to(dtype)
     product = rounded(x) @ dense.T + bias.double()
     layer = QuantLinear(kernels, packed, bias)
@@ -111,7 +98,7 @@ def test_dtypes_bias_and_residual(kernels: NativeKernels, dtype: torch.dtype, ro
 def test_a_row_does_not_depend_on_its_batch(kernels: NativeKernels) -> None:
     packed, _ = packed_and_dense(kernels, "q4_1", 80, 256)
     layer = QuantLinear(kernels, packed)
-    x = inputs_for(23, 256, torch.bfloat16)
+    x = activations(23, 256, torch.bfloat16)
     together = layer(x, torch.empty(23, 80))
     for row in range(23):
         assert torch.equal(layer(x[row : row + 1], torch.empty(1, 80))[0], together[row])
@@ -127,7 +114,7 @@ def test_rows_of_a_wider_tensor(kernels: NativeKernels) -> None:
 def test_int8_with_one_scale_per_output(kernels: NativeKernels) -> None:
     codes = torch.randint(-128, 128, (20, 64), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
     scales = torch.linspace(0.01, 0.2, 20).half().float()
-    x = inputs_for(3, 64, torch.float32)
+    x = activations(3, 64, torch.float32)
     out = QuantLinear(kernels, pack_int8(kernels, codes, scales))(x, torch.empty(3, 20))
     assert close(out, rounded(x) @ (codes.double() * scales.double()[:, None]).T)
 
@@ -158,7 +145,7 @@ def test_wrong_shapes_and_codes_are_refused(kernels: NativeKernels) -> None:
 def test_the_contracts_pack_reads_all_three_formats(kernels: NativeKernels) -> None:
     assert kernels.quantized is not None
     weight = torch.randn(20, 64, generator=torch.Generator().manual_seed(4))
-    x, bias = inputs_for(3, 64, torch.bfloat16), torch.ones(20)
+    x, bias = activations(3, 64, torch.bfloat16), torch.ones(20)
     _, codes4, scales4, mins4 = round_to_int4(weight)
     _, codes8, scales8, _ = round_to_int8(weight)
     cases = [

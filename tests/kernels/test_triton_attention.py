@@ -62,7 +62,7 @@ def test_splits_in_one_program_and_in_many_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("number", range(11))
 def test_no_operation_waits_for_a_result(number: int) -> None:
-    call = calls(load("triton"))[number]  # type: ignore[arg-type]
+    call = calls(load("triton"))[number]
     with Recorder() as recorder:
         call()
     assert not recorder.names & WAITS

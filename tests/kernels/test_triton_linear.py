@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvloom.engine.model.quantized import round_to_int4, round_to_int8
 from kvloom.kernels.quantized import PackedWeight
+from tests.kernels.conftest import activations, close
 
 pytest.importorskip("triton")
 
@@ -18,7 +19,6 @@ from kvloom.kernels.triton.linear import TritonQuantized
 
 FORMATS = ("q4_0", "q4_1", "q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OUTPUT_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11 + 1e-5}
 
 
 @pytest.fixture(autouse=True)
@@ -40,19 +40,6 @@ def packed_and_dense(quantized: TritonQuantized, layout: str, outputs: int, inpu
     return quantized.pack(codes.bits, codes.codes, codes.scales, mins), dense
 
 
-def drawn(rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Activations whose groups differ in size by a thousand, one of them zero."""
-    make = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, width, generator=make) * torch.logspace(-1.5, 1.5, width // 32).repeat_interleave(32)
-    x[:, :32] = 0
-    return x.to(dtype)
-
-
-def close(out: Tensor, expected: Tensor) -> bool:
-    size = expected.abs().amax(1, keepdim=True)
-    return bool(((out.double() - expected).abs() <= OUTPUT_ERROR[out.dtype] * (expected.abs() + 0.1 * size + 1e-6)).all())
-
-
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize(("dtype", "rows"), [*((dtype, 20) for dtype in DTYPES), (torch.bfloat16, 1), (torch.bfloat16, 33)])
 def test_equals_the_dense_product(layout: str, dtype: torch.dtype, rows: int) -> None:
@@ -60,7 +47,7 @@ def test_equals_the_dense_product(layout: str, dtype: torch.dtype, rows: int) ->
     quantized = TritonQuantized("cpu")
     packed, dense = packed_and_dense(quantized, layout, 70, 160)
     bias = torch.linspace(-2, 2, 70).to(dtype)
-    x, room = drawn(rows, 160, dtype), torch.full((rows, 90), 9.0, dtype=dtype)
+    x, room = activations(rows, 160, dtype), torch.full((rows, 90), 9.0, dtype=dtype)
     wider = torch.cat([x, x.new_full((rows, 8), torch.nan)], 1)
     layer = quantized.linear(packed, bias)
     quantized.scratch.fill_(torch.nan)
@@ -77,7 +64,7 @@ def test_equals_the_dense_product(layout: str, dtype: torch.dtype, rows: int) ->
 def test_any_shape(layout: str, outputs: int, groups: int, rows: int) -> None:
     quantized = TritonQuantized("cpu")
     packed, dense = packed_and_dense(quantized, layout, outputs, groups * 32)
-    x = drawn(rows, groups * 32, torch.bfloat16)
+    x = activations(rows, groups * 32, torch.bfloat16)
     out = quantized.linear(packed, None)(x, torch.full((rows, outputs), torch.nan))
     assert close(out, x.double() @ dense.T)
 

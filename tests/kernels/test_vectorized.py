@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kvloom.kernels import tiles
+from kvloom.kernels import Kernels, tiles
 from kvloom.kernels.interface import Folded
 from kvloom.kernels.vectorized import TorchKernels
 from tests.kernels.conftest import ints, make_lists, make_rows, paged
@@ -33,7 +33,7 @@ class Recorder(TorchDispatchMode):
         return made
 
 
-def calls(kernels: TorchKernels) -> list[Callable[[], object]]:
+def calls(kernels: Kernels) -> list[Callable[[], object]]:
     """One of every operation: decode rows with a list and without, a chunk, a row that stores nothing."""
     store = paged(2, 300, 2, 64, dtype=torch.bfloat16)
     rows = make_rows(store, [1, 0, *[0] * 5], [100, 0, *[0] * 5], [280, 300, *range(90, 95)],
