@@ -100,7 +100,7 @@ def itl_timeline(run: Run) -> Plot:
                 color = theme.bad if failed else theme.ink
                 axis.plot(*zip(*found), "x", color=color, label=label, markersize=7, markeredgewidth=2, zorder=3)
         axis.autoscale()
-        axis.set(xlabel="seconds since the stage began", ylabel="request, by time of sending", xlim=(0, None))
+        axis.set(xlabel="seconds since the stage began", ylabel="request, as sent", xlim=(0, None))
         axis.set_ylim(len(rows) - 0.2, -0.8)
         axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(axis="y", visible=False)
