@@ -168,7 +168,8 @@ class Retention(Study):
         row["held_share"] = row["held_bytes"] / row["held_bytes_dense"]
         heads = llm.core.runner.geometry.heads
         row["retrieval_share"] = sum(map(len, heads)) / (len(heads) * llm.core.runner.geometry.kv_heads)
-        small, count = engine(args, **setting.config, kv_memory=args.memory), args.requests
+        unpaced = {"kv_memory": args.memory, "step_time_ms": 0}  # else the first are done before the last have come
+        small, count = engine(args, **setting.config, **unpaced), args.requests
         prompts = [self.passages[i % len(self.passages)].prompt[i:][: args.context - count] for i in range(count)]
         row["at_once"] = at_once(small, prompts, args.room, kv)
         row["capacity_tokens"] = small.core.cache.capacity_tokens
