@@ -19,6 +19,9 @@ so dense is only a row kind. A start per KV head lets heads of one row differ: a
 another. Lists and tails hold logical positions; a block table translates them at use, and they survive preemption and moves.
 A row that sees nothing yields out = 0 and lse = -inf.
 
+Padding. A step may have more rows than it needs, to be as large as one that was captured: those have stop = 0, no list, the
+slot -1, and no record (`at` = -1). They store nothing, nothing is kept of them, and no call counts them.
+
 Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's dtype, accumulation in fp32.
 """
 
@@ -94,7 +97,7 @@ class Folded(NamedTuple):
 class Counters:
     """What a back end did since it was made; read by metrics and by tests that hold it to the formulas.
 
-    rows, positions: query rows, and key positions visible to them summed over KV heads
+    rows, positions: query rows without padding, and key positions visible to them summed over KV heads
     kv_bytes: bytes of K and V that the operation needs to read at least once per row and KV head (not measured traffic:
     the g query heads of a KV head share one read; consecutive rows of a prefill tile are counted once per tile)
     score_bytes: bytes of K read by `score`
@@ -234,7 +237,8 @@ class Kernels(Protocol):
 
         tables: [requests, max_blocks] int32   request, first, last: [n] int32, the first a row of the tables
         at: [n] int32, the words at which sums begin, no two the same; where it is negative, nothing is added
-        origin: where `first` is at most that, the sums begin anew   most: at least the largest last - first
+        origin: where `first` is at most that, the sums begin anew   most: at least the largest last - first, for back ends that
+        have no graphs: when captured calls are replayed, there may be more
 
         Positions of a block are added up by themselves, and blocks then one by one: a row's bits depend on no other row.
         """
@@ -319,7 +323,8 @@ class Kernels(Protocol):
         old, or if its query's cosine with the one that the list was made for is below the threshold. Then its tail is
         stop - recent, and its query is kept. Written: active: [rows] int32, `at` of rows that renew and -1 of all others;
         start: [rows] and lengths: [rows, lists] int32, what is seen in this layer; counts: [3] int64, to which are added rows
-        that renew, those of them that had a list, and rows that do not.
+        that renew, those of them that had a list, and rows that do not. A row whose `at` is negative sees nothing, start and
+        lengths 0, and counts for nothing.
         """
         ...
 
@@ -370,6 +375,7 @@ class Kernels(Protocol):
         """Split a fused projection, normalise (QK norm) and rotate q and k, store k and v, and write q.
 
         qkv: [rows, (q_heads + 2 kv_heads) * head_dim], of any row stride   q: [rows, q_heads, head_dim] (written, returned)
+        A row with slot -1 gets its q alone.
         cos, sin: [max_positions, rotary/2] fp32 (any YaRN temperature already multiplied in)   positions, slots: [rows] int64
         q_norm, k_norm: [head_dim] RMS-norm weights, or None
         """

@@ -234,7 +234,7 @@ class ReferenceKernels:
         if scores_only:
             self._counted.score_bytes += positions * position_bytes
             return
-        self._counted.rows += rows.size
+        self._counted.rows += int((rows.stop > 0).sum())
         self._counted.positions += positions
         self._counted.kv_bytes += 2 * positions * position_bytes
         if rows.lists is not None:
@@ -281,6 +281,9 @@ class ReferenceKernels:
         """Which lists are made anew; see `interface.Kernels.renew`."""
         check_renewal(q, how, (at, stop, due, active, start), words, lengths, counts)
         for row, (where, known) in enumerate(zip(at.tolist(), stop.tolist())):
+            if where < 0:
+                active[row], start[row], lengths[row] = -1, 0, 0
+                continue
             record, query = words[where:], wide(q[row])
             if angles is not None:
                 query = turn(query, angles[0][row], -angles[1][row])

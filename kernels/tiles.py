@@ -192,7 +192,7 @@ def cut(rows: Rows, kv_heads: int, head_dim: int, alone: int) -> Cut:
         row, at, begin, tail, entry, hidden = (x.to(rows.request.device) for x in found)
         groups.append(Group(row, at, begin, tail, entry if in_list.any() else None, hidden, common, bool(emits)))
     elements, of_lists = int(count.sum()) * head_dim, int(listed[first].sum()) * head_dim
-    counts = Counters(rows.size, int(seen.sum()), 2 * elements, elements, 2 * of_lists)
+    counts = Counters(int((rows.stop > 0).sum()), int(seen.sum()), 2 * elements, elements, 2 * of_lists)
     return Cut(tuple(groups), bool((seen == 0).any()), counts)
 
 

@@ -73,7 +73,7 @@ class TorchKernels(ReferenceKernels):
         if len(slots) == 0:
             return
         kept = slots >= 0
-        source = torch.where(kept, torch.arange(len(slots), device=slots.device), kept.byte().argmax())
+        source = standing_in(kept)
         slot, written = slots[source].clamp(min=0), kept[source, None, None]
         block, offset = slot // kv.k.shape[2], slot % kv.k.shape[2]
         for cache, new in ((kv.k, k), (kv.v, v)):
@@ -103,7 +103,7 @@ class TorchKernels(ReferenceKernels):
             tiles, item = plan.cut(plan.rows.size), plan.head_dim * kv.k.element_size()
             listed = torch.where(use.listers < 0, 0, use.listed[:, use.listers.clamp(min=0)])
             seen = use.seen.sum()
-            self._add(plan.rows.size, seen, 2 * item * seen, 0, 2 * item * listed.sum())
+            self._add((plan.rows.stop > 0).sum(), seen, 2 * item * seen, 0, 2 * item * listed.sum())
         else:
             use, tiles, item = None, plan.cut(0 if logits is None else len(logits)), kv.k.element_size()
             counts = tiles.counts
@@ -126,7 +126,7 @@ class TorchKernels(ReferenceKernels):
         rows, (count, heads, size, dim) = len(at), kv.k.shape
         if rows == 0 or heads == 0 or len(words) < 2 * heads * dim:
             return
-        source = torch.where(at >= 0, torch.arange(rows, device=at.device), (at >= 0).byte().argmax())
+        source = standing_in(at >= 0)
         request, first, last, at = (column[source].long()[:, None] for column in (request, first, last, at))
         floats, place = words.view(torch.float32), at.clamp(min=0) + torch.arange(2 * heads * dim, device=at.device)
         known = floats[place]
@@ -249,8 +249,14 @@ class TorchKernels(ReferenceKernels):
     def renew(self, q: Tensor, words: Tensor, at: Tensor, stop: Tensor, due: Tensor, how: Renewal,
               angles: tuple[Tensor, Tensor] | None, active: Tensor, start: Tensor, lengths: Tensor,
               counts: Tensor) -> None:  # fmt: skip
-        """Which lists are made anew; see `interface.Kernels.renew`."""
+        """Which lists are made anew; see `interface.Kernels.renew`. A row that is left out does what some other row does, or,
+        if there is none, writes what is there."""
         check_renewal(q, how, (at, stop, due, active, start), words, lengths, counts)
+        if not len(at):
+            return
+        own = at >= 0
+        source = standing_in(own)
+        q, stop, due, at = q[source], stop[source], due[source], at[source].clamp(min=0)
         where = at.long() + how.tail
         tail = words[where]
         have = tail < stop
@@ -258,7 +264,7 @@ class TorchKernels(ReferenceKernels):
         if how.compare != "none":
             query = q.float()
             if angles is not None:
-                query = turn(query, angles[0][:, None], -angles[1][:, None])
+                query = turn(query, angles[0][source, None], -angles[1][source, None])
             query = query.mean(1) if how.compare == "mean" else query.flatten(1)
             floats, place = (
                 words.view(torch.float32),
@@ -268,20 +274,26 @@ class TorchKernels(ReferenceKernels):
             by_part = (len(q), q.shape[1] if how.compare == "min" else 1, -1)
             pair = (query.view(by_part).double(), kept.view(by_part).double())
             anew |= (due == 2) & (torch.cosine_similarity(*pair, dim=-1, eps=1e-38).amin(1) < how.threshold)
-            floats[place] = torch.where(anew[:, None], query, kept)
+            floats[place] = torch.where((anew & own[source])[:, None], query, kept)
+        anew &= own[source]
         words[where] = torch.where(anew, stop - how.recent, tail)
-        active.copy_(torch.where(anew, at, -1))
-        everything = anew & how.dense
-        start.copy_(torch.where(everything, 0, words[where]))
-        lengths.copy_(torch.where(everything, 0, how.width)[:, None].expand_as(lengths))
-        counts += torch.stack([anew.sum(), (anew & have).sum(), (~anew).sum()])
+        active.copy_(torch.where(anew & own, at, -1))
+        no_list = (anew & how.dense) | ~own
+        start.copy_(torch.where(no_list, 0, words[where]))
+        lengths.copy_(torch.where(no_list, 0, how.width)[:, None].expand_as(lengths))
+        counts += torch.stack([(anew & own).sum(), (anew & have & own).sum(), (~anew & own).sum()])
+
+
+def standing_in(written: Tensor) -> Tensor:
+    """[rows] int64: for each row one that is written, itself if it is; 0 if there is none."""
+    return torch.where(written, torch.arange(len(written), device=written.device), written.byte().argmax())
 
 
 def scatter(columns: Tensor, found: Tensor, at: Tensor) -> Tensor:
     """Write rows of found [rows, ..] where `columns` [..] would be `at` elements further on. Rows whose `at` is negative write
     what some other row writes, or, if there is none, what is there. Returns columns."""
     written = at >= 0
-    source = torch.where(written, torch.arange(len(at), device=at.device), written.byte().argmax())
+    source = standing_in(written)
     begin = columns.storage_offset()
     size = columns.untyped_storage().nbytes() // columns.element_size() - begin
     flat = columns.as_strided((size,), (1,), begin)

@@ -121,7 +121,7 @@ def attend(
         list_head, KV_HEADS, TILE,
     )  # fmt: skip
     counted = totals + pair % COUNTERS * 5
-    if out is not None and (lane == 0) & (head == 0):
+    if out is not None and (lane == 0) & (head == 0) & (tl.load(stop + begins) > 0):
         tl.atomic_add(counted, size.to(tl.int64) if TILE > 1 else 1, sem="relaxed")
     if lister < 0:
         return

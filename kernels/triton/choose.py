@@ -201,6 +201,7 @@ def _renew(q, words, floats, at, stop, due, cos, sin, active, start, lengths, co
     """One row, whose query is three pieces: both halves of its pairs, and what is not turned."""
     row = tl.program_id(0).to(tl.int64)
     where, known, wanted = tl.load(at + row), tl.load(stop + row), tl.load(due + row)
+    where = tl.maximum(where, 0)  # padding looks at a record that is not its own
     tail = tl.load(words + where + tail_at)
     have = tail < known
     anew = (wanted == 1) | (have == 0) | (known.to(tl.int64) - tail - recent > most)
@@ -239,6 +240,8 @@ def _renew(q, words, floats, at, stop, due, cos, sin, active, start, lengths, co
         if COMPARE != "flat":
             cosine = tl.min(cosine, axis=0)
         anew = anew | ((wanted == 2) & (cosine < threshold))
+    real = tl.load(at + row) >= 0
+    anew = anew & real
     tl.debug_barrier()  # all have read the record
     if anew:
         tail_now = known - recent
@@ -249,12 +252,12 @@ def _renew(q, words, floats, at, stop, due, cos, sin, active, start, lengths, co
             tl.store(record + column, rest, mask=resting)
     else:
         tail_now = tail
-    everything = anew & DENSE
+    no_list = (anew & DENSE) | (real == 0)
     tl.store(active + row, tl.where(anew, where, -1))
-    tl.store(start + row, tl.where(everything, 0, tail_now))
+    tl.store(start + row, tl.where(no_list, 0, tail_now))
     each = tl.arange(0, LISTS)
-    tl.store(lengths + row * lists + each, tl.where(everything, 0, width + tl.zeros([LISTS], tl.int32)), mask=each < lists)
-    tl.atomic_add(counts + tl.where(anew, 0, 2), tl.full([], 1, tl.int64))
+    tl.store(lengths + row * lists + each, tl.where(no_list, 0, width + tl.zeros([LISTS], tl.int32)), mask=each < lists)
+    tl.atomic_add(counts + tl.where(anew, 0, 2), real.to(tl.int64))
     tl.atomic_add(counts + 1, (anew & have).to(tl.int64))
 
 

@@ -144,13 +144,14 @@ STRIDE = 20 + Q_HEADS * DIM
 
 
 def renewed(kernels: Kernels, words: Tensor, q: Tensor, stop: list[int], due: list[int], how: Renewal = HOW,
-            angles: Any = None) -> tuple[list[int], list[int], list[list[int]], list[int]]:  # fmt: skip
-    """active, start, lengths and counts of rows whose records lie one behind the other."""
+            angles: Any = None, at: list[int] | None = None,
+            ) -> tuple[list[int], list[int], list[list[int]], list[int]]:  # fmt: skip
+    """active, start, lengths and counts of rows whose records lie one behind the other, unless it is said where."""
     rows = len(stop)
-    active, start = torch.zeros(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
-    lengths, counts = torch.zeros(rows, 2, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
-    at = torch.arange(rows, dtype=torch.int32) * STRIDE
-    kernels.renew(q, words, at, ints(stop), ints(due), how, angles, active, start, lengths, counts)
+    active, start = torch.full((rows,), 7, dtype=torch.int32), torch.full((rows,), 7, dtype=torch.int32)
+    lengths, counts = torch.full((rows, 2), 7, dtype=torch.int32), torch.zeros(3, dtype=torch.int64)
+    begins = torch.arange(rows, dtype=torch.int32) * STRIDE if at is None else ints(at)
+    kernels.renew(q, words, begins, ints(stop), ints(due), how, angles, active, start, lengths, counts)
     return active.tolist(), start.tolist(), lengths.tolist(), counts.tolist()
 
 
@@ -213,6 +214,31 @@ def test_nothing_is_kept_of_queries_that_are_not_compared(kernels: Kernels) -> N
     assert renewed(kernels, words, drawn(2, Q_HEADS, DIM), [100, 90], [0, 2], how)[3] == [2, 0, 0]
     assert renewed(kernels, words, drawn(2, Q_HEADS, DIM, seed=1), [101, 91], [0, 2], how)[3] == [0, 0, 2]
     assert not words.view(2, STRIDE)[:, 20:].any()
+
+
+@pytest.mark.parametrize("compare", ["none", "flat"])
+def test_rows_that_pad_a_step_do_nothing(kernels: Kernels, store: Paged, compare: Any) -> None:
+    """Beside rows of which one has a list and one has none, in front of them and behind, and alone."""
+    how, q, stop = HOW._replace(compare=compare), drawn(ROWS, Q_HEADS, DIM), [0, 90, 95, 0]
+    words, own = records(2), records(2)
+    for record in (words, own):
+        record.view(2, STRIDE)[0, HOW.tail] = 60
+        record.view(torch.float32).view(2, STRIDE)[0, HOW.query :] = q[1].flatten()
+    expected = renewed(kernels, own, q[1:3], stop[1:3], [2, 2], how)
+    found = renewed(kernels, words, q, stop, [1, 2, 2, 1], how, at=[-1, 0, STRIDE, -1])
+    assert torch.equal(words, own) and expected[3] == [1, 0, 1]
+    for padded, alone, nothing in zip(found, expected, (-1, 0, [0, 0])):
+        assert padded == [nothing, *alone, nothing]
+    assert found[3] == expected[3]
+    nobody = renewed(kernels, words, q[:1], [0], [1], how, at=[-1])
+    assert torch.equal(words, own) and nobody == ([-1], [0], [[0, 0]], [0, 0, 0])
+    zeros, stops = torch.zeros(ROWS, dtype=torch.int32), ints(stop)
+    plan = kernels.plan(Rows(store.tables, torch.arange(ROWS, dtype=torch.int32), zeros, stops), Q_HEADS, KV_HEADS, DIM)
+    before, read = asdict(kernels.counters), torch.zeros(ROWS, dtype=torch.int64)
+    out, lse = attended(kernels, store, plan, read=read)
+    after = asdict(kernels.counters)
+    assert not out[::3].any() and lse[::3].isinf().all() and read.tolist() == [KV_HEADS * end for end in stop]
+    assert (after["rows"] - before["rows"], after["positions"] - before["positions"]) == (2, KV_HEADS * 185)
 
 
 def test_what_cannot_be_renewed_is_refused(kernels: Kernels) -> None:

@@ -332,6 +332,7 @@ int32_t lister_of(const AttendArgs& args, const Tile& tile, int32_t head) {
 void count(const AttendArgs& args, const Plan& plan, int64_t item) {
   const int64_t position_bytes = plan.rows.head_dim * item;
   Totals& totals = *args.totals;
+  const int32_t* stop = plan.rows.stop;
   for (const Tile& tile : plan.tiles) {
     for (int32_t head = 0; head < plan.rows.kv_heads; head++) {
       const int32_t lister = lister_of(args, tile, head);
@@ -350,7 +351,7 @@ void count(const AttendArgs& args, const Plan& plan, int64_t item) {
       }
     }
   }
-  if (args.out) totals.rows += plan.rows.rows;
+  if (args.out) totals.rows += std::count_if(stop, stop + plan.rows.rows, [](int32_t end) { return end > 0; });
 }
 
 template <class T> void attend(const AttendArgs& args, const Plan& plan) {

@@ -79,6 +79,11 @@ template <class T> bool renews(const RenewArgs& a, int64_t row) {
 
 template <class T> void renew(const RenewArgs& a) {
   for (int64_t row = 0; row < a.rows; row++) {
+    if (a.at[row] < 0) {
+      a.active[row] = -1, a.start[row] = 0;
+      std::fill_n(a.lengths + row * a.lists, a.lists, 0);
+      continue;
+    }
     const bool anew = renews<T>(a, row);
     a.active[row] = anew ? a.at[row] : -1;
     const bool all = anew && a.dense;
