@@ -38,18 +38,65 @@ def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(values).to(device, non_blocking=True)
 
 
+def host_memory(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros on the host, which the device copies from and to by itself: pinned."""
+    return torch.zeros(shape, dtype=dtype, pin_memory=device.type != "cpu")
+
+
+def mark(device: torch.device) -> torch.Event:
+    """An event that has taken place once the device has done all that is queued there now."""
+    event = torch.Event(device)
+    event.record()
+    return event
+
+
 class Mirror:
-    """An array that the host writes and kernels read, at one address in every step."""
+    """An array that the host writes and kernels read, at one address in every step.
+
+    Elsewhere than on a CPU it is copied when kernels are about to read it, in the order of the device's queue. So there are two
+    arrays that the host writes in turn, and one is written again once the device has read it.
+    """
 
     def __init__(self, shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        """Filled with zeros. The host's memory is not pinned: what is copied from it asynchronously is read before the call
-        returns, so that the next step may be written while this one runs."""
-        self._host = torch.zeros(shape, dtype=dtype)
-        self._there = self._host if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
-        self.host: npt.NDArray[Any] = self._host.numpy()
-        """What the host writes, before `front` is asked for."""
+        """Filled with zeros."""
+        self._arrays = [host_memory(shape, dtype, device) for _ in range(1 if device.type == "cpu" else 2)]
+        self._hosts: list[npt.NDArray[Any]] = [array.numpy() for array in self._arrays]
+        self._there = self._arrays[0] if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        self._reads: list[torch.Event | None] = [None] * len(self._arrays)
+        """Of every array, the copy that may still be under way."""
+        self._turn = 0
+
+    @property
+    def host(self) -> npt.NDArray[Any]:
+        """What the host writes, all that is to be read of it, before `front` is asked for."""
+        if (read := self._reads[self._turn]) is not None:
+            read.synchronize()
+            self._reads[self._turn] = None
+        return self._hosts[self._turn]
 
     def front(self, count: int) -> Tensor:
         """The first `count` rows where kernels read them, as the host has written them."""
-        there = self._there[:count]
-        return there if self._there is self._host else there.copy_(self._host[:count], non_blocking=True)
+        there, array = self._there[:count], self._arrays[self._turn]
+        if self._there is array:
+            return there
+        there.copy_(array[:count], non_blocking=True)
+        self._reads[self._turn] = mark(there.device)
+        self._turn = 1 - self._turn
+        return there
+
+
+class Download:
+    """Values of a tensor on their way to the host, where it need not wait for what is queued behind them."""
+
+    def __init__(self, there: Tensor) -> None:
+        """The tensor may be written again at once, but on a CPU."""
+        self._values, self._done = there, None
+        if there.device.type != "cpu":
+            self._values = host_memory(there.shape, there.dtype, there.device).copy_(there, non_blocking=True)
+            self._done = mark(there.device)
+
+    def read(self) -> Any:
+        """Wait for them: numbers, in lists of lists as many as the tensor had dimensions."""
+        if self._done is not None:
+            self._done.synchronize()
+        return self._values.tolist()

@@ -2,13 +2,16 @@
 
 What a GPU refuses is refused: operations on tensors of both places, `numpy()`, and reading their memory. What it does silently
 and slowly, indices that have to be brought there first, is refused too.
+
+Operations are done at once, or late: not before the host waits, and copies from pinned memory read what is there by then.
+`tests.recorded` captures them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,6 +25,91 @@ GPU = torch.device(_NAME, 0)
 _aten = torch.ops.aten
 _BETWEEN = {_aten.copy_.default, _aten._to_copy.default}
 """Operations that bring values from one place to the other."""
+_ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
+"""Operations that a host waits for, by the names of their packets."""
+_PINNED: set[int] = set()
+"""Addresses of memory that the device reads by itself."""
+
+
+class Call(NamedTuple):
+    """An operation that can be done again on the same tensors. results: what it makes, and writes where it was made first."""
+
+    function: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    results: list[Tensor]
+
+    def again(self) -> None:
+        for old, new in zip(self.results, tensors(self.function(*self.args, **self.kwargs))):
+            old.copy_(new)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All of them in nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return [found for each in value for found in tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+class Stream:
+    """What the device does, in order."""
+
+    def __init__(self) -> None:
+        self.used = self.late = False
+        self.queue: list[Call] = []
+        self.done = 0
+        """Calls that were queued and have been made."""
+        self.captured: list[Call] | None = None
+        """Calls while they are captured: none is made."""
+
+    def wait(self, until: int | None = None) -> None:
+        """Do what is queued, or so much of all that ever was."""
+        for call in self.queue[: None if until is None else max(0, until - self.done)]:
+            call.again()
+            self.queue.pop(0)
+            self.done += 1
+
+    def operation(self, func: Any, args: Any, kwargs: Any, between: bool) -> Any:
+        """An operation of torch's, now or later. between: whether it is one from host to device or back."""
+        name = func.overloadpacket.__name__
+        asks = name in _ASKING or (name.startswith("index") and any(one.dtype == torch.bool for one in tensors(args[1:2])))
+        if self.captured is not None:
+            assert not asks and not between, f"{func} asks for values or copies from the host, while calls are captured"
+        elif not self.late:
+            return func(*args, **kwargs)
+        elif asks:
+            self.wait()
+            return func(*args, **kwargs)
+        if func._schema.is_mutable:
+            result, made = kwargs.get("out", args[0]), []
+        else:
+            result = func(*args, **kwargs)
+            made, known = tensors(result), {tensor.untyped_storage().data_ptr() for tensor in tensors(args)}
+            if any(tensor.untyped_storage().data_ptr() in known for tensor in made):
+                return result  # a view
+        (self.queue if self.captured is None else self.captured).append(Call(func, args, kwargs, made))
+        return result
+
+
+STREAM = Stream()
+
+
+class Event:
+    """`device.mark` of the simulated device."""
+
+    def __init__(self) -> None:
+        self._until = STREAM.done + len(STREAM.queue)
+
+    def synchronize(self) -> None:
+        STREAM.wait(self._until)
+
+
+def pinned(shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`device.host_memory` of the simulated device."""
+    made = torch.zeros(shape, dtype=dtype)
+    if device == GPU:
+        _PINNED.add(made.untyped_storage().data_ptr())
+    return made
 
 
 class There(Tensor):
@@ -43,6 +131,8 @@ class There(Tensor):
         return computed(func, args, kwargs or {})
 
     def tolist(self) -> Any:
+        assert STREAM.captured is None, "values are asked for while calls are captured"
+        STREAM.wait()
         return self.here.tolist()
 
 
@@ -68,6 +158,11 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
             strangers.append(tuple(value.shape))
         return value
 
+    def read(value: Any) -> Any:
+        """What lies in memory that is not pinned is read before the call returns."""
+        pinned = not isinstance(value, Tensor) or value.untyped_storage().data_ptr() in _PINNED
+        return value if pinned or id(value) in known else value.clone()
+
     def placed(value: Any) -> Any:
         if isinstance(value, Tensor):
             return known[id(value)] if id(value) in known else There(value) if there else value
@@ -76,17 +171,22 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
     to_there = func is not _aten.copy_.default or isinstance(args[0], There)
     args, kwargs = here(args), {name: here(value) for name, value in kwargs.items()}
     assert not (known and strangers) or func in _BETWEEN, f"{func} of tensors there and here {strangers}"
-    there = bool(known) and to_there
+    there, between = bool(known) and to_there, bool(strangers)
     if kwargs.get("device") is not None:
         there = torch.device(kwargs["device"]).type == GPU.type
+        between |= bool(known) and not there
         kwargs["device"] = torch.device("cpu")
-    return placed(func(*args, **kwargs))
+    if known and not there and not (args and args[0].untyped_storage().data_ptr() in _PINNED):
+        STREAM.wait()  # brought to memory that the host reads at once
+    if STREAM.late and there:
+        args = tuple(map(read, args))
+    return placed(STREAM.operation(func, args, kwargs, between) if known or there else func(*args, **kwargs))
 
 
 @contextmanager
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> Iterator[None]:
     """Within, `device="cuda"` is the simulated device. Inference mode, which has no views of such tensors, only records no
-    gradients."""
+    gradients. late: operations are done late."""
 
     def enter(mode: Any) -> None:
         mode.recorded = torch.is_grad_enabled()
@@ -99,5 +199,11 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.inference_mode, "__exit__", leave)
     monkeypatch.setattr("kvloom.engine.startup.build.settle", lambda name: GPU if name == "cuda" else torch.device(name))
     monkeypatch.setattr("kvloom.engine.startup.memory.free_memory", lambda device: 1 << 33)
-    with Factories():
-        yield
+    monkeypatch.setattr("kvloom.engine.device.host_memory", pinned)
+    monkeypatch.setattr("kvloom.engine.device.mark", lambda device: Event())
+    STREAM.used, STREAM.late = True, late
+    try:
+        with Factories():
+            yield
+    finally:
+        STREAM.used = STREAM.late = False

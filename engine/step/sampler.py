@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvloom.engine.device import upload
+from kvloom.engine.device import Download, upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import Request, SamplingParams
 from kvloom.kernels.interface import Kernels
@@ -58,20 +58,20 @@ class Drawn(NamedTuple):
 class Sampled(NamedTuple):
     """Tokens that have been drawn, perhaps not yet computed."""
 
-    ids: Tensor
+    ids: Download
     """[rows] int64, -1 for rows that no token can be drawn from."""
     errors: Mapping[int, Exception]
     """Rows that could not be prepared, and why."""
 
     def read(self) -> list[Token]:
         """Wait for them. A row that holds NaN or inf, or nothing but -inf, gives an error."""
-        tokens: list[int] = self.ids.tolist()
+        tokens: list[int] = self.ids.read()
         return [self.errors.get(row, token if token >= 0 else _unusable()) for row, token in enumerate(tokens)]
 
     @classmethod
     def nothing(cls) -> Sampled:
         """Of no rows."""
-        return cls(torch.empty(0, dtype=torch.int64), {})
+        return cls(Download(torch.empty(0, dtype=torch.int64)), {})
 
 
 def _unusable() -> SampleError:
@@ -138,7 +138,7 @@ class Sampler:
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
-        return Sampled(ids, errors)
+        return Sampled(Download(ids), errors)
 
     def check(self, sampling: SamplingParams) -> None:
         """Raises InvalidRequestError if parameters name tokens outside the vocabulary."""

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
-from kvloom.engine.device import Mirror, settle
+from kvloom.engine.device import Download, Mirror, settle
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import Completion
 from tests.selection import test_guard
 from tests.selection.test_guard import EVERY, config
-from tests.simulated import GPU, There, simulated_gpu
+from tests.simulated import GPU, STREAM, There, simulated_gpu
 
 MakeLLM = Callable[..., LLM]
 calibrated = test_guard.calibrated
@@ -110,6 +110,31 @@ def test_what_the_host_writes_is_there_where_it_was(monkeypatch: pytest.MonkeyPa
         far.host[:3] = 5
         assert first.tolist() == [[0, 0]] * 3, "nothing is copied before it is asked for"
         assert far.front(2).tolist() == [[5, 5]] * 2 and first.tolist() == [[5, 5]] * 2 + [[0, 0]]
+
+
+def test_the_host_writes_no_array_that_is_still_to_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that does what is queued late. Two steps may be queued; a third waits for the first one's copy alone."""
+    with simulated_gpu(monkeypatch, late=True):
+        far, read = Mirror(3, torch.int64, GPU), []
+        for step in range(6):
+            far.host[:2] = step + 1
+            queued = len(STREAM.queue)
+            read.append(far.front(2).clone())  # what a kernel of this step sees
+            assert len(STREAM.queue) == queued + 2, "nobody waits for a step that has just been queued"
+            assert step < 2 or queued == 3, "a step waits for the copy of the one before the last, and not for its kernels"
+        assert [seen.tolist() for seen in read] == [[step + 1] * 2 for step in range(6)]
+
+
+def test_values_that_are_brought_back_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with simulated_gpu(monkeypatch, late=True):
+        there = torch.zeros(2, device=GPU)
+        there += 1
+        coming = Download(there)
+        there += 1
+        assert len(STREAM.queue) > 2 and coming._values.tolist() == [0, 0], "it is only on its way"
+        assert coming.read() == [1, 1] and len(STREAM.queue) == 1, "what is queued behind it goes on"
+        assert there.tolist() == [2, 2]
+    assert Download(torch.tensor([3])).read() == [3]
 
 
 def test_a_device_that_is_not_there_is_told(make_llm: MakeLLM) -> None:
