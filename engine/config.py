@@ -66,6 +66,9 @@ class ModelOptions:
     works)."""
     device: DeviceName = "cpu"
     """Where weights and KV are, and steps are computed: cpu, or cuda (not tried on a GPU yet)."""
+    enforce_eager: bool = False
+    """Make every kernel call anew in every step: by default, steps are captured (on cuda in CUDA graphs, at start) and
+    replayed."""
     threads: Count | None = None
     """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.model.decoder import MODES, Decoder
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.stats import (
     CHECKS,
@@ -37,6 +38,7 @@ class Statistics(EngineStats):
 
     cache: CacheManager
     scheduler: Scheduler
+    decoder: Decoder
     kernels: Kernels
     selectors: Selectors
     states: StateMemory
@@ -72,6 +74,7 @@ class Statistics(EngineStats):
             "evicted_blocks": sum(pool.evictions for _, pool in pools),
             "step_times": self.step_times.copy(),
             "step_prompt_rows": self.step_prompt_rows.copy(),
+            "graph_steps": {mode: self.decoder.steps[mode] for mode in MODES},
             "kv_bytes": {
                 "tail": counters.kv_bytes - counters.list_kv_bytes,
                 "list": counters.list_kv_bytes,

@@ -27,13 +27,15 @@ Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
 from kvloom.kernels.quantized import QuantizedLinears
+
+T = TypeVar("T")
 
 
 class PagedKV(NamedTuple):
@@ -120,14 +122,26 @@ class Plan(Protocol):
 class Graph(Protocol):
     """Calls of a step, captured in the order in which they were made, to be made again in one.
 
-    A replay runs the same kernels at the same addresses. Whoever captures keeps the tensors of captured calls alive and in
-    place and changes their contents alone; plans may be made anew (`Kernels.plan`, into). Replayed rows may be fewer or more
-    than were captured: tensors must be the beginnings of buffers with the same strides for any number of rows. What is not a
-    kernel call is not captured. For one thread at a time.
+    A replay runs the same kernels at the same addresses, with the numbers that the host gave them. Whoever captures keeps the
+    tensors of captured calls alive and in place and changes their contents alone; plans may be made anew (`Kernels.plan`,
+    into). For one thread at a time.
+
+                    of kernel calls                                             of a device
+    holds           kernel calls alone                                          all that is queued there, torch's own calls too
+    replayed for    any number of rows: tensors are the beginnings of buffers   as many rows as were captured
+                    with the same strides for all of them
+    what is made    lies where it did                                           belongs to the graph: nobody else may read it
+    while capturing
     """
 
-    def piece(self) -> AbstractContextManager[None]:
-        """Kernel calls of this thread within are made, and become the graph's next piece if no exception ends them."""
+    of_device: bool
+
+    def piece(self, calls: Callable[[], T]) -> T:
+        """Make these calls, of this thread; they become the graph's next piece if no exception ends them. Returns what they do.
+
+        A device's graph makes them twice, the second time to capture them, and nothing is computed then: so that whatever takes
+        place once, like compiling a kernel, has taken place, and what they read on the host is refused.
+        """
         ...
 
     def replay(self, piece: int, rows: int) -> None:

@@ -14,12 +14,13 @@ each sub-layer's result is added by the norm that follows it, which is why `laye
 from __future__ import annotations
 
 import functools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,12 +30,13 @@ from kvloom.engine.model.linear import Linear
 from kvloom.engine.model.rope import RotaryTable, rotary_table
 from kvloom.kernels.interface import Graph, Kernels
 
+T = TypeVar("T")
 GraphMode = Literal["none", "piecewise", "full"]
 """What of a step is captured in a graph and replayed: nothing, all but attention, or all. Attention that is captured makes the
 same calls at the same addresses in every step."""
-MOST_GRAPHS = 32
+MODES: tuple[GraphMode, ...] = ("none", "piecewise", "full")
+MOST_GRAPHS = 128
 """Kept at a time; the one that was used longest ago goes first."""
-_MODES: tuple[GraphMode, ...] = ("none", "piecewise", "full")
 
 
 class LayerAttention(Protocol):
@@ -79,11 +81,27 @@ class Workspace(NamedTuple):
         return Workspace(*(buffer[:count] for buffer in self))
 
 
+def _call(calls: Callable[[], T]) -> T:
+    """Calls that are not captured."""
+    return calls()
+
+
+class Captured(NamedTuple):
+    """What a graph depends on."""
+
+    attention: LayerAttention
+    mode: GraphMode
+    program: Hashable
+    """None unless attention is captured."""
+    rows: int
+    """Of a device's graph; 0 for any number."""
+
+
 class Decoder:
     """A model ready to run. Not thread-safe: one step at a time.
 
-    The first step of an attention, a mode and a program is captured, and later ones replay it: whoever puts other kernels,
-    other layers or another attention in their place does so within `capturing`.
+    The first step of an attention, a mode and a program (and on a device of a number of rows) is captured, and later ones
+    replay it: whoever puts other kernels, other layers or another attention in their place does so within `capturing`.
     """
 
     def __init__(
@@ -101,15 +119,33 @@ class Decoder:
         self.config, self.dtype, self.kernels, self.device = config, dtype, kernels, embedding.device
         self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
         projections = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
-        captures = kernels.graph() is not None and all(linear.capturable for linear in projections)
+        graph = kernels.graph()
+        self._of_device = graph is not None and graph.of_device
+        captures = graph is not None and (graph.of_device or all(linear.capturable for linear in projections))
         self._most: GraphMode = "full" if captures else "none"
-        self._graphs: OrderedDict[tuple[LayerAttention, GraphMode, Hashable], Graph] = OrderedDict()
+        self._graphs: OrderedDict[Captured, Graph] = OrderedDict()
+        self.steps = Counter[GraphMode]()
+        """By how much of them was replayed."""
         self._whole = self._part = self._allocate(1)
 
     @functools.cached_property
     def rotary(self) -> RotaryTable:
         """Cosines and sines for the runner: of all positions, unless a table of another length is set before anybody asks."""
         return rotary_table(self.config.rope, self.config.max_position, self.device)
+
+    @property
+    def graphs(self) -> int:
+        """Captured ones that are kept now."""
+        return len(self._graphs)
+
+    @property
+    def captures_sizes(self) -> bool:
+        """Whether steps are captured for one number of rows each: then they have to be padded to few different ones."""
+        return self._of_device and self._most != "none"
+
+    def enforce_eager(self) -> None:
+        """Capture nothing from now on."""
+        self._most = "none"
 
     def forward(
         self,
@@ -126,13 +162,12 @@ class Decoder:
         narrows: layers whose projection is the last that all rows get, and how many of the first ones go on; no graphs then.
         """
         x, rows = self.embed(tokens), tokens.shape[0]
-        mode = min(graphs, self._most if rows else "none", key=_MODES.index)
-        if mode == "none" or narrows:
-            return self.finish(*self._through(x, attention, nullcontext, narrows))
-        key = (attention, mode, program if mode == "full" else None)
+        mode = min(graphs, self._most if rows and not narrows else "none", key=MODES.index)
+        key = Captured(attention, mode, program if mode == "full" else None, rows if self._of_device else 0)
         graph = self._graphs.get(key)
+        self.steps[mode if graph is not None else "none"] += 1
         if graph is None:
-            return self.finish(*self._capture(x, key))
+            return self.finish(*(self._through(x, attention, _call, narrows) if mode == "none" else self._capture(x, key)))
         self._graphs.move_to_end(key)
         ws = self._workspace(rows)
         graph.replay(0, rows)
@@ -146,7 +181,7 @@ class Decoder:
     def capturing(self, most: GraphMode) -> Iterator[None]:
         """Capture no more than that within; what was captured within is forgotten."""
         before, known = self._most, dict(self._graphs)
-        self._most = min(most, before, key=_MODES.index)
+        self._most = min(most, before, key=MODES.index)
         try:
             yield
         finally:
@@ -155,17 +190,16 @@ class Decoder:
 
     def forget_programs(self) -> None:
         """What was captured of attentions with a program has moved."""
-        self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key[2] is None)
+        self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key.program is None)
 
-    def _capture(self, x: Tensor, key: tuple[LayerAttention, GraphMode, Hashable]) -> tuple[Tensor, Tensor | None]:
+    def _capture(self, x: Tensor, key: Captured) -> tuple[Tensor, Tensor | None]:
         """Run all layers, and keep what was called for steps to come."""
-        graph, (attention, mode, _) = self.kernels.graph(), key
+        graph = self.kernels.graph()
         assert graph is not None
-        if mode == "piecewise":
-            result = self._through(x, attention, graph.piece)
+        if key.mode == "piecewise":
+            result = self._through(x, key.attention, graph.piece)
         else:
-            with graph.piece():
-                result = self._through(x, attention, nullcontext)
+            result = graph.piece(partial(self._through, x, key.attention, _call))
         self._graphs[key] = graph
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
@@ -175,24 +209,25 @@ class Decoder:
         self,
         x: Tensor,
         attention: LayerAttention,
-        piece: Callable[[], AbstractContextManager[None]],
+        piece: Callable[[Callable[[], Any]], Any],
         narrows: Mapping[int, int] = MappingProxyType({}),
     ) -> tuple[Tensor, Tensor | None]:
-        """All layers; what lies between two attentions, within a `piece`. Returns the rows that got so far, and the last
+        """All layers; what lies between two attentions is called by `piece`. Returns the rows that got so far, and the last
         layer's delta."""
-        with piece():
-            qkv = self.project(0, x, None)
+        qkv = piece(partial(self.project, 0, x, None))
         for index, layer in enumerate(self.layers):
             attended = attention(index, qkv, layer.q_norm, layer.k_norm)
             if index in narrows:
                 x, attended = x[: narrows[index]], attended[: narrows[index]]
                 if not len(x):
                     return x, None
-            with piece():
-                delta = self.mix(index, x, attended)
-                if index + 1 < len(self.layers):
-                    qkv = self.project(index + 1, x, delta)
+            delta, qkv = piece(partial(self._between, index, x, attended))
         return x, delta
+
+    def _between(self, index: int, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
+        """From a layer's attention to that of the next, if there is one: the layer's delta, and the next one's projection."""
+        delta = self.mix(index, x, attended)
+        return delta, self.project(index + 1, x, delta) if index + 1 < len(self.layers) else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden: [n, hidden] fp32, the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""

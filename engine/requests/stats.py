@@ -177,6 +177,10 @@ class EngineStats:
         "Rows of prompts in such a step.", STEP_PROMPT_ROWS, "engine_step_prompt_rows", total="step_prompt_rows_sum"
     )
     step_prompt_rows_sum: int = counter("Rows of prompts of all steps, those computed anew as well.", None)
+    graph_steps: Mapping[str, int] = counter(
+        "Steps by how much of them was replayed from a captured graph: full, piecewise (all but attention), none.",
+        "engine_graph_steps", default=dict, by=("mode",), keys=("full", "piecewise", "none"), kv="graph_steps",
+    )  # fmt: skip
     kv_bytes: Mapping[str, int] = counter(
         "Bytes of keys and values that attention had to read.", "kv_read_bytes", default=dict, by=("kind",), kv="read_bytes"
     )

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from kvloom.engine.requests.request import Request
 
 
+KEPT = 5
+"""Numbers that what is kept may need of every row."""
+
+
 class Kept(NamedTuple):
     """What a step's rows see of the second head group."""
 
@@ -52,7 +56,7 @@ class Retention(Keeper, Protocol):
         self, chunks: Sequence[Chunk], tables: Tensor, request: Tensor, stop: Tensor, states: StateMemory, space: Tensor
     ) -> Kept:
         """What the rows of these chunks see. tables: [chunks, max_blocks] of the group; request, stop: [rows]; all int32.
-        space: [2, rows] int32, at one address in every step, for what `Folded` says of rows."""
+        space: [KEPT, rows] int32 with anything in it, at one address in every step. Rows behind the chunks' are padding."""
         ...
 
     def advance(self, going_on: Sequence[tuple[Request, BlockTable]], states: StateMemory, kernels: Kernels) -> None:

@@ -131,6 +131,7 @@ class Razor:
         blocks = divide(memory, length, block_size, sizes, self.window)
         if min(blocks) < 2:
             raise ConfigError(f"kv_memory is {memory} bytes; two blocks of all heads take {2 * sum(sizes)}, give at least that")
+        self._sinks = torch.arange(max(1, self.window.sinks), dtype=torch.int32, device=device)
         self._cache = CacheManager(
             *(Storage(spec, n, block_size, self._model.head_dim, self._dtype, device) for spec, n in zip(self.specs, blocks))
         )
@@ -156,20 +157,18 @@ class Razor:
     ) -> Kept:
         """See `Retention`: sinks and a window, once something is dropped, and a token for it."""
         assert self._cache is not None
-        counts = [chunk.count for chunk in chunks]
+        counts = np.array([chunk.count for chunk in chunks], np.int64)
         begins = np.array([chunk.table.forgotten * self._cache.block_size for chunk in chunks], np.int32)
         dropped = self._state.dropped(begins)
-        begin = upload(np.repeat(begins, counts), stop.device)
-        lengths = torch.where(begin > 0, self.window.sinks, 0).to(torch.int32)[:, None]
-        sinks = torch.arange(max(1, self.window.sinks), dtype=torch.int32, device=stop.device)
-        rows = Rows(tables, request, begin, stop, Lists(sinks, torch.zeros_like(lengths), lengths))
+        own = np.zeros_like(begins) if self.state is None else states.at(self.state, [chunk.request for chunk in chunks])
+        columns = np.zeros(space.shape, np.int32)
+        for column, of in zip(columns, (begins, np.where(begins > 0, self.window.sinks, 0), own, dropped)):
+            column[: counts.sum()] = np.repeat(of, counts)
+        begin, lengths, at, count, offsets = space.copy_(torch.from_numpy(columns), non_blocking=True)
+        rows = Rows(tables, request, begin, stop, Lists(self._sinks, offsets[:, None], lengths[:, None]))
         unseen = (dropped * self._local).tolist()
         if self.state is None:
             return Kept(rows, unseen)
-        own = states.at(self.state, [chunk.request for chunk in chunks])
-        at, count = (
-            each.copy_(torch.from_numpy(np.repeat(of, counts)), non_blocking=True) for each, of in zip(space, (own, dropped))
-        )
         return Kept(rows, unseen, functools.partial(self.state.folded, states.words, at=at, dropped=count))
 
     def advance(self, going_on: Sequence[tuple[Request, BlockTable]], states: StateMemory, kernels: Kernels) -> None:

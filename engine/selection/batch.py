@@ -81,33 +81,40 @@ class Batch:
     stats: MethodStats
     name: str = ""
     """Tells the work space of a step's batches apart."""
+    padding: int = 0
+    """Rows behind those of the runs, of decode rows alone: they see nothing (`kernels.interface`, padding)."""
 
     stops: Ints = field(init=False)
     """[runs]: position after a run's last row: all that is known there."""
     rows: int = field(init=False)
     """All rows of the batch."""
     stop: Tensor = field(init=False)
-    """[runs] int32: `stops` as a tensor, and `of` as another."""
+    """[runs, and padding] int32: `stops` as a tensor, and `of` as another."""
     table: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.stops, self.rows = self.begins + self.counts, int(self.counts.sum())
-        self.stop, self.table = self.tensor("stop", self.stops), self.tensor("table", self.of)
+        self.stops, self.rows = self.begins + self.counts, int(self.counts.sum()) + self.padding
+        self.stop, self.table = self.column("stop", self.stops), self.column("table", self.of)
 
     def tensor(self, name: str, values: Any) -> Tensor:
         """An int32 tensor of these values, where one of that name was in the last step."""
         found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.int32))
         return self.ints(name, *found.shape).copy_(found, non_blocking=True)
 
+    def column(self, name: str, values: npt.NDArray[Any], fill: int = 0) -> Tensor:
+        """The same of values [runs, ...], with `fill` for padding."""
+        behind = np.full((self.padding, *values.shape[1:]), fill)
+        return self.tensor(name, np.concatenate([values, behind]) if self.padding else values)
+
     def ints(self, name: str, *shape: int) -> Tensor:
         """An int32 tensor with anything in it, the same throughout the step."""
         return self.scratch.take(f"{self.name} {name}", *shape, dtype=torch.int32)
 
     def at(self, record: Record) -> Tensor:
-        """[runs] int32: where the requests' records begin in `states.words`."""
+        """[runs, and padding] int32: where the requests' records begin in `states.words`."""
         found = self.states.at(record, self.requests)
         assert (found != NO_STATE).all(), "a request has no state, but is longer than what needs none"
-        return self.tensor("at", found)
+        return self.column("at", found, NO_STATE)
 
     def floats(self, name: str, values: Tensor) -> Tensor:
         """An fp32 tensor of these values, where one of that name was in the last step."""
@@ -123,19 +130,21 @@ class Batch:
             plans[heads] = self.kernels.plan(own, heads * geometry.group, heads, geometry.head_dim, plans.get(heads))
         return plans
 
-    def seen(self, name: str, start: Tensor, lists: Lists | None = None, counts: Sequence[int] = ()) -> Plans:
-        """Decode rows that see lists, and everything from `start` on. start: [rows] int32; counts: see `plan`."""
-        return self.plan(name, Rows(self.tables, self.table, start, self.stop, lists), counts=counts)
+    def seen(self, name: str, start: npt.NDArray[Any], lists: Lists | None = None, counts: Sequence[int] = ()) -> Plans:
+        """Decode rows that see lists, and everything from `start` on. start: [runs]; counts: see `plan`."""
+        begin = self.column(f"{name} start", start)
+        return self.plan(name, Rows(self.tables, self.table, begin, self.stop, lists), counts=counts)
 
     def sinks(self, counts: npt.NDArray[np.integer]) -> Lists:
         """Lists of the first positions, so many of them for every decode row."""
         most = self.tensor("sink positions", np.arange(max(1, int(counts.max()))))
-        return Lists(most, self.tensor("sinks at", np.zeros((self.rows, 1))), self.tensor("sinks", counts[:, None]))
+        at = self.ints("sinks at", self.rows, 1).zero_()
+        return Lists(most, at, self.column("sinks", counts[:, None]))
 
     def span(self, name: str, first: Any, last: Any) -> Span:
         """Candidates [first, last) of decode rows. There is work space for more of them than there are, so that it stays as it
         is for many steps."""
-        first, last = (np.broadcast_to(np.asarray(end, np.int32), self.rows) for end in (first, last))
+        first, last = (np.broadcast_to(np.asarray(end, np.int32), len(self.stops)) for end in (first, last))
         span = self.spans(name, self.table, first, last)
         span = replace(span, width=max(256, 1 << (span.width - 1).bit_length()) + 16)
         self.reserve(span.width)
@@ -149,9 +158,9 @@ class Batch:
 
     def spans(self, name: str, table: Tensor, first: Ints, last: Ints) -> Span:
         """Candidates [first, last) of queries of these rows of `tables`."""
-        begin, end = self.tensor(f"{name} first", first), self.tensor(f"{name} last", last)
+        begin, end = self.column(f"{name} first", first), self.column(f"{name} last", last)
         return Span(
-            self.plan(name, Rows(self.tables, table, begin, end)), begin, end, self.tensor(f"{name} columns", last - first),
+            self.plan(name, Rows(self.tables, table, begin, end)), begin, end, self.column(f"{name} columns", last - first),
             self.ints(f"{name} zeros", len(begin)).zero_(), max(1, int((last - first).max(initial=0))),
         )  # fmt: skip
 

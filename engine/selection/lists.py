@@ -101,7 +101,7 @@ class Renewed:
             self._seen[heads] = Lists(batch.states.words, offsets, batch.ints(f"lengths {count}", batch.rows, count))
             self._how[heads] = how._replace(query=how.query + count * how.width)
         whole = np.iinfo(np.int32).max if how.dense else how.width + how.recent + how.most
-        most = batch.tensor("most", np.minimum(batch.stops, np.int64(whole)))
+        most = batch.column("most", np.minimum(batch.stops, np.int64(whole)))
         self.plans = batch.plan(
             "renewed", Rows(batch.tables, batch.table, self.start, batch.stop, None, most), lists=self._seen
         )

@@ -143,13 +143,13 @@ class RazorViewStep:
         self._method, self._batch = method, batch
         beyond = method.inner is not None and batch.stops.min() > method.inner.budget  # else none is: see `levels`
         self._inner = _decoding(method.inner, batch) if beyond else None
-        self._whole = None if beyond else batch.seen("whole", torch.zeros_like(batch.stop))
+        self._whole = None if beyond else batch.seen("whole", np.zeros_like(batch.stops))
         self.program: Hashable = 0 if self._inner is None else self._inner.program
         """The other method's, whose programs are none of 0."""
         drafts = np.array([request.drafts for request in batch.requests], np.int32)
         begins = method.window.begin(batch.stops - drafts, batch.geometry.block_size).astype(np.int32)
         sinks = batch.sinks(np.where(begins > 0, method.window.sinks, 0))
-        self._local = batch.seen("local", batch.tensor("begins", begins), sinks)
+        self._local = batch.seen("local", begins, sinks)
         self._sums = None if method.state is None else _Sums(method.state, batch, begins)
 
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
@@ -182,9 +182,9 @@ class _Sums:
 
     def __init__(self, state: Compensation, batch: Batch, begins: Ints) -> None:
         self._state, self._batch = state, batch
-        self._at, self._dropped = batch.at(state), batch.tensor("dropped", state.dropped(begins))
+        self._at, self._dropped = batch.at(state), batch.column("dropped", state.dropped(begins))
         added = state.advance(batch.requests, begins)
-        first, last = batch.tensor("first", added), batch.tensor("last", begins)
+        first, last = batch.column("first", added), batch.column("last", begins)
         leaving = batch.tensor("leaving", torch.where(first < last, self._at, NO_STATE))
         most = int((begins - added).max(initial=0))
         self._leaving = Leaving(batch.tables, batch.table, first, last, leaving, most)

@@ -169,7 +169,7 @@ class RecycledStep:
     def __init__(self, method: Recycled, batch: Batch) -> None:
         self._method, self._batch = method, batch
         self._rows = Renewed(batch, method.lists, method.renewal)
-        self._due = [batch.tensor(f"due {layer}", due) for layer, due in enumerate(method.schedule.due(batch.stops))]
+        self._due = [batch.column(f"due {layer}", due) for layer, due in enumerate(method.schedule.due(batch.stops))]
         """By layer, each at a place that does not depend on how many rows there are."""
         self._span = batch.span("candidates", method.sinks, batch.stops - method.recent)
         self._width = self._span.width + method.sinks + method.recent

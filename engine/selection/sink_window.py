@@ -63,8 +63,8 @@ class SinkWindowStep:
 
     def __init__(self, method: SinkWindow, batch: Batch) -> None:
         self._batch = batch
-        start = batch.tensor("start", batch.stops - (method.budget - method.sinks))
-        self._plans = batch.seen("seen", start, batch.sinks(np.full(batch.rows, method.sinks)))
+        start = batch.stops - (method.budget - method.sinks)
+        self._plans = batch.seen("seen", start, batch.sinks(np.full_like(start, method.sinks)))
 
     def attend(self, layer: Layer, out: Tensor, heads: Tensor | None = None, lse: Tensor | None = None) -> None:
         """See `RowsInStep`."""

@@ -252,13 +252,12 @@ class TidalDecodeStep:
         self._whole = batch.span("whole", 0, batch.stops)
         self._sparse: dict[tuple[int, ...], Plans] = {}
         """By `Reads.columns`."""
-        start = batch.tensor("start", batch.stops - method.recent)
         for columns, counts in method.plans.items():
-            offsets = (np.arange(rows)[:, None] * method.lists + np.array(columns)) * width
-            lengths = batch.tensor(f"lengths {columns}", np.full_like(offsets, width))
-            listed = Lists(lists.flatten(), batch.tensor(f"offsets {columns}", offsets), lengths)
-            self._sparse[columns] = batch.seen(f"sparse {columns}", start, listed, counts)
-        self._candidates = batch.tensor("candidates", batch.stops - (method.sinks + method.recent))
+            offsets = (np.arange(len(batch.stops))[:, None] * method.lists + np.array(columns)) * width
+            lengths = batch.column(f"lengths {columns}", np.full_like(offsets, width))
+            listed = Lists(lists.flatten(), batch.column(f"offsets {columns}", offsets), lengths)
+            self._sparse[columns] = batch.seen(f"sparse {columns}", batch.stops - method.recent, listed, counts)
+        self._candidates = batch.column("candidates", batch.stops - (method.sinks + method.recent))
         self._offset = batch.tensor("offset", np.full(rows, method.sinks))
         self.program = self._whole.width
 
@@ -280,8 +279,8 @@ class TidalDecodeStep:
     def finish(self) -> None:
         """See `RowsInStep`."""
         roles, stats = self._method.roles, self._batch.stats
-        stats.selections += self._batch.rows * (roles.count("choose") + roles.count("select"))
-        stats.reused += self._batch.rows * roles.count("reuse")
+        stats.selections += len(self._batch.stops) * (roles.count("choose") + roles.count("select"))
+        stats.reused += len(self._batch.stops) * roles.count("reuse")
 
     def _choose(self, layer: Layer, logits: Tensor) -> None:
         """Lists for the layers to come. logits: [rows, query heads, width], column j being position j.

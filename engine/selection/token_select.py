@@ -255,19 +255,20 @@ class ReindexedStep:
         assert heads is None, "re-indexed positions are for all heads of a layer"
         method, batch, rows = self._method, self._batch, self._rows
         words = rows.renew(layer, self._due)
-        at = method.lists.offsets(rows.at, 1)[:, 0].long()
+        runs = len(batch.stops)  # and no padding
+        at = method.lists.offsets(rows.at[:runs], 1)[:, 0].long()
         places = at[:, None] + torch.arange(method.split.width, device=at.device)
         lists = words[places]
-        misses = (rows.active >= 0).nonzero()[:, 0]
+        misses = (rows.active[:runs] >= 0).nonzero()[:, 0]
         if len(misses):
             which = misses.cpu().numpy()
             lists[misses] = vote(method, batch, method.split, layer._replace(q=layer.q[misses]), batch.of[which],
                                  batch.stops[which] - 1)  # fmt: skip
             words[places[misses]] = lists[misses]
-        starts = rows.start.cpu().numpy()
+        starts = rows.start[:runs].cpu().numpy()
         if self._reindexed is None or not np.array_equal(self._reindexed.starts, starts):
-            self._reindexed = Reindexed(batch, np.arange(batch.rows), starts, method.split.width, layer.kv.k.shape[2])
-        self._reindexed.attend(layer, lists, out, batch.read)
+            self._reindexed = Reindexed(batch, np.arange(runs), starts, method.split.width, layer.kv.k.shape[2])
+        self._reindexed.attend(layer, lists, out, batch.read[:runs])
 
     def finish(self) -> None:
         """See `RowsInStep`."""

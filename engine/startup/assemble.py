@@ -62,8 +62,8 @@ def assemble(
         estimator=PrefixEstimator(cache) if share is None else ShareEstimator(cache, share),
     )
     statistics = Statistics(
-        replicas=(config.model.replica,), cache=cache, scheduler=scheduler, kernels=kernels, selectors=selectors, states=states,
-        kvshare=share,
+        replicas=(config.model.replica,), cache=cache, scheduler=scheduler, decoder=runner.decoder, kernels=kernels,
+        selectors=selectors, states=states, kvshare=share,
     )  # fmt: skip
     admission = Admission(
         limits=limits,

@@ -93,6 +93,8 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
     loaded.decoder.rotary = rotary_table(loaded.config.rope, length, device)  # never longer than the cache
+    if config.model.enforce_eager:
+        loaded.decoder.enforce_eager()
     geometry = _geometry(loaded, length, cache.block_size, retention)
     states = _states(config, cache.bytes, retention, device)
     runner = Runner(
@@ -106,6 +108,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
         shadow_interval=config.selection.shadow_interval,
         retention=retention,
     )
+    _capture(runner, progress)
     selectors = _selectors(config, geometry, backend)
     domains = DomainFactory(
         loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention, secret=secret
@@ -208,6 +211,17 @@ def _cache(config: EngineConfig, loaded: LoadedModel, retention: Retention | Non
             f"give at least {2 * block}"
         )
     return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype, device))
+
+
+def _capture(runner: Runner, progress: Progress) -> None:
+    """Have steps captured beforehand, where that is done. Raises ConfigError if that fails."""
+    began = time.perf_counter()
+    try:
+        runner.capture(lambda done, total: progress("capturing graphs", done, total))
+    except Exception as error:  # of a driver or a compiler
+        raise ConfigError(f"steps cannot be captured here: {error}; use --enforce-eager") from error
+    if captured := runner.decoder.graphs:
+        log.info("%d graphs captured in %.1f s", captured, time.perf_counter() - began)
 
 
 def _try(backend: Kernels, cache: CacheManager, model: ModelConfig) -> None:

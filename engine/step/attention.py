@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -150,7 +151,7 @@ class StepAttention:
         before = batch.read.clone()
         part.rows.attend(layer, out, None, lse.fill_(torch.nan))
         seen = (batch.read - before) / layer.heads
-        plan = batch.seen("everything", torch.zeros_like(batch.stop), counts=(layer.heads,))[layer.heads]
+        plan = batch.seen("everything", np.zeros_like(batch.stops), counts=(layer.heads,))[layer.heads]
         self._kernels.attend(layer.q, layer.kv, plan, scale=self._scale, out=torch.empty_like(out), lse=everything)
         mass = (lse - everything).exp().mean(dim=1)[(seen < batch.stop) & ~lse.isnan().any(dim=1)]
         batch.stats.mass += float(mass.sum())

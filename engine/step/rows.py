@@ -42,6 +42,13 @@ class Order(NamedTuple):
     """So many of them, in front, are the business of methods,"""
     looking: int
     """and so many, at the end, are computed to look at them."""
+    alike: bool
+    """Whether all of them are one batch of one method."""
+
+    @property
+    def single(self) -> bool:
+        """Whether every chunk is one row, computed for good."""
+        return not self.looking and all(chunk.count == 1 for chunk in self.chunks)
 
     def planned(self, found: Sequence[T]) -> list[T]:
         """What was found of each chunk, in the order of the plan."""
@@ -51,11 +58,13 @@ class Order(NamedTuple):
 def arrange(chunks: list[Chunk]) -> Order:
     """The order of rows. Chunks with the same selector, between the same two of its levels, stand together."""
     if all(chunk.request.selector is None and chunk.look is None for chunk in chunks):
-        return Order(chunks, range(len(chunks)), 0, 0)
+        return Order(chunks, range(len(chunks)), 0, 0, False)
     sorting = sorted((*_kind(chunk), i) for i, chunk in enumerate(chunks))
     places = [i for *_, i in sorting]
     kinds = Counter(kind for kind, *_ in sorting)
-    return Order([chunks[i] for i in places], places, kinds[DECODE] + kinds[PROMPT], kinds[LOOK])
+    selecting = kinds[DECODE] + kinds[PROMPT]
+    alike = selecting == len(chunks) and sorting[0][:2] == sorting[-1][:2]
+    return Order([chunks[i] for i in places], places, selecting, kinds[LOOK], alike)
 
 
 def _kind(chunk: Chunk) -> tuple[int, tuple[int, int]]:
@@ -84,9 +93,10 @@ class StepParts:
         kernels: Kernels,
         scratch: Scratch,
         states: StateMemory,
+        padding: int = 0,
     ) -> None:
         """chunks: in the order of `arrange`, without those that see everything; tables: [chunks, max_blocks] int32;
-        read: [rows of these chunks] int64, zeroed here."""
+        read: [rows of these chunks, and padding] int64, zeroed here; padding: rows behind those of one batch of decode rows."""
         self.parts: list[Part] = []
         self.rows = len(read)
         self._read = read.zero_()
@@ -96,7 +106,7 @@ class StepParts:
             selector = _selector(members[0][1])
             runs = [(of, *cut) for of, chunk in members for cut in _cut(chunk, selector.grid if kind == PROMPT else 0)]
             of, begins, counts = (np.array(column, np.int32) for column in zip(*runs))
-            last = first + int(counts.sum())
+            last = first + int(counts.sum()) + padding
             batch = Batch(
                 requests=[chunks[i].request for i in of],
                 counts=counts,
@@ -110,6 +120,7 @@ class StepParts:
                 states=states,
                 stats=selector.stats,
                 name=f"part {i}",
+                padding=padding,
             )
             rows = selector.decode(batch) if kind == DECODE else selector.prefill(batch)
             self.parts.append(Part(first, last, selector, batch, rows, kind == DECODE))

@@ -1,11 +1,13 @@
 """The runner: turns a step's plan into tensors and runs the model.
 
-One flat batch, no padding: row r is one token of one request, with a position, a slot and a visible range. Buffers are made
-once for the largest step; a step uses their front.
+One flat batch: row r is one token of one request, with a position, a slot and a visible range. Buffers are made once for the
+largest step; a step uses their front. Nothing is padded, but where steps are captured for one number of rows each (CUDA
+graphs): there a step of single rows is made as large as the next of `capture_sizes`.
 """
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,11 +19,11 @@ from kvloom.engine.cache import CacheManager
 from kvloom.engine.device import Mirror, upload
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.requests.state import StateMemory
-from kvloom.engine.retention.base import Retention
+from kvloom.engine.retention.base import KEPT, Retention
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection import Geometry, Scratch, dense_rows
 from kvloom.engine.step.attention import GroupRows, LookAt, StepAttention, replayable
-from kvloom.engine.step.rows import Seen, StepParts, arrange, count
+from kvloom.engine.step.rows import Order, Seen, StepParts, arrange, count
 from kvloom.kernels.interface import Kernels
 
 
@@ -62,37 +64,60 @@ class Runner:
         self._shadow_interval, self._sparse_steps = shadow_interval, 0
         self.decoder = decoder
         self._size = cache.block_size
+        self.capture_sizes = capture_sizes(min(max_rows, max_seqs))
         self._attention = StepAttention(kernels, cache.groups, config, decoder.rotary.cos, decoder.rotary.sin)
         self._retention = retention
         self._tokens, self._positions = (Mirror(max_rows, torch.int64, device) for _ in range(2))
         self._slots = [Mirror(max_rows, torch.int64, device) for _ in cache.groups]
         self._request, self._stop = (Mirror(max_rows, torch.int32, device) for _ in range(2))
         self._zeros = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self._folds = torch.zeros(2, max_rows, dtype=torch.int32, device=device)
+        self._kept = torch.zeros(KEPT, max_rows, dtype=torch.int32, device=device)
         self._read = torch.zeros(max_rows, dtype=torch.int64, device=device)
         blocks = (2 * max_seqs, -(-geometry.max_len // self._size))
         self._tables = [Mirror(blocks, torch.int32, device) for _ in cache.groups]
         shape = (max_rows, config.q_heads, config.head_dim)
         self._q, self._out = (torch.empty(shape, dtype=decoder.dtype, device=device) for _ in range(2))
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows and store their KV."""
         order, rows = arrange(plan.chunks), plan.rows
-        chunks, starts = order.chunks, self._fill(order.chunks)
-        tables = [mirror.front(len(chunks)) for mirror in self._tables]
+        return self._run(order, rows, self._padding(rows) if order.single else 0)
+
+    def capture(self, told: Callable[[int, int], None]) -> None:
+        """Capture dense steps of all sizes, whose rows are padding, if steps are captured so: the largest first, in whose
+        memory others find room. told: called with (graphs done, graphs in all)."""
+        if not self.decoder.captures_sizes:
+            return
+        sizes, nothing = self.capture_sizes[::-1], arrange([])
+        self._run(nothing, 0, len(self._zeros))  # what grows with rows is then as large as it gets
+        for done, size in enumerate(sizes):
+            told(done, len(sizes))
+            self._run(nothing, 0, size)
+        told(len(sizes), len(sizes))
+
+    def _padding(self, rows: int) -> int:
+        """Rows that a step of so many single ones lacks to be as large as one that may be captured."""
+        at = bisect.bisect_left(self.capture_sizes, rows)
+        return self.capture_sizes[at] - rows if self.decoder.captures_sizes and at < len(self.capture_sizes) else 0
+
+    @torch.inference_mode()
+    def _run(self, order: Order, own: int, padding: int) -> StepResult:
+        """own: rows but for padding."""
+        chunks, starts, rows = order.chunks, self._fill(order.chunks, padding), own + padding
+        tables = [mirror.front(min(len(chunks) + padding, len(mirror.host))) for mirror in self._tables]
         slots = [mirror.front(rows) for mirror in self._slots]
         request, stop = self._request.front(rows), self._stop.front(rows)
-        parts = self._parts(chunks[: order.selecting], tables[0]) if order.selecting else None
+        mine = chunks[: order.selecting]
+        parts = self._parts(mine, tables[0], padding if order.alike else 0) if mine else None
         looks = [LookAt(at, at + c.count, c.look) for at, c in zip(starts, chunks) if c.look is not None]
         first, last = parts.rows if parts else 0, looks[0].first if looks else rows
         dense = dense_rows(tables[0], request[first:last], stop[first:last], self._zeros[: last - first])
         groups, unseen = [GroupRows(slots[0], dense, parts.parts if parts else (), looks)], [0] * len(chunks)
         if self._retention is not None:
-            kept = self._retention.kept(chunks, tables[1], request, stop, self._states, self._folds[:, :rows])
+            kept = self._retention.kept(chunks, tables[1], request, stop, self._states, self._kept[:, :rows])
             groups.append(GroupRows(slots[1], kept.rows, folded=kept.folded))
             unseen = kept.unseen
-        hidden = self._forward(groups, rows)
+        hidden = self._forward(groups, rows, captured=order.single and rows in self.capture_sizes)
 
         def seen() -> list[Seen]:
             read = parts.finish() if parts else []
@@ -102,14 +127,15 @@ class Runner:
             ]
             return order.planned(found)
 
-        return StepResult(hidden, order.planned(starts), seen)
+        return StepResult(hidden[:own], order.planned(starts), seen)
 
-    def _parts(self, chunks: list[Chunk], tables: Tensor) -> StepParts:
+    def _parts(self, chunks: list[Chunk], tables: Tensor, padding: int) -> StepParts:
         """Batches of selection methods. chunks: theirs, in the order of rows."""
-        read = self._read[: sum(chunk.count for chunk in chunks)]
-        return StepParts(chunks, tables, read, self.geometry, self._kernels, self._scratch, self._states)
+        read = self._read[: sum(chunk.count for chunk in chunks) + padding]
+        return StepParts(chunks, tables, read, self.geometry, self._kernels, self._scratch, self._states, padding)
 
-    def _forward(self, groups: list[GroupRows], rows: int) -> Tensor:
+    def _forward(self, groups: list[GroupRows], rows: int, *, captured: bool) -> Tensor:
+        """captured: whether steps of these rows are, where that is done for one number of rows each."""
         tokens, positions = self._tokens.front(rows), self._positions.front(rows)
         shadow = False
         if self._shadow_interval and any(part.decodes for part in groups[0].parts):
@@ -122,9 +148,10 @@ class Runner:
         if self._scratch.moves != self._moves:
             self._moves = self._scratch.moves
             self.decoder.forget_programs()
-        hidden = self.decoder.forward(
-            tokens, self._attention, *(kind := replayable(groups[0].rows, groups[0].parts, shadow=shadow))
-        )
+        kind = replayable(groups[0].rows, groups[0].parts, shadow=shadow)
+        if self.decoder.captures_sizes and not captured:
+            kind = "none", None
+        hidden = self.decoder.forward(tokens, self._attention, *kind)
         assert kind[1] is None or self._scratch.moves == self._moves, "calls were captured whose work space has moved"
         return hidden
 
@@ -136,7 +163,7 @@ class Runner:
             hidden = hidden[upload(np.array(rows), hidden.device)]
         return self.decoder.logits(hidden)
 
-    def _fill(self, chunks: Sequence[Chunk]) -> list[int]:
+    def _fill(self, chunks: Sequence[Chunk], padding: int) -> list[int]:
         """Write tokens, positions, slots and tables into the buffers, in this order. Returns each chunk's first row."""
         starts, row, size = [], 0, self._size
         all_tokens, all_positions, all_requests = self._tokens.host, self._positions.host, self._request.host
@@ -165,4 +192,14 @@ class Runner:
                     slots.host[row:stop] = blocks[positions // size].astype(np.int64) * size + positions % size
             row += count
         np.add(all_positions[:row], 1, out=self._stop.host[:row], casting="unsafe")
+        behind = slice(row, row + padding)
+        all_tokens[behind] = all_positions[behind] = self._stop.host[behind] = 0
+        all_requests[behind] = np.minimum(np.arange(row, row + padding), len(self._tables[0].host) - 1)
+        for slots in self._slots:
+            slots.host[behind] = -1
         return starts
+
+
+def capture_sizes(most: int) -> list[int]:
+    """Rows of steps that are captured, up to the most of a step that decodes: as vLLM's cudagraph_capture_sizes."""
+    return sorted({size for size in (1, 2, 4, *range(8, most, 8), most) if size <= most})

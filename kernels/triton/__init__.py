@@ -1,7 +1,8 @@
 """The back end for GPUs: every operation of `interface` as Triton kernels, which their interpreter also runs on a CPU.
 
 Element types, strides and shapes are checked here; contents of index tensors are trusted, as the contract says. No operation
-reads a tensor's value on the host: calls may be captured in CUDA graphs. Plans make scratch.
+reads a tensor's value on the host: calls may be captured in CUDA graphs. Plans make
+scratch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, same_dtype, strides
+from kvloom.kernels.cuda_graph import CudaGraph
 from kvloom.kernels.interface import Counters, Folded, PagedKV, Plan, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding
@@ -53,15 +55,17 @@ class TritonKernels:
     def __init__(self, device: str) -> None:
         self.quantized: QuantizedLinears | None = TritonQuantized(device)
         self._totals = torch.zeros(COUNTERS, 5, dtype=torch.int64, device=device)
-        self._scratch = torch.empty(0, device=device)
+        self._scratch = [torch.empty(0, device=device)]
+        """The last is the largest; calls that were captured with others still write there."""
 
     @property
     def counters(self) -> Counters:
         """As of now: waits for the device. Calls that are replayed count too."""
         return Counters(*self._totals.sum(0).tolist())
 
-    def graph(self) -> None:
-        """None: CUDA graphs capture these calls."""
+    def graph(self) -> CudaGraph | None:
+        """See the contract: of the device; None in the interpreter."""
+        return None if INTERPRETED.value else CudaGraph(self._totals.device)
 
     # Attention ---------------------------------------------------------------------------------------------------
 
@@ -71,9 +75,9 @@ class TritonKernels:
         tiles = cut(rows, q_heads // kv_heads, head_dim)
         queries = partial_queries(tiles, kv_heads, q_heads // max(1, kv_heads))
         size = queries * splits(rows, LARGEST_BLOCK) * (head_dim + 2)  # sums, a maximum and a total
-        if len(self._scratch) < size:
-            self._scratch = torch.empty(size, device=self._scratch.device)
-        plan = TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, queries, self._scratch)
+        if len(self._scratch[-1]) < size:
+            self._scratch.append(torch.empty(max(size, 2 * len(self._scratch[-1])), device=self._totals.device))
+        plan = TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, queries, self._scratch[-1])
         return plan if into is None else _own(into).renewed(plan)
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,

@@ -165,7 +165,9 @@ def _renew(compare: Compare) -> None:
 def _attend(what: str, dtype: torch.dtype = torch.bfloat16, dim: int = DIM) -> None:
     """what: "decode", "lists" (all that can be asked for), "chunk" or "score"."""
     kernels, zeros = TritonKernels("cpu"), _int32(ROWS).zero_()
-    seen = Rows(_int32(ROWS, WIDTH // 16), zeros, zeros, zeros, None, None if what == "chunk" else zeros)
+    seen = Rows(
+        _int32(1 if what == "chunk" else ROWS, WIDTH // 16), zeros, zeros, zeros, None, None if what == "chunk" else zeros
+    )
     if what == "lists":
         seen = seen._replace(lists=Lists(zeros, *(_int32(ROWS, KV_HEADS) for _ in "ol")))
     kv = PagedKV(*(_of(64, KV_HEADS, 16, dim, dtype=dtype) for _ in "kv"))

@@ -98,9 +98,10 @@ def check_rows(rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> None:
 
 
 def cut(rows: Rows, group: int, head_dim: int) -> tuple[Tiles, ...]:
-    """A step's tiles, without a look at what is in its tensors. Rows of open plans share nothing."""
+    """A step's tiles, without a look at what is in its tensors. Rows of open plans share nothing, nor do rows that are no more
+    than there are requests: in a step that is captured, a tile is a row."""
     size = max(1, QUERIES // (1 if head_dim <= 128 else 2) // group)
-    if rows.most is not None or rows.size < CHUNK or size == 1:
+    if rows.most is not None or rows.size < CHUNK or rows.size <= len(rows.tables) or size == 1:
         return (Tiles(1, rows.size),)
     row = torch.arange(rows.size, device=rows.request.device)
     begin = torch.where(_joined(rows), 0, row).cummax(0).values  # each row's first neighbour

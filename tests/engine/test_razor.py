@@ -296,7 +296,7 @@ def test_captured_steps_give_the_bits_of_calls_made_one_by_one(razor: Callable[.
         assert decoder._most == "full"
         decoder._most = "full" if captures else "none"
         found.append([scores(llm, text(length, length), text(80, 1)) for length in (20, 100, 41)])
-        modes = {mode for _, mode, _ in decoder._graphs}
+        modes = {key.mode for key in decoder._graphs}
         assert modes == ({"full"} if captures else set())
     assert found[0] == found[1]
 

@@ -295,8 +295,7 @@ def test_replays_read_what_is_there_now() -> None:
 
     graph = kernels.graph()
     step([(0, 4, 100, 0)])
-    with graph.piece():
-        run(1)
+    graph.piece(lambda: run(1))
     for rows in ([(0, 100, 132, 0), (2, 4, 64, size), (3, 4, 4, 2 * size)], [(1, 4, 250, 3 * size)]):
         visible = step(rows)
         graph.replay(0, len(rows))

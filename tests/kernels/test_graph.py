@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -67,8 +68,7 @@ class Step:
 def test_a_replay_computes_what_the_calls_would(kernels: NativeKernels) -> None:
     eager, captured, graph = Step(kernels), Step(kernels), kernels.graph()
     captured.fill(3, 0, seed=0)
-    with graph.piece():
-        captured.run()
+    graph.piece(captured.run)
     eager.fill(3, 0, seed=0)
     eager.run()
     for seed, (rows, first) in enumerate([(1, 3), (40, 4), (2, 44), (1, 300)], 1):
@@ -83,9 +83,7 @@ def test_a_replay_computes_what_the_calls_would(kernels: NativeKernels) -> None:
 def test_replays_are_counted_like_calls(kernels: NativeKernels) -> None:
     step, graph = Step(kernels), kernels.graph()
     step.fill(5, 0, seed=0)
-    with graph.piece():
-        step.run()
-        step.run()
+    graph.piece(lambda: [step.run() for _ in range(2)])
     step.fill(7, 100, seed=1)
     before = Counters(**asdict(kernels.counters))
     graph.replay(0, 7)
@@ -101,8 +99,7 @@ def test_pieces_are_replayed_alone(kernels: NativeKernels) -> None:
     graph, x, out = kernels.graph(), torch.randn(4, 32), torch.zeros(4, 32)
     weights = torch.full((32,), 1.0), torch.full((32,), 2.0)
     for weight in weights:
-        with graph.piece():
-            kernels.add_rms_norm(x, None, weight, 1e-5, out)
+        assert graph.piece(partial(kernels.add_rms_norm, x, None, weight, 1e-5, out)) is out
     twice = out.clone()
     graph.replay(0, 4)
     assert torch.equal(2 * out, twice)
@@ -114,8 +111,7 @@ def test_pieces_are_replayed_alone(kernels: NativeKernels) -> None:
 def test_a_plan_of_another_number_of_rows_is_refused(kernels: NativeKernels) -> None:
     step, graph = Step(kernels), kernels.graph()
     step.fill(5, 0, seed=0)
-    with graph.piece():
-        step.run()
+    graph.piece(step.run)
     with pytest.raises(ValueError, match="6 rows are replayed, but the plan of a captured call has 5"):
         graph.replay(0, 6)
 
@@ -133,9 +129,9 @@ def test_a_plan_is_made_anew_for_the_same_heads_only(kernels: NativeKernels) -> 
 
 def test_what_fails_leaves_no_piece_and_no_capture(kernels: NativeKernels) -> None:
     graph, x = kernels.graph(), torch.randn(2, 64)
-    with pytest.raises(TypeError), graph.piece():
-        kernels.silu_mul(x, torch.empty(2, 32))
-        kernels.silu_mul(x, torch.empty(2, 32, dtype=torch.bfloat16))
+    outs = torch.empty(2, 32), torch.empty(2, 32, dtype=torch.bfloat16)
+    with pytest.raises(TypeError):
+        graph.piece(lambda: [kernels.silu_mul(x, out) for out in outs])
     assert kernels.library.capture is None
     with pytest.raises(IndexError):
         graph.replay(0, 2)
@@ -143,11 +139,14 @@ def test_what_fails_leaves_no_piece_and_no_capture(kernels: NativeKernels) -> No
 
 def test_another_threads_calls_are_not_captured(kernels: NativeKernels) -> None:
     graph, x, mine, others = kernels.graph(), torch.randn(2, 64), torch.empty(2, 32), torch.empty(2, 32)
-    with graph.piece():
+
+    def both() -> None:
         thread = threading.Thread(target=kernels.silu_mul, args=(x, others))
         thread.start()
         thread.join()
         kernels.silu_mul(x, mine)
+
+    graph.piece(both)
     wanted = mine.clone()
     mine.zero_(), others.zero_()
     graph.replay(0, 2)

@@ -77,14 +77,14 @@ def test_attention_is_timed_where_steps_are_captured(make_llm: MakeLLM, monkeypa
     llm = make_llm(backend="native", weights="int8", dtype="bf16", shadow_interval=0)
     llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True))
     decoder = llm.core.runner.decoder
-    assert [mode for _, mode, _ in decoder._graphs] == ["full"]
+    assert [key.mode for key in decoder._graphs] == ["full"]
     calls: list[int] = []
     timed = _Clock.__call__
     monkeypatch.setattr(_Clock, "__call__", lambda clock, layer, *rest: (calls.append(layer), timed(clock, layer, *rest))[1])
     before = llm.stats().steps
     follow(llm, passages(llm), kv)
     assert len(calls) == 3 * (llm.stats().steps - before), "every layer of every step"
-    assert all(of is llm.core.runner._attention for of, *_ in decoder._graphs), "nothing stays of the clock"
+    assert all(key.attention is llm.core.runner._attention for key in decoder._graphs), "nothing stays of the clock"
 
 
 def test_the_engine_bench_times_kernels_where_steps_are_captured(make_llm: MakeLLM) -> None:

@@ -281,7 +281,7 @@ def test_captured_steps_give_the_bits_of_calls_made_one_by_one(make_llm: Make, n
         kv = DENSE if name == "dense" else using(name)
         jobs = [(text, kv if i % 2 == 0 else DENSE) for i, text in enumerate(prompts((60, 7, 90, 41)))]
         found.append([run(llm, jobs[:1]), run(llm, jobs, tokens=20), run(llm, jobs[2:])])
-        modes = {mode for _, mode, _ in decoder._graphs}
+        modes = {key.mode for key in decoder._graphs}
         assert modes == (set() if not captures else {"full"} if name == "dense" else {"full", "piecewise"})
         counters = llm.stats().kv_bytes
         found[-1].append(counters)
@@ -297,7 +297,7 @@ def test_captured_batches_of_one_method_may_grow_and_shrink(make_llm: Make, monk
 
     def within_its_work_space(graph: NativeGraph, piece: int, rows: int) -> None:
         runner: Any = llm.core.runner
-        (program,) = [key[2] for key, known in runner.decoder._graphs.items() if known is graph]
+        (program,) = [key.program for key, known in runner.decoder._graphs.items() if known is graph]
         if program is not None and program[1]:  # the columns of every row's logits
             room = runner._scratch._buffers["logits"].numel()
             assert rows * runner.geometry.q_heads * program[1] <= room, "a replay writes past its logits"
@@ -323,7 +323,7 @@ def test_captured_batches_of_one_method_may_grow_and_shrink(make_llm: Make, monk
                 outputs.setdefault(output.id, []).extend((entry.token, entry.logprob) for entry in output.logprobs)
             llm.core.check()
         assert not llm.core.busy and len(outputs) == 51
-        whole = [program for _, mode, program in llm.core.runner.decoder._graphs if mode == "full" and program is not None]
+        whole = [key for key in llm.core.runner.decoder._graphs if key.mode == "full" and key.program is not None]
         assert bool(whole) == captures
         found.append((outputs, asdict(llm.stats().selection[using(name).selection or ""]), llm.stats().kv_bytes))
     assert found[0] == found[1]

@@ -197,7 +197,7 @@ def test_steps_of_one_kind_are_captured_whole(make_llm: Make, name: str) -> None
     decoder: Any = llm.core.runner.decoder
     started(llm, [EVERY[name]] * 3, 40)
     known = dict(decoder._graphs)
-    assert {mode for _, mode, _ in known} == {"full"}
+    assert {key.mode for key in known} == {"full"}
     for _ in range(20):
         llm.core.step()
     assert {key: id(graph) for key, graph in decoder._graphs.items()} == {key: id(graph) for key, graph in known.items()}

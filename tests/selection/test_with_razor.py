@@ -372,7 +372,7 @@ def test_captured_steps_give_the_bits_of_calls_made_one_by_one(razor: Make, name
         decoder._most = "full" if captures else "none"
         jobs = [(text, METHODS[name] if i != 1 else DENSE) for i, text in enumerate(texts(60, 7, 90, 41))]
         found.append([run(llm, jobs[:1]), run(llm, jobs, 20), run(llm, jobs[2:]), llm.stats().kv_bytes])
-        whole = [program for _, mode, program in decoder._graphs if mode == "full" and program is not None]
+        whole = [key for key in decoder._graphs if key.mode == "full" and key.program is not None]
         assert bool(whole) == captures
     assert found[0] == found[1]
 

@@ -20,9 +20,10 @@ from kvloom.engine.requests.stats import CHECKS, KINDS, EngineStats, GroupStats,
 
 CLASSES: tuple[Any, ...] = (EngineStats, GroupStats, MethodStats, ShareStats, TenantStats, Health)
 METRICS = {
-    "engine_internal_errors": "", "engine_step_prompt_rows": "le", "engine_step_seconds": "", "engine_step_time_seconds": "le",
-    "engine_steps": "", "engine_up": "", "generation_tokens": "", "kv_blocks": "group,state", "kv_cache_capacity_tokens": "",
-    "kv_cache_usage_perc": "", "kv_evicted_blocks": "", "kv_read_bytes": "kind", "kvshare_captured_tokens": "",
+    "engine_graph_steps": "mode", "engine_internal_errors": "", "engine_step_prompt_rows": "le", "engine_step_seconds": "",
+    "engine_step_time_seconds": "le", "engine_steps": "", "engine_up": "", "generation_tokens": "",
+    "kv_blocks": "group,state", "kv_cache_capacity_tokens": "", "kv_cache_usage_perc": "", "kv_evicted_blocks": "",
+    "kv_read_bytes": "kind", "kvshare_captured_tokens": "",
     "kvshare_compiled_tokens": "", "kvshare_copy_seconds": "", "kvshare_deviation_runs": "", "kvshare_deviation_sum": "",
     "kvshare_enabled": "", "kvshare_errands": "", "kvshare_healed_tokens": "", "kvshare_identity_failures": "",
     "kvshare_match_seconds": "", "kvshare_recomputed_ratio": "le", "kvshare_recomputed_tokens": "",
@@ -40,8 +41,8 @@ METRICS = {
 }  # fmt: skip
 """What the engine tells on /metrics, and the labels beside the model's: names that dashboards hold, not to be changed."""
 PLACES = {
-    "": "block_size blocks capacity_tokens drafts evicted_blocks hit_rate kvshare prefix read_bytes requests selection "
-        "selection_state settings tenants usage",
+    "": "block_size blocks capacity_tokens drafts evicted_blocks graph_steps hit_rate kvshare prefix read_bytes requests "
+        "selection selection_state settings tenants usage",
     "blocks.full": "cached free in_use total", "drafts": "accepted_tokens drafted_tokens made",
     "prefix": "hit_tokens query_tokens",
     "kvshare": "deviation enabled errands identity_failures left recomputed_share refreshed_tokens rejected_runs requests runs "
@@ -117,8 +118,9 @@ def values(cls: Any) -> Any:
             continue
         if figure.kind == "histogram":
             default = st.lists(counts, min_size=len(figure.bounds), max_size=len(figure.bounds))
-        elif name in ("tokens", "runs", "kv_bytes"):
-            default = st.dictionaries(st.sampled_from(KINDS), counts, max_size=3).map(dict if name == "kv_bytes" else Counter)
+        elif name in ("tokens", "runs", "kv_bytes", "graph_steps"):
+            made_of = Counter if name in ("tokens", "runs") else dict
+            default = st.dictionaries(st.sampled_from(KINDS), counts, max_size=3).map(made_of)
         else:
             default = counts
         made[name] = special.get(name, default)

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from .library import CALL, Function, Library
 from .plan import NativePlan
 
+T = TypeVar("T")
+
 
 class NativeGraph:
     """Pieces of captured calls. What they point to is kept by whoever captured them, but for their plans."""
+
+    of_device = False
 
     def __init__(self, library: Library) -> None:
         self._library = library
         self._pieces: list[Piece] = []
 
-    @contextmanager
-    def piece(self) -> Iterator[None]:
+    def piece(self, calls: Callable[[], T]) -> T:
         """See the contract."""
         piece = Piece()
         self._library.capture = piece
         try:
-            yield
+            result = calls()
         finally:
             self._library.capture = None
         piece.close()
         self._pieces.append(piece)
+        return result
 
     def replay(self, piece: int, rows: int) -> None:
         """See the contract."""
