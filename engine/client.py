@@ -57,7 +57,9 @@ class ModelInfo:
     weights_held: str = ""
     """What the mode `weights` came to and why: layers int4 (the file's codes), head int8 (rounded from BF16)."""
     device: str = "cpu"
-    """Where weights and KV are."""
+    """Where weights and KV are: cpu or cuda."""
+    device_note: str = ""
+    """Which one that is, or why it is no other; empty for a CPU that was named."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

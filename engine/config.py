@@ -25,13 +25,14 @@ from kvloom.engine.settings.former import value_now
 DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
 Backend = Literal["auto", "native", "triton", "torch", "reference"]
-DeviceName = Literal["cpu", "cuda"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 
 Tokens = Annotated[int, "TOKENS"]
 Count = Annotated[int, "N"]
 Size = Annotated[int, "SIZE"]
 """Bytes; written as 4GiB, 512MiB, or a plain number."""
 Milliseconds = Annotated[int, "MS"]
+Part = Annotated[float, "PART"]
 JSONText = Annotated[str, "JSON"]
 FilePath = Annotated[str, "FILE"]
 Name = Annotated[str, "NAME"]
@@ -64,8 +65,9 @@ class ModelOptions:
     backend: Backend = "auto"
     """Kernels: native (C++, built on this machine, for the CPU), triton (for cuda), torch, reference, or auto (the first that
     works)."""
-    device: DeviceName = "cpu"
-    """Where weights and KV are, and steps are computed: cpu, or cuda (not tried on a GPU yet)."""
+    device: DeviceName = "auto"
+    """Where weights and KV are, and steps are computed: cpu, cuda (not yet measured on a GPU), or auto: a GPU of compute
+    capability 8.0 or more where torch can use one and the backend is not native, else the CPU."""
     enforce_eager: bool = False
     """Make every kernel call anew in every step: by default, steps are captured (on cuda in CUDA graphs, at start) and
     replayed."""
@@ -79,7 +81,10 @@ class CacheOptions:
 
     kv_memory: Size | None = None
     """Bytes for the KV cache (4GiB, 512MiB, ...); the default is a quarter of the memory that is free, at most 4 GiB, and on a
-    GPU half of what is free there."""
+    GPU what gpu_memory_utilization leaves."""
+    gpu_memory_utilization: Part | None = None
+    """Part of a GPU's memory that may be taken, by weights, steps, the KV cache and by others, above 0 and up to 1: the KV
+    cache gets what the rest leaves. The default is 0.92; kv_memory, where given, wins."""
     block_size: Tokens = 16
     """Tokens per block: a power of two from 1 to 256."""
     reuse: Name = "exact"
@@ -98,6 +103,8 @@ class CacheOptions:
             raise ConfigError(f"block_size is {self.block_size}; allowed: a power of two from 1 to 256")
         if self.kv_memory is not None and self.kv_memory <= 0:
             raise ConfigError(f"kv_memory is {self.kv_memory} bytes; allowed: more than 0")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization is {self.gpu_memory_utilization}; allowed: above 0, up to 1")
         if self.segment_memory is not None and self.segment_memory < 0:
             raise ConfigError(f"segment_memory is {self.segment_memory} bytes; allowed: 0 or more")
 

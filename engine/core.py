@@ -19,7 +19,7 @@ from kvloom.engine.cache import CacheManager
 from kvloom.engine.cache.prefix import Domain
 from kvloom.engine.client import EngineStats, TenantStats
 from kvloom.engine.errors import EngineDeadError, InternalError, InvalidRequestError, KVLoomError
-from kvloom.engine.requests.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, failed
+from kvloom.engine.requests.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, failed, log_remedy
 from kvloom.engine.requests.lifecycle import Features
 from kvloom.engine.requests.request import Request, RequestOutput
 from kvloom.engine.requests.state import StateMemory
@@ -250,6 +250,7 @@ class EngineCore:
         """End a request for which something has just failed. Nothing if it has ended already."""
         self._statistics.internal_errors += 1
         log.exception("something failed for request %s, which ends", request.id)
+        log_remedy()
         return [failed(request)] if self._holdings.close(request) else []
 
     def _fail_step(self, plan: StepPlan | None) -> list[RequestOutput]:
@@ -260,6 +261,7 @@ class EngineCore:
         self._failures += 1
         self._statistics.internal_errors += 1
         log.exception("a step has failed, the %d. in a row", self._failures)
+        log_remedy()
         if self._failures >= MOST_FAILURES:
             raise EngineDeadError(
                 f"the engine has ended after {self._failures} failed steps in a row; the server's log says more"

@@ -6,8 +6,10 @@ queue.
 
 from __future__ import annotations
 
+import importlib.util
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -16,21 +18,67 @@ from torch import Tensor
 from kvloom.engine.errors import ConfigError
 
 CPU = torch.device("cpu")
+OLDEST = (8, 0)
+"""Compute capability from which on a GPU is taken without being named: the first that computes in bf16."""
 
 
-def settle(name: str) -> torch.device:
-    """The device of that name, with its number. Raises ConfigError if this torch cannot use it here."""
+class Placement(NamedTuple):
+    """A device, and in words which one that is, or why it is no other; nothing to say of a CPU that was named."""
+
+    device: torch.device
+    note: str = ""
+
+
+def settle(name: str, backend: str = "auto") -> Placement:
+    """The device of that name, with its number; of "auto" a GPU that is recent enough where torch can use one, else the CPU.
+
+    backend: `native` computes on a CPU only. Raises ConfigError if this torch cannot use what was named here.
+    """
     if name == "cpu":
-        return CPU
+        return Placement(CPU)
+    if name == "auto" and backend == "native":
+        return Placement(CPU, "native kernels run there alone")
     if not torch.cuda.is_available():
-        reason = "sees no GPU" if torch.backends.cuda.is_built() else "is built without CUDA"
-        raise ConfigError(f"device is {name}, but torch {torch.__version__} {reason} here; use --device cpu")
-    return torch.device(name, torch.cuda.current_device())
+        reason = f"torch {torch.__version__} {'sees no GPU' if torch.backends.cuda.is_built() else 'is built without CUDA'}"
+        if name == "auto":
+            return Placement(CPU, reason)
+        raise ConfigError(f"device is {name}, but {reason} here; use --device cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    capability = torch.cuda.get_device_capability(device)
+    gpu = f"{torch.cuda.get_device_name(device)}, compute capability {'.'.join(map(str, capability))}"
+    if name == "auto" and capability < OLDEST:
+        return Placement(CPU, f"{gpu}, is older than 8.0; --device cuda --backend torch takes it all the same")
+    if backend == "auto" and importlib.util.find_spec("triton") is None:
+        gpu += "; triton is not installed, whose kernels are faster than torch's"
+    return Placement(device, gpu)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device other than the CPU."""
-    return int(torch.cuda.mem_get_info(device)[0])
+class DeviceMemory(NamedTuple):
+    """Memory of a device other than the CPU, in bytes."""
+
+    free: int
+    """Can be allocated."""
+    total: int
+
+
+def memory_of(device: torch.device) -> DeviceMemory:
+    """As of now, once what this process only keeps for later has been given back."""
+    torch.cuda.empty_cache()
+    return DeviceMemory(*torch.cuda.mem_get_info(device))
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """What was asked for where a device's memory ran out, such as "2.00 GiB"; empty if an error has another cause.
+
+    What this process keeps for later is given back then, so that the next attempt finds it in one piece.
+    """
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__
+    if error is None:
+        return ""
+    torch.cuda.empty_cache()
+    asked = re.search(r"Tried to allocate ([0-9.]+ \w+)", str(error))
+    return asked[1] if asked else "memory"
 
 
 def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -20,6 +20,7 @@ RENAMED = {
     "disable_log_requests": "no_access_log",
     "kv_cache_memory_bytes": "kv_memory",
     "kv_cache_memory": "kv_memory",
+    "mem_fraction_static": "gpu_memory_utilization",
     "max_concurrent_requests": "max_num_seqs",
     "max_num_batched_tokens": "max_batched_tokens",
     "max_running_requests": "max_num_seqs",
@@ -53,7 +54,7 @@ class Only(NamedTuple):
     reason: str
 
 
-_ONE = "kvloom runs on one machine's CPU for now"
+_ONE = "kvloom runs on one machine's CPU or one GPU for now"
 ONLY = {
     "tensor_parallel_size": Only(("1",), _ONE),
     "pipeline_parallel_size": Only(("1",), _ONE),

@@ -56,7 +56,9 @@ MEASUREMENTS = {
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""
 API_KEY_VARIABLE = "KVLOOM_API_KEY"
-PLANNED = ("model", "dtype", "max_model_len", "block_size")
+PLANNED = (
+    "model", "dtype", "max_model_len", "device", "block_size", "gpu_memory_utilization", "max_num_seqs", "max_batched_tokens",
+)  # fmt: skip
 """Settings that `kvloom plan` takes beside a memory."""
 
 
@@ -183,7 +185,8 @@ def _add_models(commands: Any) -> None:
 
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser("plan", help="what fits into a memory, for every retention", allow_abbrev=False)
-    plan.add_argument("--memory", required=True, metavar="SIZE", help="for weights and KV cache together: 16GiB, 512MiB, ...")
+    size = "for weights and KV cache together, or of a GPU as a whole: 16GiB, 512MiB, ... (default: what is there)"
+    plan.add_argument("--memory", metavar="SIZE", help=size)
     for _, option in all_options():
         if option.name in PLANNED:
             _add_flag(plan, option)

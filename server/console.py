@@ -61,6 +61,7 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
     print(
         f"\nkvloom serves {model.name} at {url}\n"
         f"  model     {model.root} ({model.dtype}, {model.backend} kernels on {model.device})\n"
+        f"{_device(model)}"
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  threads   {model.threads}\n"
         f"  context   {model.max_model_len} tokens\n"
@@ -71,6 +72,11 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
         file=sys.stderr,
         flush=True,
     )
+
+
+def _device(model: ModelInfo) -> str:
+    """A line with which device that is, or why it is no other, if there is anything to say."""
+    return f"  device    {model.device}: {model.device_note}\n" if model.device_note else ""
 
 
 def _settings(model: ModelInfo) -> str:

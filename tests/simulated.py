@@ -1,7 +1,7 @@
 """A device of its own on a machine that has none: tensors that say they are on a GPU and are computed on the CPU.
 
-What a GPU refuses is refused: operations on tensors of both places, `numpy()`, and reading their memory. What it does silently
-and slowly, indices that have to be brought there first, is refused too.
+What a GPU refuses is refused: operations on tensors of both places, `numpy()`, reading their memory, and what does not fit into
+it. What it does silently and slowly, indices that have to be brought there first, is refused too.
 
 Operations are done at once, or late: not before the host waits, and copies from pinned memory read what is there by then.
 `tests.recorded` captures them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,10 +20,30 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from kvloom.engine.device import CPU, DeviceMemory, Placement
+
 _NAME = "simulated"
 _setup_privateuseone_for_python_backend(_NAME)
 GPU = torch.device(_NAME, 0)
 _aten = torch.ops.aten
+GIB = 1 << 30
+
+
+@dataclass
+class Memory:
+    """What the device says it has, in bytes, and the largest piece of it that can be had."""
+
+    total: int = 9 * GIB
+    free: int = 8 * GIB
+    largest: int = 1 << 62
+
+    def check(self, size: int) -> None:
+        """Raises as CUDA does where a tensor of so many bytes does not fit."""
+        if size > self.largest:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size / GIB:.2f} GiB. GPU 0 has no more.")
+
+
+memory = Memory()
 _BETWEEN = {_aten.copy_.default, _aten._to_copy.default}
 """Operations that bring values from one place to the other."""
 _ASKING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_dim"}
@@ -146,11 +167,13 @@ class Factories(TorchDispatchMode):
 def computed(func: Any, args: Any, kwargs: Any) -> Any:
     """The result of an operation, where it belongs."""
     known: dict[int, There] = {}
+    storages: set[int] = set()
     strangers: list[tuple[int, ...]] = []
 
     def here(value: Any) -> Any:
         if isinstance(value, There):
             known[id(value.here)] = value
+            storages.add(value.here.untyped_storage().data_ptr())
             return value.here
         if isinstance(value, (tuple, list)):
             return type(value)(map(here, value))
@@ -165,7 +188,11 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
 
     def placed(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return known[id(value)] if id(value) in known else There(value) if there else value
+            if id(value) in known or not there:
+                return known.get(id(value), value)
+            if value.untyped_storage().data_ptr() not in storages:
+                memory.check(value.untyped_storage().nbytes())
+            return There(value)
         return type(value)(map(placed, value)) if isinstance(value, (tuple, list)) else value
 
     to_there = func is not _aten.copy_.default or isinstance(args[0], There)
@@ -184,9 +211,10 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @contextmanager
-def simulated_gpu(monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> Iterator[None]:
-    """Within, `device="cuda"` is the simulated device. Inference mode, which has no views of such tensors, only records no
-    gradients. late: operations are done late."""
+def simulated_gpu(monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> Iterator[Memory]:
+    """Within, `device="cuda"` is the simulated device, whose memory is given: all that is asked for is there. Inference mode,
+    which has no views of such tensors, only records no gradients. late: operations are done late."""
+    vars(memory).update(vars(Memory()))
 
     def enter(mode: Any) -> None:
         mode.recorded = torch.is_grad_enabled()
@@ -197,13 +225,16 @@ def simulated_gpu(monkeypatch: pytest.MonkeyPatch, *, late: bool = False) -> Ite
 
     monkeypatch.setattr(torch.inference_mode, "__enter__", enter)
     monkeypatch.setattr(torch.inference_mode, "__exit__", leave)
-    monkeypatch.setattr("kvloom.engine.startup.build.settle", lambda name: GPU if name == "cuda" else torch.device(name))
-    monkeypatch.setattr("kvloom.engine.startup.memory.free_memory", lambda device: 1 << 33)
+    placed = {"cpu": Placement(CPU), "auto": Placement(GPU, "chosen"), "cuda": Placement(GPU, "a simulated GPU")}
+    monkeypatch.setattr("kvloom.engine.startup.build.settle", lambda name, backend: placed[name])
+    for user in ("memory", "gpu_memory"):
+        there = f"kvloom.engine.startup.{user}.memory_of"
+        monkeypatch.setattr(there, lambda device: DeviceMemory(memory.free, memory.total))
     monkeypatch.setattr("kvloom.engine.device.host_memory", pinned)
     monkeypatch.setattr("kvloom.engine.device.mark", lambda device: Event())
     STREAM.used, STREAM.late = True, late
     try:
         with Factories():
-            yield
+            yield memory
     finally:
         STREAM.used = STREAM.late = False

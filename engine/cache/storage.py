@@ -60,7 +60,8 @@ class Storage:
             ]
         except ALLOCATION_ERRORS:
             size = blocks * block_size * bytes_per_token(spec, head_dim, dtype)
-            raise ConfigError(f"the KV cache of {size} bytes cannot be allocated; lower kv_memory") from None
+            cause = "kv_memory" if device.type == "cpu" else "kv_memory or gpu_memory_utilization"
+            raise ConfigError(f"the KV cache of {size} bytes cannot be allocated; lower {cause}") from None
         self.block_bytes: int = sum(tensor[0].nbytes for layer in self.layers for tensor in layer)
         """Bytes of one block over all layers."""
 

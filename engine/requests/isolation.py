@@ -10,9 +10,11 @@ fails. The log gets the traceback and the request's id; a client gets one senten
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from kvloom.engine.device import out_of_memory
 from kvloom.engine.errors import InternalError, KVLoomError
 from kvloom.engine.requests.request import Request, RequestOutput, Usage
 
@@ -42,6 +44,15 @@ def blame(request: Request) -> Iterator[None]:
         raise
     except Exception as error:
         raise Blamed(request) from error
+
+
+def log_remedy() -> None:
+    """Tell the log what helps, if what is being handled is that a device's memory has run out."""
+    if asked := out_of_memory(sys.exception()):
+        log.error(
+            "the device's memory has run out (%s asked for); lower --max-batched-tokens, --max-num-seqs or "
+            "--gpu-memory-utilization (or --kv-memory)", asked,
+        )  # fmt: skip
 
 
 class Holdings:

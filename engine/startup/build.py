@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from kvloom import kernels
-from kvloom.engine.cache import CacheManager, GroupSpec, Storage, bytes_per_token
+from kvloom.engine.cache import CacheManager, GroupSpec
 from kvloom.engine.cache.prefix import DomainFactory
-from kvloom.engine.cache.storage import ALLOCATION_ERRORS
-from kvloom.engine.calibration import store as calibrations
 from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
-from kvloom.engine.device import settle
+from kvloom.engine.device import Placement, settle
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.heads import Heads
@@ -26,11 +23,10 @@ from kvloom.engine.model.linear import quantizes
 from kvloom.engine.model.load import TORCH_DTYPES, LoadedModel, load_model
 from kvloom.engine.model.rope import rotary_table
 from kvloom.engine.requests.request import KVOptions
-from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.retention import RETENTIONS, Retention
 from kvloom.engine.reuse import REUSE
-from kvloom.engine.reuse.kvshare.options import GATE, ShareOptions
+from kvloom.engine.reuse.kvshare.options import ShareOptions
 from kvloom.engine.reuse.kvshare.segments import SegmentStore
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.engine.reuse.kvshare.sink import PROSE
@@ -41,18 +37,16 @@ from kvloom.engine.selection.base import extrapolates
 from kvloom.engine.selection.policies import Defaults, Selectors
 from kvloom.engine.startup.assemble import assemble
 from kvloom.engine.startup.catalog import ModelFiles, packed_folder, resolve
-from kvloom.engine.startup.memory import MIB, check_kv_memory, default_kv_memory, size
+from kvloom.engine.startup.gpu_memory import SMALLER_STEPS, fewer_bits, fitting
+from kvloom.engine.startup.memory import size
 from kvloom.engine.startup.prepare import Prepared
 from kvloom.engine.startup.processors import processors
+from kvloom.engine.startup.sizing import make_cache, make_states, segment_bound, share_options
 from kvloom.engine.step.runner import Runner
 from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
 from kvloom.kernels.interface import Kernels, Rows
 
 log = logging.getLogger("kvloom.engine")
-
-SEGMENT_PART = 2
-STATE_PART = 8
-"""By default, segments of approximate reuse and selection state may take these parts of the KV cache's memory, beside it."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, done, total) while something takes time."""
@@ -72,6 +66,13 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     Raises ModelError, ModelNotFoundError or ConfigError.
     """
     _check_names(config)
+    placement = _placement(config)
+    with fitting(placement.device, "what steps work in", lambda: SMALLER_STEPS):
+        return _build(config, placement, progress, prepared)
+
+
+def _build(config: EngineConfig, placement: Placement, progress: Progress | None, prepared: Prepared | None) -> Built:
+    """Raises torch.OutOfMemoryError where a device's memory runs out after the weights are there."""
     tenants, secret = Tenants.read(config.tenants.tenants), config.cache.secret()
     progress = progress or (lambda stage, done, total: None)
     threads = config.model.threads or processors().threads
@@ -79,16 +80,18 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     if prepared is None:
         found = resolve(config.model.model, progress)
         prepared = Prepared(lambda: found)
-    files = prepared.files
-    device = settle(config.model.device)
+    files, device = prepared.files, placement.device
     backend = _backend(config.model.backend, device, threads, progress)
-    loaded, retention = _load(config, files, prepared, backend, device, progress)
+    dtype, codes = TORCH_DTYPES[config.model.dtype], backend.quantized is not None
+    with fitting(device, "the weights", lambda: fewer_bits(files.path, dtype, codes)):
+        loaded, retention = _load(config, files, prepared, backend, device, progress)
     if quantizes(config.model.weights, loaded.decoder.dtype, backend):
         torch.set_num_threads(1)  # what a step leaves to torch is short, and its threads would take cores from the kernels'
     tokenizer = prepared.tokenizer
     check_vocabulary(tokenizer, loaded.config.vocab_size, files.path)
     eos = end_tokens(tokenizer, loaded.config.eos_token_ids, loaded.config.vocab_size, files.path)
-    cache = _cache(config, loaded, retention)
+    sharing = None if retention is not None else share_options(config, loaded.fingerprint)
+    cache = make_cache(config, loaded, retention, sharing)
     _try(backend, cache, loaded.config)
     length = _max_model_len(config, loaded, cache)
     trained, vocab = loaded.config.max_position, loaded.config.vocab_size
@@ -96,7 +99,7 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     if config.model.enforce_eager:
         loaded.decoder.enforce_eager()
     geometry = _geometry(loaded, length, cache.block_size, retention)
-    states = _states(config, cache.bytes, retention, device)
+    states = make_states(config, cache.bytes, retention, device)
     runner = Runner(
         loaded.decoder,
         cache,
@@ -113,12 +116,25 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
     domains = DomainFactory(
         loaded.fingerprint, config.model.dtype, config.model.weights, config.scheduler.retention, secret=secret
     )
-    share = None if retention is not None else _share(config, loaded, cache, backend, domains, tokenizer, tenants, length)
+    share = None if sharing is None else _share(config, sharing, loaded, cache, backend, domains, tokenizer, tenants, length)
     core = assemble(
         config, runner, cache, states, backend, selectors, tokenizer, domains, tenants, Limits(length, trained, vocab), eos,
         retention, share,
     )  # fmt: skip
-    return Built(core, _info(config, files, loaded, length, backend, threads), tokenizer)
+    return Built(core, _info(config, files, loaded, placement, length, backend, threads), tokenizer)
+
+
+def _placement(config: EngineConfig) -> Placement:
+    """The device, told to the log if it was not named. Raises ConfigError if there is no such, or a setting is none of it."""
+    placement, given = settle(config.model.device, config.model.backend), config.cache.gpu_memory_utilization
+    if config.model.device == "auto":
+        log.info("device %s: %s", placement.device, placement.note)
+    if given is not None and placement.device.type == "cpu":
+        reason = "on a CPU the KV cache takes memory that other programs need, so its size is given: use --kv-memory"
+        if config.model.device == "cpu":
+            raise ConfigError(f"gpu_memory_utilization is {given:g}, but device is cpu; {reason}")
+        log.warning("gpu_memory_utilization is left out: %s; %s", placement.note, reason)
+    return placement
 
 
 def _load(
@@ -192,32 +208,13 @@ def _geometry(loaded: LoadedModel, length: int, block_size: int, retention: Rete
     )
 
 
-def _cache(config: EngineConfig, loaded: LoadedModel, retention: Retention | None) -> CacheManager:
-    model, dtype, device = loaded.config, loaded.decoder.dtype, loaded.decoder.device
-    spec = GroupSpec.everything(model.layers, model.kv_heads)
-    block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
-    memory = config.cache.kv_memory
-    if memory is None:
-        memory = default_kv_memory(device)
-    else:
-        segments = 0 if retention else _segment_bound(config, memory)
-        check_kv_memory(memory, segments, _state_bound(config, memory), device)
-    if retention is not None:
-        length = config.model.max_model_len or model.max_position
-        return retention.make_cache(memory, length, config.cache.block_size, device)
-    if memory < 2 * block:
-        raise ConfigError(
-            f"kv_memory is {memory} bytes, but one block of {config.cache.block_size} tokens takes {block}; "
-            f"give at least {2 * block}"
-        )
-    return CacheManager(Storage(spec, memory // block, config.cache.block_size, model.head_dim, dtype, device))
-
-
 def _capture(runner: Runner, progress: Progress) -> None:
     """Have steps captured beforehand, where that is done. Raises ConfigError if that fails."""
     began = time.perf_counter()
     try:
         runner.capture(lambda done, total: progress("capturing graphs", done, total))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # of a driver or a compiler
         raise ConfigError(f"steps cannot be captured here: {error}; use --enforce-eager") from error
     if captured := runner.decoder.graphs:
@@ -238,35 +235,9 @@ def _try(backend: Kernels, cache: CacheManager, model: ModelConfig) -> None:
             raise ConfigError(f"{error}; choose another --backend or --block-size") from None
 
 
-def _states(config: EngineConfig, kv_bytes: int, retention: Retention | None, device: torch.device) -> StateMemory:
-    """Memory of what methods remember. Raises ConfigError if there cannot be so much, or it holds nothing of one request."""
-    bound = _state_bound(config, kv_bytes)
-    try:
-        states = StateMemory(bound, retention, device)
-        if retention is not None and states.selection_bound < 0:
-            raise ConfigError(
-                f"selection_memory is {bound} bytes, but of one long request retention {retention.name} remembers "
-                f"{bound - states.selection_bound}; give more"
-            )
-        return states
-    except ALLOCATION_ERRORS:
-        raise ConfigError(f"selection_memory is {bound} bytes, which cannot be allocated; lower it") from None
-
-
-def _state_bound(config: EngineConfig, kv_bytes: int) -> int:
-    """Most bytes of what selection methods and retention remember of requests."""
-    asked = config.selection.selection_memory
-    return max(MIB, kv_bytes // STATE_PART) if asked is None else asked
-
-
-def _segment_bound(config: EngineConfig, kv_bytes: int) -> int:
-    """Most bytes of segments that approximate reuse keeps."""
-    asked = config.cache.segment_memory
-    return kv_bytes // SEGMENT_PART if asked is None else asked
-
-
 def _share(
     config: EngineConfig,
+    options: ShareOptions,
     loaded: LoadedModel,
     cache: CacheManager,
     backend: Kernels,
@@ -275,16 +246,8 @@ def _share(
     tenants: Tenants,
     length: int,
 ) -> KVShare:
-    """What serves approximate reuse. Raises ConfigError if it is the default but no check of this model has passed."""
-    options = ShareOptions.read(config.cache.kvshare_options)
-    if not options.verified and calibrations.read(GATE, loaded.fingerprint) is not None:
-        options = replace(options, verified=True)
-    if config.cache.reuse == "approx" and not options.verified:
-        raise ConfigError(
-            f"reuse is approx, but nobody has checked what that does to this model's answers; run kvloom calibrate kvshare "
-            f"{config.model.model} first, or say that you know with --kvshare-options '{{\"verified\": true}}'"
-        )
-    capacity = _segment_bound(config, cache.storage.blocks * cache.storage.block_bytes)
+    """What serves approximate reuse."""
+    capacity = segment_bound(config, cache.storage.blocks * cache.storage.block_bytes, options, cache.storage.device)
     return KVShare(
         options,
         SegmentStore(capacity, lambda name: tenants.get(name).segment_bytes, lambda name: tenants.get(name).weight),
@@ -335,7 +298,13 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
 
 
 def _info(
-    config: EngineConfig, files: ModelFiles, loaded: LoadedModel, length: int, backend: Kernels, threads: int
+    config: EngineConfig,
+    files: ModelFiles,
+    loaded: LoadedModel,
+    placement: Placement,
+    length: int,
+    backend: Kernels,
+    threads: int,
 ) -> ModelInfo:
     options = config.model
     return ModelInfo(
@@ -345,7 +314,8 @@ def _info(
         replica=options.replica,
         max_model_len=length,
         vocab_size=loaded.config.vocab_size,
-        device=options.device,
+        device="cpu" if placement.device.type == "cpu" else "cuda",
+        device_note=placement.note,
         dtype=options.dtype,
         weights=options.weights,
         weights_held=loaded.weights_held,

@@ -2,12 +2,14 @@
 
 memory = weights + KV cache          weights of the model's files or, in a wider type, of its parameters
 KV cache / bytes of one request      how many requests of the greatest length run at once
+
+Of a GPU's memory, steps and selection state have their parts as well, as `gpu_memory` divides it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,8 +54,16 @@ class Capacity(NamedTuple):
     """Whether the model's retrieval heads are known; without, razor is not listed."""
 
 
-def capacity(path: Path, memory: int, dtype: torch.dtype, length: int | None, block_size: int) -> Capacity:
-    """Plan a memory for a model's files. Raises ModelError, or ConfigError if the weights alone do not fit."""
+def capacity(
+    path: Path,
+    memory: int,
+    dtype: torch.dtype,
+    length: int | None,
+    block_size: int,
+    cache: Callable[[ModelConfig, int, int], int] = lambda model, length, left: left,
+) -> Capacity:
+    """Plan a memory for a model's files. cache: from the model, the greatest length and the bytes that weights leave, those of
+    the KV cache. Raises ModelError, or ConfigError if nothing is left for it."""
     model, _, files = open_checkpoint(path)
     longest = length or model.max_position
     if not 1 <= longest <= model.max_position:
@@ -61,9 +71,12 @@ def capacity(path: Path, memory: int, dtype: torch.dtype, length: int | None, bl
     weights = weight_bytes(model, files, dtype)
     if memory <= weights:
         raise ConfigError(f"memory is {memory} bytes, but the weights alone take about {weights}; give more")
+    left = cache(model, longest, memory - weights)
+    if left <= 0:
+        raise ConfigError(f"memory is {memory} bytes, of which weights take about {weights} and steps the rest; give more")
     key = fingerprint_of(path)
-    settings = list(_settings(model, key, memory - weights, dtype, longest, block_size))
-    return Capacity(model, longest, weights, memory - weights, settings, find_razor(key) is not None)
+    settings = list(_settings(model, key, left, dtype, longest, block_size))
+    return Capacity(model, longest, weights, left, settings, find_razor(key) is not None)
 
 
 def weight_bytes(model: ModelConfig, files: tuple[Path, ...], dtype: torch.dtype) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kvloom.engine.device import CPU, free_memory
+from kvloom.engine.device import CPU, memory_of
 from kvloom.engine.errors import ConfigError
 
 log = logging.getLogger("kvloom.engine")
@@ -45,9 +45,9 @@ def _group(root: Path) -> int:
     return min(int(limit), max(0, left))
 
 
-def default_kv_memory(device: torch.device = CPU) -> int:
-    """A quarter of what is available, at most 4 GiB; half of it on a device that has memory of its own."""
-    return min(4 * GIB, available_memory() // 4) if device.type == "cpu" else free_memory(device) // 2
+def default_kv_memory() -> int:
+    """A CPU's KV cache: a quarter of what is available, at most 4 GiB. A GPU's: `gpu_memory.kv_memory`."""
+    return min(4 * GIB, available_memory() // 4)
 
 
 def size(count: int) -> str:
@@ -63,7 +63,7 @@ def check_kv_memory(asked: int, segments: int, selection: int, device: torch.dev
     segments, selection: most that approximate reuse and selection methods may take beside it, as they come. Raises ConfigError
     if the cache alone does not fit, and warns if all of it does not.
     """
-    free = available_memory() if device.type == "cpu" else free_memory(device)
+    free = available_memory() if device.type == "cpu" else memory_of(device).free
     total = asked + segments + selection
     if total <= free:
         return

@@ -304,7 +304,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--out", type=Path, default=Path("results/engine"), help="folder for engine.json and engine.png")
     args = made.parse_args(argv)
     need("matplotlib")
-    llm = LLM(args.model, dtype=args.dtype, weights=args.weights, backend=args.backend, kv_memory=args.kv_memory)
+    engine = {"weights": args.weights, "backend": args.backend, "kv_memory": args.kv_memory}
+    llm = LLM(args.model, dtype=args.dtype, device="cpu", **engine)  # as its ceilings are
     ceilings = measure_ceilings(llm.core.runner.decoder.kernels)
     head = (
         f"{llm.model.name}, {llm.model.dtype}, weights {llm.model.weights}, {llm.model.backend} kernels. Ceilings: reading "

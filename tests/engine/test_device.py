@@ -140,7 +140,8 @@ def test_a_device_that_is_not_there_is_told(make_llm: MakeLLM) -> None:
         pytest.skip("it is there")
     with pytest.raises(ConfigError, match=r"device is cuda, but torch .* here; use --device cpu"):
         settle("cuda")
+    assert settle("cpu").device == settle("auto").device == torch.device("cpu")
     with pytest.raises(ConfigError, match="use --device cpu"):
         make_llm(device="cuda")
-    with pytest.raises(ConfigError, match="device is 'tpu'; allowed: cpu, cuda"):
+    with pytest.raises(ConfigError, match="device is 'tpu'; allowed: auto, cpu, cuda"):
         make_llm(device="tpu")
