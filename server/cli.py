@@ -31,6 +31,7 @@ MEASUREMENTS = {
         "sweep": ("kvloom.loadtest.sweep", "a grid of server settings under the same load, speed beside quality"),
         "report": ("kvloom.loadtest.report", "the report of one run, or several beside each other"),
         "engine": ("kvloom.loadtest.bench.engine", "the engine without HTTP, against what this machine can do"),
+        "kernels": ("kvloom.loadtest.bench.kernels", "each kernel against the reference, and against what the device can do"),
         "floods": ("kvloom.loadtest.bench.floods", "what a neighbour feels while somebody floods the server"),
         "peers": ("kvloom.loadtest.bench.peers", "kvloom beside other servers, with the same client and requests"),
     },
