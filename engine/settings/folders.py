@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_folder() -> Path:
-    """$KVLOOM_CACHE, or the platform's cache folder for kvloom."""
-    return Path(os.environ.get("KVLOOM_CACHE") or platformdirs.user_cache_dir("kvloom")).expanduser()
+    """$KVLOOM_CACHE, or kvloom's folder in the user's cache folder, as the XDG specification finds that."""
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("KVLOOM_CACHE") or f"{users}/kvloom").expanduser()

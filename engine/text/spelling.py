@@ -10,11 +10,12 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
-
-import tokenizers
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvloom.engine.errors import ModelError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _UTF8_BYTES = 4
 """Most bytes of a character."""

@@ -5,6 +5,8 @@ their concatenation read as UTF-8, with U+FFFD where the bytes are no UTF-8. For
 library does itself; for SentencePiece vocabularies it differs only where a model emits broken UTF-8 (the library then replaces
 the valid characters of the same run of byte tokens, too).
 
+The library is imported once there is a vocabulary to read: an engine that is given token ids needs none.
+
 Special tokens in text are recognised wherever they stand, as in vLLM and transformers: a chat is rendered by its template and
 the whole text is encoded, so a user who writes `<|im_end|>` ends the turn. A server that must not allow this refuses such
 text before it is rendered: `Tokenizer.special_in(text)` finds it.
@@ -17,16 +19,15 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.model.files import naming
-from kvloom.engine.text.load_folder import load_folder
-from kvloom.engine.text.load_gguf import load_gguf
 from kvloom.engine.text.settings import TokenizerSettings
 from kvloom.engine.text.spelling import Spelling, byte_alphabet, byte_level, most_bytes, spelling_of
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _NFC_SHRINKS = 4
 """Characters that NFC may join to one."""
@@ -52,6 +53,8 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
         """A Hugging Face model folder: tokenizer.json and, where present, its companions. Raises ModelError."""
+        from kvloom.engine.text.load_folder import load_folder
+
         with naming(Path(path)):
             return cls(*load_folder(Path(path)))
 
@@ -59,6 +62,8 @@ class Tokenizer:
     def from_gguf(cls, metadata: Mapping[str, Any], where: object = "this GGUF") -> Tokenizer:
         """The `tokenizer.*` keys of a GGUF file. where: named in errors and warnings, the file's path. Raises ModelError
         naming what is not supported."""
+        from kvloom.engine.text.load_gguf import load_gguf
+
         with naming(where):
             return cls(*load_gguf(metadata, where))
 

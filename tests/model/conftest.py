@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import platformdirs
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
@@ -18,6 +16,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from kvloom.engine.model.decoder import Decoder
+from kvloom.engine.settings.folders import cache_folder
 from kvloom.kernels import load
 from kvloom.kernels.interface import Kernels, PagedKV, Rows
 from kvloom.kernels.reference import ReferenceKernels
@@ -203,8 +202,7 @@ def read_with_transformers() -> Callable[[Path], torch.nn.Module]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The built-in model's file, where the cache has it."""
-    root = os.environ.get("KVLOOM_CACHE") or platformdirs.user_cache_dir("kvloom")
-    path = Path(root) / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = cache_folder() / "models" / "smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.exists():
         pytest.skip(f"the model file is not in the cache ({path}); `make setup` puts it there")
     return path

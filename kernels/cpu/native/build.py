@@ -20,8 +20,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import platformdirs
-
 from kvloom.kernels.trust import code_folder, foreign
 
 SOURCES = Path(__file__).parent / "csrc"
@@ -58,8 +56,8 @@ def build(*, generic: bool = False, progress: Progress | None = None) -> Path:
 
 def cache_folder() -> Path:
     """Where built libraries are kept: KVLOOM_CACHE, or the user's cache folder of kvloom; never where others may write."""
-    root = os.environ.get("KVLOOM_CACHE")
-    folder = (Path(root) if root else Path(platformdirs.user_cache_dir("kvloom"))) / "native"
+    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(os.environ.get("KVLOOM_CACHE") or f"{users}/kvloom").expanduser() / "native"
     try:
         return code_folder(folder)
     except OSError as error:
