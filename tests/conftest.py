@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from kvloom.engine import LLM
-from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, load
+from tests.native import native_kernels as native_kernels
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER", "")) and hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))  # a core per worker: engines take as many threads as there are cores for them
@@ -41,14 +41,6 @@ def write_tokenizer(folder: Path) -> int:
     config = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer.get_vocab_size()
-
-
-def native_kernels(threads: int = 2, *, generic: bool = False) -> NativeKernels:
-    """The native back end; where it cannot be had (no compiler), the test is skipped."""
-    try:
-        return load(threads=threads, generic=generic)
-    except NativeUnavailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

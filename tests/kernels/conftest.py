@@ -1,19 +1,27 @@
-"""Kernel tests run once per back end that loads here, plus storage and row builders shared by all of them."""
+"""Kernel tests run once per back end that loads here, plus storage and row builders shared by all of them.
+
+With KVLOOM_TEST_DEVICE=cuda they run on a GPU, and the tests' own tensors stay where they are (`moved`). That needs nothing of
+the other tests, nor what those import: python -m pytest --noconftest -p tests.kernels.conftest tests/kernels/test_attend.py
+"""
 
 from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 from torch import Tensor
 
 from kvloom.kernels import BACKENDS, Kernels, Lists, PagedKV, Rows, load
+from tests.kernels.moved import Moved
 
-os.environ["TRITON_INTERPRET"] = "1"  # before the triton back end is loaded, whose kernels then run on the CPU
+DEVICE = os.environ.get("KVLOOM_TEST_DEVICE", "cpu")
+"""Where the fixture `kernels` computes."""
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # before the triton back end is loaded, whose kernels then run on the CPU
 
 
 def _patch_once() -> None:
@@ -34,7 +42,8 @@ def _patch_once() -> None:
     interpreter._patch_lang = patch_unless_patched
 
 
-_patch_once()
+if DEVICE == "cpu":
+    _patch_once()
 
 SLOW = {
     "test_head_dims_that_fill_no_vector", "test_batch_composition_changes_nothing", "test_a_start_per_head", "test_fuzz",
@@ -46,21 +55,31 @@ SLOW = {
 test_triton_rows.py hold it to the same in small."""
 
 
+OF_A_CPU = {"test_number_of_threads_changes_nothing"}
+"""Tests that ask for a CPU's kernels."""
 VARIANTS = 1
 """Of each other test, drawn the same each time."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves those out for kernels that are interpreted, and of tests of many variants all but VARIANTS."""
+    if DEVICE != "cpu":
+        items[:] = [item for item in items if "kernels" in getattr(item, "fixturenames", ()) and _name(item) not in OF_A_CPU]
+        return
     interpreted: dict[str, list[pytest.Item]] = {}
     for item in items:
         if "[triton" in item.name:
             interpreted.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left_out: set[int] = set()
-    for name, variants in interpreted.items():
-        kept = [] if name.rpartition("::")[2] in SLOW else random.Random(0).sample(variants, min(VARIANTS, len(variants)))
+    for variants in interpreted.values():
+        kept = [] if _name(variants[0]) in SLOW else random.Random(0).sample(variants, min(VARIANTS, len(variants)))
         left_out |= {id(item) for item in variants} - {id(item) for item in kept}
     items[:] = [item for item in items if id(item) not in left_out]
+
+
+def _name(item: pytest.Item) -> str:
+    """Of the test, without its variant."""
+    return item.name.partition("[")[0]
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -70,7 +89,7 @@ def _available() -> list[str]:
     names = []
     for name in BACKENDS:
         try:
-            load(name)
+            load(name, DEVICE)
         except Exception:
             continue
         names.append(name)
@@ -79,8 +98,18 @@ def _available() -> list[str]:
 
 @pytest.fixture(scope="session", params=_available())
 def kernels(request: pytest.FixtureRequest) -> Kernels:
-    """Each back end that can be had on this machine."""
-    return load(request.param, threads=2)
+    """Each back end that can be had on this machine and device."""
+    made = load(request.param, DEVICE, threads=2)
+    return made if DEVICE == "cpu" else cast(Kernels, Moved(made, torch.device(DEVICE)))
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_moved(request: pytest.FixtureRequest) -> Iterator[None]:
+    """When a test ends, its memory on another device."""
+    yield
+    found = request.node.funcargs.get("kernels")
+    if isinstance(found, Moved):
+        found.forget()
 
 
 class Paged(NamedTuple):

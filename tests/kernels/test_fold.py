@@ -14,8 +14,8 @@ from torch import Tensor
 from kvloom.kernels import Kernels, Rows
 from kvloom.kernels.cpu.native import NativeKernels
 from kvloom.kernels.interface import Folded
-from tests.conftest import native_kernels
 from tests.kernels.conftest import TOLERANCE, Paged, ints, make_lists, make_rows, paged
+from tests.native import native_kernels
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 SUMS = 1e-5
