@@ -8,14 +8,17 @@
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 # make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
 # make fuzz         random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
+# make gpu-check    on a GPU, in under eight minutes: kernels, replays and whole steps, right and how fast. With the torch and triton
+#                     that are there, no network and no setup: GPU_PYTHON=python3 says whose; GPU_CHECK=--tiny runs it on a CPU
 #
 # PYTHON=python3.13   which Python makes the environment (3.11 or newer)
 # TORCH_INDEX=URL     where torch comes from: PyTorch's index of CPU builds by default; empty for pip's own configuration
 PYTHON ?= python3.11
+GPU_PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz clean
+.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz gpu-check clean
 
 setup: $(VENV)/.dev
 
@@ -59,6 +62,9 @@ floods: setup
 
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz $(if $(findstring -,$(FUZZ)),$(FUZZ),--requests $(or $(FUZZ),10000))
+
+gpu-check:
+	$(GPU_PYTHON) -m kvloom.loadtest.gpu_check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

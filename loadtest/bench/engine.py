@@ -28,6 +28,7 @@ import torch
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.requests.request import Request
 from kvloom.kernels import Kernels
+from kvloom.loadtest.bench.contexts import random_tokens, remember
 from kvloom.loadtest.figures import markdown, publish
 from kvloom.loadtest.study.flags import add_engine, add_model, add_outputs, need, parser
 from kvloom.loadtest.study.machine import describe
@@ -139,25 +140,6 @@ def linears(llm: LLM) -> list[Any]:
     return [getattr(layer, name) for layer in decoder.layers for name in LINEARS]
 
 
-def random_tokens(count: int, vocab: int, seed: int) -> list[int]:
-    tokens: list[int] = torch.randint(0, vocab, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return tokens
-
-
-def remember(llm: LLM, prompt: Sequence[int]) -> None:
-    """Put made-up KV for a prompt's full blocks into the prefix cache, in blocks of its own."""
-    cache = llm.core.cache
-    table = cache.open(llm.core.domain("", ""))
-    if not cache.reserve(table, len(prompt)):
-        raise SystemExit(f"the KV cache of {cache.capacity_tokens} tokens is too small; give --kv-memory")
-    for layer in cache.storage.layers:
-        for tensor in layer:
-            noise = torch.randn(tensor.shape[1:]).to(tensor.dtype)
-            tensor[torch.tensor(table.blocks)] = noise
-    cache.commit(table, prompt, len(prompt))
-    cache.close(table)
-
-
 def add(llm: LLM, prompt: Sequence[int], name: str, steps: int) -> None:
     sampling = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
     llm.core.add(Request(id=name, prompt=prompt, sampling=sampling))
@@ -184,7 +166,7 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
     """
     prompts = [random_tokens(context, llm.model.vocab_size, 1000 * batch + i) for i in range(batch)]
     for prompt in prompts:
-        remember(llm, prompt)
+        remember(llm.core, prompt)
     for i, prompt in enumerate(prompts):
         add(llm, prompt, f"decode-{i}", 2 * steps + 4)
     core = llm.core

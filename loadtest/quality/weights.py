@@ -18,7 +18,8 @@ from torch import Tensor
 from kvloom.engine import LLM, SamplingParams
 from kvloom.engine.requests.request import Request
 from kvloom.engine.scheduling import Chunk, StepPlan
-from kvloom.loadtest.bench.engine import add, median_seconds, random_tokens, weight_bytes
+from kvloom.loadtest.bench.contexts import random_tokens
+from kvloom.loadtest.bench.engine import add, median_seconds, weight_bytes
 from kvloom.loadtest.quality.text import reference_text, windows
 from kvloom.loadtest.study.flags import add_model, add_outputs, parser
 from kvloom.loadtest.study.machine import describe
