@@ -26,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from kvloom.engine.startup.processors import processors
 from kvloom.kernels import load
 from kvloom.loadtest.bench import timing
 from kvloom.loadtest.bench.kernel_cases import cases
@@ -86,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"torch {torch.__version__} sees no GPU here; --tiny runs the same code on a CPU", file=sys.stderr)
         return 2
     if args.tiny:
-        torch.set_num_threads(processors().threads)
         print("with --tiny, calls and models are small and on the CPU: times say nothing")
     device = torch.device("cpu") if args.tiny else torch.device("cuda", torch.cuda.current_device())
     began, about = time.monotonic(), {"device": timing.name_of(device), "machine": describe(), **versions()}

@@ -6,6 +6,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
+import torch
+
+from kvloom.engine.device import out_of_memory
+
 Verdict = Literal["right", "WRONG", "bar met", "bar missed", "measured", "left out"]
 
 
@@ -42,7 +46,8 @@ class Stage(NamedTuple):
 
 
 def carried_out(stages: Iterable[Stage], total: float, told: Callable[[Finding], None]) -> list[Finding]:
-    """Run stages in turn within `total` seconds. What raises ends its stage as WRONG, and the next begins."""
+    """Run stages in turn within `total` seconds. What raises ends its stage, as WRONG unless memory ran out, and the next
+    begins."""
     whole, found = Deadline(total), list[Finding]()
 
     def take(finding: Finding) -> None:
@@ -56,6 +61,9 @@ def carried_out(stages: Iterable[Stage], total: float, told: Callable[[Finding],
         try:
             for finding in stage.run(Deadline(min(stage.seconds, whole.left))):
                 take(finding)
+        except torch.OutOfMemoryError as error:
+            asked = out_of_memory(error)
+            take(Finding(stage.name, "the rest of it", "left out", f"{asked} did not fit into the GPU's memory"))
         except Exception as error:
             take(Finding(stage.name, "what ended it", "WRONG", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
     return found

@@ -10,19 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 from aiohttp import web
-
-from kvloom.engine.startup.processors import processors
-
-
-@pytest.fixture
-def as_many_threads_as_cores() -> Iterator[None]:
-    """Torch's own, for tests that call kernels without an engine: two that share a core wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(processors().threads)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass

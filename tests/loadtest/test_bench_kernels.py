@@ -20,7 +20,6 @@ from kvloom.loadtest.bench.roofline import GPUS, SHAPES, Cost, Machine, Size
 from kvloom.loadtest.study.flags import BenchError
 from kvloom.server.cli import main
 
-pytestmark = pytest.mark.usefixtures("as_many_threads_as_cores")
 CPU, LLAMA = torch.device("cpu"), SHAPES["llama-3-8b"]
 COSTS = {
     # 32 x 4,096 positions of 2 x 8 x 128 numbers of 2 bytes; q and out of 32 x 32 x 128

@@ -24,7 +24,6 @@ from tests.native import native_kernels
 CPU = torch.device("cpu")
 
 
-pytestmark = pytest.mark.usefixtures("as_many_threads_as_cores")
 METHODS = ("dense", "sink_window", "token_select", "recycled", "tidal_decode", "razor_view")
 
 
@@ -149,6 +148,13 @@ def test_stages_end_in_time_and_what_raises_is_wrong() -> None:
     assert [(one.stage, one.verdict) for one in found] == [("a", "right"), ("a", "WRONG"), ("a", "right"), ("b", "WRONG")]
     assert found[1].figure == "ZeroDivisionError: by zero" and told == found
     assert [one.verdict for one in carried_out([Stage("a", 5, run)], 0, told.append)] == ["left out"]
+
+    def too_large(end: Deadline) -> Iterator[Finding]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        yield
+
+    (found_none,) = carried_out([Stage("a", 5, too_large)], 100, told.append)
+    assert (found_none.verdict, found_none.figure) == ("left out", "2.00 GiB did not fit into the GPU's memory")
     end = Deadline(3, lambda: next(clock))
     assert [end.left, end.left, end.left, end.left] == [2, 1, 0, 0]
     assert table(found[:1]).splitlines()[1] == "a      x     right"
