@@ -190,6 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_held(made)
     args = made.parse_args(argv)
     _check(args)
-    llm = LLM(args.model, weights=args.weights, dtype=args.dtype, max_num_seqs=1, max_batched_tokens=1024)
+    llm = LLM(args.model, weights=args.weights, dtype=args.dtype, device="cpu", max_num_seqs=1, max_batched_tokens=1024)
     console.print(f"stored in {calibrate(llm, args).path}")
     return 0

@@ -141,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(args.windows, args.rows, args.budget - 15) < 1:
         raise ConfigError("--windows and --rows must be 1 or more, --budget 16 or more")
     rows = args.windows * args.rows
-    llm = LLM(args.model, weights=args.weights, dtype=args.dtype, max_num_seqs=rows, max_batched_tokens=max(1024, 2 * rows))
+    settings = {"max_num_seqs": rows, "max_batched_tokens": max(1024, 2 * rows)}
+    llm = LLM(args.model, weights=args.weights, dtype=args.dtype, device="cpu", **settings)
     console.print(f"stored in {calibrate(llm, args)}")
     return 0

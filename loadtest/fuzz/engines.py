@@ -120,4 +120,4 @@ def stage(folder: Path) -> Iterator[None]:
 
 def engine(folder: Path, number: int) -> LLM:
     """One of them, by its settings. Call inside `stage`."""
-    return LLM(str(folder), tenants=str(folder / "tenants.yaml"), **complete(number))
+    return LLM(str(folder), device="cpu", tenants=str(folder / "tenants.yaml"), **complete(number))

@@ -130,7 +130,7 @@ def answers_by_mode(model: str, modes: Sequence[str], tokens: int, asked: Sequen
     for mode in (EXACT, *modes):
         console.print(f"asking {len(asked)} questions: {mode}")
         settings: dict[str, Any] = {"dtype": "fp32", "weights": "bf16"} if mode == EXACT else {"weights": mode}
-        llm = LLM(model, kv_memory="512MiB", max_num_seqs=64, **settings)
+        llm = LLM(model, device="cpu", kv_memory="512MiB", max_num_seqs=64, **settings)
         yield mode, ask(llm, asked, tokens)
         del llm
         gc.collect()

@@ -188,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_outputs(made, rows="")
     args = made.parse_args(argv)
     rows = read_rows(args.json)
-    geometry = LLM(args.model, dtype=rows[0]["dtype"], kv_memory="1GiB").core.runner.geometry
+    geometry = LLM(args.model, dtype=rows[0]["dtype"], device="cpu", kv_memory="1GiB").core.runner.geometry
     first = rows[0]
     note = (
         f"{first['model']}, {first['dtype']}, {requests(first)} requests of {first['context']} tokens: bytes of a step of "

@@ -188,7 +188,8 @@ class Report:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit code."""
     args = parse(argv)
-    llm = LLM(args.model, dtype=args.dtype, weights=args.weights, kv_memory=args.kv_memory, threads=args.threads)
+    settings = {"dtype": args.dtype, "weights": args.weights, "kv_memory": args.kv_memory, "threads": args.threads}
+    llm = LLM(args.model, device="cpu", **settings)
     text = llm.tokenizer.encode(reference_text())
     report = Report(args)
     for rows, row in measured(llm, text, args, report):

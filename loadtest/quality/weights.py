@@ -103,7 +103,7 @@ def row(mode: str, llm: LLM, found: Row, perplexity: float) -> Row:
 
 def measure(model: str, length: int, count: int) -> tuple[list[Row], str]:
     """Every mode: the rows of the table, and its note."""
-    reference = LLM(model, dtype="fp32", weights="bf16", kv_memory="512MiB")
+    reference = LLM(model, dtype="fp32", weights="bf16", device="cpu", kv_memory="512MiB")
     texts = windows(reference.tokenizer.encode(reference_text()), length, count)
     wanted = [torch.cat(list(log_probabilities(reference, text))).half() for text in texts]
     base = agreement(reference, texts, wanted)
@@ -111,7 +111,7 @@ def measure(model: str, length: int, count: int) -> tuple[list[Row], str]:
     del reference
     for mode in MODES:
         gc.collect()
-        llm = LLM(model, weights=mode, kv_memory="512MiB")
+        llm = LLM(model, weights=mode, device="cpu", kv_memory="512MiB")
         rows.append(row(mode, llm, agreement(llm, texts, wanted), base["ppl"]))
         console.print(f"measured: {mode}")
         del llm

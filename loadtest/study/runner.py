@@ -35,13 +35,14 @@ LINE_SECONDS = 10.0
 
 
 def engine(args: argparse.Namespace, **more: Any) -> LLM:
-    """The model of a command line with `flags.add_engine`. Raises ModelError or ConfigError.
+    """The model of a command line with `flags.add_engine`, on the CPU, where studies read what they measure. Raises ModelError
+    or ConfigError.
 
     Shadow passes are off: they are read by nobody here, and would count as bytes read.
     """
     names = ("dtype", "weights", "backend", "kv_memory", "threads")
     given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return LLM(args.model, **{**given, "shadow_interval": 0, **more})
+    return LLM(args.model, **{**given, "device": "cpu", "shadow_interval": 0, **more})
 
 
 def about(llm: LLM) -> Row:
