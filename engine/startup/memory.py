@@ -57,18 +57,19 @@ def size(count: int) -> str:
     return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.0f} MiB"
 
 
-def check_kv_memory(asked: int, segments: int, selection: int, device: torch.device = CPU) -> None:
+def check_kv_memory(asked: int, segments: int, selection: int, device: torch.device = CPU, steps: int = 0) -> None:
     """Compare a KV cache with what its device has left, the model being loaded; bytes.
 
-    segments, selection: most that approximate reuse and selection methods may take beside it, as they come. Raises ConfigError
-    if the cache alone does not fit, and warns if all of it does not.
+    segments, selection, steps: most that approximate reuse, selection methods and steps may take beside it, as they come.
+    Raises ConfigError if the cache alone does not fit, and warns if all of it does not.
     """
     free = available_memory() if device.type == "cpu" else memory_of(device).free
-    total = asked + segments + selection
+    total = asked + segments + selection + steps
     if total <= free:
         return
     parts = f"{size(asked)} for the KV cache, up to {size(segments)} for segments and {size(selection)} for selection state"
-    most = max(0, int(free * asked / total / MIB))
+    parts += f", with {size(steps)} for steps" * bool(steps)
+    most = max(0, int((free - steps) * asked / (total - steps) / MIB))
     found = f"{parts} make {size(total)}, and {size(free)} are free; give about {most}MiB"
     if asked > free:
         where = "this machine" if device.type == "cpu" else str(device)

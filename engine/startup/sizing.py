@@ -35,21 +35,18 @@ def make_cache(
     model, dtype, device = loaded.config, loaded.decoder.dtype, loaded.decoder.device
     spec = GroupSpec.everything(model.layers, model.kv_heads)
     block = bytes_per_token(spec, model.head_dim, dtype) * config.cache.block_size
-    memory = config.cache.kv_memory
+    length, memory, steps = config.model.max_model_len or model.max_position, config.cache.kv_memory, 0
+    if device.type != "cpu":
+        steps = step_memory(model, dtype, config.scheduler, length)
     if memory is not None:
-        check_kv_memory(memory, segment_bound(config, memory, sharing, device), state_bound(config, memory), device)
+        check_kv_memory(memory, segment_bound(config, memory, sharing, device), state_bound(config, memory), device, steps)
     elif device.type == "cpu":
         memory = default_kv_memory()
     else:
-        memory = kv_memory(
-            device,
-            config.cache.gpu_memory_utilization or UTILIZATION,
-            step_memory(model, dtype, config.scheduler, config.model.max_model_len or model.max_position),
-            block * max(2, math.ceil((config.model.max_model_len or 0) / config.cache.block_size)),
-            beside(config, sharing, device),
-        )
+        least = block * max(2, math.ceil((config.model.max_model_len or 0) / config.cache.block_size))
+        utilization = config.cache.gpu_memory_utilization or UTILIZATION
+        memory = kv_memory(device, utilization, steps, least, beside(config, sharing, device))
     if retention is not None:
-        length = config.model.max_model_len or model.max_position
         return retention.make_cache(memory, length, config.cache.block_size, device)
     if memory < 2 * block:
         raise ConfigError(

@@ -89,10 +89,16 @@ def test_segments_have_their_part_where_they_may_be_used(
     assert sizes == [pytest.approx(left / 1.625, abs=MIB // 8), pytest.approx(left / 1.125, abs=MIB // 8)]
 
 
-def test_a_size_that_is_given_wins(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    with simulated_gpu(monkeypatch):
-        cache = make_llm(**{**ON_GPU, "kv_memory": 2 * MIB}, gpu_memory_utilization=0.01).core.cache
-    assert 0 <= 2 * MIB - cache.bytes < cache.storage.block_bytes
+def test_a_size_that_is_given_wins(
+    make_llm: MakeLLM, small_steps: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And is told where steps may not find room beside it."""
+    with simulated_gpu(monkeypatch) as memory:
+        for free, told in ((small_steps + 4 * MIB, False), (small_steps + MIB, True)):
+            memory.free, memory.total = free, 100 * MIB
+            cache = make_llm(**{**ON_GPU, "kv_memory": 2 * MIB}, gpu_memory_utilization=0.01).core.cache
+            assert 0 <= 2 * MIB - cache.bytes < cache.storage.block_bytes
+            assert (" for steps make" in caplog.text) == told
 
 
 def test_the_default_is_what_vllm_takes(make_llm: MakeLLM, small_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
