@@ -28,6 +28,7 @@ NOT_AT_START = (
     "pandas",
     "torch._dynamo",
     "torch._inductor",
+    "triton",
 )
 
 
@@ -43,7 +44,7 @@ import json, sys
 from kvloom.engine.config import EngineConfig
 from kvloom.server import serve
 from kvloom.server.options import ServerOptions
-config = EngineConfig.from_flat({{"model": {str(tiny)!r}, "backend": "native", "kv_memory": "1MiB"}})
+config = EngineConfig.from_flat({{"model": {str(tiny)!r}, "kv_memory": "1MiB"}})
 client = serve._start_engine(config, print)
 serve.create_app(client, ServerOptions())
 client.close()
