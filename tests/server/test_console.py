@@ -55,3 +55,12 @@ def test_banner_names_what_is_not_the_default(fake, capsys):
 def test_readme_asks_what_the_server_says_to_ask():
     readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     assert "\n$ " + curl_line(ServerOptions(), base_url(ServerOptions(), 8000), "smollm2") + "\n" in readme
+
+
+def test_banner_says_which_device_was_chosen(fake, capsys):
+    engine = fake.FakeEngine()
+    show(engine, ServerOptions())
+    assert "  device " not in capsys.readouterr().err
+    engine.model = replace(engine.model, device="cuda", device_note="H200, compute capability 9.0")
+    show(engine, ServerOptions())
+    assert "  device    cuda: H200, compute capability 9.0\n" in capsys.readouterr().err
