@@ -103,7 +103,8 @@ def fitting(device: torch.device, what: str, advice: Callable[[], str]) -> Itera
 def fewer_bits(path: Path, dtype: torch.dtype, codes: bool) -> str:
     """What to do where the weights of a model did not fit. codes: whether the kernels multiply them in fewer bits."""
     model, _, files = open_checkpoint(path)
-    needed = weight_bytes(model, files, dtype)
-    sizes = {mode: int(needed * bits / 8 / dtype.itemsize) for mode, bits in CODES.items()} if codes else {}
+    needed, stored = weight_bytes(model, files, dtype), any(file.suffix == ".gguf" for file in files)
+    sizes = {} if stored or not codes else {mode: int(needed * bits / 8 / dtype.itemsize) for mode, bits in CODES.items()}
     told = "".join(f", with --weights {mode} about {size(count)}" for mode, count in sizes.items())
-    return f"all weights take about {size(needed)}{told}; give that, end what else runs there, or choose a smaller model"
+    held = "as they are stored" if stored else f"in {str(dtype).removeprefix('torch.')}"
+    return f"all weights take about {size(needed)} {held}{told}; give that, end what else runs there, or choose a smaller model"

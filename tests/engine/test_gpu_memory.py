@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,3 +213,13 @@ def test_a_plan_divides_a_gpu_as_a_start_does(tiny: Path, capsys: pytest.Capture
     assert f"0.92 of 4GiB on cuda = 1 MiB weights + {left * 8 / 9 / MIB:,.0f} MiB KV cache +" in out
     assert main(["plan", str(tiny), "--device", "cpu"]) == 0
     assert "MiB that are free = 0 MiB weights + " in capsys.readouterr().out
+
+
+def test_what_weights_would_take_is_told(tiny: Path) -> None:
+    told = gpu_memory.fewer_bits(tiny, torch.float32, codes=True)
+    assert re.search(
+        r"about ([\d,]+) bytes in float32, with --weights int8 about ([\d,]+) bytes, with --weights int4 about", told
+    )
+    whole, int8 = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) bytes", told)[:2])
+    assert int8 == int(whole * 8.5 / 32)
+    assert "--weights" not in gpu_memory.fewer_bits(tiny, torch.float32, codes=False)
