@@ -123,8 +123,8 @@ class Graph(Protocol):
     """Calls of a step, captured in the order in which they were made, to be made again in one.
 
     A replay runs the same kernels at the same addresses, with the numbers that the host gave them. Whoever captures keeps the
-    tensors of captured calls alive and in place and changes their contents alone; plans may be made anew (`Kernels.plan`,
-    into). For one thread at a time.
+    tensors of captured calls alive and in place, those of the rows of their plans too, and changes their contents alone; plans
+    may be made anew (`Kernels.plan`, into). For one thread at a time.
 
                     of kernel calls                                             of a device
     holds           kernel calls alone                                          all that is queued there, torch's own calls too

@@ -70,15 +70,15 @@ class TritonKernels:
     # Attention ---------------------------------------------------------------------------------------------------
 
     def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, into: Plan | None = None) -> TritonPlan:
-        """See the contract. Scratch is made here, and only grows. Tiles stay where `into` has them if rows are as many."""
+        """See the contract. Scratch is made here, and only grows. All that calls read of a plan lies in its rows' own tensors,
+        unless there are more rows than requests."""
         check_rows(rows, q_heads, kv_heads, head_dim)
         tiles = cut(rows, q_heads // kv_heads, head_dim)
         queries = partial_queries(tiles, kv_heads, q_heads // max(1, kv_heads))
         size = queries * splits(rows, LARGEST_BLOCK) * (head_dim + 2)  # sums, a maximum and a total
         if len(self._scratch[-1]) < size:
             self._scratch.append(torch.empty(max(size, 2 * len(self._scratch[-1])), device=self._totals.device))
-        plan = TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, queries, self._scratch[-1])
-        return plan if into is None else _own(into).renewed(plan)
+        return TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, queries, self._scratch[-1])
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,

@@ -59,21 +59,6 @@ class TritonPlan:
         """Query heads of a KV head."""
         return self.q_heads // self.kv_heads
 
-    def renewed(self, plan: TritonPlan) -> TritonPlan:
-        """`plan`, its tiles where captured calls look for those of this one, if there are as many rows."""
-        if plan.rows.size == self.rows.size and plan.shape == self.shape:
-            for known, new in zip(self.tiles, plan.tiles):
-                for name in ("first", "count", "last"):
-                    if (there := getattr(known, name)) is not None:
-                        there.copy_(getattr(new, name))
-            plan.tiles = self.tiles
-        return plan
-
-    @property
-    def shape(self) -> tuple[tuple[int, bool], ...]:
-        """Of each kind of tiles the size, and whether they are in tensors."""
-        return tuple((tiles.size, tiles.first is not None) for tiles in self.tiles)
-
 
 def check_rows(rows: Rows, q_heads: int, kv_heads: int, head_dim: int) -> None:
     """Raises ValueError for what no kernel here can read."""

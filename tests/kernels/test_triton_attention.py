@@ -77,18 +77,20 @@ def test_a_plan_waits_for_nothing() -> None:
     assert [tiles.size for tiles in plan.tiles] == [1, 21] and [int(tiles.count) for tiles in plan.tiles] == [1, 2]
 
 
-def test_a_plan_is_made_anew_where_it_was() -> None:
-    """Captured calls look for tiles where they were: a chunk, and then decode rows, in the tensors of the first plan."""
-    store, kernels = paged(2, 100, 1, 16), load("triton")
-    chunk = make_rows(store, [0] * 20, [0] * 20, range(60, 80))
-    decode = make_rows(store, [1] * 20, [0] * 20, [30] * 20)
-    first = kernels.plan(chunk, 2, 1, 16)
-    again = kernels.plan(decode, 2, 1, 16, first)
-    for one, other, count in zip(first.tiles, again.tiles, (20, 0)):
-        assert one.first is other.first and one.count is other.count and other.count.tolist() == [count]
+def test_nothing_of_a_step_of_single_rows_lies_outside_of_its_tensors() -> None:
+    """Rows that are no more than requests share no reads: their plan has no tiles of its own, which captured calls would look
+    for where they were. So it serves other rows in the same tensors, padding among them."""
+    from kvloom.kernels.triton.plan import Tiles
+
+    store, kernels = paged(20, 40, 1, 16), load("triton")
+    rows = make_rows(store, range(20), [0] * 20, [30] * 20)
+    plan = kernels.plan(rows, 2, 1, 16)
+    assert plan.tiles == (Tiles(1, 20),)
+    rows.request.copy_(rows.request.flip(0))
+    rows.stop.copy_(ints([*range(21, 40), 0]))
     q = torch.randn(20, 2, 16, generator=torch.Generator().manual_seed(1))
-    out = kernels.attend(q, store.kv, again, scale=0.25, out=torch.full_like(q, float("nan")))
-    torch.testing.assert_close(out.double(), masked_attention(q, store, decode, 0.25)[0], atol=1e-5, rtol=1e-5)
+    out = kernels.attend(q, store.kv, plan, scale=0.25, out=torch.full_like(q, float("nan")))
+    torch.testing.assert_close(out.double(), masked_attention(q, store, rows, 0.25)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_run_is_refused() -> None:
