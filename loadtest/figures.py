@@ -45,14 +45,15 @@ def commit() -> str | None:
         return None
 
 
-def publish(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "") -> None:
+def publish(path: Path, head: Sequence[str], rows: Sequence[Sequence[str]], note: str = "", *, command: str = "",
+            machine: str = "") -> None:  # fmt: skip
     """Write a result file: what this process measured, by which command, where, when, and of which commit.
 
-    Views that an earlier file had stay.
+    command, machine: in place of this process's own. Views that an earlier file had stay.
     """
     words = without_outputs(["kvloom", *sys.argv[1:]])
     views = json.loads(path.read_text())["views"] if path.exists() else {}
-    said = {"command": shlex.join(words), "machine": describe(), "commit": commit()}
+    said = {"command": command or shlex.join(words), "machine": machine or describe(), "commit": commit()}
     content = {**said, "head": list(head), "rows": [list(row) for row in rows], "note": note, "views": views}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

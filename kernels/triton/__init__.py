@@ -1,8 +1,8 @@
 """The back end for GPUs: every operation of `interface` as Triton kernels, which their interpreter also runs on a CPU.
 
 Element types, strides and shapes are checked here; contents of index tensors are trusted, as the contract says. No operation
-reads a tensor's value on the host: calls may be captured in CUDA graphs. Plans make
-scratch.
+reads a tensor's value on the host, or makes a tensor: calls may be captured in CUDA graphs. Plans make scratch, which all
+operations share, as they follow each other.
 """
 
 from __future__ import annotations
@@ -12,26 +12,20 @@ from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, same_dtype, strides
 from kvloom.kernels.cuda_graph import CudaGraph
-from kvloom.kernels.interface import Counters, Folded, PagedKV, Plan, Rows
+from kvloom.kernels.interface import Counters, Folded, PagedKV, Plan, PoolHow, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding
-from kvloom.kernels.triton import attention, choose, sampling
+from kvloom.kernels.triton import attention, choose, sampling, topk
+from kvloom.kernels.triton import fold as folding
 from kvloom.kernels.triton import rows as by_row
 from kvloom.kernels.triton.linear import TritonQuantized
 from kvloom.kernels.triton.numbers import INTERPRETED, power_of_2
-from kvloom.kernels.triton.plan import (
-    LARGEST_BLOCK,
-    PROGRAMS,
-    SPLIT,
-    TritonPlan,
-    check_rows,
-    cut,
-    partial_queries,
-    splits,
-)
+from kvloom.kernels.triton.plan import LARGEST_BLOCK, PROGRAMS, TOGETHER, TritonPlan, check_rows, cut, launch, scratch_size
 
 COUNTERS = 32
 """Places among which counting is spread."""
+SCRATCH = 1 << 22
+"""Numbers that there are room for at least."""
 
 
 def load(device: str) -> TritonKernels:
@@ -49,14 +43,17 @@ class TritonKernels:
     # What needs nothing of this object: see the contract.
     store, rotate, rotate_store = staticmethod(by_row.store), staticmethod(by_row.rotate), staticmethod(by_row.rotate_store)
     add_rms_norm, silu_mul = staticmethod(by_row.add_rms_norm), staticmethod(by_row.silu_mul)
-    pool, select, renew = staticmethod(choose.pool), staticmethod(choose.select), staticmethod(choose.renew)
-    sample = staticmethod(sampling.sample)
+    renew, sample = staticmethod(choose.renew), staticmethod(sampling.sample)
 
     def __init__(self, device: str) -> None:
         self.quantized: QuantizedLinears | None = TritonQuantized(device)
         self._totals = torch.zeros(COUNTERS, 5, dtype=torch.int64, device=device)
-        self._scratch = [torch.empty(0, device=device)]
-        """The last is the largest; calls that were captured with others still write there."""
+        self._scratches = [torch.empty(SCRATCH, device=device)]
+        """The last is the largest, and in use; calls that were captured with others still write there."""
+
+    @property
+    def _scratch(self) -> Tensor:
+        return self._scratches[-1]
 
     @property
     def counters(self) -> Counters:
@@ -70,15 +67,15 @@ class TritonKernels:
     # Attention ---------------------------------------------------------------------------------------------------
 
     def plan(self, rows: Rows, q_heads: int, kv_heads: int, head_dim: int, into: Plan | None = None) -> TritonPlan:
-        """See the contract. Scratch is made here, and only grows. All that calls read of a plan lies in its rows' own tensors,
-        unless there are more rows than requests."""
+        """See the contract. Scratch is as large as any number of rows may need. All that calls read of a plan lies in its rows'
+        own tensors, unless there are more rows than requests."""
         check_rows(rows, q_heads, kv_heads, head_dim)
-        tiles = cut(rows, q_heads // kv_heads, head_dim)
-        queries = partial_queries(tiles, kv_heads, q_heads // max(1, kv_heads))
-        size = queries * splits(rows, LARGEST_BLOCK) * (head_dim + 2)  # sums, a maximum and a total
-        if len(self._scratch[-1]) < size:
-            self._scratch.append(torch.empty(max(size, 2 * len(self._scratch[-1])), device=self._totals.device))
-        return TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, queries, self._scratch[-1])
+        group = q_heads // max(1, kv_heads)
+        tiles = cut(rows, group, head_dim)
+        size = scratch_size(rows, group) * (head_dim + attention.STATS.value)
+        if len(self._scratch) < size:
+            self._scratches.append(torch.empty(max(size, 2 * len(self._scratch)), device=self._totals.device))
+        return TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, self._scratch)
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
@@ -116,23 +113,22 @@ class TritonKernels:
             index(positions, torch.int32)
         if rows.size == 0 or plan.kv_heads == 0:
             return
-        lists, most_splits = rows.lists, splits(rows, block)
+        lists = rows.lists
         listed = {
             "offsets": None if lists is None else lists.offsets,
             "lengths": None if lists is None else lists.lengths,
             "list_row": 0 if lists is None else lists.lengths.shape[1],
             "list_head": 0 if lists is None or lists.lengths.shape[1] == 1 else 1,
         }
-        by_head, block_d = rows.start.ndim == 2, max(16, power_of_2(plan.head_dim))
+        by_head = rows.start.ndim == 2
         common = {
             "q": q, "q_row": strides(q)[0], "q_head": q.stride(1), "request": rows.request, "start": rows.start,
             "start_row": rows.start.stride(0), "start_head": int(by_head and rows.start.shape[1] > 1), "stop": rows.stop,
             **listed, "rows": rows.size, "heads": heads, "out": out, "out_row": 0 if out is None else strides(out)[0],
             "out_head": 0 if out is None else out.stride(1), "lse": lse, "lse_row": 0 if lse is None else lse.stride(0),
-            "words": None if folded is None else folded.words, "at": None if folded is None else folded.at,
-            "counts": None if folded is None else folded.counts, "scale": scale, "KV_HEADS": plan.kv_heads,
-            "GROUP": plan.group, "DIM": plan.head_dim, "SPLIT": SPLIT, "SPLITS": most_splits, "PROGRAMS": PROGRAMS,
-            "BLOCK_D": block_d,
+            "partial": plan.scratch, "words": None if folded is None else folded.words,
+            "at": None if folded is None else folded.at, "counts": None if folded is None else folded.counts, "scale": scale,
+            "KV_HEADS": plan.kv_heads, "GROUP": plan.group, "DIM": plan.head_dim, "BLOCK_D": max(16, power_of_2(plan.head_dim)),
         }  # fmt: skip
         own = {
             "k": kv.k, "k_block": strides(kv.k)[0], "k_head": kv.k.stride(1), "k_token": kv.k.stride(2), "v": kv.v,
@@ -142,40 +138,48 @@ class TritonKernels:
             "logits_row": 0 if logits is None else logits.stride(0), "logits_head": 0 if logits is None else logits.stride(1),
             "logit_rows": 0 if logits is None else len(logits), "width": 0 if logits is None else logits.shape[2],
             "BLOCK_SIZE": block, "COUNTERS": COUNTERS,
-            "BLOCK_N": 128 if INTERPRETED.value else min(64, max(16, 16384 // (block_d * kv.k.element_size()))),
         }  # fmt: skip
-        sums, stats = plan.scratch, plan.scratch[plan.queries * most_splits * plan.head_dim :]
         for tiles in plan.tiles:
-            at = {"tiles": tiles.count, "first": tiles.first, "last": tiles.last, "TILE": tiles.size}
-            pairs, programs = tiles.most * plan.kv_heads, PROGRAMS // tiles.size
-            queries = power_of_2(tiles.size * plan.group)
-            attention.attend[(max(pairs, min(pairs * most_splits, programs)),)](
-                **common,
-                **own,
-                **at,
-                sums_out=sums,
-                stats_out=stats,
-                BLOCK_M=max(16, queries),
-                num_warps=8 if tiles.size > 1 else 4,
-                num_stages=2 if q.element_size() == 4 else 3,
-            )
-            if out is not None and most_splits > 1:
-                attention.merge[(min(pairs, programs // 2) * tiles.size * plan.group,)](
-                    **common, **at, sums_in=sums, stats_in=stats, AT_ONCE=8, num_warps=1
-                )
+            how = launch(tiles, rows.tables.shape[1] * block, plan.group, plan.head_dim, kv.k.element_size(),
+                         logits=out is not None and logits is not None)  # fmt: skip
+            at = {"tiles": tiles.count, "first": tiles.first, "last": tiles.last, "TILE": how.tile, "PARTS": how.parts,
+                  "least": how.least, "splits": how.splits, "PROGRAMS": PROGRAMS, "FEWEST": how.fewest}  # fmt: skip
+            each = how.parts * plan.kv_heads
+            together = tiles.most if tiles.last is None else max(1, TOGETHER // (how.queries * each))
+            for skip in range(0, tiles.most, together):
+                pairs = min(together, tiles.most - skip) * each
+                programs = pairs * how.splits
+                merged = pairs if tiles.last is not None else min(pairs, PROGRAMS // how.fewest)
+                attention.attend[(programs if tiles.last is not None else max(pairs, min(programs, PROGRAMS)),)](
+                    **common, **own, **at, skip=skip, BLOCK_M=max(16, power_of_2(how.queries)), BLOCK_N=how.block_n,
+                    num_warps=how.warps, num_stages=how.stages, maxnreg=how.registers,
+                )  # fmt: skip
+                if out is not None and (how.splits > 1 or (folded is not None and tiles.last is not None)):
+                    attention.merge[(merged * how.queries,)](**common, **at, skip=skip, AT_ONCE=1 if INTERPRETED.value else 8,
+                                                    num_warps=1)  # fmt: skip
 
     def fold(self, kv: PagedKV, tables: Tensor, request: Tensor, first: Tensor, last: Tensor, words: Tensor, at: Tensor, *,
              origin: int, most: int) -> None:  # fmt: skip
         """See the contract."""
         check_folding(kv, tables, words, (request, first, last, at))
         same_dtype(kv.k, kv.v)
-        block, (_, heads, _, dim) = _block_size(kv), kv.k.shape
-        if len(at) and heads:
-            attention.fold[len(at), heads, 2](
-                kv.k, *strides(kv.k)[:3], kv.v, *strides(kv.v)[:3], tables, tables.stride(0), request, first, last,
-                words.view(torch.float32), at, origin, KV_HEADS=heads, DIM=dim, BLOCK_SIZE=block, BLOCK_N=power_of_2(block),
-                BLOCK_D=power_of_2(dim),
-            )  # fmt: skip
+        _block_size(kv)
+        if len(at) and kv.k.shape[1]:
+            sums, scratch = words.view(torch.float32), self._scratch.view(torch.float64)
+            folding.fold(kv, tables, request, first, last, sums, at, scratch, origin=origin, most=most)
+
+    # Choosing ----------------------------------------------------------------------------------------------------
+
+    def pool(self, logits: Tensor, first: Tensor, last: Tensor, groups: int, *, how: PoolHow, window: int, out: Tensor,
+             active: Tensor | None = None) -> Tensor:  # fmt: skip
+        """See the contract."""
+        return choose.pool(logits, first, last, groups, self._scratch, how=how, window=window, out=out, active=active)
+
+    def select(self, scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
+               out: tuple[Tensor, Tensor | None] | None = None,
+               at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """See the contract."""
+        return topk.select(scores, lengths, k, self._scratch.view(torch.int32), offset=offset, out=out, at=at)
 
 
 def _own(plan: Plan) -> TritonPlan:

@@ -1,4 +1,4 @@
-"""From logits to lists: pooled shares, top-k, and which lists are made anew.
+"""From logits to rankings, and which lists are made anew.
 
 Every row goes its own way, by tiles of fixed width from its own first column: its bits depend on no other row, and rows that
 are off or have nothing to choose from cost an early exit.
@@ -14,28 +14,44 @@ from torch import Tensor
 from kvloom.kernels.checks import fp32, index, strides
 from kvloom.kernels.interface import PoolHow, Renewal
 from kvloom.kernels.reference import check_pool, check_renewal
-from kvloom.kernels.triton.numbers import ordered, power_of_2, read
+from kvloom.kernels.triton.numbers import aligned, power_of_2, read
 
 TILE = 1024
-"""Columns that a program looks at together."""
+"""Columns that a program looks at together, or more for wider windows."""
 
-WIDE = 32 * TILE
-"""Most of a ranking's keys that a program holds in registers."""
+INDICES = ["first", "last", "active", "at", "stop", "due", "start", "lengths", "words", "floats", "counts"]
+"""Tensors of which Triton need not know where they begin."""
 
 
 @triton.jit
-def _sum_up(logits, first, last, active, peaks, row_stride, head_stride, heads, ACTIVE: tl.constexpr, TILE: tl.constexpr):
+def _candidates(first, last, active, row):
+    """A row's columns [begin, end), and the multiple of 16 at or below `begin`, from which threads read several at once."""
+    begin, end = tl.load(first + row), tl.load(last + row)
+    if active is not None:
+        end = tl.where(tl.load(active + row) < 0, begin, end)
+    return begin, end, begin // 16 * 16
+
+
+@triton.jit
+def _logits(source, column, begin, end, ALIGNED: tl.constexpr):
+    """-inf for what is no candidate."""
+    if ALIGNED:
+        x = tl.load(source + column, mask=(column >= begin // 16 * 16) & (column < tl.cdiv(end, 16) * 16), other=-float("inf"))
+        return tl.where((column >= begin) & (column < end), x, -float("inf"))
+    return tl.load(source + column, mask=(column >= begin) & (column < end), other=-float("inf"))
+
+
+@triton.jit(do_not_specialize_on_alignment=INDICES)
+def _sum_up(logits, first, last, active, peaks, row_stride, head_stride, heads, ALIGNED: tl.constexpr, TILE: tl.constexpr):
     """The largest logit of a head's candidates (in base 2; 0 if all are -inf) and 1 / the sum of their weights (1 then)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    begin, end = tl.load(first + row), tl.load(last + row)
-    if ACTIVE:
-        end = tl.where(tl.load(active + row) < 0, begin, end)
+    begin, end, origin = _candidates(first, last, active, row)
     if begin < end:
         source, lane = logits + row * row_stride + head * head_stride, tl.arange(0, TILE)
         top = tl.full([TILE], -float("inf"), tl.float32)
         total = tl.zeros([TILE], tl.float32)
-        for at in range(begin, end, TILE):
-            x = tl.load(source + at + lane, mask=at + lane < end, other=-float("inf")) * 1.4426950408889634
+        for at in range(origin, end, TILE):
+            x = _logits(source, at + lane, begin, end, ALIGNED) * 1.4426950408889634
             higher = tl.maximum(top, x)
             base = tl.where(higher == -float("inf"), 0.0, higher)
             total = total * tl.exp2(top - base) + tl.exp2(x - base)
@@ -47,23 +63,19 @@ def _sum_up(logits, first, last, active, peaks, row_stride, head_stride, heads, 
         tl.store(peaks + (row * heads + head) * 2 + 1, 1.0 / tl.maximum(weight, 1.0))  # that of the largest alone is 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def _pool(logits, first, last, active, peaks, out, row_stride, head_stride, out_row, out_group, heads, group,
-          ACTIVE: tl.constexpr, SUM: tl.constexpr, WINDOW: tl.constexpr, DOUBLINGS: tl.constexpr,
-          TILE: tl.constexpr):  # fmt: skip
-    """A tile of a group's ranking: TILE - WINDOW + 1 columns, of which the halves of windows at both ends are seen only."""
+          ALIGNED: tl.constexpr, SUM: tl.constexpr, WINDOW: tl.constexpr, DOUBLINGS: tl.constexpr, HALO: tl.constexpr,
+          WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
+    """WIDTH columns of a group's ranking, of TILE that are read: HALO before them, at least half a window, and some behind."""
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1) * group
-    begin, end = tl.load(first + row), tl.load(last + row)
-    if ACTIVE:
-        end = tl.where(tl.load(active + row) < 0, begin, end)
-    lane, width = tl.arange(0, TILE), TILE - WINDOW + 1
-    target = tl.program_id(0) * width
-    if target < end - begin:
-        column = begin + target - WINDOW // 2 + lane
-        there = (column >= begin) & (column < end)
+    begin, end, origin = _candidates(first, last, active, row)
+    lane, at = tl.arange(0, TILE), origin + tl.program_id(0) * WIDTH
+    if at < end:
+        column = at - HALO + lane
         found = tl.zeros([TILE], tl.float32)
         for one in range(group):
-            x = tl.load(logits + row * row_stride + (head + one) * head_stride + column, mask=there, other=-float("inf"))
+            x = _logits(logits + row * row_stride + (head + one) * head_stride, column, begin, end, ALIGNED)
             peak = tl.load(peaks + (row * heads + head + one) * 2)
             share = tl.exp2(x * 1.4426950408889634 - peak) * tl.load(peaks + (row * heads + head + one) * 2 + 1)
             found = found + share if SUM else tl.maximum(found, share)
@@ -71,14 +83,15 @@ def _pool(logits, first, last, active, peaks, out, row_stride, head_stride, out_
             found = tl.maximum(found, tl.gather(found, tl.minimum(lane + (1 << doubling), TILE - 1), 0))
         if WINDOW > 1:
             found = tl.maximum(found, tl.gather(found, tl.minimum(lane + (WINDOW - (1 << DOUBLINGS)), TILE - 1), 0))
-        kept = (lane < width) & (target + lane < end - begin)
-        tl.store(out + row * out_row + tl.program_id(1) * out_group + target + lane, found, mask=kept)
+        column += WINDOW // 2
+        kept = (column >= tl.maximum(at, begin)) & (column < tl.minimum(at + WIDTH, end))
+        tl.store(out + row * out_row + tl.program_id(1) * out_group + column - begin, found, mask=kept)
 
 
-def pool(logits: Tensor, first: Tensor, last: Tensor, groups: int, *, how: PoolHow, window: int, out: Tensor,
+def pool(logits: Tensor, first: Tensor, last: Tensor, groups: int, scratch: Tensor, *, how: PoolHow, window: int, out: Tensor,
          active: Tensor | None = None) -> Tensor:  # fmt: skip
-    """From logits to rankings; see `interface.Kernels.pool`. Peaks of heads pass through fresh memory, which a captured graph
-    keeps as its own."""
+    """From logits to rankings; see `interface.Kernels.pool`. scratch: fp32, two numbers for each head of as many rows as there
+    is room for; others come later."""
     check_pool(logits, groups, how, window)
     rows, heads, _ = logits.shape
     for tensor in (first, last, *(() if active is None else (active,))):
@@ -88,113 +101,21 @@ def pool(logits: Tensor, first: Tensor, last: Tensor, groups: int, *, how: PoolH
     if not (first.shape == last.shape == (rows,) and out.shape[:2] == (rows, groups)):
         raise ValueError(f"logits are {tuple(logits.shape)} in {groups} groups, but first is {tuple(first.shape)}, last "
                          f"{tuple(last.shape)} and out {tuple(out.shape)}; they must have one row each")  # fmt: skip
-    if rows == 0 or out.shape[2] == 0:
-        return out
-    peaks = torch.empty(rows, heads, 2, dtype=torch.float32, device=out.device)
-    common = (logits, first, last, active, peaks)
-    _sum_up[rows, heads](*common, *strides(logits)[:2], heads, ACTIVE=active is not None, TILE=4 * TILE, num_warps=8)
-    tile = max(TILE, power_of_2(2 * window))
-    _pool[triton.cdiv(out.shape[2], tile - window + 1), groups, rows](
-        *common, out, *strides(logits)[:2], *strides(out)[:2], heads, heads // groups, ACTIVE=active is not None,
-        SUM=how == "sum", WINDOW=window, DOUBLINGS=window.bit_length() - 1, TILE=tile,
-    )  # fmt: skip
+    tile, halo = max(TILE, power_of_2(3 * window)), -(-(window // 2) // 16) * 16
+    width, most = (tile - halo - window // 2) // 16 * 16, len(scratch) // max(1, 2 * heads)
+    for begin in range(0, rows if out.shape[2] else 0, most):
+        part = slice(begin, begin + most)
+        count, same = len(logits[part]), aligned(logits)
+        common = (logits[part], first[part], last[part], None if active is None else active[part], scratch)
+        _sum_up[count, heads](*common, *strides(logits)[:2], heads, ALIGNED=same, TILE=4 * TILE, num_warps=8)
+        _pool[triton.cdiv(out.shape[2] + 15, width), groups, count](
+            *common, out[part], *strides(logits)[:2], *strides(out)[:2], heads, heads // groups, ALIGNED=same,
+            SUM=how == "sum", WINDOW=window, DOUBLINGS=window.bit_length() - 1, HALO=halo, WIDTH=width, TILE=tile,
+        )  # fmt: skip
     return out
 
 
-@triton.jit
-def _keys(source, column, length):
-    """Keys of columns, 0 past the last."""
-    return tl.where(column < length, ordered(tl.load(source + column, mask=column < length, other=0.0)), 0)
-
-
-@triton.jit
-def _bound(source, length, wanted, HELD: tl.constexpr, WIDE: tl.constexpr):
-    """A key, and how many of its equals belong to the `wanted` largest keys, as do all larger ones: halves what lies between a
-    key that enough are above and one that too few are above, and is done when a cut has just as many. HELD: a row's keys stay
-    where they are compared."""
-    lane, low, high = tl.arange(0, WIDE), tl.full([], 0, tl.uint32), tl.full([], 0xFFFFFFFF, tl.uint32)
-    ties = wanted
-    if HELD:
-        held = _keys(source, lane, length)
-    while low < high:
-        middle = low + ((high - low) >> 1) + 1
-        if HELD:
-            count = tl.sum((held >= middle).to(tl.int32), axis=0)
-        else:
-            counts = tl.zeros([WIDE], tl.int32)
-            for begin in range(0, length, WIDE):
-                counts += (_keys(source, begin + lane, length) >= middle).to(tl.int32)
-            count = tl.sum(counts, axis=0)
-        ties = tl.where(count == wanted, 0, tl.where(count < wanted, wanted - count, ties))
-        low = tl.where(count == wanted, middle - 1, tl.where(count > wanted, middle, low))
-        high = tl.where(count > wanted, high, middle - 1)
-    return low, ties
-
-
-@triton.jit
-def _select(scores, lengths, offset, at, columns, counts, row_stride, head_stride, out_row, out_head, heads, k,
-            OFFSET: tl.constexpr, AT: tl.constexpr, COUNTS: tl.constexpr, HELD: tl.constexpr, WIDE: tl.constexpr,
-            TILE: tl.constexpr):  # fmt: skip
-    """One ranking: finds the key of its last column, then writes columns in order."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length, lane, added = tl.load(lengths + row), tl.arange(0, TILE), 0
-    if OFFSET:
-        added = tl.load(offset + row)
-    target, on = columns + row * out_row + head * out_head, True
-    if AT:
-        place = tl.load(at + row)
-        target, on = columns + place + head * out_head, place >= 0
-    if on:
-        source, wanted = scores + row * row_stride + head * head_stride, tl.minimum(k, length)
-        if length > k:
-            bound, ties = _bound(source, length, wanted, HELD, WIDE)
-            written, equals = 0, 0
-            for begin in range(0, length, TILE):
-                column = begin + lane
-                key = _keys(source, column, length)
-                equal = (key == bound) & (column < length)
-                rank = equals + tl.cumsum(equal.to(tl.int32), axis=0)
-                chosen = (key > bound) | (equal & (rank <= ties))
-                position = written + tl.cumsum(chosen.to(tl.int32), axis=0) - 1
-                tl.store(target + position, (column + added).to(tl.int32), mask=chosen)
-                written += tl.sum(chosen.to(tl.int32), axis=0)
-                equals += tl.sum(equal.to(tl.int32), axis=0)
-        else:
-            for begin in range(0, k, TILE):
-                column = begin + lane
-                tl.store(target + column, tl.where(column < length, column + added, -1).to(tl.int32), mask=column < k)
-        if COUNTS:
-            tl.store(counts + row * heads + head, wanted)
-
-
-def select(scores: Tensor, lengths: Tensor, k: int, *, offset: Tensor | None = None,
-           out: tuple[Tensor, Tensor | None] | None = None,
-           at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Top-k with ties to the lower column; see `interface.Kernels.select`. NaN is not ordered meaningfully."""
-    fp32(scores)
-    rows, heads = scores.shape[0], 1 if scores.ndim == 2 else scores.shape[1]
-    shape = scores.shape[:-1]
-    columns, counts = out or (lengths.new_empty(*shape, k), lengths.new_empty(shape))
-    for tensor in (lengths, offset, counts, at):
-        if tensor is not None:
-            index(tensor, torch.int32)
-    wanted = (*shape, k) if at is None else (*shape[1:], k)
-    if columns.dtype is not torch.int32 or columns.shape != wanted or (counts is not None and counts.shape != shape):
-        raise ValueError(f"out must be int32 {list(wanted)} and {list(shape)}; got {columns.dtype} {tuple(columns.shape)} "
-                         f"and {None if counts is None else tuple(counts.shape)}")  # fmt: skip
-    steps = (*((0,) if at is not None else ()), *strides(columns)[:-1], *((0,) if scores.ndim == 2 else ()))
-    wide = max(TILE, power_of_2(scores.shape[-1]))
-    held, wide = wide <= WIDE, wide if wide <= WIDE else WIDE // 2
-    if rows and heads:
-        _select[rows, heads](
-            scores, lengths, offset, at, columns, counts, scores.stride(0), 0 if scores.ndim == 2 else scores.stride(1), *steps,
-            heads, k, OFFSET=offset is not None, AT=at is not None, COUNTS=counts is not None, HELD=held,
-            WIDE=wide, TILE=min(wide, 4 * TILE), num_warps=max(4, wide // 1024),
-        )  # fmt: skip
-    return columns, counts
-
-
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=INDICES)
 def _renew(q, words, floats, at, stop, due, cos, sin, active, start, lengths, counts, q_row, q_head, cos_row, sin_row, heads,
            dim, half, lists, tail_at, query_at, width, recent, most, threshold, COMPARE: tl.constexpr, DENSE: tl.constexpr,
            TURN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, LISTS: tl.constexpr):  # fmt: skip

@@ -51,7 +51,7 @@ def _inputs(x, there, at):
     return tl.load(x + at[None, :], mask=there[:, None], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear(
     x, x_row, codes, scales, mins, bias, out, out_row, partial, rows, outputs, padded, groups, EIGHT: tl.constexpr,
     SPLITS: tl.constexpr, SPREAD: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -101,7 +101,7 @@ def _finish(total, bias, out, out_row, row, output, there, outputs):
     tl.store(place, rounded(total, out.dtype.element_ty), mask=there[:, None] & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def add_splits(partial, bias, out, out_row, rows, outputs, padded, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
     """A row's splits, in order."""
     row, output = tl.program_id(1) + tl.arange(0, 1), tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -187,7 +187,7 @@ class Weight:
         linear[panels, triton.cdiv(rows, ROWS), spread](
             x, x_row, self.codes, self.scales, self.mins, self.bias, out, out_row, partial, rows, self.outputs, self.padded,
             self.groups, EIGHT=self.format == Q8, SPLITS=self.splits, SPREAD=spread, GROUP=GROUP, BLOCK_M=ROWS, BLOCK_N=PANEL,
-            num_warps=4, num_stages=4,
+            num_warps=4 if self.format == Q8 else 2, num_stages=4,
         )  # fmt: skip
         if spread > 1:
             add_splits[panels, rows](partial, self.bias, out, out_row, rows, self.outputs, self.padded, SPLITS=self.splits,

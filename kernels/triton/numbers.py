@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton import knobs
 
 knobs.language.default_fp_fusion = True  # what Triton does now, and will not do unasked from 3.10 on
@@ -15,6 +16,12 @@ INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 def power_of_2(count: int) -> int:
     """The next one, at least 1."""
     return triton.next_power_of_2(max(1, count))
+
+
+def aligned(tensor: Tensor) -> bool:
+    """Whether its rows begin and end at multiples of 16 elements of 4 bytes, so that a thread may read four at once."""
+    inner = (*tensor.stride()[:-1], tensor.shape[-1])
+    return tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in inner)
 
 
 @triton.jit

@@ -2,31 +2,41 @@
 
 A *tile* is what one read of keys serves, for one KV head: the query heads of one row, or of up to `size` consecutive rows of a
 prefill chunk. Rows of a chunk of fewer than CHUNK are tiles of their own. A tile's positions, in the order in which its last
-row sees them, are cut into *splits* at multiples of a power of two that follows from their number alone: at least SPLIT, at
-most SPLITS of them. A step of few tiles spreads splits over programs, which leave partial results in scratch; in a step of
-many, a program computes a tile's splits one after the other. Both add the same numbers in the same order.
+row sees them, are cut into *splits* at multiples of a power of two.
+
+For a row alone that follows from how many it sees: at least SPLIT, at most SPLITS of them. A step of few rows spreads splits
+over programs, which leave partial results in scratch; in a step of many, a program computes a row's splits one after the other.
+Both add the same numbers in the same order. For a chunk it follows from the longest context that there can be, and each split
+has a program of its own: so a row's splits, and its bits, do not depend on where its prompt was cut into chunks either.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kvloom.kernels.interface import Lists, Rows
-from kvloom.kernels.triton.numbers import INTERPRETED
+from kvloom.kernels.triton.numbers import INTERPRETED, power_of_2
 
 CHUNK = 16
 """Fewest rows of a chunk that share reads."""
-QUERIES = 64
+QUERIES = 128
 """Queries of a tile of a chunk, rows by query heads of a group, of up to 128 numbers; half as many of more."""
 SPLIT = 256
-"""Fewest positions of a split."""
+"""Fewest positions of a row's split."""
 SPLITS = 64
-"""Most splits of a tile."""
+"""Most splits of a row."""
+SECTION = 4096
+"""Fewest positions of a chunk's split."""
+SECTIONS = 16
+"""Most splits of a chunk."""
 PROGRAMS = 64 if INTERPRETED.value else 2048
-"""Programs that keep a device busy. Half as many rows and heads find room for partial results."""
+"""Programs that keep a device busy with rows. Half as many rows and heads find room for partial results, or fewer."""
+TOGETHER = 32_768
+"""Queries of chunks that find room for partial results. Others come later."""
 LARGEST_BLOCK, LARGEST_HEAD = 128, 256
 
 
@@ -44,14 +54,13 @@ class Tiles:
 
 @dataclass(slots=True)
 class TritonPlan:
-    """One `Rows`, ready to run. scratch: fp32, for partial results of so many queries of each split."""
+    """One `Rows`, ready to run. scratch: fp32, for partial results."""
 
     rows: Rows
     q_heads: int
     kv_heads: int
     head_dim: int
     tiles: tuple[Tiles, ...]
-    queries: int
     scratch: Tensor
 
     @property
@@ -86,9 +95,11 @@ def cut(rows: Rows, group: int, head_dim: int) -> tuple[Tiles, ...]:
     """A step's tiles, without a look at what is in its tensors. Rows of open plans share nothing, nor do rows that are no more
     than there are requests: in a step that is captured, a tile is a row."""
     size = max(1, QUERIES // (1 if head_dim <= 128 else 2) // group)
-    if rows.most is not None or rows.size < CHUNK or rows.size <= len(rows.tables) or size == 1:
+    if rows.most is not None or rows.size <= len(rows.tables):
         return (Tiles(1, rows.size),)
     row = torch.arange(rows.size, device=rows.request.device)
+    if rows.size < CHUNK or size == 1:
+        return (_tiles(1, rows.size, row >= 0, row),)
     begin = torch.where(_joined(rows), 0, row).cummax(0).values  # each row's first neighbour
     length = torch.zeros_like(row).scatter_add_(0, begin, torch.ones_like(row))[begin]
     shared = length >= CHUNK
@@ -114,11 +125,52 @@ def _tiles(size: int, most: int, first: Tensor, row: Tensor, last: Tensor | None
     return Tiles(size, most, found.int(), first.sum(dtype=torch.int32)[None], last)
 
 
-def splits(rows: Rows, block_size: int) -> int:
-    """The most splits that a tile may have: no row sees more positions than its block table holds."""
-    return max(1, min(SPLITS, -(-rows.tables.shape[1] * block_size // SPLIT)))
+class Launch(NamedTuple):
+    """How tiles of one size are computed."""
+
+    tile: int
+    """Rows to a program,"""
+    parts: int
+    """and programs to a tile."""
+    least: int
+    """Fewest positions of a split,"""
+    splits: int
+    """and most splits of a tile."""
+    fewest: int
+    """As many programs to a row, or more, or one."""
+    queries: int
+    """Queries of a tile."""
+    block_n: int
+    warps: int
+    stages: int
+    registers: int | None
+    """The most to a thread: left alone, ptxas spills some in fp32 to fit more programs."""
 
 
-def partial_queries(tiles: tuple[Tiles, ...], kv_heads: int, group: int) -> int:
-    """Queries that may leave partial results of each split."""
-    return group * min(PROGRAMS // 2, kv_heads * max(some.most * some.size for some in tiles))
+def launch(tiles: Tiles, room: int, group: int, head_dim: int, item: int, *, logits: bool) -> Launch:
+    """room: positions that a block table holds: no row sees more. item: bytes of an element of K. logits: whether a chunk hands
+    them out beside its sums, which takes registers: then fewer columns come at once."""
+    block_n, stages = 64 if head_dim <= 128 else 32, 3
+    if item == 4:
+        block_n = 16
+    if INTERPRETED.value:
+        block_n = 128
+    registers = 255 if item == 4 and head_dim <= 128 else None
+    if tiles.last is None:
+        fewest, most = max(2, group // 2), max(1, min(SPLITS, -(-room // SPLIT)))
+        return Launch(1, 1, SPLIT, most, fewest, group, block_n, 4, stages, registers)
+    queries, warps = (QUERIES // (1 if head_dim <= 128 else 2), 8) if item < 4 else (16, 4)
+    if logits:
+        block_n, stages = min(block_n, 16), 2
+    elif 64 < head_dim <= 128 and group & (group - 1):  # dividing by such a number takes registers, too
+        block_n = min(block_n, 32)
+    tile = max(1, queries // group)
+    least, most = max(SECTION, power_of_2(-(-room // SECTIONS))), max(1, min(SECTIONS, -(-room // SECTION)))
+    return Launch(tile, -(-tiles.size // tile), least, most, 1, tile * group, block_n, warps, stages, registers)
+
+
+def scratch_size(rows: Rows, group: int) -> int:
+    """Partial results that there may be at once, in queries, however many rows there are and whatever the size of blocks."""
+    room = rows.tables.shape[1] * LARGEST_BLOCK
+    of_rows = PROGRAMS // max(2, group // 2) * group * max(1, min(SPLITS, -(-room // SPLIT)))
+    return max(of_rows, TOGETHER * max(1, min(SECTIONS, -(-room // SECTION))))

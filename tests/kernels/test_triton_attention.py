@@ -10,13 +10,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from kvloom.kernels import Rows, load
-from tests.kernels.conftest import ints, make_lists, make_rows, masked_attention, paged
+from tests.kernels.conftest import Paged, ints, make_lists, make_rows, masked_attention, paged
 from tests.kernels.test_attend import check
 from tests.kernels.test_vectorized import WAITS, Recorder, calls
 
 pytest.importorskip("triton")
+
+import kvloom.kernels.triton as back_end
+from kvloom.kernels.triton import plan
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
@@ -46,18 +50,59 @@ def test_random_rows(data: st.DataObject) -> None:
     check(load("triton"), store, make_rows(store, request, start, stop, make_lists(positions)), kv_heads * group)
 
 
-def test_splits_in_one_program_and_in_many_give_the_same_bits() -> None:
+@pytest.fixture
+def short_sections(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several splits of a chunk over few positions, of small tiles, of which some find room for partial results at once."""
+    monkeypatch.setattr(plan, "SECTION", 256)
+    monkeypatch.setattr(plan, "QUERIES", 16)
+    monkeypatch.setattr(back_end, "TOGETHER", 32)
+
+
+def attended(store: Paged, rows: Rows, q: Tensor) -> Tensor:
+    kernels, (_, q_heads, dim) = load("triton"), q.shape
+    seen = kernels.plan(rows, q_heads, store.dense_k.shape[1], dim)
+    return kernels.attend(q, store.kv, seen, scale=dim**-0.5, out=torch.full_like(q, torch.nan))
+
+
+def part_of(rows: Rows, part: slice) -> Rows:
+    lists = rows.lists
+    if lists is not None:
+        lists = lists._replace(offsets=lists.offsets[part].contiguous(), lengths=lists.lengths[part].contiguous())
+    return Rows(rows.tables, *(x[part].contiguous() for x in (rows.request, rows.start, rows.stop)), lists)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("short_sections")
+def test_splits_in_one_program_and_in_many_give_the_same_bits(dtype: torch.dtype) -> None:
     """A long row and a chunk alone leave partial results; beside many others a program does all of a tile's splits."""
-    store, kernels = paged(3, 540, 1, 16, dtype=torch.bfloat16), load("triton")
-    chunk, others = range(524, 541), [3] * 60
-    request, stop = [0, *[1] * 17, *[2] * 60], [530, *chunk, *others]
+    store = paged(3, 540, 1, 16, dtype=dtype)
+    request, stop = [0, *[1] * 16, *[2] * 17, *[2] * 60], [530, *range(525, 541), *range(401, 418), *[3] * 60]
     rows = make_rows(store, request, [0] * len(stop), stop)
-    q = torch.randn(len(stop), 4, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
-    together = kernels.attend(q, store.kv, kernels.plan(rows, 4, 1, 16), scale=0.25, out=torch.empty_like(q))
-    for part in (slice(0, 1), slice(1, 18), slice(0, 18)):
-        own = Rows(store.tables, *(x[part].contiguous() for x in (rows.request, rows.start, rows.stop)))
-        out = kernels.attend(q[part], store.kv, kernels.plan(own, 4, 1, 16), scale=0.25, out=torch.empty_like(q[part]))
-        assert torch.equal(out, together[part])
+    q = torch.randn(len(stop), 4, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    together = attended(store, rows, q)
+    torch.testing.assert_close(together.double(), masked_attention(q, store, rows, 0.25)[0], atol=1e-2, rtol=1e-2)
+    for part in (slice(0, 1), slice(1, 17), slice(0, 17)):
+        assert torch.equal(attended(store, part_of(rows, part), q[part]), together[part])
+
+
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_a_row_does_not_depend_on_where_its_prompt_was_cut(data: st.DataObject) -> None:
+    """Into chunks of at least 16 rows, over a list that they share and a tail, or everything; with and without room for
+    partial results."""
+    dtype, group = data.draw(st.sampled_from([torch.bfloat16, torch.float32])), data.draw(st.sampled_from([1, 3, 4, 8]))
+    listed, rows = data.draw(st.sampled_from([[], list(range(3, 250, 2))])), 36
+    store = paged(1, 540, 1, 16, dtype=dtype)
+    lists = make_lists([[listed]])
+    lists = lists._replace(offsets=lists.offsets.repeat(rows, 1), lengths=lists.lengths.repeat(rows, 1))
+    whole = make_rows(store, [0] * rows, [260 if listed else 0] * rows, range(505, 541), lists)
+    q = torch.randn(rows, group, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "SECTION", 256)
+        patch.setattr(plan, "QUERIES", 16)
+        together, cut = attended(store, whole, q), data.draw(st.integers(16, 20))
+        assert torch.equal(attended(store, part_of(whole, slice(0, cut)), q[:cut]), together[:cut])
+        assert torch.equal(attended(store, part_of(whole, slice(cut, rows)), q[cut:]), together[cut:])
 
 
 @pytest.mark.parametrize("number", range(11))
@@ -72,9 +117,9 @@ def test_a_plan_waits_for_nothing() -> None:
     store, kernels = paged(2, 300, 2, 64), load("triton")
     rows = make_rows(store, [1, *[0] * 40], [0] * 41, [280, *range(90, 130)], make_lists([[[], []]] * 41))
     with Recorder() as recorder:
-        plan = kernels.plan(rows, 6, 2, 64)
+        found = kernels.plan(rows, 6, 2, 64)
     assert recorder.names and not recorder.names & WAITS
-    assert [tiles.size for tiles in plan.tiles] == [1, 21] and [int(tiles.count) for tiles in plan.tiles] == [1, 2]
+    assert [tiles.size for tiles in found.tiles] == [1, 42] and [int(tiles.count) for tiles in found.tiles] == [1, 1]
 
 
 def test_nothing_of_a_step_of_single_rows_lies_outside_of_its_tensors() -> None:
@@ -99,11 +144,11 @@ def test_what_cannot_run_is_refused() -> None:
         with pytest.raises(ValueError, match=f"head_dim is {dim}; the triton back end takes multiples of 8 up to 256"):
             kernels.plan(make_rows(store, [0], [0], [9]), 1, 1, dim)
     store, q = paged(1, 150, 1, 16, block_size=150), torch.zeros(1, 1, 16)
-    plan = kernels.plan(make_rows(store, [0], [0], [9]), 1, 1, 16)
+    made = kernels.plan(make_rows(store, [0], [0], [9]), 1, 1, 16)
     with pytest.raises(ValueError, match="block size is 150; the triton back end takes up to 128"):
-        kernels.attend(q, store.kv, plan, scale=1.0, out=q)
+        kernels.attend(q, store.kv, made, scale=1.0, out=q)
     with pytest.raises(ValueError, match=r"plan is for q \(1, 1, 16\)"):
-        kernels.attend(torch.zeros(2, 1, 16), store.kv, plan, scale=1.0, out=torch.zeros(2, 1, 16))
+        kernels.attend(torch.zeros(2, 1, 16), store.kv, made, scale=1.0, out=torch.zeros(2, 1, 16))
     with pytest.raises(ValueError, match="contiguous int32"):
         kernels.plan(make_rows(store, [0], [0], [9])._replace(stop=ints([9]).long()), 1, 1, 16)
 

@@ -1,0 +1,78 @@
+"""Compile every Triton kernel ahead of time, here or with another version of Triton. No GPU is needed.
+
+    python scripts/compile_kernels.py                   and write the tables into docs/figures
+    python scripts/compile_kernels.py --triton 3.9.0    and print them; that version goes into an environment in a temporary
+                                                        folder, which has all else from the environment that runs this
+
+Exits with 1 if a kernel spills registers or wants more shared memory than a program may have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLES: dict[str, list[str]] = {"gpu-kernels": [], "gpu-attention": ["--sweep"]}
+"""Result files, and what makes them of `kvloom.kernels.triton.compiled`."""
+
+
+def compiled(python: str, flags: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """The exit code, and the table as Markdown."""
+    words = [python, "-m", "kvloom.kernels.triton.compiled", *flags]
+    done = subprocess.run(words, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    print(done.stdout, flush=True)
+    return done.returncode, done.stdout
+
+
+def publish(name: str, table: str, version: str) -> None:
+    """Write a table as a result file."""
+    from kvloom.loadtest import figures
+
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    where = f"{datetime.date.today()}, triton {version}, no GPU"
+    command = "python scripts/compile_kernels.py"
+    figures.publish(ROOT / figures.FOLDER / f"{name}.json", head, rows, command=command, machine=where)
+
+
+def other(folder: str, version: str, environment: dict[str, str]) -> str:
+    """The Python of a new environment in `folder` with that version of Triton, and everything that this one has."""
+    venv.create(folder, with_pip=True)
+    python = str(Path(folder) / "bin" / "python")
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"triton=={version}"], check=True)
+    asked = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    site = subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip()
+    (Path(site) / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")  # behind what the environment has itself
+    environment["TRITON_CACHE_DIR"] = str(Path(folder) / "cache")
+    return python
+
+
+def main() -> int:
+    """Compile, then print or publish; returns the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--triton", metavar="VERSION", help="install this version and use it (default: what is here)")
+    version = parser.parse_args().triton
+    environment, code = {**os.environ, "PYTHONPATH": str(ROOT)}, 0
+    environment.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as folder:
+        python = other(folder, version, environment) if version else sys.executable
+        asked = [python, "-c", "import triton; print(triton.__version__)"]
+        there = subprocess.run(asked, env=environment, check=True, capture_output=True, text=True).stdout.strip()
+        print(f"triton {there}", flush=True)
+        for name, flags in TABLES.items():
+            failed, table = compiled(python, flags, environment)
+            if not version and not failed:
+                publish(name, table, there)
+            code |= failed
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
