@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvloom.kernels import Rows, load
+from kvloom.kernels.interface import Folded
 from tests.kernels.conftest import Paged, ints, make_lists, make_rows, masked_attention, paged
 from tests.kernels.test_attend import check
 from tests.kernels.test_vectorized import WAITS, Recorder, calls
@@ -103,6 +104,44 @@ def test_a_row_does_not_depend_on_where_its_prompt_was_cut(data: st.DataObject) 
         together, cut = attended(store, whole, q), data.draw(st.integers(16, 20))
         assert torch.equal(attended(store, part_of(whole, slice(0, cut)), q[:cut]), together[:cut])
         assert torch.equal(attended(store, part_of(whole, slice(cut, rows)), q[cut:]), together[cut:])
+
+
+@pytest.mark.parametrize("seen", [100, 300])
+@pytest.mark.usefixtures("short_sections")
+def test_a_chunk_with_one_more_position(seen: int) -> None:
+    """Of some of its rows, in one split and in two: as the same rows have it one by one, which the contract's tests know."""
+    store, rows = paged(1, 340, 2, 16), 17
+    chunk = make_rows(store, [0] * rows, [0] * rows, range(seen, seen + rows))
+    q, words = torch.randn(rows, 6, 16), torch.randn(rows * 64).view(torch.int32)
+    folded = Folded(words, ints(range(rows)) * 64, ints([0, 9, 5, 70] * 4 + [3]))
+    kernels, found, expected = load("triton"), torch.full_like(q, torch.nan), torch.full_like(q, torch.nan)
+    kernels.attend(q, store.kv, kernels.plan(chunk, 6, 2, 16), scale=0.25, out=found, folded=folded)
+    for row in range(rows):
+        part = slice(row, row + 1)
+        own, one = Folded(words, folded.at[part], folded.counts[part]), kernels.plan(part_of(chunk, part), 6, 2, 16)
+        kernels.attend(q[part], store.kv, one, scale=0.25, out=expected[part], folded=own)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[1], attended(store, chunk, q)[1])
+
+
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(st.integers(1, 260), st.integers(0, 700), st.integers(0, 700), st.booleans())
+def test_a_fold_does_not_depend_on_others(first: int, count: int, other: int, tight: bool) -> None:
+    """Whether one program adds a row's sections up or many do, and however many rows find room for them."""
+    store, kernels, last = paged(2, 960, 2, 16), load("triton"), first + count
+    words = [torch.full((128,), 7, dtype=torch.int32) for _ in range(2)]
+    alone, both = (ints([1]), ints([first]), ints([last])), (ints([0, 1]), ints([1, first]), ints([1 + other, last]))
+    with pytest.MonkeyPatch.context() as patch:
+        if tight:
+            patch.setattr(kernels, "_scratch", torch.full((2 * 2 * 4 * 5 * 16,), torch.nan))
+        kernels.fold(store.kv, store.tables, *alone, words[0], ints([64]), origin=1, most=count)
+        kernels.fold(store.kv, store.tables, *both, words[1], ints([0, 64]), origin=1, most=max(count, other))
+    if first > 1:  # sums that are there already
+        assert not torch.equal(words[0][64:], torch.full((64,), 7, dtype=torch.int32))
+    assert torch.equal(words[0][64:], words[1][64:])
+    held = words[1].view(torch.float32)[:64].view(2, 2, 16)
+    expected = torch.stack([dense[0, :, 1 : 1 + other].double().sum(1) for dense in (store.dense_k, store.dense_v)])
+    torch.testing.assert_close(held.double(), expected, atol=1e-3, rtol=1e-5)
 
 
 @pytest.mark.parametrize("number", range(11))
