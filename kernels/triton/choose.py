@@ -14,13 +14,15 @@ from torch import Tensor
 from kvloom.kernels.checks import fp32, index, strides
 from kvloom.kernels.interface import PoolHow, Renewal
 from kvloom.kernels.reference import check_pool, check_renewal
-from kvloom.kernels.triton.numbers import aligned, power_of_2, read
+from kvloom.kernels.triton.numbers import aligned, multiple, power_of_2, read
 
 TILE = 1024
 """Columns that a program looks at together, or more for wider windows."""
 
 INDICES = ["first", "last", "active", "at", "stop", "due", "start", "lengths", "words", "floats", "counts"]
 """Tensors of which Triton need not know where they begin."""
+STEPS = ["row_stride", "head_stride", "out_row", "out_group"]
+"""Numbers that depend on how long candidates are: no variant is compiled for them."""
 
 
 @triton.jit
@@ -41,13 +43,14 @@ def _logits(source, column, begin, end, ALIGNED: tl.constexpr):
     return tl.load(source + column, mask=(column >= begin) & (column < end), other=-float("inf"))
 
 
-@triton.jit(do_not_specialize_on_alignment=INDICES)
+@triton.jit(do_not_specialize=STEPS, do_not_specialize_on_alignment=INDICES)
 def _sum_up(logits, first, last, active, peaks, row_stride, head_stride, heads, ALIGNED: tl.constexpr, TILE: tl.constexpr):
     """The largest logit of a head's candidates (in base 2; 0 if all are -inf) and 1 / the sum of their weights (1 then)."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin, end, origin = _candidates(first, last, active, row)
     if begin < end:
-        source, lane = logits + row * row_stride + head * head_stride, tl.arange(0, TILE)
+        source = logits + row * multiple(row_stride, ALIGNED) + head * multiple(head_stride, ALIGNED)
+        lane = tl.arange(0, TILE)
         top = tl.full([TILE], -float("inf"), tl.float32)
         total = tl.zeros([TILE], tl.float32)
         for at in range(origin, end, TILE):
@@ -63,7 +66,7 @@ def _sum_up(logits, first, last, active, peaks, row_stride, head_stride, heads, 
         tl.store(peaks + (row * heads + head) * 2 + 1, 1.0 / tl.maximum(weight, 1.0))  # that of the largest alone is 1
 
 
-@triton.jit(do_not_specialize_on_alignment=INDICES)
+@triton.jit(do_not_specialize=STEPS, do_not_specialize_on_alignment=INDICES)
 def _pool(logits, first, last, active, peaks, out, row_stride, head_stride, out_row, out_group, heads, group,
           ALIGNED: tl.constexpr, SUM: tl.constexpr, WINDOW: tl.constexpr, DOUBLINGS: tl.constexpr, HALO: tl.constexpr,
           WIDTH: tl.constexpr, TILE: tl.constexpr):  # fmt: skip
@@ -75,7 +78,8 @@ def _pool(logits, first, last, active, peaks, out, row_stride, head_stride, out_
         column = at - HALO + lane
         found = tl.zeros([TILE], tl.float32)
         for one in range(group):
-            x = _logits(logits + row * row_stride + (head + one) * head_stride, column, begin, end, ALIGNED)
+            source = logits + row * multiple(row_stride, ALIGNED) + (head + one) * multiple(head_stride, ALIGNED)
+            x = _logits(source, column, begin, end, ALIGNED)
             peak = tl.load(peaks + (row * heads + head + one) * 2)
             share = tl.exp2(x * 1.4426950408889634 - peak) * tl.load(peaks + (row * heads + head + one) * 2 + 1)
             found = found + share if SUM else tl.maximum(found, share)

@@ -25,6 +25,14 @@ def aligned(tensor: Tensor) -> bool:
 
 
 @triton.jit
+def multiple(stride, ALIGNED: tl.constexpr):
+    """A stride that Triton was not told of, and, where rows are `aligned`, knows to be a multiple of 16."""
+    if ALIGNED:
+        return stride // 16 * 16
+    return stride
+
+
+@triton.jit
 def wide(x):
     """x in fp32; the interpreter's own way from bf16 takes milliseconds."""
     if INTERPRETED and x.dtype == tl.bfloat16:

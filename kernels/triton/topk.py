@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, strides
-from kvloom.kernels.triton.numbers import aligned, ordered, power_of_2
+from kvloom.kernels.triton.numbers import aligned, multiple, ordered, power_of_2
 
 WIDE = 8192
 """Most keys that a program holds,"""
@@ -22,6 +22,8 @@ WARPS = 16
 
 INDICES = ["lengths", "offset", "at", "candidates", "columns", "counts"]
 """Tensors of which Triton need not know where they begin."""
+STEPS = ["row_stride", "head_stride", "out_row", "out_head", "many", "k"]
+"""Numbers that depend on how long rankings and lists are: no variant is compiled for them."""
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def _write(target, source, candidates, count, bound, ties, added, HELD: tl.const
     return larger + tl.minimum(equal, ties)
 
 
-@triton.jit(do_not_specialize_on_alignment=INDICES)
+@triton.jit(do_not_specialize=STEPS, do_not_specialize_on_alignment=INDICES)
 def _select(scores, lengths, offset, at, candidates, columns, counts, row_stride, head_stride, out_row, out_head, heads, k,
             many, SEGMENT: tl.constexpr, HELD: tl.constexpr, ALIGNED: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
     """One ranking, or a segment of one: finds the key of its last column, then writes columns in order, and -1 behind them.
@@ -97,7 +99,8 @@ def _select(scores, lengths, offset, at, candidates, columns, counts, row_stride
     if place >= 0:
         if offset is not None:
             added = tl.load(offset + row)
-        target, source = columns + row * out_row + head * out_head, scores + row * row_stride + head * head_stride
+        target = columns + row * out_row + head * out_head
+        source = scores + row * multiple(row_stride, ALIGNED) + head * multiple(head_stride, ALIGNED)
         if SEGMENT:
             target += tl.program_id(2) * k
         elif at is not None:
