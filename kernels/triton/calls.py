@@ -94,7 +94,7 @@ CALLS: dict[str, Callable[[int], object]] = {
     "decode, fp32": lambda n: attend(n, "decode", torch.float32),
     "chunk, fp32": lambda n: attend(n, "chunk", torch.float32),
     "fold": functools.partial(_fold, most=16),
-    "fold of a prompt": functools.partial(_fold, most=8192),
+    "fold of a prompt": lambda n: _fold(-(-n // 16), most=8192),
     "store": lambda n: rows.store(_of(n, KV_HEADS, DIM), _of(n, KV_HEADS, DIM), _cache(), _int64(n)),
     "rotate": lambda n: rows.rotate(_of(n, KV_HEADS, DIM), _int32(n), _fp32(DIM // 2), _of(n, KV_HEADS, DIM)),
     "rotate_store": lambda n: _rotate_store(n, None),
