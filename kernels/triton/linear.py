@@ -187,7 +187,7 @@ class Weight:
         linear[panels, triton.cdiv(rows, ROWS), spread](
             x, x_row, self.codes, self.scales, self.mins, self.bias, out, out_row, partial, rows, self.outputs, self.padded,
             self.groups, EIGHT=self.format == Q8, SPLITS=self.splits, SPREAD=spread, GROUP=GROUP, BLOCK_M=ROWS, BLOCK_N=PANEL,
-            num_warps=4 if self.format == Q8 else 2, num_stages=4,
+            num_warps=4 if self.format == Q8 else 2, num_stages=4, maxnreg=128 if self.format == Q8 else None,
         )  # fmt: skip
         if spread > 1:
             add_splits[panels, rows](partial, self.bias, out, out_row, rows, self.outputs, self.padded, SPLITS=self.splits,
