@@ -141,7 +141,7 @@ class TritonKernels:
         }  # fmt: skip
         for tiles in plan.tiles:
             how = launch(tiles, rows.tables.shape[1] * block, plan.group, plan.head_dim, kv.k.element_size(),
-                         logits=out is not None and logits is not None)  # fmt: skip
+                         lists=lists is not None, logits=out is not None and logits is not None)  # fmt: skip
             at = {"tiles": tiles.count, "first": tiles.first, "last": tiles.last, "TILE": how.tile, "PARTS": how.parts,
                   "least": how.least, "splits": how.splits, "PROGRAMS": PROGRAMS, "FEWEST": how.fewest}  # fmt: skip
             each = how.parts * plan.kv_heads

@@ -144,22 +144,27 @@ class Launch(NamedTuple):
     warps: int
     stages: int
     registers: int | None
-    """The most to a thread: left alone, ptxas spills some in fp32 to fit more programs."""
+    """The most to a thread: left alone, ptxas may spill some to fit more programs."""
 
 
-def launch(tiles: Tiles, room: int, group: int, head_dim: int, item: int, *, logits: bool) -> Launch:
+def launch(tiles: Tiles, room: int, group: int, head_dim: int, item: int, *, lists: bool = False,
+           logits: bool = False) -> Launch:  # fmt: skip
     """room: positions that a block table holds: no row sees more. item: bytes of an element of K. logits: whether a chunk hands
-    them out beside its sums, which takes registers: then fewer columns come at once."""
+    them out beside its sums, which takes registers: then fewer columns come at once. lists: whether rows may have them."""
     block_n, stages = 64 if head_dim <= 128 else 32, 3
     if item == 4:
         block_n = 16
     if INTERPRETED.value:
         block_n = 128
-    registers = 255 if item == 4 and head_dim <= 128 else None
+    warps, registers = 4, 255 if lists or head_dim not in range(65, 129) else None
+    if item == 4:
+        warps, registers = 4 if head_dim <= 128 else 8, 255
     if tiles.last is None:
         fewest, most = max(2, group // 2), max(1, min(SPLITS, -(-room // SPLIT)))
-        return Launch(1, 1, SPLIT, most, fewest, group, block_n, 4, stages, registers)
-    queries, warps = (QUERIES // (1 if head_dim <= 128 else 2), 8) if item < 4 else (16, 4)
+        return Launch(1, 1, SPLIT, most, fewest, group, block_n, warps, stages, registers)
+    queries = 16
+    if item < 4:
+        queries, warps, registers = QUERIES // (1 if head_dim <= 128 else 2), 8, None
     if logits:
         block_n, stages = min(block_n, 16), 2
     elif 64 < head_dim <= 128 and group & (group - 1):  # dividing by such a number takes registers, too
