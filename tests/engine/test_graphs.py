@@ -169,7 +169,7 @@ def test_eager_engines_capture_nothing(make_llm: Make, monkeypatch: pytest.Monke
         steps = llm.stats().graph_steps
     assert not recordings and steps == {"none": 4, "piecewise": 0, "full": 0}
     assert [one.tokens for one in found] == [
-        one.tokens for one in make_llm(**SETTINGS).generate([[5] * 30, [7] * 9, [9] * 4], greedy(4))
+        one.tokens for one in make_llm(device="cpu", **SETTINGS).generate([[5] * 30, [7] * 9, [9] * 4], greedy(4))
     ]
 
 

@@ -133,7 +133,7 @@ def test_a_fold_does_not_depend_on_others(first: int, count: int, other: int, ti
     alone, both = (ints([1]), ints([first]), ints([last])), (ints([0, 1]), ints([1, first]), ints([1 + other, last]))
     with pytest.MonkeyPatch.context() as patch:
         if tight:
-            patch.setattr(kernels, "_scratch", torch.full((2 * 2 * 4 * 5 * 16,), torch.nan))
+            patch.setattr(kernels, "_scratches", [torch.full((2 * 2 * 4 * 5 * 16,), torch.nan)])
         kernels.fold(store.kv, store.tables, *alone, words[0], ints([64]), origin=1, most=count)
         kernels.fold(store.kv, store.tables, *both, words[1], ints([0, 64]), origin=1, most=max(count, other))
     if first > 1:  # sums that are there already

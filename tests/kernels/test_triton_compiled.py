@@ -72,6 +72,7 @@ for name, call in calls.CALLS.items():
             call(rows)
         for launch in launches:
             chosen = [launch.options.get(option) for option in ("TILE", "SPREAD", "SEGMENT")]
+            chosen.append("first" in launch.options and launch.options["first"] is None)  # all rows alone, or tiles
             found[name, launch.kernel.__name__, *chosen].add(variant(launch, 90))
 print(json.dumps([[str(key), len(variants)] for key, variants in found.items()]))
 """
