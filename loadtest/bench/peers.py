@@ -161,7 +161,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     made.add_argument("--version", **several, metavar="NAME=COMMAND", help="prints a server's version and build flags")
     made.add_argument("--rounds", type=int, default=3)
     more = "; ".join(f"{what}: {_names(cases)}" for what, cases in MORE.items())
-    made.add_argument("--cases", default=_names(CASES), help=f"which of: %(default)s; {more}")
+    made.add_argument("--cases", help=f"which of: {_names(CASES)} (the default; with --from all that were run); {more}")
     made.add_argument("--only", default="", help="comma-separated servers to run, kvloom among them (default: all)")
     made.add_argument("--out", type=Path, default=Path("results/peers"), help="folder for raw results and logs")
     again = "report recorded runs (runs.json)"
@@ -243,11 +243,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the comparison; returns the exit code."""
     args = parse(argv)
     known = {case.name: case for case in (*CASES, *(case for cases in MORE.values() for case in cases))}
-    if unknown := [name for name in args.cases.split(",") if name not in known]:
+    asked = _names(CASES) if args.cases is None else args.cases
+    if unknown := [name for name in asked.split(",") if name not in known]:
         raise SystemExit(f"no case named {', '.join(unknown)}; there are {', '.join(known)}")
-    cases = [known[name] for name in args.cases.split(",")]
-    loads = [case for case in cases if case in CASES]
-    if args.plot and not loads:
+    cases = [known[name] for name in asked.split(",")]
+    if args.plot and not any(case in CASES for case in cases):
         raise SystemExit(f"--plot draws {_names(CASES)}; none of them is among --cases")
     need(*([] if args.recorded else ["aiohttp"]), *(["matplotlib"] if args.plot else []))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -257,10 +257,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(str(error)) from None
     runs = [run for part, _ in found for run in part]
     about = {name: told for _, part in found for name, told in part.items()}
+    if args.recorded and args.cases is None:
+        cases = [case for name, case in known.items() if any(run.case == name for run in runs)]
     text = table(runs, cases, about)
     console.print(text, soft_wrap=True)
     if args.plot:
-        plot(runs, loads, args.plot, about)
+        plot(runs, [case for case in cases if case in CASES], args.plot, about)
     if args.publish:
         publish(args.publish, *cells(runs, cases, about), note(runs, about))
     if args.markdown:

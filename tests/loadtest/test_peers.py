@@ -73,6 +73,9 @@ def test_recorded_runs_give_the_same_report(tmp_path: Path) -> None:
     file.write_text(json.dumps([asdict(run) for run in runs]))
     assert str(recorded(file)) == str((runs, {}))  # one request has no deviation, and NaN is not NaN
     assert "Medians of 2 rounds (peer c1: 1)" in table(recorded(file)[0], CASES[:1])
+    page = tmp_path / "page.md"
+    assert main(["--from", str(file), "--out", str(tmp_path), "--markdown", str(page)]) == 0
+    assert "c1: 1 x 512" in page.read_text() and "c8:" not in page.read_text(), "only what was run has rows"
     plot(runs, CASES[:1], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     file.write_text("[1]")
