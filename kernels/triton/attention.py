@@ -187,6 +187,34 @@ def put(partial, index, dims, inside, there, sums, top, total, DIM: tl.constexpr
     tl.store(entry + DIM + 1, total, mask=there)
 
 
+@triton.jit
+def add_splits(
+    lane, number, step, span, alone, partial, index, there, query, dims, inside, sees, seen, begin, listed, chosen, table, keys,
+    k_block, k_token, values, v_block, v_token, places, logged, width, scale, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The same of every `step`-th split from `lane` on, one after the other; each by itself is left in scratch, too, unless a
+    program does them `alone`."""
+    sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    top = total + LOWEST
+    for split in range(lane, number, step):
+        own_sums, own_top, own_total = add_columns(
+            split * span, tl.minimum(seen, (split + 1) * span), query, dims, inside, sees, seen, begin, listed, chosen, table,
+            keys, k_block, k_token, values, v_block, v_token, places, logged, width, scale, BLOCK_SIZE, BLOCK_M, BLOCK_N,
+            BLOCK_D,
+        )  # fmt: skip
+        if values is not None:
+            if not alone:
+                put(partial, index + split, dims, inside, there, own_sums, own_top, own_total, DIM)
+            higher = tl.maximum(top, own_top)
+            kept, weight = power(top - higher), power(own_top - higher)
+            sums = sums * kept[:, None] + own_sums * weight[:, None]
+            total = total * kept + own_total * weight
+            top = higher
+    return sums, top, total
+
+
 @triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=INDICES)
 def attend(
     q, q_row, q_head, k, k_block, k_head, k_token, v, v_block, v_head, v_token, tables, tables_row, request, start, start_row,
@@ -246,23 +274,11 @@ def attend(
             put(partial, index + lane, dims, inside, there, sums, top, total, DIM)
     else:
         alone = (step == 1) | (number <= 1)
-        sums = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        total = tl.zeros([BLOCK_M], tl.float32)
-        top = total + LOWEST
-        for split in range(lane, number, step):
-            own_sums, own_top, own_total = add_columns(
-                split * span, tl.minimum(seen, (split + 1) * span), query, dims, inside, sees, seen, begin, listed, chosen,
-                table, keys, k_block, k_token, values, v_block, v_token, places, logged, width, scale, BLOCK_SIZE, BLOCK_M,
-                BLOCK_N, BLOCK_D,
-            )  # fmt: skip
-            if out is not None:
-                if not alone:
-                    put(partial, index + split, dims, inside, there, own_sums, own_top, own_total, DIM)
-                higher = tl.maximum(top, own_top)
-                kept, weight = power(top - higher), power(own_top - higher)
-                sums = sums * kept[:, None] + own_sums * weight[:, None]
-                total = total * kept + own_total * weight
-                top = higher
+        sums, top, total = add_splits(
+            lane, number, step, span, alone, partial, index, there, query, dims, inside, sees, seen, begin, listed, chosen,
+            table, keys, k_block, k_token, values, v_block, v_token, places, logged, width, scale, DIM, BLOCK_SIZE, BLOCK_M,
+            BLOCK_N, BLOCK_D,
+        )  # fmt: skip
     if out is not None and alone & (lane == 0):
         finish(sums, top, total, query, dims, row, query_head, there, out, out_row, out_head, lse, lse_row, words, at, counts,
                scale, KV_HEADS, GROUP, DIM)  # fmt: skip

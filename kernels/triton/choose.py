@@ -119,11 +119,35 @@ def pool(logits: Tensor, first: Tensor, last: Tensor, groups: int, scratch: Tens
     return out
 
 
+@triton.jit
+def _pieces(source, cos, sin, pair, there, column, resting, half, TURN: tl.constexpr):
+    """A row's query in three pieces: both halves of its pairs, turned back, and what is not turned."""
+    a, b, rest = read(source + pair, there), read(source + half + pair, there), read(source + column, resting)
+    if TURN:
+        c = tl.load(cos + pair, mask=pair < half, other=0.0)
+        s = tl.load(sin + pair, mask=pair < half, other=0.0)
+        return a * c + b * s, b * c - a * s, rest
+    return a, b, rest
+
+
+@triton.jit
+def _products(record, first, second, rest, pair, column, half, there, resting):
+    """[heads] fp64 each: a query by the one that was kept, by itself, and the kept one by itself."""
+    kept = tl.load(record + pair, mask=there, other=0.0).to(tl.float64)
+    product, own, old = first * kept, first.to(tl.float64) * first, kept * kept
+    kept = tl.load(record + half + pair, mask=there, other=0.0).to(tl.float64)
+    product, own, old = product + second * kept, own + second.to(tl.float64) * second, old + kept * kept
+    kept = tl.load(record + column, mask=resting, other=0.0).to(tl.float64)
+    products = tl.sum(product, axis=1) + tl.sum(rest * kept, axis=1)
+    owns = tl.sum(own, axis=1) + tl.sum(rest.to(tl.float64) * rest, axis=1)
+    return products, owns, tl.sum(old, axis=1) + tl.sum(kept * kept, axis=1)
+
+
 @triton.jit(do_not_specialize_on_alignment=INDICES)
 def _renew(q, words, floats, at, stop, due, cos, sin, active, start, lengths, counts, q_row, q_head, cos_row, sin_row, heads,
            dim, half, lists, tail_at, query_at, width, recent, most, threshold, COMPARE: tl.constexpr, DENSE: tl.constexpr,
            TURN: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, LISTS: tl.constexpr):  # fmt: skip
-    """One row, whose query is three pieces: both halves of its pairs, and what is not turned."""
+    """One row."""
     row = tl.program_id(0).to(tl.int64)
     where, known, wanted = tl.load(at + row), tl.load(stop + row), tl.load(due + row)
     where = tl.maximum(where, 0)  # padding looks at a record that is not its own
@@ -134,29 +158,18 @@ def _renew(q, words, floats, at, stop, due, cos, sin, active, start, lengths, co
         head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
         there = (head < heads) & (pair < half)
         source, record = q + row * q_row + head * q_head, floats + where + query_at
-        a, b = read(source + pair, there), read(source + half + pair, there)
         column = 2 * half + tl.arange(0, REST)[None, :]
         resting = (head < heads) & (column < dim)
-        rest = read(source + column, resting)
         if TURN:
-            c = tl.load(cos + row * cos_row + pair, mask=pair < half, other=0.0)
-            s = tl.load(sin + row * sin_row + pair, mask=pair < half, other=0.0)
-            first, second = a * c + b * s, b * c - a * s
-        else:
-            first, second = a, b
+            cos += row * cos_row
+            sin += row * sin_row
+        first, second, rest = _pieces(source, cos, sin, pair, there, column, resting, half, TURN)
         if COMPARE == "mean":
             first, second = tl.sum(first, axis=0)[None, :] / heads, tl.sum(second, axis=0)[None, :] / heads
             rest, there, resting = tl.sum(rest, axis=0)[None, :] / heads, pair < half, column < dim
         else:
             record += head * dim
-        kept = tl.load(record + pair, mask=there, other=0.0).to(tl.float64)
-        product, own, old = first * kept, first.to(tl.float64) * first, kept * kept
-        kept = tl.load(record + half + pair, mask=there, other=0.0).to(tl.float64)
-        product, own, old = product + second * kept, own + second.to(tl.float64) * second, old + kept * kept
-        kept = tl.load(record + column, mask=resting, other=0.0).to(tl.float64)
-        products = tl.sum(product, axis=1) + tl.sum(rest * kept, axis=1)
-        owns = tl.sum(own, axis=1) + tl.sum(rest.to(tl.float64) * rest, axis=1)
-        olds = tl.sum(old, axis=1) + tl.sum(kept * kept, axis=1)
+        products, owns, olds = _products(record, first, second, rest, pair, column, half, there, resting)
         if COMPARE == "flat":
             products, owns, olds = tl.sum(products, axis=0), tl.sum(owns, axis=0), tl.sum(olds, axis=0)
         cosine = products / tl.maximum(tl.sqrt(owns) * tl.sqrt(olds), 1e-38)
