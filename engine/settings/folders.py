@@ -7,6 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """$KVLOOM_CACHE, or kvloom's folder in the user's cache folder, as the XDG specification finds that."""
-    users = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("KVLOOM_CACHE") or f"{users}/kvloom").expanduser()
+    """$KVLOOM_CACHE, or the platform's cache folder for kvloom."""
+    if own := os.environ.get("KVLOOM_CACHE"):
+        return Path(own).expanduser()
+    import platformdirs  # `make gpu-check` may have to do without it, and says where
+
+    return Path(platformdirs.user_cache_dir("kvloom"))

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
+import os
 import platform
 import sys
 import time
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args.tiny and not torch.cuda.is_available():
         print(f"torch {torch.__version__} sees no GPU here; --tiny runs the same code on a CPU", file=sys.stderr)
         return 2
+    if importlib.util.find_spec("platformdirs") is None:
+        os.environ.setdefault("KVLOOM_CACHE", str(args.json.parent / "cache"))
     if args.tiny:
         print("with --tiny, calls and models are small and on the CPU: times say nothing")
     device = torch.device("cpu") if args.tiny else torch.device("cuda", torch.cuda.current_device())

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +23,7 @@ from kvloom.loadtest.bench.kernel_cases import DENSE, SPARSE, Bar, cases
 from kvloom.loadtest.bench.roofline import SHAPES, Machine
 from kvloom.loadtest.gpu_check import __main__ as gpu_check
 from kvloom.loadtest.gpu_check import engine_stages, kernel_stages
-from kvloom.loadtest.gpu_check.stages import Deadline, Finding, Stage, carried_out, table
+from kvloom.loadtest.gpu_check.stages import Deadline, Finding, Stage, Verdict, carried_out, table
 from tests.native import native_kernels
 
 CPU = torch.device("cpu")
@@ -126,8 +131,30 @@ def test_times_are_told_beside_the_devices_own(monkeypatch: pytest.MonkeyPatch) 
      ("nothing", 5, False, "left out", "no test is for these kernels on this device"),
      ("ImportError: no\n", 2, False, "WRONG", "pytest ended with 2: ImportError: no")],
 )  # fmt: skip
-def test_what_pytest_told_is_read(log: str, code: int, late: bool, verdict: str, figure: str) -> None:
-    assert kernel_stages._read("a", log, code, late) == Finding("tests", "test_a.py", verdict, figure)  # type: ignore[arg-type]
+def test_what_pytest_told_is_read(log: str, code: int, late: bool, verdict: Verdict, figure: str) -> None:
+    assert kernel_stages._read("a", log, code, late) == Finding("tests", "test_a.py", verdict, figure)
+
+
+BARE = """
+import sys
+for name in {names!r}:
+    sys.modules[name] = None
+from kvloom.loadtest.gpu_check import __main__ as check
+check.stages = lambda device, backend: []
+sys.exit(check.main(["--tiny", "--json", {file!r}]))
+"""
+
+
+def test_it_needs_no_package_but_torch_and_numpy(tmp_path: Path) -> None:
+    """And what torch brings along, jinja2. Nor triton, where it runs on a CPU."""
+    declared = tomllib.loads((kernel_stages.ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    modules = {"pyyaml": "yaml", "fastapi-offline": "fastapi_offline", "uvloop": "uvloop"}
+    names = [modules.get(name, name) for name in (re.split(r"[><=;]", one)[0] for one in declared)]
+    lacking = [*(name for name in names if name not in ("torch", "numpy", "jinja2")), "triton", "pytest", "hypothesis"]
+    program = BARE.format(names=lacking, file=str(tmp_path / "found.json"))
+    environment = {name: value for name, value in os.environ.items() if name not in ("KVLOOM_CACHE", "TRITON_INTERPRET")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and len(lacking) > 15, done.stderr[-2000:]
 
 
 def test_packages_that_lack_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
