@@ -254,7 +254,8 @@ class Kernels(Protocol):
         origin: where `first` is at most that, the sums begin anew   most: at least the largest last - first, for back ends that
         have no graphs: when captured calls are replayed, there may be more
 
-        Positions of a block are added up by themselves, and blocks then one by one: a row's bits depend on no other row.
+        Positions of a block are added up by themselves, and blocks then in an order that `first` and `last` alone decide: a
+        row's bits depend on no other row.
         """
         ...
 

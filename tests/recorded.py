@@ -63,13 +63,13 @@ def recorded(name: str, function: Any, plans: dict[int, TorchPlan]) -> Any:
 
     def again(*args: Any, **kwargs: Any) -> None:
         """With plans of what rows see now."""
-        given = signature.bind(*args, **kwargs).arguments
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
         if isinstance(plan := given.get("plan"), TorchPlan):
             fresh = TorchPlan(plan.rows, plan.kv_heads, plan.head_dim, {})
             given["plan"] = plans.setdefault(id(plan), fresh)
         if name == "fold":
             given["most"] = int((given["last"] - given["first"]).max())
-        bound = inspect.BoundArguments(signature, given)  # type: ignore[arg-type]
         function(*bound.args, **bound.kwargs)
 
     def called(*args: Any, **kwargs: Any) -> Any:

@@ -15,6 +15,9 @@ from kvloom.engine.errors import ConfigError
 log = logging.getLogger("kvloom.engine")
 
 MIB, GIB = 1 << 20, 1 << 30
+SEGMENT_PART = 2
+STATE_PART = 8
+"""By default, segments of approximate reuse and selection state may take these parts of the KV cache's memory, beside it."""
 
 
 def available_memory() -> int:

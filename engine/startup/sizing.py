@@ -21,11 +21,7 @@ from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.retention import Retention
 from kvloom.engine.reuse.kvshare.options import GATE, ShareOptions
 from kvloom.engine.startup.gpu_memory import UTILIZATION, kv_memory, step_memory
-from kvloom.engine.startup.memory import MIB, check_kv_memory, default_kv_memory
-
-SEGMENT_PART = 2
-STATE_PART = 8
-"""By default, segments of approximate reuse and selection state may take these parts of the KV cache's memory, beside it."""
+from kvloom.engine.startup.memory import MIB, SEGMENT_PART, STATE_PART, check_kv_memory, default_kv_memory
 
 
 def make_cache(

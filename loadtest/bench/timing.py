@@ -9,10 +9,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
+from kvloom.kernels.cuda_graph import CudaGraph
 from kvloom.loadtest.bench.roofline import GPUS, Machine
 
 MIB = 1 << 20
@@ -47,8 +49,8 @@ def _median(run: Callable[[], Any], seconds: float) -> float:
 
 
 def _on_a_gpu(run: Callable[[], Any], device: torch.device, seconds: float) -> Timed:
-    graph = _captured(run)
-    call = run if graph is None else graph.replay
+    replay = _captured(run, device)
+    call = replay or run
     flush = torch.empty(FLUSH, dtype=torch.uint8, device=device)
 
     def once() -> float:
@@ -64,20 +66,18 @@ def _on_a_gpu(run: Callable[[], Any], device: torch.device, seconds: float) -> T
     began, times = time.perf_counter(), list[float]()
     while len(times) < LEAST or (len(times) < MOST and time.perf_counter() - began < seconds):
         times.append(once())
-    return Timed(statistics.median(times), graph is not None)
+    return Timed(statistics.median(times), replay is not None)
 
 
-def _captured(run: Callable[[], Any]) -> torch.cuda.CUDAGraph | None:
-    """A graph of the call; None where it cannot be captured, as of what asks the device something."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+def _captured(run: Callable[[], Any], device: torch.device) -> Callable[[], None] | None:
+    """Replays the call, captured as steps are; None where it cannot be, as of what asks the device something."""
+    graph = CudaGraph(device)
     try:
-        with torch.cuda.graph(graph):
-            run()
+        graph.piece(run)
     except RuntimeError:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         return None
-    return graph
+    return partial(graph.replay, 0, 0)
 
 
 def measure(device: torch.device, seconds: float = 1.0) -> Machine:

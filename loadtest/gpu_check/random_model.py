@@ -20,14 +20,13 @@ from kvloom.engine.scheduling.limits import Limits
 from kvloom.engine.selection import Geometry
 from kvloom.engine.selection.policies import Defaults, Selectors
 from kvloom.engine.startup.assemble import assemble
+from kvloom.engine.startup.memory import STATE_PART
 from kvloom.engine.step.runner import Runner
 from kvloom.engine.text import Tokenizer
 from kvloom.kernels import Kernels
 from kvloom.loadtest.bench.roofline import Shape
 
 BLOCK = 16
-STATE_PART = 8
-"""Of the cache's bytes, for what methods remember."""
 
 
 class NoText(Tokenizer):

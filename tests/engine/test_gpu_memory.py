@@ -19,6 +19,8 @@ from kvloom.engine.requests.request import Request
 from kvloom.engine.startup import gpu_memory
 from kvloom.engine.startup.gpu_memory import FIXED, largest, step_memory
 from kvloom.engine.startup.memory import MIB
+from kvloom.loadtest.bench.roofline import SHAPES
+from kvloom.loadtest.gpu_check import random_model
 from kvloom.server.cli import main
 from tests.simulated import GIB, simulated_gpu
 
@@ -111,13 +113,10 @@ def test_the_default_is_what_vllm_takes(make_llm: MakeLLM, small_steps: int, mon
 
 def test_what_steps_take_is_stated() -> None:
     """Llama 3 8B in bf16, 1,024 rows and 64 requests of 8,192 tokens."""
-    from types import SimpleNamespace
-
-    model = SimpleNamespace(q_heads=32, kv_heads=8, head_dim=128, qkv_size=6144, intermediate_size=14336, hidden_size=4096,
-                            vocab_size=128256)  # fmt: skip
+    model = random_model.model(SHAPES["llama-3-8b"], 8192)
     activations = 1024 * ((3 * 14336 + 2 * 4096 + 2 * 4096 + 6144) * 2 + 4096 * 4)
     logits, scores = 3 * 64 * 128256 * 4, 64 * 40 * 8192 * 4 * 5 // 4
-    assert step_memory(model, torch.bfloat16, SchedulerOptions(), 8192) == FIXED + activations + logits + scores  # type: ignore[arg-type]
+    assert step_memory(model, torch.bfloat16, SchedulerOptions(), 8192) == FIXED + activations + logits + scores
 
 
 @pytest.mark.parametrize("beside", [lambda kv: 0, lambda kv: kv // 8 + kv // 2, lambda kv: 40, lambda kv: max(10, kv // 8)])
