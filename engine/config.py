@@ -142,6 +142,9 @@ class SchedulerOptions:
     """While answers are generated, a step takes about so long: prompts get what generating leaves of it, or as much as
     generating takes if that is more; 0 for as many rows as max_batched_tokens. Beside another tenant's answers they get a share
     of the time by weight."""
+    async_scheduling: bool = True
+    """On a GPU, launch a step before the tokens of the one in front are known, where it is certain what it computes: the host's
+    work is done beside the device's. The same tokens either way."""
     max_queued_tokens: Tokens | None = None
     """Refuse new requests (429) while this many prompt tokens wait to be computed; the default is four times what the KV cache
     holds. A named tenant may fill its weight times what is left for others."""

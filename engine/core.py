@@ -1,6 +1,10 @@
 """The engine: add requests, take steps. A step has two halves: `_launch` runs the model and draws tokens for everybody at once,
 `_collect` waits for them and gives each request its own. What may take part in a request's life is a feature (`lifecycle`).
 
+On a GPU a step is launched before the one in front is collected, where it is certain what it computes: its rows take their
+tokens from where they are drawn, and the host's work is done beside the device's. The row of a request that ends with it is
+computed for nothing; what it held is given away at once, as whoever gets it writes later in the device's queue.
+
 Single-threaded and synchronous; `thread` drives it from a thread of its own, `llm` from the caller's.
 """
 
@@ -21,6 +25,7 @@ from kvloom.engine.client import EngineStats, TenantStats
 from kvloom.engine.errors import EngineDeadError, InternalError, InvalidRequestError, KVLoomError
 from kvloom.engine.requests.isolation import INTERNAL, MOST_FAILURES, Blamed, Holdings, failed, log_remedy
 from kvloom.engine.requests.lifecycle import Features
+from kvloom.engine.requests.plan import foreseen
 from kvloom.engine.requests.request import Request, RequestOutput
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.tenants import Tenants
@@ -60,9 +65,11 @@ class EngineCore:
         tenants: Tenants,
         features: Features = (),
         jobs: Jobs | None = None,
+        *,
+        overlaps: bool = False,
     ) -> None:
         """states: memory of what selection and retention remember; tenants: weights and quotas; jobs: work for an idle engine,
-        if there ever is any."""
+        if there ever is any; overlaps: whether steps are launched ahead, which needs a device with a queue."""
         self.runner, self.cache, self.states, self.decoding = runner, cache, states, decoding
         self.background = Background(jobs, self.add, self.abort)
         self._scheduler, self._admission, self._statistics = scheduler, admission, statistics
@@ -72,6 +79,9 @@ class EngineCore:
         self._failures = 0
         """Steps in a row that failed with nobody to blame."""
         self._sequence = 0
+        self._overlaps = overlaps
+        self._ahead: Pending | None = None
+        """The step that has been launched, and is to be collected next."""
 
     def feature(self, kind: type[F]) -> F | None:
         """The feature of this kind, if this engine has it."""
@@ -183,28 +193,60 @@ class EngineCore:
 
         Raises EngineDeadError when one step after the other fails with nobody to blame.
         """
-        began = time.perf_counter()
-        outputs: list[RequestOutput] = []
+        began, outputs = time.perf_counter(), list[RequestOutput]()
+        launched, self._ahead = self._ahead, None
+        pending = launched or self._plan(outputs)
+        if pending is not None:
+            self._ahead = self._plan(outputs, pending) if self._overlaps else None
+            self._finish(pending, outputs, measured=launched is None or self._ahead is not None)
+        plan = StepPlan([], []) if pending is None else pending.plan
+        of_prompts = sum(chunk.count for chunk in plan.chunks if chunk.prefills)
+        self._statistics.stepped(time.perf_counter() - began, plan.rows, of_prompts)
+        return [output for output in outputs if not self.background.owns(output)]
+
+    def _plan(self, outputs: list[RequestOutput], before: Pending | None = None) -> Pending | None:
+        """Launch the next step; with one under way, the one after it if that is certain. None if there is nothing to do, or it
+        has failed."""
         plan: StepPlan | None = None
         try:
             for feature in self._features:
                 feature.stepping()
-            plan = self._scheduler.schedule()
-            if plan.chunks:
-                self._collect(self._launch(plan), outputs)
-            self._scheduler.stepped()
+            if before is None:
+                plan = self._scheduler.schedule()
+                if plan.chunks:
+                    return self._launch(plan)
+                self._scheduler.stepped()
+            elif self.decoding.observer is None and (certain := self._scheduler.certain(before.plan)):
+                with foreseen(certain):
+                    plan = self._scheduler.foresee(certain)
+                    going_on = {chunk.request for chunk in plan.chunks}
+                    for feature in self._features:
+                        feature.computed([chunk for chunk in certain if chunk.request in going_on])
+                    if going_on:
+                        self._statistics.ahead_steps += 1
+                        return self._launch(plan, before)
         except Blamed as failure:
             outputs += self._fail(failure.request)
         except Exception:
             outputs += self._fail_step(plan)
-        of_prompts = sum(chunk.count for chunk in plan.chunks if chunk.prefills) if plan else 0
-        self._statistics.stepped(time.perf_counter() - began, plan.rows if plan else 0, of_prompts)
-        return [output for output in outputs if not self.background.owns(output)]
+        return None
 
-    def _launch(self, plan: StepPlan) -> Pending:
-        """Run the model and draw tokens, for all requests of a step at once. Waits for nothing that a device computes."""
+    def _finish(self, pending: Pending, outputs: list[RequestOutput], *, measured: bool) -> None:
+        """Collect a step. measured: whether what has passed since the last plan is what a step takes."""
+        try:
+            self._collect(pending, outputs)
+            if measured:
+                self._scheduler.stepped()
+        except Blamed as failure:
+            outputs += self._fail(failure.request)
+        except Exception:
+            outputs += self._fail_step(pending.plan)
+
+    def _launch(self, plan: StepPlan, before: Pending | None = None) -> Pending:
+        """Run the model and draw tokens, for all requests of a step at once. Waits for nothing that a device computes. before:
+        the step that draws the tokens of these rows, if the host does not know them."""
         began = time.perf_counter()
-        result = self.runner.run(plan)
+        result = self.runner.run(plan, None if before is None else before.draw.fed(plan.chunks))
         for feature in self._features:
             feature.stepped(plan, time.perf_counter() - began)
         return Pending(plan, result, self.decoding.draw(plan, result))
@@ -215,6 +257,8 @@ class EngineCore:
         drawn = list(draw.each())
         self._failures = 0
         for chunk, seen, first_row in zip(plan.chunks, result.seen(), result.starts):
+            if not self.decoding.has(chunk.request):  # it has ended since the step was launched
+                continue
             with self._alone(chunk.request, outputs):
                 self._scheduler.completed(chunk, saw_everything=seen.everything)
                 self.decoding.computed(chunk, seen.attended)
@@ -223,7 +267,7 @@ class EngineCore:
             with self._alone(end.chunk.request, outputs):
                 for output in self.decoding.take(end, tokens, logits):
                     self._hand_out(end.chunk.request, output, outputs)
-        going_on = [chunk for chunk in plan.chunks if chunk.request.id in self.decoding]
+        going_on = [chunk for chunk in plan.chunks if self.decoding.has(chunk.request)]
         for feature in self._features:
             feature.computed(going_on)
 

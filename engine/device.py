@@ -81,9 +81,15 @@ def out_of_memory(error: BaseException | None) -> str:
     return asked[1] if asked else "memory"
 
 
+def staged(values: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A host array as a tensor on the host that a device copies from by itself: a CPU's shares its memory."""
+    found = torch.from_numpy(values)
+    return found if device.type == "cpu" else host_memory(found.shape, found.dtype, device).copy_(found)
+
+
 def upload(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     """A host array as a tensor on the device: a CPU's shares its memory, any other may be written again at once."""
-    return torch.from_numpy(values).to(device, non_blocking=True)
+    return staged(values, device).to(device, non_blocking=True)
 
 
 def host_memory(shape: int | Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

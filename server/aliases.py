@@ -18,6 +18,7 @@ RENAMED = {
     "context_length": "max_model_len",
     "ctx_size": "max_model_len",
     "disable_log_requests": "no_access_log",
+    "disable_overlap_schedule": "no_async_scheduling",
     "kv_cache_memory_bytes": "kv_memory",
     "kv_cache_memory": "kv_memory",
     "mem_fraction_static": "gpu_memory_utilization",

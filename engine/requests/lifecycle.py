@@ -39,7 +39,8 @@ class Feature:
         """A request is being queued. Raises InvalidRequestError if it cannot be served."""
 
     def computed(self, chunks: Sequence[Chunk]) -> None:
-        """These chunks of a step are computed, and their requests go on. Raises Blamed."""
+        """These chunks of a step are computed, or launched, and their requests go on; where a step is launched ahead, both are
+        told. Raises Blamed."""
 
     def sampled(self, request: Request, logits: Tensor) -> None:
         """A token is about to be taken from these logits: [1, vocab] fp32, valid during the call."""

@@ -5,6 +5,8 @@ Data that the scheduler makes, the runner turns into tensors and the core reads 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -56,6 +58,15 @@ class Chunk:
         return self.count == 1 and self.samples and self.start >= max(len(request.prompt), request.prefill)
 
     @property
+    def foreseeable(self) -> bool:
+        """Whether the row after this one is certain before its token is known, unless that ends the request: it takes the token
+        from where it is drawn, and nothing about the token matters to the host."""
+        request, sampling = self.request, self.request.sampling
+        watched = sampling.remembers or sampling.logprobs is not None
+        changes = request.draft_tokens or request.correct_every or request.repair is not None or request.internal
+        return self.decodes and not request.replay and not watched and not changes
+
+    @property
     def prefills(self) -> bool:
         """Whether these rows bring a prompt, or what is computed like one, forward or up to date."""
         return self.refresh or of_prompt(self) or (self.count > 1 and not self.request.verifying)
@@ -93,6 +104,25 @@ class StepPlan(NamedTuple):
     def work(self) -> float:
         """What it takes, in rows of a full pass."""
         return sum(chunk.work for chunk in self.chunks)
+
+
+UNKNOWN = 0
+"""In place of a token that is being drawn. Any id will do: its row takes the token from the device."""
+
+
+@contextmanager
+def foreseen(chunks: Sequence[Chunk]) -> Iterator[None]:
+    """Within, the requests of these decode rows are as they will be once those are computed, but for their tokens' ids."""
+    requests = [chunk.request for chunk in chunks]
+    for request in requests:
+        request.tokens.append(UNKNOWN)
+        request.computed += 1
+    try:
+        yield
+    finally:
+        for request in requests:
+            request.tokens.pop()
+            request.computed -= 1
 
 
 def of_prompt(chunk: Chunk) -> bool:

@@ -114,6 +114,16 @@ class SamplingParams:
         check(self.n == 1 or not self.forced_tokens, "forced_tokens", "only with n = 1")
 
     @property
+    def penalises(self) -> bool:
+        """Whether logits change by what is known in front of them."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the host has to know all tokens before the next is drawn."""
+        return self.penalises
+
+    @property
     def least_tokens(self) -> int:
         """Tokens before which nothing may end generation."""
         return max(self.min_tokens, len(self.forced_tokens))

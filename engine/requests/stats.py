@@ -181,6 +181,9 @@ class EngineStats:
         "Steps by how much of them was replayed from a captured graph: full, piecewise (all but attention), none.",
         "engine_graph_steps", default=dict, by=("mode",), keys=("full", "piecewise", "none"), kv="graph_steps",
     )  # fmt: skip
+    ahead_steps: int = counter(
+        "Steps that were launched before the tokens of the one in front were known.", "engine_ahead_steps", kv="ahead_steps"
+    )
     kv_bytes: Mapping[str, int] = counter(
         "Bytes of keys and values that attention had to read.", "kv_read_bytes", default=dict, by=("kind",), kv="read_bytes"
     )

@@ -29,7 +29,7 @@ from torch import Tensor
 from kvloom.engine.bounds import shown, wrong
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec, Storage, bytes_per_token
 from kvloom.engine.calibration.razor import HeadClasses
-from kvloom.engine.device import upload
+from kvloom.engine.device import staged, upload
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.requests.request import MAX_DRAFT_TOKENS
@@ -164,7 +164,7 @@ class Razor:
         columns = np.zeros(space.shape, np.int32)
         for column, of in zip(columns, (begins, np.where(begins > 0, self.window.sinks, 0), own, dropped)):
             column[: counts.sum()] = np.repeat(of, counts)
-        begin, lengths, at, count, offsets = space.copy_(torch.from_numpy(columns), non_blocking=True)
+        begin, lengths, at, count, offsets = space.copy_(staged(columns, space.device), non_blocking=True)
         rows = Rows(tables, request, begin, stop, Lists(self._sinks, offsets[:, None], lengths[:, None]))
         unseen = (dropped * self._local).tolist()
         if self.state is None:

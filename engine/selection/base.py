@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kvloom.engine.selection.batch import Batch
 
 
+Counting = Callable[[], None]
+"""Adds what a device has counted to statistics, once that is computed."""
 EVERYWHERE = sys.maxsize
 """`Selector.dense_until` of methods that compute prompts densely."""
 
@@ -50,8 +52,9 @@ class RowsInStep(Protocol):
         """
         ...
 
-    def finish(self) -> None:
-        """All layers are done: add to the method's statistics."""
+    def finish(self) -> Counting | None:
+        """All layers are queued: add to the method's statistics. Returns what adds, and waits for, what only the device knows;
+        where that is counted may be written again meanwhile."""
         ...
 
 

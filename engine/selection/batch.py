@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.client import MethodStats
-from kvloom.engine.device import CPU
+from kvloom.engine.device import CPU, staged
 from kvloom.engine.requests.state import NO_STATE, StateMemory
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.selection.geometry import Geometry
@@ -98,7 +98,7 @@ class Batch:
 
     def tensor(self, name: str, values: Any) -> Tensor:
         """An int32 tensor of these values, where one of that name was in the last step."""
-        found = values if isinstance(values, Tensor) else torch.from_numpy(np.array(values, np.int32))
+        found = values if isinstance(values, Tensor) else staged(np.array(values, np.int32), self.scratch.device)
         return self.ints(name, *found.shape).copy_(found, non_blocking=True)
 
     def column(self, name: str, values: npt.NDArray[Any], fill: int = 0) -> Tensor:

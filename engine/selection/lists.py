@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvloom.engine.device import Download
 from kvloom.engine.requests.traits import Layer
+from kvloom.engine.selection.base import Counting
 from kvloom.engine.selection.batch import Batch, Span
 from kvloom.kernels.interface import NO_LIST, Compare, Lists, Renewal, Rows
 
@@ -115,8 +117,14 @@ class Renewed:
         )  # fmt: skip
         return words
 
-    def finish(self) -> None:
-        """Count lists made and used again."""
-        made, _, reused = self.counts.tolist()
-        self._batch.stats.selections += made
-        self._batch.stats.reused += reused
+    def finish(self, *, refreshes: bool = False) -> Counting:
+        """Count lists made and used again; and, if such are `refreshes`, those made by rows that had one."""
+        found, stats = Download(self.counts), self._batch.stats
+
+        def count() -> None:
+            made, renewed, reused = found.read()
+            stats.selections += made
+            stats.refreshes += renewed if refreshes else 0
+            stats.reused += reused
+
+        return count

@@ -38,7 +38,7 @@ from kvloom.engine.requests.stats import MethodStats
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import RazorHeads
-from kvloom.engine.selection.base import EVERYWHERE, Method, RowsInStep, Selector, check_fields, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Counting, Method, RowsInStep, Selector, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.kernels.interface import Folded, Kernels
@@ -171,10 +171,9 @@ class RazorViewStep:
             )
         batch.attend(layer, self._local, out, heads=local, folded=folded)
 
-    def finish(self) -> None:
+    def finish(self) -> Counting | None:
         """See `RowsInStep`."""
-        if self._inner is not None:
-            self._inner.finish()
+        return None if self._inner is None else self._inner.finish()
 
 
 class _Sums:

@@ -43,7 +43,7 @@ from kvloom.engine.bounds import MOST_TOKENS, POOLS, bounded
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.stats import MethodStats
 from kvloom.engine.requests.traits import Layer, Record
-from kvloom.engine.selection.base import EVERYWHERE, check_fields
+from kvloom.engine.selection.base import EVERYWHERE, Counting, check_fields
 from kvloom.engine.selection.batch import Batch, Ints
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.lists import KeptLists, Renewed
@@ -192,10 +192,9 @@ class RecycledStep:
         if not method.emits:
             batch.attend(layer, rows.plans, out, positions=words, heads=heads, lse=lse)
 
-    def finish(self) -> None:
+    def finish(self) -> Counting:
         """See `RowsInStep`."""
-        self._rows.finish()
-        self._batch.stats.refreshes += int(self._rows.counts[1])
+        return self._rows.finish(refreshes=True)
 
 
 class Seeding:

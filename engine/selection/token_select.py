@@ -44,7 +44,7 @@ from kvloom.engine.client import MethodStats
 from kvloom.engine.device import upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.traits import Layer, Record
-from kvloom.engine.selection.base import EVERYWHERE, RowsInStep, check_fields, refuse
+from kvloom.engine.selection.base import EVERYWHERE, Counting, RowsInStep, check_fields, refuse
 from kvloom.engine.selection.batch import Batch, Ints, Plans
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.selection.lists import KeptLists, Renewed
@@ -231,9 +231,9 @@ class DecodeStep:
         method.lists.select(batch, words, ranking, span, rows.active)
         batch.attend(layer, rows.plans, out, positions=words, heads=heads, lse=lse)
 
-    def finish(self) -> None:
+    def finish(self) -> Counting:
         """See `RowsInStep`."""
-        self._rows.finish()
+        return self._rows.finish()
 
 
 class ReindexedStep:
@@ -270,9 +270,9 @@ class ReindexedStep:
             self._reindexed = Reindexed(batch, np.arange(runs), starts, method.split.width, layer.kv.k.shape[2])
         self._reindexed.attend(layer, lists, out, batch.read[:runs])
 
-    def finish(self) -> None:
+    def finish(self) -> Counting:
         """See `RowsInStep`."""
-        self._rows.finish()
+        return self._rows.finish()
 
 
 class PromptStep:

@@ -79,4 +79,7 @@ def assemble(
     sampler = Sampler(limits.vocab_size, kernels)
     decoding = Decoding(sampler, runner, tokenizer, ends, features, statistics, scheduler.table)
     jobs = None if share is None else share.jobs
-    return EngineCore(runner, cache, states, scheduler, admission, decoding, statistics, tenants, features, jobs)
+    overlaps = config.scheduler.async_scheduling and cache.storage.device.type != "cpu"
+    return EngineCore(
+        runner, cache, states, scheduler, admission, decoding, statistics, tenants, features, jobs, overlaps=overlaps
+    )

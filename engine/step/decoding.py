@@ -24,7 +24,7 @@ from kvloom.engine.requests.stats import EngineStats
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.step.logprobs import logprobs
 from kvloom.engine.step.output import OutputState
-from kvloom.engine.step.runner import Runner, StepResult
+from kvloom.engine.step.runner import Fed, Runner, StepResult
 from kvloom.engine.step.sampler import Drawn, Sampled, SampleError, Sampler, Token
 from kvloom.engine.text import Tokenizer
 
@@ -53,6 +53,11 @@ class Draw(NamedTuple):
     logits: Tensor
     """[rows of all ends, vocab] fp32, in their order."""
     sampled: Sampled
+
+    def fed(self, chunks: Sequence[Chunk]) -> Fed:
+        """What is drawn here as tokens of these chunks, each of one row of a request with one token among those drawn."""
+        place = {end.chunk.request: i for i, end in enumerate(self.ends)}
+        return Fed(self.sampled.there, [place[chunk.request] for chunk in chunks])
 
     def each(self) -> Iterator[tuple[End, list[Token], Tensor]]:
         """Wait for them. Of every end: its tokens, and its logits [rows, vocab]."""
@@ -96,6 +101,11 @@ class Decoding:
         self._states.pop(request.id, None)
         self._sampler.drop(request)
 
+    def has(self, request: Request) -> bool:
+        """Whether it is open, and not another of the same id."""
+        state = self._states.get(request.id)
+        return state is not None and state.request is request
+
     def state(self, request_id: str) -> OutputState | None:
         """Of an open request."""
         return self._states.get(request_id)
@@ -120,7 +130,7 @@ class Decoding:
     def take(self, end: End, tokens: Sequence[Token], logits: Tensor) -> Iterator[RequestOutput]:
         """What comes of the last rows of a request's chunk; nothing of one that has ended. logits: [rows, vocab]."""
         request = end.chunk.request
-        if request.id not in self._states:
+        if not self.has(request):
             return
         if request.verifying:
             yield from self._verify(request, tokens, logits)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import bisect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 from torch import Tensor
 
+from kvloom.engine.device import Download
 from kvloom.engine.requests.plan import Chunk
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.selection.base import Selector
@@ -126,13 +127,19 @@ class StepParts:
             self.parts.append(Part(first, last, selector, batch, rows, kind == DECODE))
             first = last
 
-    def finish(self) -> list[int | None]:
-        """After the last layer, by row of the parts: positions seen, summed over KV heads and layers; None for prompts."""
-        found: list[int | None] = []
-        read = self._read.tolist()
-        for part in self.parts:
-            part.rows.finish()
-            found += read[part.first : part.last] if part.decodes else [None] * (part.last - part.first)
+    def finish(self) -> Callable[[], list[int | None]]:
+        """All layers are queued. Returns what waits for them, counts, and gives by row of the parts: positions seen, summed
+        over KV heads and layers; None for prompts."""
+        counts, told = [part.rows.finish() for part in self.parts], Download(self._read)
+
+        def found() -> list[int | None]:
+            for count in counts:
+                if count is not None:
+                    count()
+            read: list[int] = told.read()
+            return [value for part in self.parts for value in (read[part.first : part.last] if part.decodes else
+                                                               [None] * (part.last - part.first))]  # fmt: skip
+
         return found
 
 

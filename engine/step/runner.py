@@ -28,14 +28,23 @@ from kvloom.kernels.interface import Kernels
 
 
 class StepResult(NamedTuple):
-    """What a step computed. Valid until the next step."""
+    """What a step computes, perhaps not yet."""
 
     hidden: Tensor
-    """[rows, hidden]: the last layer's output, ready for `Decoder.logits`."""
+    """[rows, hidden]: the last layer's output, ready for `Decoder.logits`; valid until the next step is run."""
     starts: list[int]
     """First row of every chunk of the plan."""
     seen: Callable[[], list[Seen]]
-    """Of every chunk; to be called once, when the step is over: only then does the host know what methods chose."""
+    """Of every chunk; to be called once. Waits for the step: only then does the host know what methods chose."""
+
+
+class Fed(NamedTuple):
+    """Tokens of a step's rows that the host does not know yet."""
+
+    ids: Tensor
+    """[drawn] int64: of the step before, in the order of its plan, negative for nothing."""
+    places: list[int]
+    """Which of them, for every chunk of the plan."""
 
 
 class Runner:
@@ -78,10 +87,10 @@ class Runner:
         shape = (max_rows, config.q_heads, config.head_dim)
         self._q, self._out = (torch.empty(shape, dtype=decoder.dtype, device=device) for _ in range(2))
 
-    def run(self, plan: StepPlan) -> StepResult:
-        """Compute the plan's rows and store their KV."""
+    def run(self, plan: StepPlan, fed: Fed | None = None) -> StepResult:
+        """Compute the plan's rows and store their KV. fed: their tokens, if each chunk is a row whose token is being drawn."""
         order, rows = arrange(plan.chunks), plan.rows
-        return self._run(order, rows, self._padding(rows) if order.single else 0)
+        return self._run(order, rows, self._padding(rows) if order.single else 0, fed)
 
     def capture(self, told: Callable[[int, int], None]) -> None:
         """Capture dense steps of all sizes, whose rows are padding, if steps are captured so: the largest first, in whose
@@ -101,9 +110,13 @@ class Runner:
         return self.capture_sizes[at] - rows if self.decoder.captures_sizes and at < len(self.capture_sizes) else 0
 
     @torch.inference_mode()
-    def _run(self, order: Order, own: int, padding: int) -> StepResult:
+    def _run(self, order: Order, own: int, padding: int, fed: Fed | None = None) -> StepResult:
         """own: rows but for padding."""
         chunks, starts, rows = order.chunks, self._fill(order.chunks, padding), own + padding
+        tokens = self._tokens.front(rows)
+        if fed is not None:
+            which = upload(np.array([fed.places[place] for place in order.places]), tokens.device)
+            tokens[:own] = fed.ids[which].clamp_(min=0)  # who gets no token ends, and its row counts for nothing
         tables = [mirror.front(min(len(chunks) + padding, len(mirror.host))) for mirror in self._tables]
         slots = [mirror.front(rows) for mirror in self._slots]
         request, stop = self._request.front(rows), self._stop.front(rows)
@@ -117,10 +130,11 @@ class Runner:
             kept = self._retention.kept(chunks, tables[1], request, stop, self._states, self._kept[:, :rows])
             groups.append(GroupRows(slots[1], kept.rows, folded=kept.folded))
             unseen = kept.unseen
-        hidden = self._forward(groups, rows, captured=order.single and rows in self.capture_sizes)
+        hidden = self._forward(groups, tokens, captured=order.single and rows in self.capture_sizes)
+        finished = parts.finish() if parts else list
 
         def seen() -> list[Seen]:
-            read = parts.finish() if parts else []
+            read = finished()
             found = [
                 count(chunk, read[start] if start < first else None, missed, self.geometry)
                 for chunk, start, missed in zip(chunks, starts, unseen)
@@ -134,10 +148,10 @@ class Runner:
         read = self._read[: sum(chunk.count for chunk in chunks) + padding]
         return StepParts(chunks, tables, read, self.geometry, self._kernels, self._scratch, self._states, padding)
 
-    def _forward(self, groups: list[GroupRows], rows: int, *, captured: bool) -> Tensor:
-        """captured: whether steps of these rows are, where that is done for one number of rows each."""
-        tokens, positions = self._tokens.front(rows), self._positions.front(rows)
-        shadow = False
+    def _forward(self, groups: list[GroupRows], tokens: Tensor, *, captured: bool) -> Tensor:
+        """captured: whether steps of so many rows are, where that is done for one number of rows each."""
+        rows, shadow = len(tokens), False
+        positions = self._positions.front(rows)
         if self._shadow_interval and any(part.decodes for part in groups[0].parts):
             self._sparse_steps += 1
             shadow = self._sparse_steps % self._shadow_interval == 0

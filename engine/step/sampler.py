@@ -58,8 +58,10 @@ class Drawn(NamedTuple):
 class Sampled(NamedTuple):
     """Tokens that have been drawn, perhaps not yet computed."""
 
+    there: Tensor
+    """[rows] int64, -1 for rows that no token can be drawn from,"""
     ids: Download
-    """[rows] int64, -1 for rows that no token can be drawn from."""
+    """and these on their way to the host."""
     errors: Mapping[int, Exception]
     """Rows that could not be prepared, and why."""
 
@@ -71,7 +73,8 @@ class Sampled(NamedTuple):
     @classmethod
     def nothing(cls) -> Sampled:
         """Of no rows."""
-        return cls(Download(torch.empty(0, dtype=torch.int64)), {})
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(none, Download(none), {})
 
 
 def _unusable() -> SampleError:
@@ -138,7 +141,7 @@ class Sampler:
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
-        return Sampled(Download(ids), errors)
+        return Sampled(ids, Download(ids), errors)
 
     def check(self, sampling: SamplingParams) -> None:
         """Raises InvalidRequestError if parameters name tokens outside the vocabulary."""
@@ -180,7 +183,7 @@ class Sampler:
         bias = dict(params.logit_bias)
         if row.place < params.min_tokens:
             bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)), -np.inf)
-        seen = self._seen_before(row) if _penalises(params) else _Seen([], Counter(), {})
+        seen = self._seen_before(row) if params.penalises else _Seen([], Counter(), {})
         often, once = params.frequency_penalty, params.presence_penalty
         added.add(at, bias, bias.values())
         repeated.add(at, seen.repeated, float(params.repetition_penalty))
@@ -212,13 +215,9 @@ def _how(row: Drawn) -> tuple[float, ...]:
     return params.temperature, max(0, params.top_k), params.top_p, params.min_p, number
 
 
-def _penalises(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-
-
 def _changes_logits(row: Drawn) -> bool:
     params = row.request.sampling
-    return _penalises(params) or bool(params.logit_bias) or row.place < params.min_tokens
+    return params.penalises or bool(params.logit_bias) or row.place < params.min_tokens
 
 
 def uniform(seed: int, index: int) -> float:
