@@ -6,9 +6,10 @@ the second towards the first; when they meet, the next token is sampled. There a
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvloom.engine.bounds import Range, bounded, shown, wrong
@@ -21,12 +22,18 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_INT = 2**31 - 1
 MAX_LOGPROBS = 20
-MAX_CHOICES = 64
+MAX_CHOICES = 128
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 256
 MAX_BIASES = 1024
+MAX_ALLOWED_TOKENS = 65536
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 256
+MAX_LOGPROB_TOKENS = 128
 MAX_DRAFT_TOKENS = 16
+TOKEN_LISTS = ("logit_bias", "stop_token_ids", "forced_tokens", "allowed_token_ids", "logprob_token_ids")
+"""Fields of SamplingParams that name tokens, all of which must be the model's."""
 PRIORITIES = Range(-MAX_INT, MAX_INT)
 
 
@@ -45,7 +52,7 @@ class SamplingParams:
     """How tokens are chosen. Field names and defaults are those of the OpenAI API and of vLLM's extensions to it."""
 
     n: int = bounded(1, 1, MAX_CHOICES)
-    """Completions per prompt, 1 to 64. Each is a request of its own to the engine: see `choices`."""
+    """Completions per prompt, 1 to 128. Each is a request of its own to the engine: see `choices`."""
     max_tokens: int | None = bounded(None, 1, MAX_INT)
     """Most tokens to generate; None means `default_tokens`."""
     default_tokens: int | None = bounded(None, 1, MAX_INT)
@@ -55,8 +62,8 @@ class SamplingParams:
     """No end-of-sequence, stop token or stop string before this many tokens."""
     temperature: float = bounded(1.0, 0, 100)
     """0 is greedy."""
-    top_p: float = bounded(1.0, 0, 1, above=True)
-    """Keep the smallest set of tokens whose probability reaches this, in (0, 1]."""
+    top_p: float = bounded(1.0, 0, 1, note="0 is greedy")
+    """Keep the smallest set of tokens whose probability reaches this, in [0, 1]; 0 keeps the likeliest alone."""
     top_k: int = bounded(0, -1, MAX_INT, note="0 or -1 for all")
     """Keep this many tokens; 0 or -1 keeps all."""
     min_p: float = bounded(0.0, 0, 1)
@@ -69,6 +76,11 @@ class SamplingParams:
     """Divides (multiplies, if negative) the logits of tokens seen in prompt or output, 0.01 to 100."""
     logit_bias: Mapping[int, float] = field(default_factory=dict, metadata={"range": Range(-100, 100)})
     """Added to the logits of the given token ids; each in [-100, 100]."""
+    allowed_token_ids: tuple[int, ...] | None = bounded(None, 0, MAX_INT)
+    """Only these are generated, ends included: without an end among them it goes on to `max_tokens`. None allows all."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that are not generated: the last token of each, alone or behind a space, is not drawn where the tokens before it
+    were generated. As in vLLM, that is of the text as it is encoded: another way to spell it in tokens is not seen."""
     seed: int | None = bounded(None, -(2**63), 2**64 - 1)
     """Same seed, same prompt, same parameters: same text, whatever else is in the batch. None, or -1 as in other servers,
     draws one for each completion."""
@@ -84,8 +96,10 @@ class SamplingParams:
     """Leave special tokens out of the text."""
     logprobs: int | None = bounded(None, 0, MAX_LOGPROBS)
     """Log-probabilities of the sampled token and of this many likeliest ones, per generated token; None for none."""
+    logprob_token_ids: tuple[int, ...] = bounded((), 0, MAX_INT)
+    """With `logprobs`: the tokens to tell the log-probabilities of, per generated token, in the place of the likeliest."""
     prompt_logprobs: int | None = bounded(None, 0, MAX_LOGPROBS)
-    """The same for every prompt token after the first. Such a prompt is computed in full: no prefix is reused."""
+    """The same as `logprobs` for every prompt token after the first. Such a prompt is computed in full: no prefix is reused."""
     forced_tokens: tuple[int, ...] = bounded((), 0, MAX_INT)
     """Teacher forcing: the first generated tokens are these, each computed as a decode row like any other; sampling goes on
     after them. With `logprobs`, each comes with its own log-probability. Nothing ends generation before them."""
@@ -107,6 +121,18 @@ class SamplingParams:
             "stop",
             f"at most {MAX_STOPS} non-empty strings of at most {MAX_STOP_LENGTH} characters",
         )
+        allowed = self.allowed_token_ids
+        check(allowed is None or 0 < len(allowed) <= MAX_ALLOWED_TOKENS, "allowed_token_ids",
+              f"1 to {MAX_ALLOWED_TOKENS} token ids")  # fmt: skip
+        check(
+            len(self.bad_words) <= MAX_BAD_WORDS
+            and all(word.strip() and len(word) <= MAX_BAD_WORD_LENGTH for word in self.bad_words),
+            "bad_words",
+            f"at most {MAX_BAD_WORDS} strings of at most {MAX_BAD_WORD_LENGTH} characters, none of them blank",
+        )
+        check(len(self.logprob_token_ids) <= MAX_LOGPROB_TOKENS, "logprob_token_ids",
+              f"at most {MAX_LOGPROB_TOKENS} token ids")  # fmt: skip
+        check(not self.logprob_token_ids or self.logprobs is not None, "logprob_token_ids", "only with logprobs")
         check(len(self.stop_token_ids) <= MAX_STOP_TOKENS, "stop_token_ids", f"at most {MAX_STOP_TOKENS} token ids")
         check(
             self.max_tokens is None or len(self.forced_tokens) <= self.max_tokens, "forced_tokens", "at most max_tokens of them"
@@ -121,7 +147,7 @@ class SamplingParams:
     @property
     def remembers(self) -> bool:
         """Whether the host has to know all tokens before the next is drawn."""
-        return self.penalises
+        return self.penalises or bool(self.bad_words)
 
     @property
     def least_tokens(self) -> int:
@@ -139,7 +165,14 @@ class SamplingParams:
         if self.n == 1:
             return [self]
         seeds = [None if self.seed is None else (self.seed + i) % 2**64 for i in range(self.n)]
-        return [replace(self, n=1, seed=seed) for seed in seeds]
+        return [self._choice(seed) for seed in seeds]
+
+    def _choice(self, seed: int | None) -> SamplingParams:
+        """One of several completions. Everything else was checked when this was made."""
+        made = copy.copy(self)
+        object.__setattr__(made, "n", 1)
+        object.__setattr__(made, "seed", seed)
+        return made
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
-from kvloom.engine.requests.request import KVOptions, SamplingParams
+from kvloom.engine.requests.request import TOKEN_LISTS, KVOptions, SamplingParams
 from kvloom.engine.reuse import REUSE
 
 
@@ -55,8 +55,8 @@ class Limits(NamedTuple):
                     f"ask for at most {room}{hint}",
                     param=name,
                 )
-        for name in ("logit_bias", "stop_token_ids", "forced_tokens"):
-            largest = max(getattr(sampling, name), default=0)
+        for name in TOKEN_LISTS:
+            largest = max(getattr(sampling, name) or (), default=0)
             if largest >= self.vocab_size:
                 raise InvalidRequestError(
                     f"token id {largest} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=name

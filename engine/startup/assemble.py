@@ -76,7 +76,7 @@ def assemble(
         uses_priority=order.uses_priority,
     )
     ends = frozenset(token for token in eos if 0 <= token < limits.vocab_size)
-    sampler = Sampler(limits.vocab_size, kernels)
+    sampler = Sampler(limits.vocab_size, kernels, lambda text: tokenizer.encode(text, add_special_tokens=False))
     decoding = Decoding(sampler, runner, tokenizer, ends, features, statistics, scheduler.table)
     jobs = None if share is None else share.jobs
     overlaps = config.scheduler.async_scheduling and cache.storage.device.type != "cpu"

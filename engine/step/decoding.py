@@ -93,7 +93,8 @@ class Decoding:
         return request_id in self._states
 
     def open(self, request: Request) -> None:
-        """Its text begins."""
+        """Its text begins. Raises InvalidRequestError if it leaves itself no token to generate."""
+        self._sampler.open(request, self._eos_ids)
         self._states[request.id] = OutputState(request, self._tokenizer, self._eos)
 
     def close(self, request: Request) -> None:
@@ -183,7 +184,8 @@ class Decoding:
         append(request, token)
         self._statistics.generation_tokens += 1
         top = request.sampling.logprobs
-        output = state.push(token, None if top is None else logprobs(logits, [token], top)[0])
+        given = request.sampling.logprob_token_ids
+        output = state.push(token, None if top is None else logprobs(logits, [token], top, given)[0])
         if output.finish_reason is None:
             correct(request)
         return output

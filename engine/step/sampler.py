@@ -2,7 +2,8 @@
 
 Owns the order in which a request's parameters act, which is vLLM's:
 
-    logit_bias, min_tokens  ->  repetition, frequency, presence penalty  ->  temperature  ->  min_p  ->  top_k  ->  top_p
+    allowed_token_ids, bad_words, logit_bias, min_tokens  ->  repetition, frequency, presence penalty
+    ->  temperature  ->  min_p  ->  top_k  ->  top_p
 
 Promises that a row's token depends on that row, its request and nothing else: the random number of output i is a function of
 (seed, i) alone (Philox with the seed as key and i as counter), so the same seed gives the same text in any batch, and after
@@ -23,6 +24,7 @@ from torch import Tensor
 from kvloom.engine.device import Download, upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.step.restrictions import Restrictions
 from kvloom.kernels.interface import Kernels
 
 GREEDY_BELOW = 1e-5
@@ -64,11 +66,16 @@ class Sampled(NamedTuple):
     """and these on their way to the host."""
     errors: Mapping[int, Exception]
     """Rows that could not be prepared, and why."""
+    restricted: frozenset[int] = frozenset()
+    """Rows whose requests forbid tokens, and may have forbidden all."""
 
     def read(self) -> list[Token]:
         """Wait for them. A row that holds NaN or inf, or nothing but -inf, gives an error."""
         tokens: list[int] = self.ids.read()
-        return [self.errors.get(row, token if token >= 0 else _unusable()) for row, token in enumerate(tokens)]
+        return [self.errors.get(row, token if token >= 0 else self._unusable(row)) for row, token in enumerate(tokens)]
+
+    def _unusable(self, row: int) -> SampleError:
+        return SampleError(_NO_TOKEN if row in self.restricted else _NOT_FINITE)
 
     @classmethod
     def nothing(cls) -> Sampled:
@@ -77,8 +84,8 @@ class Sampled(NamedTuple):
         return cls(none, Download(none), {})
 
 
-def _unusable() -> SampleError:
-    return SampleError("the model's logits for this request are not finite, so no token can be chosen")
+_NOT_FINITE = "the model's logits for this request are not finite, so no token can be chosen"
+_NO_TOKEN = "bad_words and allowed_token_ids leave no token that can be chosen here, or the model's logits are not finite"
 
 
 class _Seen(NamedTuple):
@@ -121,9 +128,11 @@ class _Edits:
 class Sampler:
     """Draws one token per row. Remembers what penalties count of a request until it is dropped."""
 
-    def __init__(self, vocab_size: int, kernels: Kernels) -> None:
+    def __init__(self, vocab_size: int, kernels: Kernels, encode: Callable[[str], Sequence[int]]) -> None:
+        """encode: bad words to token ids, without any that are put around a text."""
         self.vocab_size = vocab_size
         self._kernels = kernels
+        self._restrictions = Restrictions(vocab_size, encode)
         self._seen: dict[Request, _Seen] = {}  # requests compare by identity
 
     def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> Sampled:
@@ -141,10 +150,15 @@ class Sampler:
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
-        return Sampled(ids, Download(ids), errors)
+        restricted = frozenset(i for i in changing if _restricts(rows[i].request.sampling))
+        return Sampled(ids, Download(ids), errors, restricted)
+
+    def open(self, request: Request, eos_ids: Sequence[int]) -> None:
+        """A request begins. Raises InvalidRequestError if it leaves itself no token to generate."""
+        self._restrictions.check(request.sampling, eos_ids)
 
     def check(self, sampling: SamplingParams) -> None:
-        """Raises InvalidRequestError if parameters name tokens outside the vocabulary."""
+        """Raises InvalidRequestError if what changes logits names tokens outside the vocabulary."""
         for name, ids in (("logit_bias", sampling.logit_bias), ("stop_token_ids", sampling.stop_token_ids)):
             if any(token >= self.vocab_size for token in ids):
                 raise InvalidRequestError(
@@ -155,15 +169,20 @@ class Sampler:
     def drop(self, request: Request) -> None:
         """Forget a request that has ended. Unknown requests are ignored."""
         self._seen.pop(request, None)
+        self._restrictions.drop(request)
 
     def _draw(self, logits: Tensor, hows: Sequence[tuple[float, ...]]) -> Tensor:
         how = upload(np.array(hows, np.float64).reshape(-1, 5), logits.device)
         return self._kernels.sample(logits, how, torch.empty(len(hows), dtype=torch.int64, device=logits.device))
 
     def _change(self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int]) -> dict[int, Exception]:
-        """Add bias, bans and penalties to logits, in place. rows: theirs, with the numbers by which they are called among all.
-        Returns those for which that failed."""
+        """Make what is not allowed -inf, and add bias, bans and penalties to logits, in place. rows: theirs, with the numbers
+        by which they are called among all. Returns those for which that failed."""
         added, repeated, counted, errors = _Edits(), _Edits(), _Edits(), dict[int, Exception]()
+        self._restrictions.mask(
+            logits,
+            [(at, row.request) for at, (_, row) in enumerate(rows) if row.request.sampling.allowed_token_ids is not None],
+        )
         for at, (i, row) in enumerate(rows):
             try:
                 self._edit(at, row, eos_ids, added, repeated, counted)
@@ -183,6 +202,8 @@ class Sampler:
         bias = dict(params.logit_bias)
         if row.place < params.min_tokens:
             bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)), -np.inf)
+        banned = self._restrictions.banned(params, row.request.tokens, len(row.request.prompt), row.known)
+        bias |= dict.fromkeys(banned, -np.inf)
         seen = self._seen_before(row) if params.penalises else _Seen([], Counter(), {})
         often, once = params.frequency_penalty, params.presence_penalty
         added.add(at, bias, bias.values())
@@ -209,7 +230,7 @@ _GREEDY = (0.0, 0, 1.0, 0.0, 0.0)
 def _how(row: Drawn) -> tuple[float, ...]:
     """See `Kernels.sample`."""
     params = row.request.sampling
-    if params.temperature < GREEDY_BELOW:
+    if params.temperature < GREEDY_BELOW or params.top_p == 0:
         return _GREEDY
     number = uniform(row.request.seed, row.place)
     return params.temperature, max(0, params.top_k), params.top_p, params.min_p, number
@@ -217,7 +238,11 @@ def _how(row: Drawn) -> tuple[float, ...]:
 
 def _changes_logits(row: Drawn) -> bool:
     params = row.request.sampling
-    return params.penalises or bool(params.logit_bias) or row.place < params.min_tokens
+    return params.penalises or _restricts(params) or bool(params.logit_bias) or row.place < params.min_tokens
+
+
+def _restricts(params: SamplingParams) -> bool:
+    return params.allowed_token_ids is not None or bool(params.bad_words)
 
 
 def uniform(seed: int, index: int) -> float:

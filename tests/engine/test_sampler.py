@@ -20,11 +20,18 @@ EOS = (2,)
 KERNELS = load("auto", threads=2)
 
 
+def spelled(text: str) -> list[int]:
+    """A token for each letter, and one for "the" and for " the"; a space is 0."""
+    if text.strip() == "the":
+        return [40 + len(text) - 3]
+    return [ord(letter) - ord("a") + 10 if letter != " " else 0 for letter in text]
+
+
 class Sampler(BatchSampler):
     """Every request's next token, read at once."""
 
     def __init__(self, vocab: int) -> None:
-        super().__init__(vocab, KERNELS)
+        super().__init__(vocab, KERNELS, spelled)
 
     def sample(self, logits: torch.Tensor, requests: list[Request], eos: tuple[int, ...]) -> list[Token]:  # type: ignore[override]
         return super().sample(logits, [Drawn(made, len(made.tokens)) for made in requests], eos).read()
@@ -249,6 +256,80 @@ def test_states_are_dropped() -> None:
     assert not sampler._seen
 
 
+# What may not be drawn ------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    allowed=st.none() | st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=12),
+    words=st.lists(st.sampled_from(["the", "ab", "ba", "aab", "b", " ba"]), max_size=4),
+    output=st.lists(st.sampled_from([0, 10, 11, 40, 41]), max_size=6),
+    temperature=st.sampled_from([0.0, 1.0, 5.0]),
+    penalty=st.sampled_from([0.0, 1.0]),
+)
+def test_restrictions_equal_the_oracle(
+    seed: int, allowed: list[int] | None, words: list[str], output: list[int], temperature: float, penalty: float
+) -> None:
+    """Of the logits that are left after every forbidden token is struck out one by one, the same token is drawn."""
+    values = logits(1, seed)[0]
+    given = {"allowed_token_ids": None if allowed is None else tuple(allowed), "bad_words": tuple(words)}
+    made = request(output=output, seed=seed, temperature=temperature, presence_penalty=penalty, **given)
+    spellings = [spelled(text) for word in words for text in (word.lstrip(), " " + word.lstrip())]
+    left = values.clone()
+    for token in range(VOCAB):
+        bad = any(
+            output[len(output) - len(s) + 1 :] == s[:-1] and len(s) <= len(output) + 1 and s[-1] == token for s in spellings
+        )
+        if bad or (allowed is not None and token not in allowed):
+            left[token] = -torch.inf
+    found = one(values, made)
+    if bool(left.isfinite().any()):
+        plain = request(output=output, seed=seed, temperature=temperature, presence_penalty=penalty)
+        assert found == one(left, plain) and bool(left[found].isfinite())
+    else:
+        assert isinstance(found, SampleError) and "leave no token" in str(found)
+
+
+def test_a_bad_word_may_begin_but_not_end() -> None:
+    """And only tokens that were generated count: the prompt may end in its beginning."""
+    values = torch.zeros(VOCAB)
+    values[11] = 9.0  # b
+    ab = {"bad_words": ("ab",), "temperature": 0.0}
+    assert one(values, request(output=[10], **ab)) != 11
+    assert one(values, request(output=[10, 12], **ab)) == 11 == one(values, request(prompt=(10,), **ab))
+
+
+def test_restrictions_that_leave_nothing_are_refused() -> None:
+    sampler = Sampler(VOCAB)
+    for params in (
+        {"allowed_token_ids": (40, 41), "bad_words": ("the",)}, {"allowed_token_ids": EOS, "min_tokens": 1},
+        {"allowed_token_ids": (5, *EOS), "stop_token_ids": (5,), "min_tokens": 2},
+    ):  # fmt: skip
+        with pytest.raises(InvalidRequestError, match="allow one that can be generated"):
+            sampler.open(request(**params), EOS)
+    for params in (
+        {"allowed_token_ids": (40, 10), "bad_words": ("the",)}, {"allowed_token_ids": EOS}, {"bad_words": ("the",)},
+        {"allowed_token_ids": EOS, "min_tokens": 1, "ignore_eos": True},
+        {"allowed_token_ids": EOS, "min_tokens": 1, "forced_tokens": (4,)},
+    ):  # fmt: skip
+        sampler.open(request(**params), EOS)
+
+
+def test_a_mask_is_made_once_and_dropped() -> None:
+    sampler, made = Sampler(VOCAB), request(allowed_token_ids=(4, 5))
+    first = [sampler.sample(logits(1, seed), [made], EOS)[0] for seed in range(20)]
+    masks = sampler._restrictions._masks
+    assert set(first) <= {4, 5} and list(masks) == [made]
+    sampler.drop(made)
+    assert not masks
+
+
+def test_top_p_of_zero_is_greedy() -> None:
+    values = logits(1, scale=0.1)[0]
+    assert {one(values, request(top_p=0.0, seed=seed)) for seed in range(20)} == {int(values.argmax())}
+
+
 # Batches and seeds -----------------------------------------------------------------------------------------------------
 
 MIX: list[dict[str, Any]] = [
@@ -260,6 +341,8 @@ MIX: list[dict[str, Any]] = [
     {"temperature": 0.0, "repetition_penalty": 1.2},
     {"presence_penalty": 1.0, "frequency_penalty": 0.5},
     {"logit_bias": {3: 2.0}, "min_tokens": 9},
+    {"allowed_token_ids": (3, 4, 5, 6), "bad_words": ("ab", "the")},
+    {"bad_words": ("b",), "top_p": 0.0},
 ]
 
 
@@ -268,7 +351,7 @@ def test_a_row_does_not_depend_on_its_batch() -> None:
     made = [request(output=[i, i + 1], seed=i, **params) for i, params in enumerate(MIX)]
     together = Sampler(5000).sample(values, made, EOS)
     alone = [Sampler(5000).sample(values[i : i + 1], [made[i]], EOS)[0] for i in range(len(MIX))]
-    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    order = [5, 2, 9, 7, 0, 3, 8, 6, 1, 4]
     shuffled = Sampler(5000).sample(values[order], [made[i] for i in order], EOS)
     assert together == alone == [shuffled[order.index(i)] for i in range(len(MIX))]
 
