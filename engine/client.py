@@ -30,6 +30,9 @@ __all__ = ["OTHERS", "RUN_LENGTHS", "SHARES", "EngineClient", "EngineStats", "Gr
            "ShareStats", "TenantStats"]  # fmt: skip
 
 
+OPENAI_SOURCE = "OpenAI's defaults"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
     """What a client may know of the model that is served."""
@@ -53,13 +56,24 @@ class ModelInfo:
     threads: str = ""
     """How many threads compute, and on what: "2 on 2 cores"."""
     sampling: SamplingDefaults = OPENAI_SAMPLING
-    """What requests that do not say are sampled with."""
+    """What requests that do not say are sampled with,"""
+    sampling_source: str = OPENAI_SOURCE
+    """and who says so: generation_config.json, the model's card, ..."""
+    other_names: tuple[str, ...] = ()
+    """Names beside `name` that requests may ask for."""
+    chat_template: str | None = None
+    """Jinja source of the chat template that the operator gave; None for the model's own."""
     weights_held: str = ""
     """What the mode `weights` came to and why: layers int4 (the file's codes), head int8 (rounded from BF16)."""
     device: str = "cpu"
     """Where weights and KV are: cpu or cuda."""
     device_note: str = ""
     """Which one that is, or why it is no other; empty for a CPU that was named."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that requests may ask for; answers bear the first."""
+        return (self.name, *self.other_names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -36,6 +36,7 @@ Part = Annotated[float, "PART"]
 JSONText = Annotated[str, "JSON"]
 FilePath = Annotated[str, "FILE"]
 Name = Annotated[str, "NAME"]
+Names = Annotated[tuple[str, ...], "NAME"]
 """What a setting's value is, as the command line's help shows it."""
 
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "auto": "bf16"}
@@ -50,8 +51,18 @@ class ModelOptions:
 
     model: str = "smollm2"
     """Built-in name, local folder (safetensors + tokenizer.json), .gguf file, or Hugging Face repo id."""
-    served_model_name: Name | None = None
-    """Name in the API; the default is MODEL as given."""
+    served_model_name: Names = ()
+    """Name in the API; the default is MODEL as given. Of several (repeat it, or separate by commas) requests may use each, and
+    answers bear the first."""
+    generation_config: Annotated[str, "auto|none|FILE"] = "auto"
+    """What requests that do not say are sampled with: auto (what the model recommends: its generation_config.json, a GGUF's
+    general.sampling, the built-in model's card), none (OpenAI's defaults), or a generation_config.json or its folder, whose
+    max_new_tokens no answer exceeds."""
+    override_generation_config: JSONText | None = None
+    """JSON object on top of it: temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+    max_new_tokens (no answer exceeds it)."""
+    chat_template: Annotated[str, "FILE"] | None = None
+    """File with the Jinja chat template to use instead of the model's own, or the template itself."""
     replica: Name = "0"
     """Name of this engine where several serve the same: the label engine of /metrics, and whose its figures are."""
     dtype: DType = "bf16"
@@ -73,6 +84,10 @@ class ModelOptions:
     replayed."""
     threads: Count | None = None
     """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
+
+    def __post_init__(self) -> None:
+        if not all(self.served_model_name):
+            raise ConfigError("served_model_name holds an empty name; give one or more names")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

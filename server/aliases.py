@@ -9,12 +9,15 @@ The same names are taken in a YAML file. What none of this knows is refused, wit
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError
 
 RENAMED = {
+    "alias": "served_model_name",
+    "chat_template_file": "chat_template",
     "context_length": "max_model_len",
     "ctx_size": "max_model_len",
     "disable_log_requests": "no_access_log",
@@ -62,6 +65,7 @@ ONLY = {
     "data_parallel_size": Only(("1",), _ONE),
     "enable_chunked_prefill": Only(("",), "prompts are always computed in chunks"),
     "enforce_eager": Only(("",), "no graphs are captured on a CPU"),
+    "chat_template_content_format": Only(("auto",), "a template gets the form of content that it reads"),
     "kv_cache_dtype": Only(("auto", "bfloat16"), "KV is stored in --dtype"),
     "load_format": Only(("auto", "safetensors", "gguf"), "the files themselves say what they are"),
     "runner": Only(("auto", "generate"), "kvloom generates text"),
@@ -71,7 +75,10 @@ ONLY = {
 
 
 def flags(words: Sequence[str]) -> list[str]:
-    """A command line with other servers' flags in kvloom's own. Raises ConfigError for a value that cannot be had here."""
+    """A command line with other servers' flags in kvloom's own. Raises ConfigError for a value that cannot be had here.
+
+    Where the model comes first, as vLLM has it, all words behind --served-model-name are names."""
+    model_first = len(words) > 1 and not words[1].startswith("-")
     found: list[str] = []
     waiting = list(words)
     while waiting:
@@ -79,7 +86,11 @@ def flags(words: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
         if name in RENAMED:
-            found.append("--" + RENAMED[name].replace("_", "-") + equals + value)
+            waiting.insert(0, "--" + RENAMED[name].replace("_", "-") + equals + value)
+        elif name == "served_model_name" and not equals and model_first:
+            names = list(itertools.takewhile(lambda text: not text.startswith("-"), waiting))
+            del waiting[: len(names)]
+            found += [item for name in names for item in (flag, name)] or [flag]
         elif name in SWITCHES and not equals:
             found += ["--" + SWITCHES[name].setting, SWITCHES[name].value]
         elif name in ONLY:

@@ -13,11 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from kvloom.engine.client import EngineStats, ModelInfo
+from kvloom.engine.requests.request import OPENAI_SAMPLING
 from kvloom.server.options import ServerOptions
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
 FIRST_QUESTION = "What is the capital of Japan?"
 """The built-in model answers it rightly as it is served; README asks the same."""
+LONGEST_SETTING = 80
+"""Characters of a setting that are shown: a chat template may be written on the command line."""
 LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -65,6 +68,7 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  threads   {model.threads}\n"
         f"  context   {model.max_model_len} tokens\n"
+        f"  sampling  {_sampling(model)}\n"
         f"  KV cache  {stats.capacity_tokens} tokens in blocks of {stats.block_size}{_groups(stats)}\n"
         f"  state     {stats.selection_capacity / (1 << 20):.4g} MiB for selection methods\n"
         f"{_settings(model)}{warning}\n"
@@ -79,11 +83,19 @@ def _device(model: ModelInfo) -> str:
     return f"  device    {model.device}: {model.device_note}\n" if model.device_note else ""
 
 
+def _sampling(model: ModelInfo) -> str:
+    """What requests that do not say are sampled with, as far as it does something, and who says so."""
+    neutral = OPENAI_SAMPLING._asdict()
+    shown = {name: value for name, value in model.sampling.said().items()
+             if value != neutral[name] or name in ("temperature", "top_p")}  # fmt: skip
+    return ", ".join(f"{name} {value:g}" for name, value in shown.items()) + f" ({model.sampling_source})"
+
+
 def _settings(model: ModelInfo) -> str:
     """A line with the settings that are not at their default, if there are any."""
     if not model.settings:
         return ""
-    flags = (f"--{name.replace('_', '-')} {value}" for name, value in model.settings.items())
+    flags = (f"--{name.replace('_', '-')} {str(value)[:LONGEST_SETTING]}" for name, value in model.settings.items())
     return f"  settings  {' '.join(flags)}\n"
 
 

@@ -46,10 +46,12 @@ class ServerContext:
                 del self.asking[tenant]
 
     def check_model(self, name: str | None) -> None:
-        """Raises ModelNotFoundError unless `name` is the served model. None, which OpenAI does not allow, means that model."""
-        served = self.client.model.name
-        if name is not None and name != served:
-            raise ModelNotFoundError(f"the model {name[:200]!r} is not served here; the served model is {served!r}")
+        """Raises ModelNotFoundError unless `name` is one of the served model's. None, which OpenAI does not allow, means that
+        model."""
+        served = self.client.model.names
+        if name is not None and name not in served:
+            known = " or ".join(map(repr, served))
+            raise ModelNotFoundError(f"the model {name[:200]!r} is not served here; the served model is {known}")
 
 
 def context_of(request: Request) -> ServerContext:

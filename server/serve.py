@@ -29,7 +29,7 @@ from kvloom.engine.errors import KVLoomError
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.startup.aside import aside, load_torch_library
 from kvloom.engine.startup.catalog import at_hand, resolve
-from kvloom.engine.startup.prepare import Prepared
+from kvloom.engine.startup.prepare import Prepared, read_template
 from kvloom.server.app import create_app
 from kvloom.server.collector import no_collections
 from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
@@ -80,7 +80,8 @@ def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
     model = config.model.model
     with no_collections():
         library = aside(load_torch_library)
-        prepared = Prepared(lambda: resolve(model, progress)) if at_hand(model) else None
+        template = read_template(config.model.chat_template)
+        prepared = Prepared(lambda: resolve(model, progress), template) if at_hand(model) else None
         library.result()  # gives the others the interpreter's lock, as the import does not
         from kvloom.engine.thread.client import ThreadEngineClient
 

@@ -42,6 +42,27 @@ class SamplingDefaults(NamedTuple):
 
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = None
+    """Tokens of a chat that does not say how many; None for what the context holds."""
+    most_tokens: int | None = None
+    """No answer has more, whatever a request says; None for no such limit."""
+
+    def said(self) -> dict[str, Any]:
+        """Of these by name, those that there are."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+    def drawing(self) -> dict[str, Any]:
+        """Fields of SamplingParams: all but how many tokens."""
+        return {name: value for name, value in self._asdict().items() if name not in ("max_tokens", "most_tokens")}
+
+    def limited(self, max_tokens: int | None) -> int | None:
+        """The number of tokens that was asked for, or what it may be at most."""
+        return min((count for count in (max_tokens, self.most_tokens) if count is not None), default=None)
 
 
 OPENAI_SAMPLING = SamplingDefaults()

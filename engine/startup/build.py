@@ -39,8 +39,9 @@ from kvloom.engine.startup.assemble import assemble
 from kvloom.engine.startup.catalog import ModelFiles, packed_folder, resolve
 from kvloom.engine.startup.gpu_memory import SMALLER_STEPS, fewer_bits, fitting
 from kvloom.engine.startup.memory import size
-from kvloom.engine.startup.prepare import Prepared
+from kvloom.engine.startup.prepare import Prepared, read_template
 from kvloom.engine.startup.processors import processors
+from kvloom.engine.startup.recommended import sampling_defaults
 from kvloom.engine.startup.sizing import make_cache, make_states, segment_bound, share_options
 from kvloom.engine.step.runner import Runner
 from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
@@ -79,7 +80,7 @@ def _build(config: EngineConfig, placement: Placement, progress: Progress | None
     torch.set_num_threads(threads)
     if prepared is None:
         found = resolve(config.model.model, progress)
-        prepared = Prepared(lambda: found)
+        prepared = Prepared(lambda: found, read_template(config.model.chat_template))
     files, device = prepared.files, placement.device
     backend = _backend(config.model.backend, device, threads, progress)
     dtype, codes = TORCH_DTYPES[config.model.dtype], backend.quantized is not None
@@ -121,7 +122,7 @@ def _build(config: EngineConfig, placement: Placement, progress: Progress | None
         config, runner, cache, states, backend, selectors, tokenizer, domains, tenants, Limits(length, trained, vocab), eos,
         retention, share,
     )  # fmt: skip
-    return Built(core, _info(config, files, loaded, placement, length, backend, threads), tokenizer)
+    return Built(core, _info(config, prepared, loaded, placement, length, backend, threads), tokenizer)
 
 
 def _placement(config: EngineConfig) -> Placement:
@@ -299,7 +300,7 @@ def _max_model_len(config: EngineConfig, loaded: LoadedModel, cache: CacheManage
 
 def _info(
     config: EngineConfig,
-    files: ModelFiles,
+    prepared: Prepared,
     loaded: LoadedModel,
     placement: Placement,
     length: int,
@@ -307,9 +308,12 @@ def _info(
     threads: int,
 ) -> ModelInfo:
     options = config.model
+    name, *others = dict.fromkeys(map(_text, options.served_model_name or (options.model,)))
+    sampling, source = sampling_defaults(options, prepared.files, prepared.gguf)
     return ModelInfo(
-        name=_text(options.served_model_name or options.model),
-        root=_text(files.name),
+        name=name,
+        other_names=tuple(others),
+        root=_text(prepared.files.name),
         source=options.model,
         replica=options.replica,
         max_model_len=length,
@@ -323,7 +327,9 @@ def _info(
         threads=f"{threads} on {processors()}",
         created=int(time.time()),
         settings=config.changed(),
-        sampling=files.sampling,
+        sampling=sampling,
+        sampling_source=source,
+        chat_template=prepared.chat_template,
     )
 
 

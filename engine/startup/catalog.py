@@ -29,7 +29,7 @@ from typing import IO, Literal, NamedTuple
 
 from kvloom.engine.errors import ModelError, ModelNotFoundError
 from kvloom.engine.model.files import shown
-from kvloom.engine.requests.request import OPENAI_SAMPLING, SamplingDefaults
+from kvloom.engine.requests.request import SamplingDefaults
 from kvloom.engine.settings.folders import cache_folder
 
 Progress = Callable[[str, int, int], None]
@@ -48,7 +48,8 @@ class ModelFiles(NamedTuple):
     kind: Literal["folder", "gguf"]
     name: str
     """What to call it if nobody says otherwise."""
-    sampling: SamplingDefaults = OPENAI_SAMPLING
+    sampling: SamplingDefaults | None = None
+    """What the model's card recommends, where that is known here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ text before it is rendered: `Tokenizer.special_in(text)` finds it.
 from __future__ import annotations
 
 import codecs
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -66,6 +67,12 @@ class Tokenizer:
 
         with naming(where):
             return cls(*load_gguf(metadata, where))
+
+    def with_chat_template(self, source: str) -> Tokenizer:
+        """The same tokenizer with another chat template."""
+        made = copy.copy(self)
+        made.chat_template = source
+        return made
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. `add_special_tokens` adds what the model expects around a plain text (mostly bos); a text

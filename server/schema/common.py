@@ -214,7 +214,9 @@ class GenerationBody(StrictBody):
     ) -> SamplingParams:
         """The engine's form: what the body says, and `defaults` for what it does not. Raises InvalidRequestError for a value
         out of bounds."""
-        said = {**defaults._asdict(), **_said(self, SamplingParams)}
+        said = {**defaults.drawing(), **_said(self, SamplingParams)}
         said["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
+        default_tokens = defaults.limited(defaults.max_tokens if default_tokens is None else default_tokens)
+        max_tokens = None if max_tokens is None else defaults.limited(max_tokens)
         decided = {"max_tokens": max_tokens, "default_tokens": default_tokens, "logprobs": logprobs}
         return SamplingParams(**{**said, **decided, "prompt_logprobs": prompt_logprobs})

@@ -62,10 +62,10 @@ def test_bad_settings_are_refused_by_name(settings: dict[str, Any], word: str) -
 @pytest.mark.parametrize(
     "field",
     [
-        {"n": 0}, {"max_tokens": 0}, {"min_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": 0.0},
+        {"n": 0}, {"max_tokens": 0}, {"min_tokens": -1}, {"temperature": -0.1}, {"temperature": float("nan")}, {"top_p": -0.1},
         {"top_p": 1.1}, {"top_k": -2}, {"min_p": 2.0}, {"presence_penalty": 3.0}, {"frequency_penalty": -3.0},
         {"repetition_penalty": 0.0}, {"logit_bias": {1: 101.0}}, {"logit_bias": {-1: 1.0}}, {"seed": 2**64}, {"stop": ("",)},
-        {"stop": ("a",) * 17}, {"stop_token_ids": (-1,)}, {"logprobs": 21}, {"prompt_logprobs": -1}, {"n": 65},
+        {"stop": ("a",) * 17}, {"stop_token_ids": (-1,)}, {"logprobs": 21}, {"prompt_logprobs": -1}, {"n": 129},
     ],
     ids=str,
 )  # fmt: skip

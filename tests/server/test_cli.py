@@ -213,6 +213,23 @@ def test_other_servers_names_are_taken():
     assert (config.cache.kv_memory, config.scheduler.scheduler, options.access_log) == (1 << 30, "priority", False)
 
 
+@pytest.mark.parametrize(("words", "names"), [
+    (["m", "--served-model-name", "a", "b", "--port", "1"], ("a", "b")), (["m", "--served-model-name", "a,b"], ("a", "b")),
+    (["m", "--served-model-name", "a", "--served-model-name", "b"], ("a", "b")), (["m", "--served-model-name=a"], ("a",)),
+    (["--served-model-name", "a", "m"], ("a",)), (["m", "--alias", "a", "b"], ("a", "b")), (["m"], ()),
+])  # fmt: skip
+def test_names_of_the_model(words, names):
+    """Behind the model, all words are names, as in vLLM; before it, one is."""
+    config, _ = parse(*words)
+    assert config.model.served_model_name == names and config.model.model == "m"
+
+
+def test_a_name_is_needed(capsys):
+    with pytest.raises(SystemExit):
+        parse("m", "--served-model-name")
+    assert "expected one argument" in capsys.readouterr().err
+
+
 def test_other_servers_names_in_yaml(tmp_path):
     file = tmp_path / "kvloom.yaml"
     file.write_text(

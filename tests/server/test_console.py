@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kvloom.engine.requests.request import SamplingDefaults
 from kvloom.server.console import LoadingBars, banner, base_url, curl_line
 from kvloom.server.options import ServerOptions
 
@@ -50,6 +51,18 @@ def test_banner_names_what_is_not_the_default(fake, capsys):
     engine.model = replace(engine.model, settings={"selection": "tidal_decode", "max_num_seqs": 4})
     show(engine, ServerOptions())
     assert "  settings  --selection tidal_decode --max-num-seqs 4\n" in capsys.readouterr().err
+
+
+def test_banner_says_what_requests_are_sampled_with_and_who_says_so(fake, capsys):
+    engine = fake.FakeEngine()
+    show(engine, ServerOptions())
+    assert "  sampling  temperature 1, top_p 1 (OpenAI's defaults)\n" in capsys.readouterr().err
+    engine.model = replace(engine.model, sampling_source="generation_config.json", settings={"chat_template": "{{ x }}" * 99},
+                           sampling=SamplingDefaults(temperature=0.6, top_k=20, max_tokens=2048))  # fmt: skip
+    show(engine, ServerOptions())
+    text = capsys.readouterr().err
+    assert "  sampling  temperature 0.6, top_p 1, top_k 20, max_tokens 2048 (generation_config.json)\n" in text
+    assert "--chat-template {{ x }}" in text and len(max(text.splitlines(), key=len)) < 200
 
 
 def test_readme_asks_what_the_server_says_to_ask():

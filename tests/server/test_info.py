@@ -210,6 +210,47 @@ def test_access_line_can_be_off(serving, fake, caplog):
     assert not caplog.messages
 
 
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+            "frequency_penalty": 0.0}  # fmt: skip
+
+
+def test_every_name_of_a_model_may_be_asked_for_and_the_first_is_told(serving, fake):
+    from dataclasses import replace
+
+    engine = fake.FakeEngine()
+    engine.model = replace(engine.model, other_names=("gpt-4o", "org/model"))
+    with serving(engine).client() as client:
+        assert [card["id"] for card in client.get("/v1/models").json()["data"]] == [fake.MODEL, "gpt-4o", "org/model"]
+        assert client.get("/v1/models/org/model").json()["id"] == "org/model"
+        assert client.get("/v1/models/other").status_code == 404
+        for name in (fake.MODEL, "gpt-4o", "org/model", None):
+            reply = client.post("/v1/completions", json={"model": name, "prompt": "hi", "max_tokens": 1})
+            assert reply.json()["model"] == fake.MODEL
+        refused = client.post("/v1/completions", json={"model": "other", "prompt": "hi"})
+        assert refused.status_code == 404 and "'echo-model' or 'gpt-4o' or 'org/model'" in refused.json()["error"]["message"]
+
+
+def test_how_many_tokens_a_model_recommends_and_allows(serving, fake):
+    """The recommendation is for chats that do not say; the limit for all."""
+    from dataclasses import replace
+
+    from kvloom.engine.requests.request import SamplingDefaults
+
+    engine, nine = fake.FakeEngine(), {"max_tokens": 9}
+    bodies = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("/v1/completions", {"prompt": "hi"})
+    asked = [(path, {**body, **more}) for path, body in bodies for more in ({}, nine)]
+    for defaults, expected in (
+        (SamplingDefaults(max_tokens=5), [5, 9, 16, 9]),
+        (SamplingDefaults(max_tokens=5, most_tokens=5), [5, 5, 5, 5]),
+    ):
+        engine.model = replace(engine.model, sampling=defaults)
+        with serving(engine).client() as client:
+            replies = [client.post(path, json=body) for path, body in asked]
+            assert [reply.json()["usage"]["completion_tokens"] for reply in replies] == expected
+            too_many = client.post("/v1/completions", json={"prompt": "hi", "max_tokens": 9, "min_tokens": 9})
+            assert too_many.status_code == (200 if defaults.most_tokens is None else 400)
+
+
 def test_the_models_own_sampling_stands_in_for_what_a_request_does_not_say(serving, fake):
     from dataclasses import replace
 
@@ -220,7 +261,7 @@ def test_the_models_own_sampling_stands_in_for_what_a_request_does_not_say(servi
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
     asked = [{}, {"temperature": 0.7}, {"top_p": 1.0}, {"temperature": None, "top_p": None}]
     with serving(engine).client() as client:
-        assert client.get("/v1/models").json()["data"][0]["default_sampling"] == {"temperature": 0.2, "top_p": 0.9}
+        assert client.get("/v1/models").json()["data"][0]["default_sampling"] == SAMPLING | {"temperature": 0.2, "top_p": 0.9}
         for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hi", "max_tokens": 2})):
             engine.calls.clear()
             assert all(client.post(path, json={**body, **more}).status_code == 200 for more in asked)
@@ -229,6 +270,6 @@ def test_the_models_own_sampling_stands_in_for_what_a_request_does_not_say(servi
 
 
 def test_without_a_recommendation_sampling_is_openais(served):
-    assert served.client().get("/v1/models").json()["data"][0]["default_sampling"] == {"temperature": 1.0, "top_p": 1.0}
+    assert served.client().get("/v1/models").json()["data"][0]["default_sampling"] == SAMPLING
     served.openai().completions.create(model="echo-model", prompt="hi", max_tokens=1)
     assert (served.engine.calls[-1]["sampling"].temperature, served.engine.calls[-1]["sampling"].top_p) == (1.0, 1.0)
