@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from kvloom.engine.requests.request import TokenLogprob
@@ -16,12 +16,19 @@ def _finite(value: float) -> float:
     return value if value > FLOOR else FLOOR
 
 
-def chat_logprobs(tokenizer: Any, logprobs: Iterable[TokenLogprob], top: int) -> dict[str, Any]:
+def token_names(tokenizer: Any, as_ids: bool) -> Callable[[int], str]:
+    """What tokens are called: by their text, or `token_id:N` (`return_tokens_as_token_ids`)."""
+    name: Callable[[int], str] = "token_id:{}".format if as_ids else tokenizer.token_name
+    return name
+
+
+def chat_logprobs(tokenizer: Any, logprobs: Iterable[TokenLogprob], top: int, *, as_ids: bool = False) -> dict[str, Any]:
     """`choices[].logprobs` of a chat completion, with `top` alternatives per token."""
+    name = token_names(tokenizer, as_ids)
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         raw = tokenizer.token_bytes(token)
-        return {"token": tokenizer.token_name(token), "logprob": _finite(logprob), "bytes": list(raw)}
+        return {"token": name(token), "logprob": _finite(logprob), "bytes": list(raw)}
 
     content = [
         {**entry(item.token, item.logprob), "top_logprobs": [entry(*pair) for pair in item.top[:top]]} for item in logprobs
@@ -49,9 +56,11 @@ class LegacyLogprobs:
         prompt: Sequence[int] = (),
         echoed: Echoed | None = None,
         skip_special_tokens: bool = True,
+        as_ids: bool = False,
     ) -> None:
         """`prompt`: what the completion continues; `echoed`: the same, where the text begins with it."""
         self._tokenizer = tokenizer
+        self._name = token_names(tokenizer, as_ids)
         self._top = top
         self._reader = TokenReader(tokenizer, prompt if echoed is None else (), skip_special_tokens=skip_special_tokens)
         self._given = echoed.text if echoed is not None and echoed.given else ""
@@ -64,7 +73,7 @@ class LegacyLogprobs:
         begins inside a character has the offset of that character.
         """
         return {
-            "tokens": [self._tokenizer.token_name(token) for token in tokens],
+            "tokens": [self._name(token) for token in tokens],
             "token_logprobs": [None if item is None else _finite(item.logprob) for item in logprobs],
             "top_logprobs": [None if item is None else self._alternatives(item) for item in logprobs],
             "text_offset": [self._offset(token) for token in tokens],
@@ -81,10 +90,10 @@ class LegacyLogprobs:
 
     def _alternatives(self, item: TokenLogprob) -> dict[str, float]:
         """By name; a second token of the same name (there are such vocabularies) goes by its id."""
-        own = self._tokenizer.token_name(item.token)
+        own = self._name(item.token)
         found = {}
         for token, logprob in item.top[: self._top]:
-            name = self._tokenizer.token_name(token)
+            name = self._name(token)
             taken = token != item.token and (name == own or name in found)
             found[f"token_id:{token}" if taken else name] = _finite(logprob)
         found[own] = _finite(item.logprob)

@@ -15,7 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.engine.text.chat_template import template_of
@@ -37,6 +37,18 @@ MAX_DECODED = 65536
 T = TypeVar("T")
 
 
+class Cut(NamedTuple):
+    """What is kept of a prompt."""
+
+    most: int
+    """Tokens."""
+    side: str
+    """Where others are cut off: left keeps the last ones."""
+
+    def __call__(self, tokens: list[int]) -> list[int]:
+        return tokens[-self.most :] if self.side == "left" else tokens[: self.most]
+
+
 class PromptEncoder:
     """A tokenizer and its chat template, for use from the event loop."""
 
@@ -55,6 +67,7 @@ class PromptEncoder:
         self._reserve = reserve
         self._pool = FairPool(THREADS, _give_way)
         self._tenant = ""
+        self._cut: Cut | None = None
         self._template = functools.cache(lambda: template_of(tokenizer))
         tokenizer.least_tokens("")  # looks through the vocabulary, once
 
@@ -64,20 +77,39 @@ class PromptEncoder:
         own._tenant = tenant
         return own
 
+    def truncating(self, most: int | None, side: str, max_tokens: int | None) -> PromptEncoder:
+        """The same, for prompts of which so many tokens are kept, the last ones with side left; -1 for what the context has
+        room for beside max_tokens; None for all. Raises InvalidRequestError for more than the context."""
+        if most is None:
+            return self
+        if most > self.max_model_len:
+            raise InvalidRequestError(
+                f"truncate_prompt_tokens is {most}; allowed: -1, or 1 to {self.max_model_len}, this server's context",
+                "truncate_prompt_tokens",
+            )
+        own = copy.copy(self)
+        own._cut = Cut(most if most > 0 else max(1, self.max_model_len - max(1, max_tokens or 1)), side)
+        return own
+
+    def cut(self, tokens: list[int]) -> list[int]:
+        """What is kept of a prompt."""
+        return tokens if self._cut is None else self._cut(tokens)
+
     async def text(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Raises ContextLengthError if it must be longer than the context."""
         return (await self.texts([text], add_special_tokens=add_special_tokens))[0]
 
     async def texts(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         """Token ids of several texts."""
-        for text in texts:
-            self.check_text(text)
+        if self._cut is None:
+            for text in texts:
+                self.check_text(text)
         found: list[list[int]] = []
         with self._room(sum(map(len, texts))):
             for piece in _pieces(texts):
                 long = len(texts) > 1 or len(piece[0]) > INLINE_CHARACTERS
                 found += await self._run(long, lambda piece=piece: self.tokenizer.encode_batch(piece, add_special_tokens))  # type: ignore[misc]
-        return found
+        return list(map(self.cut, found))
 
     async def chat(
         self,
@@ -99,9 +131,9 @@ class PromptEncoder:
                 continue_final_message=continue_final_message,
                 variables=variables,
             )
-            self.check_text(text)
-            ids: list[int] = self.tokenizer.encode(text, add_special_tokens)
-            return ids
+            if self._cut is None:
+                self.check_text(text)
+            return self.cut(self.tokenizer.encode(text, add_special_tokens))
 
         characters = sum(64 + message.length() for message in messages)
         with self._room(characters):

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from kvloom.engine.requests.request import FinishReason, RequestOutput, TokenLogprob
 from kvloom.server.sse import DONE
+from kvloom.server.token_ids import TokenIds
 from kvloom.server.usage import UsageTotals
 
 LogprobWriter = Callable[[int, Sequence[int], Sequence[TokenLogprob]], dict[str, Any]]
@@ -58,8 +59,10 @@ class ChunkWriter:
     """Turns outputs into events. No event has empty text, but for the opening one and the last of a completion."""
 
     def __init__(self, envelope: Envelope, usage: UsageTotals, *, logprobs: LogprobWriter | None, include_usage: bool,
-                 continuous_usage: bool) -> None:  # fmt: skip
+                 continuous_usage: bool, ids: TokenIds | None = None) -> None:  # fmt: skip
+        """ids: what chunks tell of token ids, if they do."""
         form = envelope.format
+        self._ids = ids
         self._form, self._usage, self._logprobs = form, usage, logprobs
         self._include_usage, self._continuous = include_usage, continuous_usage
         self._head = (
@@ -68,12 +71,14 @@ class ChunkWriter:
         )
         self._plain_end = ',"usage":null}\n\n' if include_usage else "}\n\n"
         self._text_end = f'{form.text_close},"logprobs":null,"finish_reason":null}}]{self._plain_end}'
-        self._plain = logprobs is None and not continuous_usage
+        self._plain = logprobs is None and not continuous_usage and ids is None
         self._text_heads: dict[int, str] = {}
         self._held: dict[int, tuple[list[int], list[TokenLogprob]]] = {}
 
     def write(self, index: int, output: RequestOutput) -> bytes:
         """The events of one output, possibly none."""
+        if self._ids is not None:
+            self._ids.note(index, output.tokens)
         self._usage.update(index, output.usage)
         text_head = self._text_heads.get(index)
         opening = ""
@@ -109,7 +114,10 @@ class ChunkWriter:
     def _choice(self, index: int, text: str, logprobs: str, finish: FinishReason | None, reason: int | str | None) -> str:
         ending = "" if finish is None else f',"stop_reason":{_dumps(reason)}'
         usage = f',"usage":{_dumps(self._usage.body())}}}\n\n' if self._continuous else self._plain_end
-        return f'{self._head}{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":{_dumps(finish)}{ending}}}]{usage}'
+        opening = bool(self._form.opening) and text == self._form.opening
+        inside, behind = ("", "") if self._ids is None else self._ids.chunk(index, opening=opening)
+        choice = f'{{"index":{index},{text},"logprobs":{logprobs},"finish_reason":{_dumps(finish)}{ending}{inside}}}'
+        return f"{self._head}{choice}]{behind}{usage}"
 
 
 @dataclass(slots=True)

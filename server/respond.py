@@ -13,13 +13,14 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from kvloom.engine.requests.request import RequestOutput, SamplingParams
+from kvloom.engine.requests.request import TOKEN_LISTS, RequestOutput, SamplingParams
 from kvloom.server.context import ServerContext, client_request_id, context_of, new_id, tenant_of
 from kvloom.server.errors import sse_error
 from kvloom.server.generation import Indexed, Work, outputs
-from kvloom.server.replies import Choice, ChunkWriter, Envelope, Format, LogprobWriter
+from kvloom.server.replies import CHAT, Choice, ChunkWriter, Envelope, Format, LogprobWriter
 from kvloom.server.schema.common import GenerationBody
 from kvloom.server.sse import DONE, ClientGoneError, EventStream, unless_gone
+from kvloom.server.token_ids import TokenIds
 from kvloom.server.trace import RequestTrace
 from kvloom.server.usage import UsageTotals
 
@@ -42,6 +43,8 @@ class Job:
     headers: dict[str, str]
     adjust: Callable[[int, RequestOutput], RequestOutput] | None = None
     """Changes an output before it is written: echo."""
+    ids: TokenIds | None = None
+    """What is told of token ids, if something is."""
 
     async def outputs(self) -> AsyncGenerator[Indexed, None]:
         """Outputs as they are to be written."""
@@ -74,9 +77,8 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
     for prompt in prompts:
         context.prompts.check_length(len(prompt))
         context.prompts.check(prompt)
-    context.prompts.check(tuple(sampling.logit_bias), "logit_bias")
-    context.prompts.check(sampling.stop_token_ids, "stop_token_ids")
-    context.prompts.check(sampling.forced_tokens, "forced_tokens")
+    for name in TOKEN_LISTS:
+        context.prompts.check(tuple(getattr(sampling, name) or ()), name)
     work = Work(id=work_id, prompts=[tuple(prompt) for prompt in prompts],
                 sampling=sampling, kv=body.kv_options(), priority=body.priority,
                 tenant=tenant_of(request), cache_salt=body.cache_salt)  # fmt: skip
@@ -89,6 +91,7 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
         trace=arrival.trace,
         headers={"X-Request-Id": arrival.name},
         adjust=adjust,
+        ids=TokenIds(work, echoed=adjust is not None, chat=form is CHAT) if body.return_token_ids else None,
     )
 
 
@@ -100,7 +103,10 @@ async def respond(request: Request, job: Job, logprobs: LogprobWriter | None, wh
     try:
         if not job.body.stream:
             choices = await unless_gone(request.receive, _collect(job))
-            return JSONResponse(whole(choices), headers=job.headers)
+            answer = whole(choices)
+            if job.ids is not None:
+                answer = job.ids.whole(answer, [choice.tokens for choice in choices])
+            return JSONResponse(answer, headers=job.headers)
         events = _events(job, logprobs)
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, job.headers)
@@ -128,7 +134,7 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
 async def _events(job: Job, logprobs: LogprobWriter | None) -> AsyncGenerator[bytes, None]:
     """Events of a stream. An error before the first one is raised, a later one becomes an event."""
     writer = ChunkWriter(job.envelope, job.usage, logprobs=logprobs, include_usage=job.body.include_usage,
-                         continuous_usage=job.body.continuous_usage)  # fmt: skip
+                         continuous_usage=job.body.continuous_usage, ids=job.ids)  # fmt: skip
     begun = False
     try:
         async with aclosing(job.outputs()) as items:

@@ -24,7 +24,8 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     context = context_of(request)
     context.check_model(body.model)
     arrival, sampling = arrive(request, CHAT), body.params(context.client.model.sampling)
-    prompt = await context.prompts.chat(
+    encoder = context.prompts.truncating(body.truncate_prompt_tokens, body.truncation_side, body.token_limit)
+    prompt = await encoder.chat(
         body.messages,
         add_generation_prompt=body.opens_turn,
         continue_final_message=body.continue_final_message,
@@ -34,12 +35,16 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     job = make_job(request, arrival, body, sampling, [prompt])
 
     def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return chat_logprobs(context.client.tokenizer, logprobs, body.top_logprobs or 0)
+        return _logprobs(context.client.tokenizer, body, logprobs)
 
     def whole(choices: Sequence[Choice]) -> dict[str, Any]:
         return _whole(job, body, choices)
 
     return await respond(request, job, written if body.logprobs else None, whole)
+
+
+def _logprobs(tokenizer: Any, body: ChatBody, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return chat_logprobs(tokenizer, logprobs, body.told_logprobs, as_ids=body.return_tokens_as_token_ids)
 
 
 def _whole(job: Job, body: ChatBody, choices: Sequence[Choice]) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def _whole(job: Job, body: ChatBody, choices: Sequence[Choice]) -> dict[str, Any
         {
             "index": index,
             "message": {"role": "assistant", "content": choice.text},
-            "logprobs": chat_logprobs(tokenizer, choice.logprobs, body.top_logprobs or 0) if body.logprobs else None,
+            "logprobs": _logprobs(tokenizer, body, choice.logprobs) if body.logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,
         }

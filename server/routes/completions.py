@@ -57,10 +57,11 @@ def _choice(job: Job, body: CompletionBody, index: int, choice: Choice, writer: 
 async def _encoded(context: ServerContext, body: CompletionBody) -> list[list[int]]:
     """Token ids of all prompts. Lengths are checked before anything is made of them."""
     prompts = body.prompts()
+    encoder = context.prompts.truncating(body.truncate_prompt_tokens, body.truncation_side, body.token_limit)
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     if texts:
-        return await context.prompts.texts(texts, add_special_tokens=body.add_special_tokens)
-    ids = [prompt for prompt in prompts if not isinstance(prompt, str)]
+        return await encoder.texts(texts, add_special_tokens=body.add_special_tokens)
+    ids = [encoder.cut(prompt) for prompt in prompts if not isinstance(prompt, str)]
     for prompt in ids:
         context.prompts.check_length(len(prompt))
     return ids
@@ -69,10 +70,11 @@ async def _encoded(context: ServerContext, body: CompletionBody) -> list[list[in
 def _writer(job: Job, body: CompletionBody, echo: Echo | None, index: int) -> LegacyLogprobs:
     return LegacyLogprobs(
         job.context.client.tokenizer,
-        body.logprobs or 0,
+        body.told_logprobs,
         prompt=job.work.prompt_of(index),
         echoed=None if echo is None else echo.prompt_of(index),
         skip_special_tokens=body.skip_special_tokens,
+        as_ids=body.return_tokens_as_token_ids,
     )
 
 
@@ -83,7 +85,7 @@ async def _echoed(context: ServerContext, body: CompletionBody, prompts: list[li
 
 
 async def _echoed_one(context: ServerContext, body: CompletionBody, prompt: str | list[int], tokens: list[int]) -> Echoed:
-    if isinstance(prompt, str):
+    if isinstance(prompt, str) and body.truncate_prompt_tokens is None:
         return Echoed(prompt, tokens, given=True)
     text = await context.prompts.decode(tokens, skip_special_tokens=body.skip_special_tokens, open_end=not body.echo_only)
     return Echoed(text, tokens, given=False)

@@ -91,9 +91,12 @@ class ChatBody(GenerationBody):
             raise problem("top_logprobs", "top_logprobs is given without logprobs; set logprobs to true")
         if self.token_limit == 0:
             raise problem("max_tokens", "max_tokens must be 1 or more")
-        if (self.model_extra or {}).get("echo"):
-            raise problem("echo", "echo is not supported for chat; use /v1/completions")
         return self
+
+    @property
+    def told_logprobs(self) -> int:
+        """Alternatives to tell per token, at most: as many as were asked for, or those that were."""
+        return len(self.logprob_token_ids) or self.top_logprobs or 0
 
     @property
     def opens_turn(self) -> bool:

@@ -8,8 +8,7 @@ through, since clients send extras of their own; fields that name something know
 from __future__ import annotations
 
 import dataclasses
-import logging
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -22,11 +21,19 @@ from pydantic import (
     model_validator,
 )
 
-from kvloom.engine.requests.request import MAX_CHOICES, MAX_LOGPROBS, KVOptions, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.request import (
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_LOGPROB_TOKENS,
+    MAX_LOGPROBS,
+    KVOptions,
+    SamplingDefaults,
+    SamplingParams,
+)
+from kvloom.server.schema.fields import HINTS, log_unknown
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, refuse
-
-log = logging.getLogger("kvloom.server")
 
 MAX_INT = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -159,6 +166,16 @@ class GenerationBody(StrictBody):
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    allowed_token_ids: list[TokenId] | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
+    bad_words: list[Text] = Field(default_factory=list, max_length=MAX_BAD_WORDS)
+    logprob_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_LOGPROB_TOKENS)
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT)
+    """Cut prompts to so many tokens; -1 to what the context has room for beside max_tokens."""
+    truncation_side: Literal["left", "right"] = "left"
+    """Where the tokens are cut off: left keeps the last ones."""
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """Call tokens token_id:N in log-probabilities."""
     skip_special_tokens: bool = True
     forced_tokens: list[TokenId] = Field(default_factory=list, max_length=65536)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -167,7 +184,6 @@ class GenerationBody(StrictBody):
     kv: KVFields | None = None
     cache_salt: Salt = ""
     priority: int = Field(0, ge=-MAX_INT, le=MAX_INT)
-    user: str | None = Field(None, max_length=1024)
 
     @field_validator("logit_bias")
     @classmethod
@@ -183,8 +199,11 @@ class GenerationBody(StrictBody):
             raise problem("stream_options", "stream_options is given without stream; set stream to true")
         if self.prompt_logprobs is not None and self.stream:
             raise problem("prompt_logprobs", "prompt_logprobs is not given in streams; set stream to false")
+        if self.truncate_prompt_tokens == 0:
+            raise problem("truncate_prompt_tokens", "truncate_prompt_tokens is 0; allowed: -1, or 1 or more")
         for name in refuse(self.model_extra, UNSUPPORTED):
-            log.debug("a request holds the unknown field %r, which is ignored", name[:64])
+            if name not in HINTS:
+                log_unknown(name)
         return self
 
     @property

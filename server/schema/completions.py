@@ -61,6 +61,11 @@ class CompletionBody(GenerationBody):
         return [self.prompt] if isinstance(self.prompt[0], int) else self.prompt
 
     @property
+    def told_logprobs(self) -> int:
+        """Alternatives to tell per token, at most; those of an echoed prompt are as many as `logprobs`."""
+        return max(len(self.logprob_token_ids), self.logprobs or 0)
+
+    @property
     def echo_only(self) -> bool:
         """max_tokens 0: only the prompt is wanted. The engine generates one token all the same, which is dropped."""
         return self.token_limit == 0

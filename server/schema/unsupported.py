@@ -1,9 +1,8 @@
 """Fields that clients know from other servers (OpenAI, vLLM, SGLang, llama.cpp, TGI, Ollama, Dynamo) and kvloom does not serve.
 
 Ignoring one would give an answer that is not what was asked for, so each is refused by name, unless its value asks for
-nothing. What asks for nothing differs: an empty list of tools is no tools, but an empty JSON schema means "any JSON". Hints
-that do not change an answer (`metadata`, `store`, `service_tier`, `parallel_tool_calls`, `cache_prompt`, ...) are not listed:
-they are ignored like unknown fields.
+nothing. What asks for nothing differs: an empty list of tools is no tools, but an empty JSON schema means "any JSON". Fields
+that change no answer are in `fields.HINTS`.
 """
 
 from __future__ import annotations
@@ -66,8 +65,9 @@ CONSTRAINTS: Mapping[str, Refusal] = {
     **_same(
         Refusal(_never, _GRAMMAR),
         "guided_json guided_regex guided_choice guided_grammar guided_decoding regex json_schema ebnf choice json_object "
-        "structural_tag stop_regex format allowed_token_ids",
+        "structural_tag stop_regex format",
     ),
+    **_same(Refusal(_empty, _GRAMMAR), "grammar_lazy grammar_triggers"),
     "grammar": Refusal(_one_of(""), _GRAMMAR),  # llama.cpp's own default
     "structured_outputs": Refusal(_hollow, _GRAMMAR),
     "response_format": Refusal(_plain_text, 'only {"type": "text"} is'),
@@ -77,22 +77,26 @@ CONSTRAINTS: Mapping[str, Refusal] = {
 SAMPLING: Mapping[str, Refusal] = {
     **_same(
         Refusal(_empty),
-        "bad_words stop_words logits_processors logits_processor custom_logit_processor custom_params samplers "
+        "stop_words logits_processors logits_processor custom_logit_processor custom_params samplers "
         "use_beam_search watermark mirostat dry_multiplier xtc_probability dynatemp_range top_a "
         "smoothing_factor no_repeat_ngram_size repetition_ngram_size penalty_alpha epsilon_cutoff eta_cutoff min_keep "
         "t_max_predict_ms max_repetition_pattern_size min_repetition_pattern_size repetition_min_count repetition_detection "
-        "ban_eos_token custom_token_bans negative_prompt input_prefix input_suffix input_extra n_indent no_stop_trim "
-        "adaptive_target",
+        "ban_eos_token custom_token_bans negative_prompt input_prefix input_suffix input_extra n_indent "
+        "adaptive_target watermarking chat_parser message_delimiters reasoning_control",
     ),
     **_same(Refusal(_one_of(1)), "length_penalty typical_p typ_p tfs tfs_z num_beams guidance_scale cfg_scale best_of "
             "encoder_repetition_penalty"),
     "top_n_sigma": Refusal(_one_of(-1, 0)),
+    "repeat_last_n": Refusal(_one_of(-1, 64), "penalties count all tokens; leave it out"),  # 64 is llama.cpp's own default
+    "t_max_prompt_ms": Refusal(_one_of(-1, 0)),
+    "extra_key": Refusal(_empty, "use cache_salt"),
+    "no_stop_trim": Refusal(_empty, "use include_stop_str_in_output"),
     "do_sample": Refusal(_one_of(True), "use temperature 0 for greedy decoding"),
     **_instead(max_new_tokens="max_tokens", n_predict="max_tokens", num_predict="max_tokens", max_output_tokens="max_tokens",
                max_length="max_tokens", max_tokens_to_sample="max_tokens", min_new_tokens="min_tokens", min_length="min_tokens",
                random_seed="seed", sampling_seed="seed"),
     **_instead(_empty, stop_sequences="stop", n_probs="logprobs", top_n_tokens="logprobs"),
-    **_instead(_one_of(1), repeat_penalty="repetition_penalty", num_return_sequences="n"),
+    **_instead(_one_of(1), repeat_penalty="repetition_penalty", num_return_sequences="n", n_cmpl="n"),
 }  # fmt: skip
 """How tokens are chosen, and when to end."""
 
@@ -102,11 +106,13 @@ PROMPT: Mapping[str, Refusal] = {
     "system": Refusal(_empty, "send a message with the role system"),
     **_same(Refusal(_empty), "documents mm_processor_kwargs media_io_kwargs image_data video_data audio_data multi_modal_data "
             "images videos audios prompt_embeds input_embeds multimodal_data lora lora_path lora_request adapter_id "
-            "adapter_name adapters session_params kv_transfer_params"),
-    **_same(Refusal(_never), "truncate_prompt_tokens truncate truncation truncation_side input_ids prompt_token_ids"),
+            "adapter_name adapters session_params kv_transfer_params ec_transfer_params task bootstrap_host bootstrap_port "
+            "bootstrap_room generation_prompt preserved_tokens chat_format"),
+    **_same(Refusal(_never), "input_ids prompt_token_ids"),
+    **_instead(_never, truncate="truncate_prompt_tokens", truncation="truncate_prompt_tokens"),
     **_instead(_empty, inputs="prompt"),
     **_same(Refusal(_never, _TEMPLATE), "reasoning_effort enable_thinking thinking_budget thinking_token_budget "
-            "thinking_budget_tokens reasoning_budget"),
+            "thinking_budget_tokens reasoning_budget reasoning_budget_tokens"),
     **_same(Refusal(_hollow, _TEMPLATE), "reasoning thinking"),
 }  # fmt: skip
 """What the model is given to read."""
@@ -121,9 +127,13 @@ ANSWER: Mapping[str, Refusal] = {
     "verbosity": Refusal(_one_of("medium")),
     "include_reasoning": Refusal(_one_of(True)),
     "reasoning_format": Refusal(_one_of("none")),
-    **_same(Refusal(_empty), "audio prediction moderation enable_search plugins separate_reasoning return_token_ids "
-            "return_tokens return_tokens_as_token_ids return_hidden_states return_routed_experts logprob_token_ids "
-            "return_full_text decoder_input_details details post_sampling_probs response_fields return_prompt_token_ids"),
+    **_same(Refusal(_empty), "audio moderation enable_search plugins separate_reasoning return_hidden_states "
+            "return_routed_experts return_full_text decoder_input_details details post_sampling_probs response_fields "
+            "return_meta_info return_prompt_text"),
+    **_instead(_empty, return_tokens="return_token_ids", return_prompt_token_ids="return_token_ids"),
+    "top_logprobs": Refusal(_empty, "completions tell as many as logprobs says; use logprobs"),
+    "echo": Refusal(_empty, "use /v1/completions"),
+    "continue_final_message": Refusal(_empty, "messages are continued by /v1/chat/completions"),
 }  # fmt: skip
 """What the answer holds."""
 

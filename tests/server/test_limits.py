@@ -23,7 +23,7 @@ def raw(running, head, body=b""):
 
 
 def long_body(size):
-    return b'{"prompt": "a", "max_tokens": 1, "user": "%b"}' % (b"x" * size)
+    return b'{"prompt": "a", "max_tokens": 1, "cache_salt": "%b"}' % (b"x" * size)
 
 
 @pytest.mark.parametrize("zeros", [0, 20, 5000])
@@ -107,5 +107,5 @@ def test_a_long_body_waits_and_is_served(serving, fake):
     with serving(engine).client() as client:
         for _ in range(2):
             assert client.post("/v1/completions", content=long_body(100_000), headers={"Content-Type": "application/json"}
-                               ).status_code == 400  # `user` is too long; all of it was read  # fmt: skip
+                               ).status_code == 400  # the salt is too long; all of it was read  # fmt: skip
             assert client.post("/v1/completions", json={"prompt": ["a"] * 500, "max_tokens": 1}).status_code == 200

@@ -137,7 +137,7 @@ HALVES = [
     {"kv": {"reuse": "approx", "kvshare": {HALF: 1}}}, {"kv": {"reuse": "approx", "kvshare": {"policy": HALF}}},
     {"kv": {"reuse": HALF}}, {"kv": {"share": HALF}}, {"chat_template_kwargs": {HALF: 1}},
     {"chat_template_kwargs": {"x": HALF}}, {"logit_bias": {HALF: 1}}, {"logit_bias": {"5": HALF}}, {"model": HALF},
-    {HALF: 1}, {"user": HALF},
+    {HALF: 1},
     {"stop": [HALF]}, {"cache_salt": HALF}, {"stream_options": {HALF: 1}, "stream": True}, {"tools": [HALF]},
     {"extra_body": {HALF: HALF}}, {"messages": [{"role": HALF, "content": "a"}]}, {"seed": HALF},
     {"messages": [{"role": "user", "content": [{"type": HALF}]}]},
