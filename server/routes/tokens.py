@@ -1,6 +1,8 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
@@ -39,3 +41,18 @@ async def detokenize(body: DetokenizeBody, request: Request) -> dict[str, str]:
     context.check_model(body.model)
     context.prompts.check(body.tokens, "tokens")
     return {"prompt": await context.prompts.decode(body.tokens, skip_special_tokens=False)}
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What a client needs to write prompts that this model reads, under the names of tokenizer_config.json, as in vLLM."""
+    context = context_of(request)
+    tokenizer = context.client.tokenizer
+    bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": tokenizer.special_text(bos) or None,
+        "eos_token": tokenizer.special_text(eos) or None,
+        "model_max_length": context.client.model.max_model_len,
+        "chat_template": tokenizer.chat_template,
+    }

@@ -158,3 +158,11 @@ def test_lengths_that_cannot_be(served, value, said):
             reply = client.post(path, json=body_of(path, truncate_prompt_tokens=value))
         error = reply.json()["error"]
         assert reply.status_code == 400 and error["param"] == "truncate_prompt_tokens" and said in error["message"], error
+
+
+def test_tokenizer_info_is_what_lm_eval_asks_for(served, fake):
+    """Its remote tokenizer renders chats itself, and takes the end token from here."""
+    with served.client() as client:
+        found = client.get("/tokenizer_info").json()
+    assert found["eos_token"] == "<|im_end|>" and found["bos_token"] is None
+    assert (found["chat_template"], found["model_max_length"]) == (fake.TEMPLATE, fake.MAX_MODEL_LEN)
