@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, cast
 
 from kvloom.engine.client import EngineClient
-from kvloom.engine.errors import EngineDeadError, OverloadedError
+from kvloom.engine.errors import EngineDeadError, InvalidRequestError, OverloadedError
 from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams
 from kvloom.engine.thread.backlog import MAX_OUTPUTS
 from kvloom.server.errors import GenerationError, ServerClosingError
@@ -57,8 +57,8 @@ class Indexed(NamedTuple):
 async def outputs(client: EngineClient, work: Work, trace: RequestTrace) -> AsyncGenerator[Indexed, None]:
     """Outputs of all completions as they come, until each has finished.
 
-    Raises what `EngineClient.generate` raises, GenerationError for a completion that failed, ServerClosingError for one that
-    the engine ended by itself.
+    Raises what `EngineClient.generate` raises, GenerationError for a completion that failed, InvalidRequestError where a field
+    of the request is to blame, ServerClosingError for one that the engine ended by itself.
     """
     sources = list(_sources(client, work))
     error: BaseException | None = None
@@ -100,6 +100,8 @@ async def _source(client: EngineClient, work: Work, index: int, sampling: Sampli
 
 
 def _check(output: RequestOutput) -> None:
+    if output.finish_reason == "error" and output.param is not None:
+        raise InvalidRequestError(output.error or f"{output.param} cannot be served", output.param)
     if output.finish_reason == "error":
         raise GenerationError(f"generation failed: {output.error or 'the engine gives no reason'}")
     if output.finish_reason == "abort":

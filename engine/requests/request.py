@@ -425,6 +425,8 @@ class RequestOutput:
     stop_reason: int | str | None = None
     """The stop token or string that ended it, if one did."""
     error: str | None = None
-    """With finish_reason "error": what happened."""
+    """With finish_reason "error": what happened,"""
+    param: str | None = None
+    """and the field of the request that is to blame; None if none is."""
     usage: Usage
     """Totals so far."""

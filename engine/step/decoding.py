@@ -173,7 +173,7 @@ class Decoding:
         for feature in self._features:
             feature.sampled(request, logits)
         if isinstance(token, SampleError):
-            return state.end("error", error=str(token))
+            return state.end("error", str(token), token.param)
         if isinstance(token, Exception):
             raise token
         if not request.first_token:

@@ -61,13 +61,15 @@ class OutputState:
             stop_reason=reason,
         )
 
-    def end(self, finish: FinishReason, error: str | None = None) -> RequestOutput:
-        """The last output of a request that ends without a token: aborted, failed, or nothing to generate."""
+    def end(self, finish: FinishReason, error: str | None = None, param: str | None = None) -> RequestOutput:
+        """The last output of a request that ends without a token: aborted, failed, or nothing to generate. param: the field of
+        the request that is to blame for an error."""
         return self._output(
             text=self._detokenizer.finish() if error is None else "",
             prompt_logprobs=self._take_prompt_logprobs(),
             finish_reason=finish,
             error=error,
+            param=param,
         )
 
     def _take_prompt_logprobs(self) -> tuple[TokenLogprob | None, ...] | None:
@@ -84,6 +86,7 @@ class OutputState:
         finish_reason: FinishReason | None = None,
         stop_reason: int | str | None = None,
         error: str | None = None,
+        param: str | None = None,
     ) -> RequestOutput:
         request = self.request
         usage = Usage(
@@ -108,5 +111,6 @@ class OutputState:
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             error=error,
+            param=param,
             usage=usage,
         )

@@ -32,7 +32,11 @@ GREEDY_BELOW = 1e-5
 
 
 class SampleError(Exception):
-    """A request cannot go on, and is told why; the others of the batch can."""
+    """A request cannot go on, and is told why; the others of the batch can. `param`: its field that is to blame, if one is."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 Token = int | Exception
@@ -75,7 +79,7 @@ class Sampled(NamedTuple):
         return [self.errors.get(row, token if token >= 0 else self._unusable(row)) for row, token in enumerate(tokens)]
 
     def _unusable(self, row: int) -> SampleError:
-        return SampleError(_NO_TOKEN if row in self.restricted else _NOT_FINITE)
+        return SampleError(_NO_TOKEN, "bad_words") if row in self.restricted else SampleError(_NOT_FINITE)
 
     @classmethod
     def nothing(cls) -> Sampled:

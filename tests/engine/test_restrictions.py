@@ -84,3 +84,15 @@ def test_log_probabilities_of_given_tokens(make_llm: MakeLLM) -> None:
         for token, value in some.top:
             assert value == pytest.approx(known[token], abs=1e-4) if token in known else value < least + 1e-4
         assert math.fsum(math.exp(value) for _, value in some.top) < 1
+
+
+def test_a_request_that_bans_its_last_token_on_the_way_is_to_blame(make_llm: MakeLLM) -> None:
+    """And ends with what it has; the engine goes on."""
+    llm = make_llm()
+    token, word = next(
+        (t, w) for t in range(300) if llm.tokenizer.encode(w := llm.tokenizer.token_text(t) * 2, False) == [t, t]
+    )
+    given = SamplingParams(max_tokens=9, ignore_eos=True, allowed_token_ids=(token,), bad_words=(word,))
+    ends = llm.generate([PROMPT, PROMPT], [given, SamplingParams(max_tokens=9, ignore_eos=True)])
+    assert list(ends[0].tokens) == [token] and ends[0].finish_reason == "error" and "leave no token" in (ends[0].error or "")
+    assert len(ends[1].tokens) == 9

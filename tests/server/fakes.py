@@ -68,7 +68,9 @@ class FakeEngine:
         self.refuse: KVLoomError | None = None
         """Raised instead of the first output."""
         self.fail_after: int | None = None
-        """After this many tokens a request ends with finish_reason "error"."""
+        """After this many tokens a request ends with finish_reason "error","""
+        self.blame: str | None = None
+        """and this field of it is to blame."""
         self.held = False
         """Requests wait in the queue until this is False."""
         self.dead = ""
@@ -126,7 +128,7 @@ class FakeEngine:
                 explanation=_explanation(prompt, kv) if count == limit else None,
             )
             if self.fail_after is not None and count > self.fail_after:
-                yield RequestOutput(id=name, finish_reason="error", error="the fake failed", usage=usage)
+                yield RequestOutput(id=name, finish_reason="error", error="the fake failed", param=self.blame, usage=usage)
                 return
             self.generated += 1
             piece, stopped = text.push(token)

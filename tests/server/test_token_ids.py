@@ -160,6 +160,19 @@ def test_lengths_that_cannot_be(served, value, said):
         assert reply.status_code == 400 and error["param"] == "truncate_prompt_tokens" and said in error["message"], error
 
 
+def test_a_field_that_is_to_blame_for_a_failure_is_named(serving, fake):
+    """bad_words may leave nothing only once a token is there: a 400 then too, or an event of that type."""
+    engine = fake.FakeEngine()
+    engine.fail_after, engine.blame = 2, "bad_words"
+    with serving(engine).client() as client:
+        whole = client.post(COMPLETION, json=body_of(COMPLETION))
+        stream = client.post(COMPLETION, json=body_of(COMPLETION, stream=True)).text
+    assert whole.status_code == 400 and whole.json()["error"]["param"] == "bad_words"
+    last = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")][-1]
+    assert last["error"]["type"] == "invalid_request_error" and last["error"]["param"] == "bad_words"
+    assert stream.rstrip().endswith("data: [DONE]")
+
+
 def test_tokenizer_info_is_what_lm_eval_asks_for(served, fake):
     """Its remote tokenizer renders chats itself, and takes the end token from here."""
     with served.client() as client:
