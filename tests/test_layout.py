@@ -27,6 +27,7 @@ FLOORS = (
     {"config"},
     {"model"},
     {"text", "calibration"},
+    {"constraint"},
     {"cache"},
     {"requests"},
     {"client"},

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from kvloom.engine.bounds import Range, bounded, shown, wrong
+from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -124,6 +125,8 @@ class SamplingParams:
     forced_tokens: tuple[int, ...] = bounded((), 0, MAX_INT)
     """Teacher forcing: the first generated tokens are these, each computed as a decode row like any other; sampling goes on
     after them. With `logprobs`, each comes with its own log-probability. Nothing ends generation before them."""
+    structured: StructuredOutput | None = None
+    """What the text must look like; None for anything."""
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, allowed: str) -> None:
