@@ -221,6 +221,30 @@ class SelectionOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOptions:
+    """Structured output: what schemas and grammars may take."""
+
+    max_grammar_size: Annotated[int, "CHARACTERS"] = 512 * 1024
+    """Longest JSON schema, regular expression, grammar or list of choices, 1024 to 16777216."""
+    grammar_compile_seconds: Annotated[float, "SECONDS"] = 10.0
+    """How long one may take to be compiled, waiting for others included, 0.1 to 600; then it is refused."""
+    grammar_cache_entries: Count = 256
+    """Compiled ones that are kept, those used last, 1 to 65536."""
+    grammar_cache_size: Annotated[int, "CHARACTERS"] = 8 * 1024**2
+    """What they were compiled from, all together, 0 to 1073741824."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("max_grammar_size", 1024, 16 * 1024**2),
+            ("grammar_compile_seconds", 0.1, 600),
+            ("grammar_cache_entries", 1, 65536),
+            ("grammar_cache_size", 0, 1024**3),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(f"{name} is {getattr(self, name)}; allowed: {low} to {high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
     """Everything the engine needs to know."""
 
@@ -234,6 +258,8 @@ class EngineConfig:
     """Tenants."""
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     """Selection."""
+    structured: StructuredOptions = field(default_factory=StructuredOptions)
+    """Structured output."""
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> EngineConfig:

@@ -246,6 +246,7 @@ class EngineCore:
         """Run the model and draw tokens, for all requests of a step at once. Waits for nothing that a device computes. before:
         the step that draws the tokens of these rows, if the host does not know them."""
         began = time.perf_counter()
+        self.decoding.begin(plan)
         result = self.runner.run(plan, None if before is None else before.draw.fed(plan.chunks))
         for feature in self._features:
             feature.stepped(plan, time.perf_counter() - began)

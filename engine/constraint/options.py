@@ -41,19 +41,28 @@ class StructuredOutput:
 
     def __post_init__(self) -> None:
         if isinstance(self.choice, list):
+            if not self.choice:
+                raise self.refused("choice is empty; give at least one string")
             object.__setattr__(self, "choice", tuple(self.choice))
         for name in ("json_schema", "structural_tag"):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
+            if isinstance(value, (Mapping, bool)):
                 object.__setattr__(self, name, self._text(name, value))
         given = [name for name in KINDS if getattr(self, name) not in (None, False, ())]
         if len(given) != 1:
             raise self.refused(f"{' and '.join(given) or 'no constraint'} given; allowed: one of {', '.join(KINDS)}")
-        for name in ("json_schema", "regex", "grammar", "structural_tag", "whitespace_pattern"):
+        for name in ("json_schema", "structural_tag"):
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise self.refused(f"{name} is {shown(value)}; allowed: an object, or its text")
+        if not isinstance(self.json_object, bool):
+            raise self.refused(f"json_object is {shown(self.json_object)}; allowed: true or false")
+        for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise self.refused(f"{name} is {shown(value)}; allowed: a string")
-        if not all(isinstance(choice, str) and choice for choice in self.choice):
+        if getattr(self, given[0]) == "":
+            raise self.refused(f"{given[0]} is empty; leave it out for any text")
+        if not isinstance(self.choice, tuple) or not all(isinstance(choice, str) and choice for choice in self.choice):
             raise self.refused("choice holds something else than non-empty strings")
 
     @property

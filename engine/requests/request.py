@@ -17,6 +17,7 @@ from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from kvloom.engine.constraint.compiler import Grammar
     from kvloom.engine.requests.traits import Looks, Repairing, SelectorTraits
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -171,7 +172,7 @@ class SamplingParams:
     @property
     def remembers(self) -> bool:
         """Whether the host has to know all tokens before the next is drawn."""
-        return self.penalises or bool(self.bad_words)
+        return self.penalises or bool(self.bad_words) or self.structured is not None
 
     @property
     def least_tokens(self) -> int:
@@ -270,6 +271,8 @@ class Request:
     """time.monotonic() at submission."""
     sequence: int = 0
     """Order of submission; breaks ties of arrival."""
+    grammar: Grammar | None = None
+    """That of `sampling.structured`, if it has been compiled."""
 
     tokens: list[int] = field(default_factory=list)
     """Known tokens: prompt, then output."""

@@ -61,8 +61,6 @@ class Limits(NamedTuple):
                 raise InvalidRequestError(
                     f"token id {largest} is outside the vocabulary, 0 to {self.vocab_size - 1}", param=name
                 )
-        if sampling.structured is not None:
-            raise sampling.structured.refused("output cannot be constrained to a grammar yet; leave it out")
         if kv.reuse is not None and kv.reuse not in REUSE:
             raise InvalidRequestError(f"kv.reuse is {shown(kv.reuse)}; allowed: {', '.join(REUSE)}", param="kv.reuse")
         return prompt_length + sampling.most_tokens(room)

@@ -7,6 +7,7 @@ import math
 from kvloom.engine.cache import CacheManager
 from kvloom.engine.cache.prefix import DomainFactory
 from kvloom.engine.config import EngineConfig
+from kvloom.engine.constraint.compiler import Compiler
 from kvloom.engine.core import EngineCore
 from kvloom.engine.requests.lifecycle import Feature
 from kvloom.engine.requests.state import StateMemory
@@ -22,6 +23,7 @@ from kvloom.engine.scheduling.share_estimate import ShareEstimator
 from kvloom.engine.selection.policies import Selectors
 from kvloom.engine.statistics import Statistics
 from kvloom.engine.step.decoding import Decoding
+from kvloom.engine.step.masks import Constraints
 from kvloom.engine.step.runner import Runner
 from kvloom.engine.step.sampler import Sampler
 from kvloom.engine.text import Tokenizer
@@ -45,7 +47,10 @@ def assemble(
 ) -> EngineCore:
     """An engine with no requests. states: memory of what selection and retention remember; retention: what gives KV back, None
     if everything is kept; share: what serves approximate reuse, None if this engine cannot."""
-    features: list[Feature] = [NoKVShare(config.cache.reuse) if share is None else share]
+    ends = frozenset(token for token in eos if 0 <= token < limits.vocab_size)
+    compiler = Compiler(config.structured, tokenizer, limits.vocab_size, ends)
+    constraints = Constraints(compiler, limits.vocab_size, runner.decoder.device, config.scheduler.max_batched_tokens)
+    features: list[Feature] = [NoKVShare(config.cache.reuse) if share is None else share, constraints]
     if retention is not None:
         features.append(Forgetting(retention, states, kernels))
     order = ORDERS[config.scheduler.scheduler]
@@ -75,9 +80,8 @@ def assemble(
         reuse=config.cache.reuse,
         uses_priority=order.uses_priority,
     )
-    ends = frozenset(token for token in eos if 0 <= token < limits.vocab_size)
     sampler = Sampler(limits.vocab_size, kernels, lambda text: tokenizer.encode(text, add_special_tokens=False))
-    decoding = Decoding(sampler, runner, tokenizer, ends, features, statistics, scheduler.table)
+    decoding = Decoding(sampler, runner, tokenizer, ends, features, statistics, scheduler.table, constraints)
     jobs = None if share is None else share.jobs
     overlaps = config.scheduler.async_scheduling and cache.storage.device.type != "cpu"
     return EngineCore(

@@ -17,12 +17,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kvloom.engine.cache import BlockTable
+from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.lifecycle import Features
 from kvloom.engine.requests.replay import append, correct, replay_next
 from kvloom.engine.requests.request import Request, RequestOutput
 from kvloom.engine.requests.stats import EngineStats
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.step.logprobs import logprobs
+from kvloom.engine.step.masks import Constraints, drawn_rows
 from kvloom.engine.step.output import OutputState
 from kvloom.engine.step.runner import Fed, Runner, StepResult
 from kvloom.engine.step.sampler import Drawn, Sampled, SampleError, Sampler, Token
@@ -79,9 +81,10 @@ class Decoding:
         features: Features,
         statistics: EngineStats,
         table: Callable[[Request], BlockTable],
+        constraints: Constraints,
     ) -> None:
         """table: where an open request's KV is."""
-        self._table = table
+        self._table, self.constraints = table, constraints
         self._sampler, self._runner, self._tokenizer = sampler, runner, tokenizer
         self._eos, self._eos_ids = eos, sorted(eos)
         self._features, self._statistics = features, statistics
@@ -113,18 +116,23 @@ class Decoding:
 
     # Launch ---------------------------------------------------------------------------------------------------------
 
+    def begin(self, plan: StepPlan) -> None:
+        """Have computed beside the model's run what rows may draw."""
+        self.constraints.begin(plan.chunks)
+
     def draw(self, plan: StepPlan, result: StepResult) -> Draw:
-        """Draw from all rows that have a token after them. A chunk that verifies drafts has one after each of its rows."""
+        """Draw from all rows that have a token after them."""
         ends = []
         for chunk, start in zip(plan.chunks, result.starts):
-            if chunk.samples and not chunk.request.replay:
+            if count := drawn_rows(chunk):
                 stop = start + chunk.count
-                ends.append(End(chunk, range(start if chunk.request.verifying else stop - 1, stop)))
+                ends.append(End(chunk, range(stop - count, stop)))
         rows = [row for end in ends for row in end.rows]
         if not rows:
             return Draw([], result.hidden[:0], Sampled.nothing())
         logits = self._runner.logits(result, rows)
-        return Draw(ends, logits, self._sampler.sample(logits, [drawn for end in ends for drawn in end.drawn], self._eos_ids))
+        drawn = [drawn for end in ends for drawn in end.drawn]
+        return Draw(ends, logits, self._sampler.sample(logits, drawn, self._eos_ids, self.constraints.masks()))
 
     # Collect --------------------------------------------------------------------------------------------------------
 
@@ -174,6 +182,8 @@ class Decoding:
             feature.sampled(request, logits)
         if isinstance(token, SampleError):
             return state.end("error", str(token), token.param)
+        if isinstance(token, InvalidRequestError):
+            return state.end("error", str(token), token.param)
         if isinstance(token, Exception):
             raise token
         if not request.first_token:
@@ -185,7 +195,11 @@ class Decoding:
         self._statistics.generation_tokens += 1
         top = request.sampling.logprobs
         given = request.sampling.logprob_token_ids
-        output = state.push(token, None if top is None else logprobs(logits, [token], top, given)[0])
+        try:
+            complete = self.constraints.accept(request, token)
+        except InvalidRequestError as error:
+            return state.end("error", str(error), error.param)
+        output = state.push(token, None if top is None else logprobs(logits, [token], top, given)[0], complete=complete)
         if output.finish_reason is None:
             correct(request)
         return output

@@ -33,8 +33,9 @@ class OutputState:
         self._attended += positions
         self._held += held
 
-    def push(self, token: int, logprob: TokenLogprob | None) -> RequestOutput:
-        """The output for one sampled token, which is the last of `request.tokens` already."""
+    def push(self, token: int, logprob: TokenLogprob | None, *, complete: bool = False) -> RequestOutput:
+        """The output for one sampled token, which is the last of `request.tokens` already. complete: whether nothing may follow
+        it (`SamplingParams.structured`)."""
         request = self.request
         finish: FinishReason | None = None
         reason: int | str | None = None
@@ -48,6 +49,8 @@ class OutputState:
             text, stopped = self._detokenizer.push(token)
             if stopped is not None:
                 finish, reason = "stop", stopped
+            elif complete:
+                finish = "stop"
             elif len(request.tokens) >= request.token_limit:
                 finish = "length"
         if finish is not None and not isinstance(reason, str):

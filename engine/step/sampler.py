@@ -2,7 +2,7 @@
 
 Owns the order in which a request's parameters act, which is vLLM's:
 
-    allowed_token_ids, bad_words, logit_bias, min_tokens  ->  repetition, frequency, presence penalty
+    structured, allowed_token_ids, bad_words, logit_bias, min_tokens  ->  repetition, frequency, presence penalty
     ->  temperature  ->  min_p  ->  top_k  ->  top_p
 
 Promises that a row's token depends on that row, its request and nothing else: the random number of output i is a function of
@@ -24,6 +24,7 @@ from torch import Tensor
 from kvloom.engine.device import Download, upload
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.step.masks import NO_MASKS, Mask, Masks
 from kvloom.engine.step.restrictions import Restrictions
 from kvloom.kernels.interface import Kernels
 
@@ -70,6 +71,8 @@ class Sampled(NamedTuple):
     """and these on their way to the host."""
     errors: Mapping[int, Exception]
     """Rows that could not be prepared, and why."""
+    masks: Masks = NO_MASKS
+    """What rows might draw."""
     restricted: frozenset[int] = frozenset()
     """Rows whose requests forbid tokens, and may have forbidden all."""
 
@@ -78,7 +81,10 @@ class Sampled(NamedTuple):
         tokens: list[int] = self.ids.read()
         return [self.errors.get(row, token if token >= 0 else self._unusable(row)) for row, token in enumerate(tokens)]
 
-    def _unusable(self, row: int) -> SampleError:
+    def _unusable(self, row: int) -> Exception:
+        mask: Mask | None = self.masks.of.get(row)
+        if mask is not None:
+            return mask.progress.asked.refused("the request's other settings leave no token that it allows; relax them")
         return SampleError(_NO_TOKEN, "bad_words") if row in self.restricted else SampleError(_NOT_FINITE)
 
     @classmethod
@@ -138,24 +144,26 @@ class Sampler:
         self._kernels = kernels
         self._restrictions = Restrictions(vocab_size, encode)
         self._seen: dict[Request, _Seen] = {}  # requests compare by identity
+        self._added: Tensor | None = None
 
-    def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int]) -> Sampled:
+    def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int], masks: Masks = NO_MASKS) -> Sampled:
         """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
         tensor."""
         logits, errors = logits.float(), dict[int, Exception]()
-        changing = [i for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
-        hows = [_how(row) for row in rows]
-        ids = self._draw(logits, [_GREEDY if row.forced or _changes_logits(row) else how for row, how in zip(rows, hows)])
+        changing = [i for i, row in enumerate(rows) if (i in masks.of or _changes_logits(row)) and not row.forced]
+        hows, looks = [_how(row) for row in rows], {*changing, *(i for i, row in enumerate(rows) if row.forced)}
+        ids = self._draw(logits, [_GREEDY if i in looks else how for i, how in enumerate(hows)])
         if changing:  # whose first draw, like that of forced ones, was no more than a look
             which = upload(np.array(changing), logits.device)
             changed = logits[which]
-            errors = self._change(changed, [(i, rows[i]) for i in changing], eos_ids)
+            self._mask(changed, changing, masks)
+            errors = self._change(changed, [(i, rows[i]) for i in changing], eos_ids, masks)
             ids[which] = self._draw(changed, [hows[i] for i in changing])
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
         restricted = frozenset(i for i in changing if _restricts(rows[i].request.sampling))
-        return Sampled(ids, Download(ids), errors, restricted)
+        return Sampled(ids, Download(ids), {**errors, **masks.errors}, masks, restricted)
 
     def open(self, request: Request, eos_ids: Sequence[int]) -> None:
         """A request begins. Raises InvalidRequestError if it leaves itself no token to generate."""
@@ -179,7 +187,22 @@ class Sampler:
         how = upload(np.array(hows, np.float64).reshape(-1, 5), logits.device)
         return self._kernels.sample(logits, how, torch.empty(len(hows), dtype=torch.int64, device=logits.device))
 
-    def _change(self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int]) -> dict[int, Exception]:
+    def _mask(self, logits: Tensor, numbers: Sequence[int], masks: Masks) -> None:
+        """Take away what grammars do not allow. logits: of the rows with these numbers, in place."""
+        masked = [(at, masks.of[number].row) for at, number in enumerate(numbers) if number in masks.of]
+        if not masked or masks.bits is None:
+            return
+        if self._added is None:  # 8 logits for every byte
+            bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+            self._added = upload(np.where(bits, 0, -np.inf).astype(np.float32), logits.device)
+        at, of = (upload(np.array(column), logits.device) for column in zip(*masked))
+        octets = masks.bits.view(torch.uint8)[of].int()
+        added = self._added.index_select(0, octets.view(-1)).view(len(masked), -1)[:, : self.vocab_size]
+        logits.index_add_(0, at, added)
+
+    def _change(
+        self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int], masks: Masks
+    ) -> dict[int, Exception]:
         """Make what is not allowed -inf, and add bias, bans and penalties to logits, in place. rows: theirs, with the numbers
         by which they are called among all. Returns those for which that failed."""
         added, repeated, counted, errors = _Edits(), _Edits(), _Edits(), dict[int, Exception]()
@@ -189,7 +212,7 @@ class Sampler:
         )
         for at, (i, row) in enumerate(rows):
             try:
-                self._edit(at, row, eos_ids, added, repeated, counted)
+                self._edit(at, row, eos_ids, masks.of.get(i), added, repeated, counted)
             except InvalidRequestError as error:
                 errors[i] = SampleError(str(error))
             except Exception as error:  # its request ends, no other is concerned
@@ -199,13 +222,18 @@ class Sampler:
         counted.make(logits, torch.sub)
         return errors
 
-    def _edit(self, at: int, row: Drawn, eos_ids: Sequence[int], added: _Edits, repeated: _Edits, counted: _Edits) -> None:
+    def _edit(
+        self, at: int, row: Drawn, eos_ids: Sequence[int], mask: Mask | None, added: _Edits, repeated: _Edits, counted: _Edits
+    ) -> None:
         """The changes of one row, which is row `at` of the logits that change. Raises InvalidRequestError."""
         params = row.request.sampling
         self.check(params)
         bias = dict(params.logit_bias)
-        if row.place < params.min_tokens:
-            bias |= dict.fromkeys((*params.stop_token_ids, *(() if params.ignore_eos else eos_ids)), -np.inf)
+        early = row.place < params.min_tokens
+        if early:
+            bias |= dict.fromkeys(params.stop_token_ids, -np.inf)
+        if (early and not params.ignore_eos) if mask is None else ((early or params.ignore_eos) and not mask.only_ends):
+            bias |= dict.fromkeys(eos_ids, -np.inf)
         banned = self._restrictions.banned(params, row.request.tokens, len(row.request.prompt), row.known)
         bias |= dict.fromkeys(banned, -np.inf)
         seen = self._seen_before(row) if params.penalises else _Seen([], Counter(), {})

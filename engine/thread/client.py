@@ -79,6 +79,7 @@ class ThreadEngineClient:
         self._thread = threading.Thread(target=self._run, args=(make, made), name="kvloom-engine", daemon=True)
         self._thread.start()
         self._core, self.model, self.tokenizer = made.result()
+        self._compiler = self._core.decoding.constraints.compiler
         queued = max_queued_tokens or QUEUED_CAPACITIES * self._stats.capacity_tokens
         self._queue_limit = QueueLimit(queued, self._core.weight)
         self._watchdog.start()
@@ -108,33 +109,26 @@ class ThreadEngineClient:
         self._require_alive()
         place = self._queue_limit.enter(tenant, len(prompt))
         try:
-            async for output in self._outputs(prompt, sampling, request_id, kv, priority, tenant, cache_salt):
+            request = Request(
+                id=request_id,
+                prompt=tuple(prompt),
+                sampling=sampling,
+                kv=kv,
+                priority=priority,
+                tenant=tenant,
+                cache_salt=cache_salt,
+                arrival=time.monotonic(),
+            )
+            if sampling.structured is not None:
+                request.grammar = await self._compiler.ready(sampling.structured, tenant)
+            async for output in self._outputs(request):
                 place.leave()
                 yield output
         finally:
             place.leave()
 
-    async def _outputs(
-        self,
-        prompt: Sequence[int],
-        sampling: SamplingParams,
-        request_id: str,
-        kv: KVOptions,
-        priority: int,
-        tenant: str,
-        cache_salt: str,
-    ) -> AsyncGenerator[RequestOutput, None]:
-        request = Request(
-            id=request_id,
-            prompt=tuple(prompt),
-            sampling=sampling,
-            kv=kv,
-            priority=priority,
-            tenant=tenant,
-            cache_salt=cache_salt,
-            arrival=time.monotonic(),
-        )
-        stream = _Stream(asyncio.get_running_loop(), Backlog(lambda: self._end(request_id)))
+    async def _outputs(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+        stream = _Stream(asyncio.get_running_loop(), Backlog(lambda: self._end(request.id)))
         self._inbox.put(lambda: self._add(request, stream))
         if self._dead is not None:  # it may have died before the message got in; if not, the stream is told
             raise EngineDeadError(self._dead)
@@ -148,7 +142,7 @@ class ThreadEngineClient:
                 yield output
         finally:
             if not done:
-                self._end(request_id)
+                self._end(request.id)
 
     def reserve(self, tenant: str, tokens: int) -> Place:
         """See `EngineClient.reserve`."""
@@ -210,6 +204,7 @@ class ThreadEngineClient:
             self._closing = True
             self._inbox.put(None)
         self._thread.join(timeout=30.0)
+        self._compiler.close()
         self._watchdog.close()
 
     def _require_alive(self) -> None:

@@ -33,6 +33,7 @@ from kvloom.engine.requests.request import (
 )
 from kvloom.server.schema.fields import HINTS, log_unknown
 from kvloom.server.schema.problem import problem
+from kvloom.server.schema.structured import structured_of
 from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, refuse
 
 MAX_INT = 2**31 - 1
@@ -184,6 +185,21 @@ class GenerationBody(StrictBody):
     kv: KVFields | None = None
     cache_salt: Salt = ""
     priority: int = Field(0, ge=-MAX_INT, le=MAX_INT)
+    response_format: dict[str, Any] | None = None
+    """What the answer must look like, as all fields below; `server.schema.structured` reads them."""
+    structured_outputs: dict[str, Any] | None = None
+    guided_decoding: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_json_object: bool | None = None
+    guided_regex: Text | None = None
+    guided_choice: list[Text] | None = None
+    guided_grammar: Text | None = None
+    guided_whitespace_pattern: Text | None = None
+    structural_tag: Any = None
+    json_schema: Any = None
+    grammar: Text | None = None
+    regex: Text | None = None
+    ebnf: Text | None = None
 
     @field_validator("logit_bias")
     @classmethod
@@ -237,5 +253,10 @@ class GenerationBody(StrictBody):
         said["logit_bias"] = {int(token): bias for token, bias in self.logit_bias.items()}
         default_tokens = defaults.limited(defaults.max_tokens if default_tokens is None else default_tokens)
         max_tokens = None if max_tokens is None else defaults.limited(max_tokens)
-        decided = {"max_tokens": max_tokens, "default_tokens": default_tokens, "logprobs": logprobs}
+        decided = {
+            "max_tokens": max_tokens,
+            "default_tokens": default_tokens,
+            "logprobs": logprobs,
+            "structured": structured_of(self),
+        }
         return SamplingParams(**{**said, **decided, "prompt_logprobs": prompt_logprobs})

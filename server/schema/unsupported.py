@@ -42,10 +42,6 @@ def _one_of(*values: Any) -> Callable[[Any], bool]:
     return lambda value: value in values
 
 
-def _plain_text(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("type") == "text"
-
-
 def _same(refusal: Refusal, names: str) -> dict[str, Refusal]:
     return dict.fromkeys(names.split(), refusal)
 
@@ -55,22 +51,16 @@ def _instead(harmless: Callable[[Any], bool] = _never, **names: str) -> dict[str
     return {name: Refusal(harmless, f"use {known}") for name, known in names.items()}
 
 
-_GRAMMAR = "output cannot be constrained to a grammar yet; leave it out"
+_GRAMMAR = "use response_format or structured_outputs"
 _TOOLS = Refusal(_empty, "tool calls are not served yet; leave it out")
 _CHOICE = Refusal(_one_of("none", "auto"), "tool calls are not served yet; leave it out")
 _NESTED = Refusal(_hollow, "put its fields beside the others, in the body itself")
 _TEMPLATE = "a variable of the model's chat template goes into chat_template_kwargs"
 
 CONSTRAINTS: Mapping[str, Refusal] = {
-    **_same(
-        Refusal(_never, _GRAMMAR),
-        "guided_json guided_regex guided_choice guided_grammar guided_decoding regex json_schema ebnf choice json_object "
-        "structural_tag stop_regex format",
-    ),
+    **_same(Refusal(_never, _GRAMMAR), "choice json_object format"),
+    "stop_regex": Refusal(_never),
     **_same(Refusal(_empty, _GRAMMAR), "grammar_lazy grammar_triggers"),
-    "grammar": Refusal(_one_of(""), _GRAMMAR),  # llama.cpp's own default
-    "structured_outputs": Refusal(_hollow, _GRAMMAR),
-    "response_format": Refusal(_plain_text, 'only {"type": "text"} is'),
 }
 """What the output must look like."""
 

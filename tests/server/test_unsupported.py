@@ -6,14 +6,8 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 USER = [{"role": "user", "content": "hi"}]
 
 ASKING = [
-    *[{name: value} for name in ("guided_json", "structural_tag", "json_schema", "format") for value in ({}, {"a": 1}, "")],
-    *[{name: value} for name in ("regex", "guided_regex", "ebnf", "guided_grammar", "stop_regex") for value in ("", "a+")],
-    {"guided_choice": []}, {"guided_choice": ["a"]}, {"choice": ["a"]}, {"guided_decoding": {"regex": "a"}},
-    {"grammar": "root ::= 'a'"}, {"grammar": {"type": "regex", "value": "a"}}, {"grammar": {}},
-    {"structured_outputs": {"json": {}}}, {"structured_outputs": {"regex": ""}}, {"structured_outputs": {"choice": []}},
-    {"response_format": {"type": "json_object"}}, {"response_format": {"type": "json_schema", "json_schema": {}}},
-    {"response_format": {"type": "structural_tag"}}, {"response_format": {}}, {"response_format": "json"},
-    {"response_format": []}, {"watermarking": True}, {"repeat_last_n": 5}, {"extra_key": "a"}, {"return_tokens": True},
+    *[{"format": value} for value in ({}, {"a": 1}, "")], *[{"stop_regex": value} for value in ("", "a+")], {"choice": ["a"]},
+    {"watermarking": True}, {"repeat_last_n": 5}, {"extra_key": "a"}, {"return_tokens": True},
     {"tools": [{}]}, {"tool_choice": "required"}, {"tool_choice": {}}, {"functions": [{"name": "f"}]},
     {"function_call": {"name": "f"}}, {"use_beam_search": True}, {"length_penalty": 0.8}, {"num_beams": 4},
     {"max_new_tokens": 0}, {"n_predict": -1}, {"max_output_tokens": 5}, {"min_new_tokens": 1}, {"do_sample": False},

@@ -1,0 +1,187 @@
+"""Grammars, compiled once and kept: off the event loop and off the engine's thread, in bounded time and memory.
+
+    compile    on the caller's thread, for scripts
+    ready      on threads of its own that give way to the engine's; whoever asks for the same waits for the same
+
+The cache holds those that were used last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from kvloom.engine.config import StructuredOptions
+from kvloom.engine.constraint.grammar import grammar_of, limits, problem
+from kvloom.engine.constraint.options import StructuredOutput
+from kvloom.engine.constraint.progress import Progress
+from kvloom.engine.constraint.vocabulary import vocabulary
+from kvloom.engine.errors import InvalidRequestError, OverloadedError
+from kvloom.engine.text import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+THREADS = 2
+NICENESS = 10
+WAITING_OF_TENANT = 32
+"""Grammars of one tenant that may wait to be compiled."""
+TRIAL_TOKENS = 32
+"""A new grammar is followed for so many tokens, so that one that explodes is refused before anybody waits for it."""
+
+
+class Grammar:
+    """What an answer must look like, compiled."""
+
+    def __init__(self, asked: StructuredOutput, matcher: llguidance.LLMatcher) -> None:
+        self.asked = asked
+        self._matcher = matcher
+
+    def begin(self, asked: StructuredOutput) -> Progress:
+        """An answer of this grammar. asked: as this request asks for it, which names its own field."""
+        return Progress(asked, self._matcher.deep_copy())
+
+
+class Compiler:
+    """Makes grammars for one vocabulary. Safe to use from several threads."""
+
+    def __init__(self, options: StructuredOptions, tokenizer: Tokenizer, vocab_size: int, ends: Collection[int]) -> None:
+        """ends: tokens that end a text."""
+        self._options, self._tokenizer, self._size, self._ends = options, tokenizer, vocab_size, ends
+        self._lock, self._making = threading.Lock(), threading.Lock()
+        self._made: llguidance.LLTokenizer | None = None
+        self._kept: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
+        self._kept_size = 0
+        self._coming: dict[StructuredOutput, Future[Grammar]] = {}
+        self._waiting: Counter[str] = Counter()
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """Grammars in the cache, and characters of what they were made from."""
+        return len(self._kept), self._kept_size
+
+    def compile(self, asked: StructuredOutput) -> Grammar:
+        """Raises InvalidRequestError if there is no such grammar, or it takes too much."""
+        return self._find(asked) or self._keep(asked, self._make(asked))
+
+    async def ready(self, asked: StructuredOutput, tenant: str) -> Grammar:
+        """The same, without holding up the event loop. Raises OverloadedError if too much of the tenant's waits."""
+        if (found := self._find(asked)) is not None:
+            return found
+        self._check_size(asked)
+        if self._waiting[tenant] >= WAITING_OF_TENANT:
+            raise OverloadedError(f"{WAITING_OF_TENANT} grammars of this tenant wait to be compiled; try again later")
+        self._waiting[tenant] += 1
+        try:
+            compiled = asyncio.wrap_future(self._begin(asked))
+            return await asyncio.wait_for(asyncio.shield(compiled), self._options.grammar_compile_seconds)
+        except TimeoutError:
+            allowed = self._options.grammar_compile_seconds
+            raise asked.refused(f"it is not compiled after {allowed:g} s; allowed: {allowed:g} s; make it smaller") from None
+        except InvalidRequestError as error:  # somebody else may have asked first, in another field
+            raise InvalidRequestError(str(error).replace(f"{error.param}:", f"{asked.param}:", 1), asked.param) from None
+        finally:
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
+
+    def close(self) -> None:
+        """End the threads; what has not begun is given up."""
+        if "_pool" in self.__dict__:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _find(self, asked: StructuredOutput) -> Grammar | None:
+        with self._lock:
+            if asked in self._kept:
+                self._kept.move_to_end(asked)
+            return self._kept.get(asked)
+
+    def _begin(self, asked: StructuredOutput) -> Future[Grammar]:
+        """What will be the grammar, or why there is none. Nobody who gives up ends it for others."""
+        with self._lock:
+            if (coming := self._coming.get(asked)) is None:
+                coming = self._coming[asked] = self._pool.submit(lambda: self._keep(asked, self._make(asked)))
+                coming.add_done_callback(lambda _: self._coming.pop(asked, None))
+        return coming
+
+    def _keep(self, asked: StructuredOutput, grammar: Grammar) -> Grammar:
+        with self._lock:
+            if self._kept.setdefault(asked, grammar) is grammar:
+                self._kept_size += asked.size
+            while len(self._kept) > self._options.grammar_cache_entries or self._kept_size > self._options.grammar_cache_size:
+                dropped, _ = self._kept.popitem(last=False)
+                self._kept_size -= dropped.size
+        return grammar
+
+    def _make(self, asked: StructuredOutput) -> Grammar:
+        """Raises InvalidRequestError."""
+        self._check_size(asked)
+        if not self._ends:
+            raise asked.refused("this model has no token that ends a text, so its output cannot be constrained")
+        try:
+            text = grammar_of(asked, self._special)
+            from llguidance import LLMatcher
+
+            matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits())
+        except InvalidRequestError:
+            raise
+        except (ValueError, RecursionError) as error:  # of the library, which tells so of what it cannot read
+            raise asked.refused(problem(str(error))) from None
+        if matcher.is_error():
+            raise asked.refused(problem(matcher.get_error()))
+        grammar = Grammar(asked, matcher)
+        self._try(grammar)
+        return grammar
+
+    def _try(self, grammar: Grammar) -> None:
+        """Follow it for a while along tokens that it allows. Raises InvalidRequestError if that takes too much."""
+        trial, drawn = grammar.begin(grammar.asked), np.random.default_rng(0)
+        mask = np.zeros((1, -(-self._size // 32)), np.int32)
+        for _ in range(TRIAL_TOKENS):
+            if trial.masks((), mask)[0]:
+                return
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            allowed = allowed[~np.isin(allowed, self._ends_array)]
+            if not len(allowed):
+                return
+            trial.accept(int(drawn.choice(allowed)))
+
+    def _check_size(self, asked: StructuredOutput) -> None:
+        if asked.size > self._options.max_grammar_size:
+            raise asked.refused(f"it has {asked.size} characters; allowed: {self._options.max_grammar_size}")
+
+    @property
+    def _vocabulary(self) -> llguidance.LLTokenizer:
+        with self._making:
+            if self._made is None:
+                self._made = vocabulary(self._tokenizer, self._size, self._ends)
+        return self._made
+
+    @cached_property
+    def _special(self) -> frozenset[str]:
+        return frozenset(self._tokenizer.special_text(token) for token in self._tokenizer.special_ids)
+
+    @cached_property
+    def _ends_array(self) -> npt.NDArray[np.int64]:
+        return np.array(sorted(self._ends))
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(THREADS, thread_name_prefix="kvloom-grammar", initializer=_give_way)
+
+
+def _give_way() -> None:
+    """Let the engine's threads go first."""
+    if hasattr(os, "setpriority"):
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,0 +1,163 @@
+"""Grammars: what is refused and how it is told, what is kept, and who waits for what."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvloom.engine.config import StructuredOptions
+from kvloom.engine.constraint.compiler import WAITING_OF_TENANT, Compiler
+from kvloom.engine.constraint.options import StructuredOutput
+from kvloom.engine.errors import ConfigError, InvalidRequestError, OverloadedError
+from tests.server.fakes import make_tokenizer
+
+TOKENIZER = make_tokenizer()
+ENDS = TOKENIZER.eos_ids
+
+
+def make(**options: Any) -> Compiler:
+    return Compiler(StructuredOptions(**options), TOKENIZER, TOKENIZER.vocab_size + 5, ENDS)
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Compiler:
+    return make()
+
+
+def schema(text: Any) -> StructuredOutput:
+    return StructuredOutput(json_schema=text, param="response_format")
+
+
+@pytest.mark.parametrize(
+    "asked, named",
+    [
+        (schema({"not": {"type": "string"}}), "not"),
+        (schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (schema({"type": "object", "properties": {"a": {"type": "string", "format": "colour"}}}), "format: colour"),
+        (schema({"oneOf": [{"type": "integer"}, {"type": "number"}]}), "oneOf"),
+        (schema({"$ref": "http://example.org/x"}), "http://example.org/x"),
+        (schema({"type": "string", "minLength": 5, "maxLength": 3}), "minLength"),
+        (schema({"type": "string", "pattern": "(?=a)"}), "look-ahead"),
+        (schema({"$ref": "#"}), "nothing satisfies it"),
+        (schema(False), "schema is false"),
+        (schema("{nope"), "line 1"),
+        (schema('{"items":' * 10_000 + "{}" + "}" * 10_000), "nested too deeply"),
+        (schema({"type": "array", "maxItems": 10**7}), "maxItems add up to 1e+07; allowed: 20000"),
+        (schema('{"type": "array", "max\\u0049tems": 10000000}'), "allowed: 20000"),
+        (schema({"type": "string", "description": "x" * 600_000}), "allowed: 524288"),
+        (StructuredOutput(regex="(?<=a)b"), "look-behind"),
+        (StructuredOutput(regex="(" * 100_000), "regex"),
+        (StructuredOutput(grammar='start: "a" x'), 'unknown name: "x"'),
+        (StructuredOutput(grammar='start: <nope> "a"'), "special token"),
+        (StructuredOutput(grammar="root ::= ("), "GBNF"),
+        (StructuredOutput(grammar="root ::= " + "(" * 5000), "nested too deeply"),
+        (StructuredOutput(grammar="root ::= " + '"a" ' * 50_000), "allowed: 32768"),
+        (StructuredOutput(structural_tag={"format": {}}), "format"),
+        (StructuredOutput(structural_tag={"structures": [], "triggers": []}), "structures is empty"),
+        (StructuredOutput(structural_tag="[]"), "structural_tag cannot be read"),
+        (StructuredOutput(json_schema={}, whitespace_pattern="("), "regex"),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_is_wrong(compiler: Compiler, asked: StructuredOutput, named: str) -> None:
+    with pytest.raises(InvalidRequestError) as refused:
+        compiler.compile(asked)
+    assert refused.value.param == asked.param and str(refused.value).startswith(f"{asked.param}: ")
+    assert named in str(refused.value) and len(str(refused.value)) < 600
+
+
+def test_exactly_one_constraint() -> None:
+    with pytest.raises(InvalidRequestError, match="regex and choice given"):
+        StructuredOutput(regex="a", choice=("b",))
+    with pytest.raises(InvalidRequestError, match="no constraint"):
+        StructuredOutput()
+    asked = schema({"type": "object"})
+    assert pickle.loads(pickle.dumps(asked)) == asked == schema('{"type":"object"}')
+
+
+def test_a_mask_allows_what_the_expression_does(compiler: Compiler) -> None:
+    """Bit by bit, for an expression whose beginnings are easily told."""
+    mask = np.zeros((1, -(-(TOKENIZER.vocab_size + 5) // 32)), np.int32)
+    compiler.compile(StructuredOutput(regex="[a-m]{1,3}")).begin(StructuredOutput(regex="[a-m]{1,3}")).masks((), mask)
+    allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+    fits = [
+        token for token in range(TOKENIZER.vocab_size)
+        if 1 <= len(raw := TOKENIZER.token_bytes(token)) <= 3 and set(raw) <= set(b"abcdefghijklm")
+    ]  # fmt: skip
+    assert allowed == fits
+
+
+def test_free_text_between_tags(compiler: Compiler) -> None:
+    tags = {"structures": [{"begin": "<f>", "schema": {"type": "array", "maxItems": 0}, "end": "</f>"}], "triggers": ["<f"]}
+    asked = StructuredOutput(structural_tag=tags)
+    progress = compiler.compile(asked).begin(asked)
+    progress.check_forced(TOKENIZER.encode("hello <f>[]</f> dog"))
+    with pytest.raises(InvalidRequestError):
+        progress.check_forced(TOKENIZER.encode("hello <f>nope"))
+
+
+def test_the_cache_is_bounded_in_entries_and_size() -> None:
+    compiler = make(grammar_cache_entries=3, grammar_cache_size=25)
+    asked = [StructuredOutput(regex=letter * 10) for letter in "abcd"]
+    for expression in asked:
+        compiler.compile(expression)
+    assert compiler.kept == (2, 20)
+    kept = compiler.compile(asked[3])
+    compiler.compile(asked[0])
+    assert compiler.compile(asked[3]) is kept and compiler.kept == (2, 20)
+    many = make(grammar_cache_entries=3)
+    for expression in asked:
+        many.compile(expression)
+    assert many.kept == (3, 30)
+
+
+def test_who_asks_for_the_same_waits_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, go, made = make(), threading.Event(), list[StructuredOutput]()
+    real = compiler._make
+
+    def slow(asked: StructuredOutput) -> Any:
+        made.append(asked)
+        go.wait(30)
+        return real(asked)
+
+    monkeypatch.setattr(compiler, "_make", slow)
+
+    async def run() -> list[Any]:
+        asked = [asyncio.create_task(compiler.ready(schema({"type": "integer"}), "")) for _ in range(5)]
+        await asyncio.sleep(0)
+        asked[0].cancel()  # whoever leaves does not take it with them
+        await asyncio.sleep(0)
+        go.set()
+        return await asyncio.gather(*asked[1:])
+
+    assert len({id(grammar) for grammar in asyncio.run(run())}) == 1 and len(made) == 1
+    compiler.close()
+
+
+def test_waiting_is_bounded_in_time_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, go = make(grammar_compile_seconds=0.1), threading.Event()
+    monkeypatch.setattr(compiler, "_make", lambda asked: go.wait(30))
+
+    async def run() -> list[Any]:
+        asked = [compiler.ready(StructuredOutput(regex=f"a{i}"), "t") for i in range(WAITING_OF_TENANT + 1)]
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    found = asyncio.run(run())
+    go.set()
+    assert [type(error) for error in found] == [InvalidRequestError] * WAITING_OF_TENANT + [OverloadedError]
+    assert "not compiled after 0.1 s" in str(found[0])
+    compiler.close()
+
+
+def test_a_model_without_an_end_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match="no token that ends a text"):
+        Compiler(StructuredOptions(), TOKENIZER, TOKENIZER.vocab_size, ()).compile(StructuredOutput(regex="a"))
+
+
+def test_settings_have_ranges() -> None:
+    with pytest.raises(ConfigError, match="grammar_compile_seconds is 0; allowed"):
+        StructuredOptions(grammar_compile_seconds=0)
