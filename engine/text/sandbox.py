@@ -210,6 +210,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         text = getattr(__obj, "__self__", None)
         if isinstance(text, str):
             name = __obj.__name__
+            for own in ("_loop_vars", "_block_vars"):  # what Jinja hands to functions that ask for the context
+                kwargs.pop(own, None)
             return _guarded(name, _METHODS.get(name) or getattr(str, name))(text, *args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
