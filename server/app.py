@@ -11,6 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from kvloom.engine.client import EngineClient
 from kvloom.server import description, errors
+from kvloom.server.answers.choose import formats_of
 from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.hosts import HostMiddleware, guards_hosts
@@ -26,7 +27,8 @@ from kvloom.version import __version__
 def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
     encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len, client.reserve)
-    context = ServerContext(client, options, Metrics(client), encoder)
+    formats = formats_of(client.tokenizer, options.tool_call_parser, options.reasoning_parser)
+    context = ServerContext(client, options, Metrics(client), encoder, formats)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

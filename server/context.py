@@ -14,6 +14,7 @@ from fastapi import Request
 from kvloom.engine.client import EngineClient
 from kvloom.engine.errors import ModelNotFoundError, OverloadedError
 from kvloom.engine.thread.questions import WAITING_OF_TENANT
+from kvloom.server.answers.choose import AnswerFormats
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
@@ -29,6 +30,7 @@ class ServerContext:
     options: ServerOptions
     metrics: Metrics
     prompts: PromptEncoder
+    answers: AnswerFormats
     asking: Counter[str] = field(default_factory=Counter)
     """Tenant -> questions to the engine that are being encoded or answered."""
 

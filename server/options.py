@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.tenants import Tenants
+from kvloom.server.answers.formats import CALL_ALIASES, CALL_FORMATS, REASONING_ALIASES, REASONING_FORMATS
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -58,6 +59,12 @@ class ServerOptions:
     """Seconds that a connection may stay open between two requests."""
     drain_seconds: Seconds = 10.0
     """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
+    tool_call_parser: Annotated[str, "NAME"] = "auto"
+    """Format in which the model calls tools: auto (by its chat template), deepseek, hermes, llama3_json, mistral, pythonic or
+    qwen_coder."""
+    reasoning_parser: Annotated[str, "NAME"] = "auto"
+    """Marks between which the model thinks: auto (by its chat template), none (thoughts are content), cohere, mistral,
+    seed_oss, think or thought."""
     log_level: LogLevel = "info"
     """Least important messages to log: debug, info, warning or error."""
     access_log: bool = True
@@ -79,6 +86,10 @@ class ServerOptions:
         for name in ("header_timeout", "body_timeout", "send_timeout", "keep_alive"):
             if not 0.1 <= getattr(self, name) <= 3600:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0.1 to 3600 seconds")
+        for name, known in (("tool_call_parser", {"auto", *CALL_FORMATS, *CALL_ALIASES}),
+                            ("reasoning_parser", {"auto", "none", *REASONING_FORMATS, *REASONING_ALIASES})):  # fmt: skip
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(sorted(known))}")
         for name in ("api_key", "admin_key"):
             if not all(key and key.isascii() and key.isprintable() for key in getattr(self, name)):
                 raise ConfigError(f"{name} holds an empty key or one that no header can carry; allowed: printable ASCII")

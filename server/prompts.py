@@ -13,14 +13,14 @@ import copy
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
-from kvloom.engine.text.chat_template import template_of
+from kvloom.engine.text.chat_template import ChatTemplate, template_of
 from kvloom.server.fair_pool import FairPool
-from kvloom.server.schema.chat import Message
+from kvloom.server.schema.conversation import Conversation
 
 INLINE_CHARACTERS = 2048
 INLINE_TOKENS = 2048
@@ -33,6 +33,9 @@ THREADS = 2
 NICENESS = 10
 MAX_DECODED = 65536
 """Tokens that may be decoded at once, if the context is not longer: a second of the interpreter's time is everybody's."""
+
+_END = 64
+"""Characters at the end of a prompt that tell whether it opens the model's thoughts."""
 
 T = TypeVar("T")
 
@@ -47,6 +50,14 @@ class Cut(NamedTuple):
 
     def __call__(self, tokens: list[int]) -> list[int]:
         return tokens[-self.most :] if self.side == "left" else tokens[: self.most]
+
+
+class ChatPrompt(NamedTuple):
+    """A conversation as it goes to the model."""
+
+    tokens: list[int]
+    end: str
+    """Its last characters."""
 
 
 class PromptEncoder:
@@ -111,33 +122,32 @@ class PromptEncoder:
                 found += await self._run(long, lambda piece=piece: self.tokenizer.encode_batch(piece, add_special_tokens))  # type: ignore[misc]
         return list(map(self.cut, found))
 
-    async def chat(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        add_special_tokens: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Token ids of a conversation, through the model's chat template. Raises InvalidRequestError if it has none, and
-        ContextLengthError as `text` does."""
+    async def chat(self, conversation: Conversation) -> ChatPrompt:
+        """A conversation through the model's chat template. Raises InvalidRequestError if it has none, or knows nothing of what
+        is asked of it, and ContextLengthError as `text` does."""
         template = self._template()
+        variables = _variables(template, conversation)
 
-        def encode() -> list[int]:
+        def encode() -> ChatPrompt:
             text = template.render(
-                [message.for_template() for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
+                [message.for_template() for message in conversation.messages],
+                add_generation_prompt=conversation.add_generation_prompt,
+                continue_final_message=conversation.continue_final_message,
+                tools=[tool.for_template() for tool in conversation.tools],
                 variables=variables,
             )
             if self._cut is None:
                 self.check_text(text)
-            return self.cut(self.tokenizer.encode(text, add_special_tokens))
+            return ChatPrompt(self.cut(self.tokenizer.encode(text, conversation.add_special_tokens)), text[-_END:])
 
-        characters = sum(64 + message.length() for message in messages)
+        characters = conversation.length()
         with self._room(characters):
             return await self._run(characters > INLINE_CHARACTERS, encode)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The model's chat template. Raises InvalidRequestError if it has none."""
+        return self._template()
 
     async def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True, open_end: bool = False) -> str:
         """Text of token ids; `open_end` leaves out a character that is not complete at the end. Raises InvalidRequestError for
@@ -188,6 +198,21 @@ class PromptEncoder:
 
     async def _run(self, long: bool, work: Callable[[], T]) -> T:
         return await self._pool.run(self._tenant, work) if long else work()
+
+
+def _variables(template: ChatTemplate, conversation: Conversation) -> dict[str, Any]:
+    """Variables of the template: those of the request, and what its reasoning_effort stands for. Raises InvalidRequestError for
+    an effort that the template knows nothing of."""
+    effort = conversation.reasoning_effort
+    if effort is None:
+        return dict(conversation.variables)
+    if not template.variables & {"reasoning_effort", "enable_thinking"} and effort != "none":
+        raise InvalidRequestError(
+            f"reasoning_effort is {effort!r}, but the model's chat template reads neither reasoning_effort nor "
+            "enable_thinking; leave it out",
+            "reasoning_effort",
+        )
+    return {"reasoning_effort": effort, "enable_thinking": effort != "none", **conversation.variables}
 
 
 def _pieces(texts: Sequence[str]) -> Iterator[Sequence[str]]:

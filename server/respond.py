@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from kvloom.engine.requests.request import TOKEN_LISTS, RequestOutput, SamplingParams
+from kvloom.server.answers.reader import AnswerReader, Expected
 from kvloom.server.context import ServerContext, client_request_id, context_of, new_id, tenant_of
 from kvloom.server.errors import sse_error
 from kvloom.server.generation import Indexed, Work, outputs
@@ -45,6 +46,8 @@ class Job:
     """Changes an output before it is written: echo."""
     ids: TokenIds | None = None
     """What is told of token ids, if something is."""
+    readers: Sequence[AnswerReader] = ()
+    """Of each completion, where there is more in its text than content."""
 
     async def outputs(self) -> AsyncGenerator[Indexed, None]:
         """Outputs as they are to be written."""
@@ -71,8 +74,11 @@ def arrive(request: Request, form: Format) -> Arrival:
 
 
 def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling: SamplingParams, prompts: list[list[int]], *,
-             adjust: Callable[[int, RequestOutput], RequestOutput] | None = None) -> Job:  # fmt: skip
-    """Put a request together. Raises InvalidRequestError for a token that does not exist."""
+             adjust: Callable[[int, RequestOutput], RequestOutput] | None = None,
+             expected: Expected | None = None) -> Job:  # fmt: skip
+    """Put a request together.
+
+    expected: what is looked for in its answers beside content. Raises InvalidRequestError for a token that does not exist."""
     context, form, work_id = context_of(request), arrival.format, arrival.id
     for prompt in prompts:
         context.prompts.check_length(len(prompt))
@@ -92,6 +98,7 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
         headers={"X-Request-Id": arrival.name},
         adjust=adjust,
         ids=TokenIds(work, echoed=adjust is not None, chat=form is CHAT) if body.return_token_ids else None,
+        readers=[] if expected is None else [AnswerReader(expected) for _ in range(work.completions)],
     )
 
 
@@ -118,8 +125,9 @@ async def _collect(job: Job) -> list[Choice]:
     choices = [Choice() for _ in range(job.work.completions)]
     async with aclosing(job.outputs()) as items:
         async for index, output in items:
-            choices[index].add(output)
-            job.usage.update(index, output.usage)
+            reader = job.readers[index] if job.readers else None
+            choices[index].add(output, reader)
+            job.usage.update(index, output.usage, None if reader is None else reader.counted_reasoning)
     return choices
 
 
@@ -134,7 +142,7 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
 async def _events(job: Job, logprobs: LogprobWriter | None) -> AsyncGenerator[bytes, None]:
     """Events of a stream. An error before the first one is raised, a later one becomes an event."""
     writer = ChunkWriter(job.envelope, job.usage, logprobs=logprobs, include_usage=job.body.include_usage,
-                         continuous_usage=job.body.continuous_usage, ids=job.ids)  # fmt: skip
+                         continuous_usage=job.body.continuous_usage, ids=job.ids, readers=job.readers)  # fmt: skip
     begun = False
     try:
         async with aclosing(job.outputs()) as items:

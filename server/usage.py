@@ -25,10 +25,13 @@ class UsageTotals:
         self._latest = [_NOTHING] * completions
         self._n = n
         self._with_kv = with_kv
+        self._reasoning: dict[int, int] = {}
 
-    def update(self, index: int, usage: Usage) -> None:
-        """Note the totals so far of one completion."""
+    def update(self, index: int, usage: Usage, reasoning_tokens: int | None = None) -> None:
+        """Note the totals so far of one completion; reasoning_tokens: of its thoughts, where they are told apart."""
         self._latest[index] = usage
+        if reasoning_tokens is not None:
+            self._reasoning[index] = reasoning_tokens
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,6 +54,8 @@ class UsageTotals:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": cached},
         }
+        if self._reasoning:
+            body["completion_tokens_details"] = {"reasoning_tokens": sum(self._reasoning.values())}
         if self._with_kv:
             names = ("attended_tokens", "held_tokens", "drafted_tokens", "accepted_tokens", "preemptions")
             totals = {name: sum(getattr(usage, name) for usage in self._latest) for name in names}

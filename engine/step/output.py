@@ -21,6 +21,7 @@ class OutputState:
             tokenizer,
             request.prompt,
             skip_special_tokens=sampling.skip_special_tokens,
+            shown=sampling.shown_special_tokens,
             stop=sampling.stop,
             include_stop=sampling.include_stop_str_in_output,
             min_tokens=sampling.least_tokens,

@@ -14,11 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from kvloom.engine.errors import InvalidRequestError, ModelError
 from kvloom.engine.text import sandbox
 from kvloom.engine.text.content_form import ContentForms, find_forms, is_part
 from kvloom.engine.text.tokenizer import Tokenizer
+from kvloom.engine.text.tool_form import ToolForm, find_form, prepared
 
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "bos_token",
                       "eos_token", "tokenize", "chat_template", "return_tensors", "return_dict", "self", "super", "loop",
@@ -39,6 +41,8 @@ class ChatTemplate:
         environment = sandbox.environment()
         try:
             self._template = environment.from_string(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))
+            """Names that it reads and does not set."""
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelError(f"the model's chat template is broken: {error}; give another chat template") from error
         self._reserved = RESERVED | environment.globals.keys()
@@ -49,6 +53,17 @@ class ChatTemplate:
         """Which forms of content it reads, by role."""
         with sandbox.time_limit(PROBE_SECONDS):
             return find_forms(lambda messages: self._run(self._inputs(messages, add_generation_prompt=False)))
+
+    @functools.cached_property
+    def tool_form(self) -> ToolForm:
+        """What it reads of tools."""
+
+        def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> str:
+            given = [_plain(message, i, self.forms) for i, message in enumerate(messages)]
+            return self._run(self._inputs(given, add_generation_prompt=False, tools=tools))
+
+        with sandbox.time_limit(PROBE_SECONDS):
+            return find_form(render)
 
     def render(
         self,
@@ -63,7 +78,8 @@ class ChatTemplate:
 
         `messages` have `role`, and `content` as a string, None or a list of {"type": "text", "text": ...} parts. A template
         that reads only strings gets parts joined by newlines, as in vLLM; one that reads only parts gets a string as a part.
-        Other fields (name, tool_calls, ...) reach the template as they are.
+        Tools, calls (`tool_calls`, with arguments as an object or as JSON text) and results (the role `tool`) come in the form
+        that the template reads, or as text where it reads none (`tool_form`). Other fields reach the template as they are.
         `continue_final_message` leaves the last message open, so that the model goes on writing it.
         `variables` are the request's `chat_template_kwargs`.
 
@@ -76,6 +92,11 @@ class ChatTemplate:
                 "add_generation_prompt and continue_final_message are both true; set one of them to false",
                 param="continue_final_message",
             )
+        for i, message in enumerate(messages):
+            _check_content(message.get("content"), f"messages[{i}]")
+        if tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
+            shows = self.tool_form.tools
+            messages, tools = prepared(messages, None if shows else tools, self.tool_form), tools if shows else None
         given = [_plain(message, i, self.forms) for i, message in enumerate(messages)]
         if continue_final_message:
             given[-1] = _marked(given[-1])
@@ -152,7 +173,6 @@ def _plain(message: Mapping[str, Any], index: int, forms: ContentForms) -> dict[
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
         raise InvalidRequestError(f"{param} has no role; give for instance 'user'", param=param)
-    _check_content(content, param)
     return {**message, "content": forms.shaped(role, content)}
 
 

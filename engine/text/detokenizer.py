@@ -34,12 +34,14 @@ class IncrementalDetokenizer:
         prompt: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
+        shown: Sequence[int] = (),
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
     ) -> None:
-        """`prompt`: its token ids, or enough of their tail to hold some text. Stop strings count from token min_tokens + 1."""
-        self._reader = TokenReader(tokenizer, prompt, skip_special_tokens=skip_special_tokens)
+        """`prompt`: its token ids, or enough of their tail to hold some text. `shown`: special tokens that are not skipped.
+        Stop strings count from token min_tokens + 1."""
+        self._reader = TokenReader(tokenizer, prompt, skip_special_tokens=skip_special_tokens, shown=shown)
         self._stops = StopMatcher(stop, include_stop)
         self._unarmed = min_tokens
         self._stopped: str | None = None

@@ -18,11 +18,13 @@ _LONGEST_CHARACTER = 4  # bytes, in UTF-8
 class TokenReader:
     """Reads one sequence of tokens. Owned by one thread."""
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), *, skip_special_tokens: bool = True,
+                 shown: Sequence[int] = ()) -> None:  # fmt: skip
         """`before`: tokens that stand in front, or enough of their tail to hold some text: bytes at their end that are no
-        character yet come out with what is read."""
+        character yet come out with what is read. `shown`: special tokens that are not skipped."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._shown = frozenset(shown)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._strip_space = tokenizer.strips_first_space
         self._stripped = 0
@@ -55,7 +57,7 @@ class TokenReader:
 
     def bytes_of(self, token: int) -> bytes:
         """A token's bytes, as far as they are text here."""
-        if self._skip_special and self._tokenizer.is_special(token):
+        if self._skip_special and self._tokenizer.is_special(token) and token not in self._shown:
             return b""
         return self._tokenizer.token_bytes(token)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kvloom.engine.requests.request import TokenLogprob
+from kvloom.server.answers.choose import shown_tokens
 from kvloom.server.context import context_of
 from kvloom.server.logprobs import chat_logprobs, prompt_logprobs
 from kvloom.server.replies import CHAT, Choice, whole_body
@@ -25,14 +27,11 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     context.check_model(body.model)
     arrival, sampling = arrive(request, CHAT), body.params(context.client.model.sampling)
     encoder = context.prompts.truncating(body.truncate_prompt_tokens, body.truncation_side, body.token_limit)
-    prompt = await encoder.chat(
-        body.messages,
-        add_generation_prompt=body.opens_turn,
-        continue_final_message=body.continue_final_message,
-        add_special_tokens=body.add_special_tokens,
-        variables=body.chat_template_kwargs,
-    )
-    job = make_job(request, arrival, body, sampling, [prompt])
+    prompt = await encoder.chat(body.conversation(body.messages))
+    expected = context.answers.expected(body, prompt.end)
+    if expected is not None:
+        sampling = replace(sampling, shown_special_tokens=shown_tokens(context.client.tokenizer, expected))
+    job = make_job(request, arrival, body, sampling, [prompt.tokens], expected=expected)
 
     def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         return _logprobs(context.client.tokenizer, body, logprobs)
@@ -52,7 +51,7 @@ def _whole(job: Job, body: ChatBody, choices: Sequence[Choice]) -> dict[str, Any
     written = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text},
+            "message": choice.message(),
             "logprobs": _logprobs(tokenizer, body, choice.logprobs) if body.logprobs else None,
             "finish_reason": choice.finish_reason,
             "stop_reason": choice.stop_reason,

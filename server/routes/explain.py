@@ -36,9 +36,7 @@ async def _encoded(context: ServerContext, body: ExplainBody) -> list[int]:
     """Token ids of the prompt or the conversation, as the endpoints for generation encode them."""
     special = body.add_special_tokens
     if body.messages is not None:
-        return await context.prompts.chat(
-            body.messages, add_generation_prompt=body.add_generation_prompt, add_special_tokens=bool(special)
-        )
+        return (await context.prompts.chat(body.conversation(body.messages))).tokens
     if isinstance(body.prompt, str):
         return await context.prompts.text(body.prompt, add_special_tokens=special is not False)
     return list(body.prompt or [])

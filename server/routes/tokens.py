@@ -19,13 +19,7 @@ async def tokenize(body: TokenizeBody, request: Request) -> Response:
     context = context_of(request)
     context.check_model(body.model)
     if body.messages is not None:
-        tokens = await context.prompts.chat(
-            body.messages,
-            add_generation_prompt=body.opens_turn,
-            continue_final_message=body.continue_final_message,
-            add_special_tokens=bool(body.add_special_tokens),
-            variables=body.chat_template_kwargs,
-        )
+        tokens = (await context.prompts.chat(body.conversation(body.messages))).tokens
     else:
         tokens = await context.prompts.text(body.prompt or "", add_special_tokens=body.add_special_tokens is not False)
     texts = await context.prompts.spelled(tokens) if body.return_token_strs else None

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 
-from kvloom.server.schema.chat import MAX_MESSAGES, Message
+from kvloom.server.schema.chat_messages import MAX_MESSAGES, Message
 from kvloom.server.schema.common import Salt, StrictBody, Text, TokenId
+from kvloom.server.schema.conversation import ConversationFields
 from kvloom.server.schema.problem import problem
 
 MAX_TEXTS = 256
@@ -46,13 +47,11 @@ Prompt = Annotated[
 ]
 
 
-class ExplainBody(OwnBody):
+class ExplainBody(ConversationFields, OwnBody):
     """A prompt or a conversation of which to tell what would be reused; encoded as the endpoints for generation do."""
 
     prompt: Prompt | None = None
     messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
-    add_generation_prompt: bool = True
-    add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
     def _one_input(self) -> ExplainBody:

@@ -52,8 +52,8 @@ def _instead(harmless: Callable[[Any], bool] = _never, **names: str) -> dict[str
 
 
 _GRAMMAR = "use response_format or structured_outputs"
-_TOOLS = Refusal(_empty, "tool calls are not served yet; leave it out")
-_CHOICE = Refusal(_one_of("none", "auto"), "tool calls are not served yet; leave it out")
+_TOOLS = Refusal(_empty, "tools are called in chats; use /v1/chat/completions")
+_CHOICE = Refusal(_one_of("none", "auto"), "tools are called in chats; use /v1/chat/completions")
 _NESTED = Refusal(_hollow, "put its fields beside the others, in the body itself")
 _TEMPLATE = "a variable of the model's chat template goes into chat_template_kwargs"
 
@@ -109,9 +109,9 @@ PROMPT: Mapping[str, Refusal] = {
 
 ANSWER: Mapping[str, Refusal] = {
     "tools": _TOOLS,
-    "functions": _TOOLS,
     "tool_choice": _CHOICE,
-    "function_call": _CHOICE,
+    "functions": Refusal(_empty, "use tools"),
+    "function_call": Refusal(_one_of("none", "auto"), "use tool_choice"),
     "modalities": Refusal(_one_of(["text"], []), 'only ["text"] is'),
     "web_search_options": Refusal(_never),  # an empty object switches it on
     "verbosity": Refusal(_one_of("medium")),
@@ -139,7 +139,7 @@ OF_STREAMS: Refusal = Refusal(_empty, "allowed: include_usage, continuous_usage_
 """Any other key of `stream_options`."""
 
 OF_MESSAGES: Mapping[str, Refusal] = {
-    **_same(_TOOLS, "tool_calls tool_call_id function_call"),
+    "function_call": Refusal(_empty, "use tool_calls"),
     "prefix": Refusal(_empty, "set continue_final_message to true"),
     **_same(Refusal(_empty, "this model reads text only; leave it out"), "audio images image videos audios files"),
 }

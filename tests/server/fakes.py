@@ -32,16 +32,16 @@ MAX_MODEL_LEN = 4096
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(template: str = TEMPLATE, special: Sequence[str] = SPECIAL) -> Tokenizer:
     """A byte-level BPE over a few English words, so that an emoji is four tokens."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=320, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     backend.train_from_iterator(["the quick brown fox jumps over the lazy dog and says hello world"] * 8, trainer)
-    backend.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    backend.add_special_tokens([AddedToken(text, special=True) for text in special])
     eos = backend.token_to_id("<|im_end|>")
-    return Tokenizer(backend, TokenizerSettings(eos_ids=(eos,), chat_template=TEMPLATE))
+    return Tokenizer(backend, TokenizerSettings(eos_ids=(eos,), chat_template=template))
 
 
 def echo_tokens(prompt: Sequence[int], count: int) -> list[int]:
@@ -71,6 +71,8 @@ class FakeEngine:
         """After this many tokens a request ends with finish_reason "error","""
         self.blame: str | None = None
         """and this field of it is to blame."""
+        self.says: str | None = None
+        """What it answers, instead of the prompt."""
         self.held = False
         """Requests wait in the queue until this is False."""
         self.dead = ""
@@ -112,10 +114,12 @@ class FakeEngine:
             await asyncio.sleep(0.001)
             self._check()
         text = IncrementalDetokenizer(
-            self.tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens, stop=sampling.stop
-        )
+            self.tokenizer, prompt, skip_special_tokens=sampling.skip_special_tokens, stop=sampling.stop,
+            shown=sampling.shown_special_tokens,
+        )  # fmt: skip
         limit = min(sampling.most_tokens(MAX_MODEL_LEN - len(prompt)), MAX_MODEL_LEN - len(prompt))
-        for count, token in enumerate(echo_tokens(prompt, limit), 1):
+        said = None if self.says is None else self.tokenizer.encode(self.says, add_special_tokens=False)
+        for count, token in enumerate(echo_tokens(prompt, limit) if said is None else said[:limit], 1):
             await asyncio.sleep(self.step_seconds)
             self._check()
             usage = Usage(
@@ -132,14 +136,15 @@ class FakeEngine:
                 return
             self.generated += 1
             piece, stopped = text.push(token)
-            last = count == limit
+            whole = said is not None and count == len(said)
+            last = count == limit or whole
             yield RequestOutput(
                 id=name,
                 text=piece + (text.finish() if last and stopped is None else ""),
                 tokens=(token,),
                 logprobs=() if sampling.logprobs is None else (self._logprob(token, sampling.logprobs),),
                 prompt_logprobs=self._prompt_logprobs(prompt, sampling) if count == 1 else None,
-                finish_reason="stop" if stopped is not None else "length" if last else None,
+                finish_reason="stop" if stopped is not None else "stop" if whole else "length" if last else None,
                 stop_reason=stopped,
                 usage=usage,
             )

@@ -171,7 +171,5 @@ def test_typed_errors(served):
         client.chat.completions.create(model="echo-model", messages=[{"role": "user", "content": "the " * 9000}])
     assert long.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as tools:
-        client.chat.completions.create(
-            model="echo-model", messages=MESSAGES, tools=[{"type": "function", "function": {"name": "f"}}]
-        )
-    assert tools.value.param == "tools"
+        client.chat.completions.create(model="echo-model", messages=MESSAGES, tools=[{"type": "function", "function": {}}])
+    assert tools.value.param == "tools[0].function.name"

@@ -49,8 +49,15 @@ def post(served, path, fields):
         return client.post(path, json={**body, "max_tokens": 1, **fields})
 
 
-@pytest.mark.parametrize("fields", ASKING, ids=str)
-@pytest.mark.parametrize("path", [CHAT, COMPLETION])
+IN_CHATS = {"tools", "tool_choice", "reasoning_effort", "include_reasoning", "separate_reasoning"}
+"""Served there, and only there."""
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [(path, fields) for path in (CHAT, COMPLETION) for fields in ASKING if path == COMPLETION or not fields.keys() & IN_CHATS],
+    ids=str,
+)
 def test_what_would_change_the_answer_is_refused_by_name(served, path, fields):
     reply = post(served, path, fields)
     error = reply.json()["error"]
@@ -75,14 +82,14 @@ def test_keys_of_stream_options(served, options, param):
     assert param is None or reply.json()["error"]["param"] == f"stream_options.{param}"
 
 
-@pytest.mark.parametrize("name", ["prefix", "audio", "tool_calls", "images"])
+@pytest.mark.parametrize("name", ["prefix", "audio", "function_call", "images"])
 def test_fields_of_messages(served, name):
     reply = post(served, CHAT, {"messages": [*USER, {"role": "assistant", "content": "a", name: [{"id": 1}]}]})
     assert reply.status_code == 400 and reply.json()["error"]["param"] == f"messages[1].{name}"
 
 
 def test_thoughts_of_earlier_turns_reach_the_template():
-    from kvloom.server.schema.chat import Message
+    from kvloom.server.schema.chat_messages import Message
 
     turn = Message(role="assistant", content="a", reasoning_content="because")
     assert turn.for_template() == {"role": "assistant", "content": "a", "reasoning_content": "because", "reasoning": "because"}
@@ -94,6 +101,6 @@ def test_tokenize_counts_what_a_chat_would_send(served):
     tokenizer = served.engine.tokenizer
     with served.client() as client:
         reply = client.post("/tokenize", json={**talk, "continue_final_message": True, "chat_template_kwargs": {"x": 1}})
-        refused = [client.post("/tokenize", json={**talk, **more}) for more in ({"tools": [{}]}, {"chat_template": "x"})]
+        refused = [client.post("/tokenize", json={**talk, **more}) for more in ({"system": "x"}, {"chat_template": "x"})]
     assert tokenizer.decode(reply.json()["tokens"]).endswith("assistant\nSure, ")
     assert [reply.status_code for reply in refused] == [400, 400]

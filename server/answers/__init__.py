@@ -1,0 +1,1 @@
+"""What a model writes, read as it comes: thoughts, content and tool calls."""

@@ -1,0 +1,89 @@
+"""Which format a model's answers are read in: what the operator says, else what its chat template asks for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kvloom.engine.errors import KVLoomError
+from kvloom.engine.text.chat_template import template_of
+from kvloom.server.answers.formats import (
+    CALL_ALIASES,
+    CALL_FORMATS,
+    FALLBACK,
+    REASONING_ALIASES,
+    REASONING_FORMATS,
+    CallFormat,
+    ReasoningFormat,
+    call_format,
+    reasoning_format,
+)
+from kvloom.server.answers.reader import Expected
+from kvloom.server.schema.chat import ChatBody
+
+log = logging.getLogger("kvloom.server")
+
+AUTO = "auto"
+NONE = "none"
+
+
+class AnswerFormats(NamedTuple):
+    """How answers of the served model are read."""
+
+    calls: CallFormat
+    reasoning: ReasoningFormat | None
+
+    def expected(self, body: ChatBody, prompt_end: str) -> Expected | None:
+        """What to look for in the answers to a chat; None for nothing but content. prompt_end: the prompt's last characters."""
+        apart = body.separate_reasoning and body.reasoning_format != "none"
+        reasoning = self.reasoning if apart else None
+        tools = body.offered
+        if reasoning is None and not tools:
+            return None
+        return Expected(
+            calls=self.calls if tools else None,
+            reasoning=reasoning,
+            thinking=reasoning is not None and prompt_end.rstrip().endswith(reasoning.open),
+            tell_reasoning=body.include_reasoning,
+            schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
+            most_calls=None if body.parallel_tool_calls else 1,
+        )
+
+
+def formats_of(tokenizer: Any, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO) -> AnswerFormats:
+    """The formats of a model, by its tokenizer's chat template where a parser is `auto`."""
+    source = tokenizer.chat_template
+    name = CALL_ALIASES.get(tool_call_parser, tool_call_parser)
+    calls = CALL_FORMATS[name] if name != AUTO else _call_format(tokenizer)
+    name = REASONING_ALIASES.get(reasoning_parser, reasoning_parser)
+    reasoning = None if name == NONE else REASONING_FORMATS[name] if name != AUTO else reasoning_format(source)
+    return AnswerFormats(calls, reasoning)
+
+
+def _call_format(tokenizer: Any) -> CallFormat:
+    """What the template asks for; the fallback's where it shows no tools, and so the fallback's words ask."""
+    fallback = CALL_FORMATS[FALLBACK]
+    try:
+        if not template_of(tokenizer).tool_form.tools:
+            return fallback
+    except KVLoomError:  # it has none, or one that does not run: chats are refused anyway
+        return fallback
+    found = call_format(tokenizer.chat_template)
+    if found is None:
+        log.warning(
+            "the chat template shows tools, but asks for calls in a format that is not known; they are read as %s; "
+            "--tool-call-parser says otherwise", FALLBACK,
+        )  # fmt: skip
+    return found or fallback
+
+
+def shown_tokens(tokenizer: Any, expected: Expected) -> tuple[int, ...]:
+    """Special tokens that must be text for their marks to be found."""
+    marks: Sequence[str] = ()
+    if expected.calls is not None:
+        marks = expected.calls.marks
+    if expected.reasoning is not None:
+        marks = (*marks, expected.reasoning.open, expected.reasoning.close)
+    found = (tokenizer.backend.token_to_id(mark) for mark in marks)
+    return tuple(sorted(token for token in found if token is not None and tokenizer.is_special(token)))
