@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.text.chat_template import template_of
 from kvloom.server.answers.formats import (
@@ -19,8 +20,10 @@ from kvloom.server.answers.formats import (
     call_format,
     reasoning_format,
 )
+from kvloom.server.answers.grammar import MOST_CALLS, GrammarWriter, Thoughts
 from kvloom.server.answers.reader import Expected
 from kvloom.server.schema.chat import ChatBody
+from kvloom.server.schema.tools import NamedChoice
 
 log = logging.getLogger("kvloom.server")
 
@@ -44,11 +47,32 @@ class AnswerFormats(NamedTuple):
         return Expected(
             calls=self.calls if tools else None,
             reasoning=reasoning,
-            thinking=reasoning is not None and prompt_end.rstrip().endswith(reasoning.open),
+            thinking=reasoning is not None and self._thinks(prompt_end),
             tell_reasoning=body.include_reasoning,
             schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
+            bare=self.calls.mostly_bare or not any(tool.function.strict for tool in tools),
             most_calls=None if body.parallel_tool_calls else 1,
         )
+
+    def constraint(self, body: ChatBody, tokenizer: Any, prompt_end: str) -> StructuredOutput | None:
+        """What the answers to a chat must look like for its tools: calls where it must call, and calls of strict functions as
+        their schemas say. None for anything."""
+        forced, tools = body.tool_choice not in ("auto", "none"), body.offered
+        if not forced and not any(tool.function.strict for tool in tools):
+            return None
+        writer = GrammarWriter(self.calls, lambda text: special_id(tokenizer, text), tokenizer.chat_template or "")
+        thoughts = Thoughts(self.reasoning, self._thinks(prompt_end))
+        if not forced:
+            return StructuredOutput(grammar=writer.guarded(tools, thoughts), param="tools")
+        if isinstance(body.tool_choice, NamedChoice):
+            tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
+        several = body.tool_choice == "required" and body.parallel_tool_calls
+        most = MOST_CALLS if several else 1
+        return StructuredOutput(grammar=writer.forced(tools, most=most, thoughts=thoughts), param="tool_choice")
+
+    def _thinks(self, prompt_end: str) -> bool:
+        """Whether a prompt opened the model's thoughts."""
+        return self.reasoning is not None and prompt_end.rstrip().endswith(self.reasoning.open)
 
 
 def formats_of(tokenizer: Any, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO) -> AnswerFormats:
@@ -85,5 +109,11 @@ def shown_tokens(tokenizer: Any, expected: Expected) -> tuple[int, ...]:
         marks = expected.calls.marks
     if expected.reasoning is not None:
         marks = (*marks, expected.reasoning.open, expected.reasoning.close)
-    found = (tokenizer.backend.token_to_id(mark) for mark in marks)
-    return tuple(sorted(token for token in found if token is not None and tokenizer.is_special(token)))
+    found = (special_id(tokenizer, mark) for mark in marks)
+    return tuple(sorted(token for token in found if token is not None))
+
+
+def special_id(tokenizer: Any, text: str) -> int | None:
+    """The special token of this text, if there is one."""
+    token: int | None = tokenizer.backend.token_to_id(text)
+    return token if token is not None and tokenizer.is_special(token) else None

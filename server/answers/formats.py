@@ -22,6 +22,8 @@ class CallFormat:
     notation: Notation
     bare: tuple[str, ...] = ()
     """How a call may begin without a mark, at the beginning of an answer; only functions that were offered are called so."""
+    mostly_bare: bool = False
+    """Whether that is the rule rather than a slip."""
     found_by: tuple[tuple[str, ...], ...] = ()
     """A chat template that holds all words of one of these asks for this format."""
     call_id_length: int | None = None
@@ -88,13 +90,15 @@ CALL_FORMATS: Mapping[str, CallFormat] = {
             closes=("<|python_end|>",),
             notation=python_calls,
             bare=("[",),
+            mostly_bare=True,
             found_by=(("func_name1(params_name1=",), ("<|python_start|>",)),
         ),
         CallFormat(
             name="llama3_json",
             opens=("<|python_tag|>",),
             notation=json_objects,
-            bare=_JSON_STARTS,
+            bare=("{",),
+            mostly_bare=True,
             found_by=(("<|python_tag|>",), ("ipython", '"parameters":')),
         ),
     )

@@ -32,6 +32,8 @@ class Expected:
     """Whether thoughts are told of, or left out."""
     schemas: Schemas = field(default_factory=dict)
     """Parameters of the functions that were offered."""
+    bare: bool = True
+    """Whether calls may stand without a mark at the beginning, where the format knows that."""
     most_calls: int | None = None
     """Calls beyond these are left out."""
 
@@ -112,7 +114,7 @@ class AnswerReader:
 
     def _calls(self, form: CallFormat) -> Reading:
         source, out = self._source, self._out
-        if form.bare:
+        if form.bare and self._expected.bare:
             yield from self._bare(form)
         while True:
             mark = yield from source.until((*form.opens, *form.wraps), out.content)

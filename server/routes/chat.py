@@ -30,7 +30,9 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     prompt = await encoder.chat(body.conversation(body.messages))
     expected = context.answers.expected(body, prompt.end)
     if expected is not None:
-        sampling = replace(sampling, shown_special_tokens=shown_tokens(context.client.tokenizer, expected))
+        tokenizer = context.client.tokenizer
+        structured = context.answers.constraint(body, tokenizer, prompt.end) or sampling.structured
+        sampling = replace(sampling, shown_special_tokens=shown_tokens(tokenizer, expected), structured=structured)
     job = make_job(request, arrival, body, sampling, [prompt.tokens], expected=expected)
 
     def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

@@ -258,3 +258,19 @@ def test_logprobs_stand_beside_calls(says):
     assert len(ask(client, logprobs=True).choices[0].logprobs.content) == count
     chunks = list(ask(client, logprobs=True, stream=True))
     assert sum(len(chunk.choices[0].logprobs.content) for chunk in chunks if chunk.choices[0].logprobs) == count
+
+
+def test_what_must_be_called_is_asked_of_the_engine_as_a_grammar(says):
+    client, served = says(CALL)
+
+    def structured(**fields):
+        ask(client, **fields)
+        return served.engine.calls[-1]["sampling"].structured
+
+    strict = {"type": "function", "function": {**LOOK["function"], "strict": True}}
+    named = {"type": "function", "function": {"name": "list_all"}}
+    assert structured() is None and structured(tools=[strict], tool_choice="none") is None
+    assert "look" in structured(tool_choice="required").grammar and "{0,7}" in structured(tool_choice="required").grammar
+    assert "{0,7}" not in structured(tool_choice="required", parallel_tool_calls=False).grammar
+    assert "look" not in structured(tool_choice=named).grammar and structured(tool_choice=named).param == "tool_choice"
+    assert "TEXT" in structured(tools=[strict]).grammar and structured(tools=[strict]).param == "tools"
