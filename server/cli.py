@@ -47,6 +47,7 @@ MEASUREMENTS = {
         "kvshare": ("kvloom.loadtest.quality.reuse", "what approximate reuse costs in quality and gains in time"),
         "answers": ("kvloom.loadtest.quality.answer_changes", "how often weight modes change greedy answers"),
         "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
+        "tools": ("kvloom.loadtest.quality.tool_eval", "tool calls of any OpenAI server: which are right, and which needless"),
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
     },
     "calibrate": {
