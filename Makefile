@@ -7,7 +7,9 @@
 #                     BENCH="--url vllm=http://127.0.0.1:8001 --precision vllm=bf16" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 # make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
-# make fuzz         random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
+# make clients      real clients from the package indexes against a served process: text, streams, tools, structured output.
+#                     CLIENTS="--only litellm --publish docs/figures/client-libraries.json"
+# make fuzz         random chats with tools, and random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
 # make gpu-check    on a GPU, in under eight minutes: kernels, replays and whole steps, right and how fast. With the torch and triton
 #                     that are there, no network and no setup: GPU_PYTHON=python3 says whose; GPU_CHECK=--tiny runs it on a CPU
 #
@@ -18,7 +20,7 @@ GPU_PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz gpu-check clean
+.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz clients gpu-check clean
 
 setup: $(VENV)/.dev
 
@@ -61,7 +63,11 @@ floods: setup
 	$(BIN)/kvloom bench floods --out build/floods
 
 fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz.chats
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz $(if $(findstring -,$(FUZZ)),$(FUZZ),--requests $(or $(FUZZ),10000))
+
+clients: setup
+	$(BIN)/python -m kvloom.loadtest.clients $(CLIENTS)
 
 gpu-check:
 	$(GPU_PYTHON) -m kvloom.loadtest.gpu_check $(GPU_CHECK)

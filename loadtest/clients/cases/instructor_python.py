@@ -1,0 +1,36 @@
+"""instructor: every answer is an object, by calls or by a schema."""
+
+import instructor
+from openai import OpenAI
+from pydantic import BaseModel
+from report import KEY, MAX_TOKENS, MODEL, URL, require, run
+
+SAID = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, "max_retries": 1,
+        "messages": [{"role": "user", "content": "Describe the city of Bonn."}]}  # fmt: skip
+
+
+class City(BaseModel):
+    name: str
+    inhabitants: int
+
+
+def asked(mode):
+    client = instructor.from_openai(OpenAI(base_url=URL, api_key=KEY, max_retries=0), mode=mode)
+    return client.chat.completions
+
+
+def tools():
+    require(isinstance(asked(instructor.Mode.TOOLS).create(response_model=City, **SAID), City), "no object")
+
+
+def tools_streamed():
+    *_, last = asked(instructor.Mode.TOOLS).create_partial(response_model=City, **SAID)
+    require(last.name is not None, "no object")
+
+
+def structured():
+    for mode in (instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
+        require(isinstance(asked(mode).create(response_model=City, **SAID), City), f"{mode}: no object")
+
+
+run({"tools": tools, "tools streamed": tools_streamed, "structured": structured})

@@ -1,0 +1,44 @@
+"""litellm."""
+
+import json
+
+import litellm
+from pydantic import BaseModel
+from report import KEY, MAX_TOKENS, MODEL, QUESTION, TOOL_CHOICE, URL, WEATHER, require, run
+
+SAID = {"model": f"openai/{MODEL}", "api_base": URL, "api_key": KEY, "max_tokens": MAX_TOKENS, "temperature": 0}
+HELLO, USER = [{"role": "user", "content": "Say hello."}], [{"role": "user", "content": QUESTION}]
+
+
+class City(BaseModel):
+    name: str
+    inhabitants: int
+
+
+def text():
+    require(litellm.completion(messages=HELLO, **SAID).choices[0].message.content, "the answer is empty")
+
+
+def stream():
+    chunks = litellm.completion(messages=HELLO, stream=True, **SAID)
+    require("".join(chunk.choices[0].delta.content or "" for chunk in chunks), "the answer is empty")
+
+
+def tools():
+    message = litellm.completion(messages=USER, tools=[WEATHER], tool_choice=TOOL_CHOICE, **SAID).choices[0].message
+    require(json.loads(message.tool_calls[0].function.arguments)["city"], "no city")
+
+
+def tools_streamed():
+    chunks = list(litellm.completion(messages=USER, tools=[WEATHER], tool_choice=TOOL_CHOICE, stream=True, **SAID))
+    message = litellm.stream_chunk_builder(chunks).choices[0].message
+    require(json.loads(message.tool_calls[0].function.arguments)["city"], "no city")
+
+
+def structured():
+    asked = [{"role": "user", "content": "Describe the city of Bonn."}]
+    reply = litellm.completion(messages=asked, response_format=City, **SAID)
+    City.model_validate_json(reply.choices[0].message.content)
+
+
+run({"text": text, "stream": stream, "tools": tools, "tools streamed": tools_streamed, "structured": structured})

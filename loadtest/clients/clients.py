@@ -1,0 +1,41 @@
+"""Which clients are run, pinned, and what each is asked to do."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+CASES = ("text", "stream", "tools", "tools streamed", "structured")
+"""What is tried of every client that has it. `structured` is each of its ways to ask for an object."""
+
+
+class Client(NamedTuple):
+    """A library that talks to servers."""
+
+    name: str
+    packages: tuple[str, ...]
+    """With their versions, for pip or npm; the first is the client's own."""
+    script: str
+    """In `cases`."""
+
+    @property
+    def npm(self) -> bool:
+        """Whether it runs on Node.js."""
+        return self.script.endswith(".mjs")
+
+    @property
+    def version(self) -> str:
+        """Of the client's own package."""
+        return self.packages[0].replace("==", "@").rpartition("@")[2]
+
+
+CLIENTS = (
+    Client("openai-python", ("openai==3.57.0",), "openai_python.py"),
+    Client("openai-js", ("openai@7.59.0",), "openai_js.mjs"),
+    Client("@ai-sdk/openai-compatible", ("@ai-sdk/openai-compatible@3.0.92", "ai@7.0.173", "zod@4.6.7"), "ai_sdk.mjs"),
+    Client("litellm", ("litellm==1.110.2",), "litellm_python.py"),
+    Client("langchain-openai", ("langchain-openai==1.7.4",), "langchain_python.py"),
+    Client("instructor", ("instructor==1.17.0",), "instructor_python.py"),
+    Client("pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",), "pydantic_ai_python.py"),
+    Client("smolagents", ("smolagents[openai]==1.26.0",), "smolagents_python.py"),
+    Client("llama-index", ("llama-index-llms-openai-like==0.8.1",), "llama_index_python.py"),
+)

@@ -1,0 +1,87 @@
+"""Scoring of tool calls, and what is run of the clients."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from kvloom.loadtest.clients.__main__ import SCRIPTS, problems, row
+from kvloom.loadtest.clients.clients import CASES, CLIENTS
+from kvloom.loadtest.quality.tool_eval import QUESTIONS, Call, is_right, main
+
+RIGHT = {q.text: [{"name": q.name, "arguments": json.dumps(q.arguments)}] if q.name else [] for q in QUESTIONS}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Calls what is right, but for two questions; in streams in two pieces."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        calls = RIGHT[body["messages"][0]["content"]]
+        if "Paris" in body["messages"][0]["content"]:
+            calls = []
+        if "haiku" in body["messages"][0]["content"]:
+            calls = [{"name": "get_weather", "arguments": "{}"}]
+        whole = [{"id": str(i), "type": "function", "function": call} for i, call in enumerate(calls)]
+        events = [json.dumps({"choices": [{"message": {"content": None, "tool_calls": whole}}]})]
+        if body.get("stream"):
+            starts = [{"index": i, "function": {**call, "arguments": ""}} for i, call in enumerate(calls)]
+            pieces = [{"index": i, "function": {"arguments": call["arguments"]}} for i, call in enumerate(calls)]
+            deltas = [{"tool_calls": starts}, {"tool_calls": pieces}, {"content": "x"}]
+            events = [f"data: {json.dumps({'choices': [{'delta': delta}]})}\n\n" for delta in deltas] + ["data: [DONE]\n\n"]
+        data = "".join(events).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_server_is_scored(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        assert main(["--server", f"one={url}", "--model", "m", "--json", str(tmp_path / "rows.json")]) == 0
+        server.shutdown()
+    (measured,) = json.loads((tmp_path / "rows.json").read_text())
+    assert [measured[key] for key in ("right", "right_streamed", "needed", "needless", "unneeded", "same")] == [
+        19,
+        19,
+        20,
+        1,
+        5,
+        25,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("calls", "right"),
+    [
+        ([Call("convert_currency", '{"amount": 100.0, "source": "usd", "target": "EUR"}')], True),
+        ([Call("convert_currency", '{"amount": "100", "source": "USD", "target": "EUR"}')], False),
+        ([Call("convert_currency", '{"amount": 100, "source": "USD"}')], False),
+        ([Call("convert_currency", '{"amount": 100')], False),
+        ([Call("get_weather", '{"amount": 100, "source": "USD", "target": "EUR"}')], False),
+        ([], False),
+    ],
+)
+def test_what_is_right(calls, right):
+    question = next(q for q in QUESTIONS if "100 USD" in q.text)
+    assert is_right(question, calls) is right
+    assert not is_right(question, calls * 2)
+
+
+def test_clients_are_pinned_and_have_scripts():
+    for client in CLIENTS:
+        assert (SCRIPTS / client.script).is_file() and client.version[0].isdigit()
+        assert all("==" in name or "@" in name[1:] for name in client.packages)
+
+
+def test_rows_of_clients():
+    client = CLIENTS[0]
+    assert row(client, {"text": "", "tools": "an error"})[2:] == ["passed", "-", "failed", "-", "-"]
+    assert len(row(client, {})) == 2 + len(CASES)
+    assert "the script ended" in problems(["python3", "-c", "raise SystemExit('no')"], {})["text"]
