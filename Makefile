@@ -2,6 +2,7 @@
 # make demo         the same with openai-python: start a server, talk to it, print answers and figures
 # make test         install the development tools, lint, type-check and run every test
 # make setup        install the development tools
+# make wheels       the sdist, and wheels with ready-made C++ kernels for x86_64 and aarch64, into dist
 # make figures-check  compare the figures in README.md and docs with the result files in docs/figures
 # make bench-peers  kvloom beside other servers on this machine, into docs/peers.md. Which ones:
 #                     BENCH="--url vllm=http://127.0.0.1:8001 --precision vllm=bf16" for one that runs, or
@@ -20,7 +21,7 @@ GPU_PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types figures-check bench-peers floods fuzz clients gpu-check clean
+.PHONY: setup serve demo test lint types wheels figures-check bench-peers floods fuzz clients gpu-check clean
 
 setup: $(VENV)/.dev
 
@@ -49,6 +50,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+wheels: setup
+	$(BIN)/python -m build
+	$(BIN)/python -m build --wheel -C target=aarch64
+
 figures-check: setup
 	$(BIN)/python -m kvloom.loadtest.figures
 
@@ -73,4 +78,4 @@ gpu-check:
 	$(GPU_PYTHON) -m kvloom.loadtest.gpu_check $(GPU_CHECK)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

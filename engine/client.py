@@ -65,6 +65,8 @@ class ModelInfo:
     """Jinja source of the chat template that the operator gave; None for the model's own."""
     weights_held: str = ""
     """What the mode `weights` came to and why: layers int4 (the file's codes), head int8 (rounded from BF16)."""
+    build: str = ""
+    """Which build of the kernels runs, as "x86-64-v3, ready-made"; empty where there is but one."""
     device: str = "cpu"
     """Where weights and KV are: cpu or cuda."""
     device_note: str = ""

@@ -74,8 +74,8 @@ class ModelOptions:
     """Longest prompt + output in tokens; the default is what the model was trained for, cut to what the cache holds. More
     only with a selection that goes beyond it: token_select with re-indexed positions."""
     backend: Backend = "auto"
-    """Kernels: native (C++, built on this machine, for the CPU), triton (for cuda), torch, reference, or auto (the first that
-    works)."""
+    """Kernels: native (C++, for the CPU; $KVLOOM_NATIVE says which build), triton (for cuda), torch, reference, or auto (the
+    first that works)."""
     device: DeviceName = "auto"
     """Where weights and KV are, and steps are computed: cpu, cuda (not yet measured on a GPU), or auto: a GPU of compute
     capability 8.0 or more where torch can use one and the backend is not native, else the CPU."""

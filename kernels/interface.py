@@ -186,6 +186,8 @@ class Kernels(Protocol):
     """A back end. Every `out` argument is written in place and returned; all other tensors are read only."""
 
     name: str
+    build: str
+    """Which build of it runs, as "x86-64-v3, ready-made"; empty where there is but one."""
     quantized: QuantizedLinears | None
     """Quantised linear layers, if this back end has them."""
 

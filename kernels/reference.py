@@ -140,6 +140,7 @@ class ReferenceKernels:
     """`interface.Kernels` in plain torch."""
 
     name = "reference"
+    build = ""
     quantized: QuantizedLinears | None = None
 
     def __init__(self) -> None:

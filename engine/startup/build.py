@@ -167,6 +167,8 @@ def _backend(name: str, device: torch.device, threads: int, progress: Progress) 
     """The kernels of that name. Raises ConfigError if they cannot be had on this machine and device."""
     try:
         return kernels.load(name, device.type, threads, progress)
+    except ValueError as error:  # what was asked for names itself
+        raise ConfigError(str(error)) from error
     except Exception as error:  # no compiler, or one that fails
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
@@ -324,6 +326,7 @@ def _info(
         weights=options.weights,
         weights_held=loaded.weights_held,
         backend=backend.name,
+        build=backend.build,
         threads=f"{threads} on {processors()}",
         created=int(time.time()),
         settings=config.changed(),

@@ -39,6 +39,7 @@ class TritonKernels:
     """`interface.Kernels` in Triton, on one device and one stream."""
 
     name = "triton"
+    build = ""
 
     # What needs nothing of this object: see the contract.
     store, rotate, rotate_store = staticmethod(by_row.store), staticmethod(by_row.rotate), staticmethod(by_row.rotate_store)

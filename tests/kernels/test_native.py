@@ -5,7 +5,7 @@ The contract itself is tested by the other modules of this folder, which run on 
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -18,14 +18,16 @@ from torch import Tensor
 
 from kvloom.kernels import Lists, PagedKV, PoolHow, Rows
 from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build
-from kvloom.kernels.cpu.native.build import SOURCES
+from kvloom.kernels.cpu.native.compiler import SOURCES, find_compiler
 from kvloom.kernels.reference import ReferenceKernels
 from tests.conftest import native_kernels
 
 
-@pytest.fixture(scope="module", params=["machine", "generic"])
+@pytest.fixture(scope="module", params=["machine", "generic", "x86-64-v3"])
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
-    return native_kernels(generic=request.param == "generic")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVLOOM_NATIVE", request.param if request.param == "x86-64-v3" else "native")
+        return native_kernels(generic=request.param == "generic")
 
 
 def ints(values: object) -> Tensor:
@@ -148,7 +150,7 @@ def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     log = tmp_path / "runs"
     body = f'echo run >> "{log}"; sleep 0.2; while [ "$1" != -o ]; do shift; done; echo made > "$2"'
     environment = {**os.environ, "KVLOOM_CACHE": str(tmp_path), "CXX": _compiler(tmp_path, body)}
-    command = [sys.executable, "-c", "from kvloom.kernels.cpu.native import build; print(build())"]
+    command = [sys.executable, "-c", "from kvloom.kernels.cpu.native import build; print(build().path)"]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
     first, second = (process.communicate(timeout=60)[0].strip() for process in both)
     assert first == second
@@ -179,20 +181,19 @@ def test_no_compiler_and_nothing_built_is_reported(tmp_path: Path, monkeypatch: 
 def test_the_package_ziglang_is_a_compiler_where_there_is_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    builder = importlib.import_module("kvloom.kernels.cpu.native.build")  # the package has a function of that name
     monkeypatch.setenv("KVLOOM_CACHE", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(builder.importlib.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
     if found := shutil.which("g++"):
-        assert builder._compiler() == [found]
+        assert find_compiler() == [found]
     monkeypatch.setenv("PATH", str(tmp_path))
     if installed:
-        assert builder._compiler() == [sys.executable, "-m", "ziglang", "c++"]
+        assert find_compiler() == [sys.executable, "-m", "ziglang", "c++"]
     else:
         with pytest.raises(NativeUnavailable, match="pip install ziglang"):
             build()
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert builder._compiler() is None, "who names a compiler gets that one or none"
+    assert find_compiler() is None, "who names a compiler gets that one or none"
 
 
 def test_without_a_compiler_a_library_built_earlier_serves(
@@ -200,7 +201,7 @@ def test_without_a_compiler_a_library_built_earlier_serves(
 ) -> None:
     built = build()
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
-    assert build().name[:23] == built.name[:23]
+    assert build().path.name[:23] == built.path.name[:23]
 
 
 def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,12 +103,12 @@ def test_a_library_that_others_write_to_is_neither_loaded_nor_trusted(cache: Pat
         target.chmod(0o755)
         made.append(target)
 
-    monkeypatch.setattr(build, "_compile", compile_)
-    target = build.build()
-    assert build.build() == target and made == [target]
+    monkeypatch.setattr(build, "compile_library", compile_)
+    target = build.build().path
+    assert build.build().path == target and made == [target]
     target.chmod(0o777)
     assert not build._usable(target)
-    again = build.build()
+    again = build.build().path
     assert made == [target, again] and again != target
     with pytest.raises(build.NativeUnavailable, match="can be written by other users"):
         library.Library(target)

@@ -16,7 +16,8 @@ from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, 
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding, check_pool, check_renewal, check_sample
 
-from .build import Progress, build
+from .build import build
+from .compiler import Progress
 from .graph import NativeGraph
 from .library import DTYPES, Library
 from .plan import NativePlan, make_plan
@@ -26,9 +27,11 @@ from .quantized import NativeQuantized
 def load(threads: int | None = None, *, generic: bool = False, progress: Progress | None = None) -> NativeKernels:
     """This machine's native back end. threads: of a call, the calling one among them; torch's number unless given.
 
-    generic: the build without processor-specific code, for tests. Raises NativeUnavailable with the reason.
+    generic: the build without processor-specific code, for tests. Raises NativeUnavailable with the reason, or ValueError if
+    $KVLOOM_NATIVE names what cannot run here.
     """
-    return NativeKernels(Library(build(generic=generic, progress=progress)), threads or torch.get_num_threads())
+    built = build(generic=generic, progress=progress)
+    return NativeKernels(Library(built.path), threads or torch.get_num_threads(), str(built))
 
 
 _EVERY = 2**62
@@ -40,8 +43,9 @@ class NativeKernels:
 
     name = "native"
 
-    def __init__(self, library: Library, threads: int) -> None:
+    def __init__(self, library: Library, threads: int, build: str = "") -> None:
         self.library = library
+        self.build = build
         self.threads = threads
         self._totals = np.zeros(5, np.int64)
         self.quantized: QuantizedLinears | None = NativeQuantized(self)

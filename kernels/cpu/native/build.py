@@ -1,56 +1,95 @@
-"""Builds the C++ library of this back end on the machine that runs it.
+"""Which library of this back end is loaded: one that came with the package, or one built on the machine that runs it.
 
-Owns the compiler call and the cache of built libraries. Promises that a library found in the cache was made from these
-sources, with these flags, on this kind of processor, and that two processes may build at once. The library's threads are its
-own (csrc/parallel.h): no OpenMP.
+Owns the choice ($KVLOOM_NATIVE) and the cache of built libraries. Promises that a library is only chosen if this processor can
+run it; that one found in the cache was made from these sources, with these flags, on this kind of processor; and that two
+processes may build at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from kvloom.kernels.trust import code_folder, foreign
 
-SOURCES = Path(__file__).parent / "csrc"
-COMMON_FLAGS = ("-std=c++17", "-O3", "-pthread", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
+from .compiler import COMMON_FLAGS, SOURCES, NativeUnavailable, Progress, compile_library, find_compiler, spelled, version
+from .variants import VARIANTS, missing, processor_flags
+
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""Where a wheel has its libraries, one for each variant; a checkout has none."""
+VARIABLE, AUTO, NATIVE = "KVLOOM_NATIVE", "auto", "native"
+"""The setting, and those of its values that name no variant."""
 
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, files done, files in all) while the library is compiled."""
+class Built(NamedTuple):
+    """A library to load."""
+
+    path: Path
+    variant: str
+    """A name of VARIANTS; "native", made for this very processor; or "generic"."""
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {'ready-made' if self.path.parent == PREBUILT else 'built here'}"
 
 
-class NativeUnavailable(Exception):
-    """The library cannot be had here; the message says why. Callers fall back to another back end."""
+def build(*, generic: bool = False, progress: Progress | None = None) -> Built:
+    """The shared library for this machine: the best that came with the package and that this processor can run; where there
+    is none, one for this very processor, built if the cache has none.
 
-
-def build(*, generic: bool = False, progress: Progress | None = None) -> Path:
-    """The shared library for this machine, built if the cache has none.
-
-    generic: no processor-specific code at all, as on a machine without vector extensions; for tests.
-    Raises NativeUnavailable when there is neither a compiler nor a library built earlier, or when the compiler fails.
+    $KVLOOM_NATIVE names another: "native" is always built here, and a variant that did not come with the package is built
+    too. generic: no processor-specific code at all, as on a machine without vector extensions; for tests.
+    Raises NativeUnavailable when nothing that came fits and there is neither a compiler nor a library built earlier, or when
+    the compiler fails; ValueError if that, or another processor, stands in the way of what $KVLOOM_NATIVE names.
     """
-    flags = _flags(generic)
+    wanted = AUTO if generic else os.environ.get(VARIABLE) or AUTO
+    if wanted == AUTO:
+        flags = processor_flags()
+        ready = () if generic else (one for one in VARIANTS if not missing(one, flags) and (PREBUILT / one.file).is_file())
+        if found := next(iter(ready), None):
+            return Built(PREBUILT / found.file, found.name)
+        return _for_this_machine(generic, progress)
+    try:
+        if wanted == NATIVE:
+            return _for_this_machine(False, progress)
+        return _named(wanted, progress)
+    except NativeUnavailable as error:
+        raise ValueError(f"{VARIABLE} is {wanted!r}, which cannot be had here: {error}") from error
+
+
+def _for_this_machine(generic: bool, progress: Progress | None) -> Built:
+    tuned = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
+    path = _from_source("-DKVLOOM_GENERIC" if generic else tuned, progress=progress)
+    return Built(path, "generic" if generic else NATIVE)
+
+
+def _named(name: str, progress: Progress | None) -> Built:
+    flags = processor_flags()
+    variant = next((one for one in VARIANTS if one.name == name), None)
+    if variant is None or (lacks := missing(variant, flags)):
+        why = "no such variant" if variant is None else f"this machine lacks {lacks}"
+        allowed = (AUTO, NATIVE, *(one.name for one in VARIANTS if not missing(one, flags)))
+        raise ValueError(f"{VARIABLE} is {name!r}: {why}; allowed here: {', '.join(allowed)}")
+    path = PREBUILT / variant.file
+    return Built(path if path.is_file() else _from_source(*variant.flags, progress=progress), variant.name)
+
+
+def _from_source(*tuned: str, progress: Progress | None) -> Path:
+    flags = [*COMMON_FLAGS, *tuned]
     wanted = _digest(_sources_bytes(), " ".join(flags).encode(), _processor().encode())
     folder = cache_folder()
-    compiler = _compiler()
+    compiler = find_compiler()
     if compiler is None:
         return _built_earlier(folder, wanted)
-    target = folder / f"kvloom-{wanted}-{_digest(_version(compiler).encode())}.so"
+    target = folder / f"kvloom-{wanted}-{_digest(version(compiler).encode())}.so"
     if not _usable(target):
         with _locked(folder):
             if not _usable(target):  # another process may have built it while this one waited
-                _compile(compiler, flags, target, progress or (lambda stage, done, total: None))
+                compile_library(compiler, spelled(flags, compiler), target, progress)
     return target
 
 
@@ -62,31 +101,6 @@ def cache_folder() -> Path:
         return code_folder(folder)
     except OSError as error:
         raise NativeUnavailable(f"cannot create {folder}: {error}; set KVLOOM_CACHE to a writable folder") from error
-
-
-def _flags(generic: bool) -> list[str]:
-    if generic:
-        return [*COMMON_FLAGS, "-DKVLOOM_GENERIC"]
-    tuned = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
-    return [*COMMON_FLAGS, tuned]
-
-
-def _compiler() -> list[str] | None:
-    """The command that compiles: what CXX names; or else what is installed, the clang of the package ziglang at last."""
-    named = os.environ.get("CXX")
-    candidates = [named] if named else ["g++", "clang++", "c++"]
-    if found := next(filter(None, map(shutil.which, candidates)), None):
-        return [found]
-    if not named and importlib.util.find_spec("ziglang") is not None:
-        return [sys.executable, "-m", "ziglang", "c++"]
-    return None
-
-
-def _version(compiler: list[str]) -> str:
-    shown = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False)
-    if shown.returncode:
-        raise NativeUnavailable(f"{' '.join(compiler)} --version failed: {shown.stderr.strip()}")
-    return shown.stdout
 
 
 def _processor() -> str:
@@ -130,29 +144,3 @@ def _locked(folder: Path) -> Iterator[None]:
     with open(folder / "build.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, also when the process dies
         yield
-
-
-def _compile(compiler: list[str], flags: list[str], target: Path, progress: Progress) -> None:
-    """Compiles every source, links, and moves the library into place in one step."""
-    stage = "compiling kernels, once on this machine"
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        objects = [Path(scratch) / f"{source.stem}.o" for source in sorted(SOURCES.glob("*.cpp"))]
-        jobs = [
-            [*compiler, *flags, "-c", str(source), "-o", str(made)]
-            for source, made in zip(sorted(SOURCES.glob("*.cpp")), objects)
-        ]
-        progress(stage, 0, len(jobs))
-        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for done, job in enumerate(as_completed([pool.submit(_run, job) for job in jobs]), 1):
-                job.result()
-                progress(stage, done, len(jobs))
-        library = Path(scratch) / target.name
-        _run([*compiler, "-shared", "-pthread", *map(str, objects), "-o", str(library)])
-        library.chmod(0o755)
-        os.replace(library, target)
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NativeUnavailable(f"{' '.join(command)}\nfailed:\n{done.stderr.strip()[-2000:]}")
