@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 
 from kvloom.engine.device import CPU, memory_of
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.startup.cgroups import free_memory
 
 log = logging.getLogger("kvloom.engine")
 
@@ -21,8 +21,8 @@ STATE_PART = 8
 
 
 def available_memory() -> int:
-    """Bytes that can be allocated without swapping: the system's figure, or the control group's if that is less."""
-    return min(_system(), _group(Path("/sys/fs/cgroup")))
+    """Bytes that can be allocated without swapping: the system's figure, or the control groups' if that is less."""
+    return int(min(_system(), free_memory()))
 
 
 def _system() -> int:
@@ -33,19 +33,6 @@ def _system() -> int:
     except OSError:
         pass
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
-def _group(root: Path) -> int:
-    """What the control group has left (version 2 files), cached files not counted; a huge number if there is no limit."""
-    try:
-        limit, used = ((root / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        left = int(limit) - int(used)
-    except (OSError, ValueError):  # no control group, or "max"
-        return 1 << 62
-    with contextlib.suppress(OSError):
-        lines = (root / "memory.stat").read_text().splitlines()
-        left += sum(int(line.split()[1]) for line in lines if line.startswith(("active_file ", "inactive_file ")))
-    return min(int(limit), max(0, left))
 
 
 def default_kv_memory() -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,17 +81,11 @@ def test_what_was_changed_is_told_by_flat_names() -> None:
     assert config.changed() == {"selection": "recycled", "budget": 64, "kv_memory": 1 << 30, "draft": True}
 
 
-def test_memory_respects_the_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "memory.max").write_text("3000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert memory._group(tmp_path) == 2000
-    (tmp_path / "memory.stat").write_text("anon 100\nactive_file 300\ninactive_file 200\n")
-    assert memory._group(tmp_path) == 2500, "cached files make room when it is wanted"
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory._group(tmp_path) > 1 << 60
-    assert memory._group(tmp_path / "absent") > 1 << 60
-    monkeypatch.setattr(memory, "available_memory", lambda: 2000)
-    assert memory.default_kv_memory() == 500
+@pytest.mark.parametrize(("system", "group", "cache"), [(8000, math.inf, 2000), (8000, 2000.0, 500), (8000, 0.0, 0)])
+def test_memory_respects_the_control_group(monkeypatch: pytest.MonkeyPatch, system: int, group: float, cache: int) -> None:
+    monkeypatch.setattr(memory, "_system", lambda: system)
+    monkeypatch.setattr(memory, "free_memory", lambda: group)
+    assert memory.default_kv_memory() == cache
 
 
 def test_a_former_back_end_means_the_one_in_its_place(caplog: pytest.LogCaptureFixture) -> None:
