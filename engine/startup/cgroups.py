@@ -80,8 +80,7 @@ def _cores(group: Group) -> float:
         granted, period = (group.read(f"cpu.cfs_{name}_us").strip() for name in ("quota", "period"))
     if granted in ("max", "-1"):
         return math.inf
-    cores = int(granted) / int(period)
-    return cores if cores > 0 else math.inf
+    return int(granted) / int(period) if int(granted) > 0 < int(period) else math.inf
 
 
 def _bytes(group: Group) -> float:
