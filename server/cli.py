@@ -32,6 +32,8 @@ MEASUREMENTS = {
         "report": ("kvloom.loadtest.report", "the report of one run, or several beside each other"),
         "engine": ("kvloom.loadtest.bench.engine", "the engine without HTTP, against what this machine can do"),
         "kernels": ("kvloom.loadtest.bench.kernels", "each kernel against the reference, and against what the device can do"),
+        "builds": ("kvloom.loadtest.bench.builds", "ready-made native kernels beside those made for this processor"),
+        "quota": ("kvloom.loadtest.bench.quota", "decode steps under a control group's quota, by threads"),
         "floods": ("kvloom.loadtest.bench.floods", "what a neighbour feels while somebody floods the server"),
         "peers": ("kvloom.loadtest.bench.peers", "kvloom beside other servers, with the same client and requests"),
     },

@@ -158,20 +158,51 @@ def steps_as_served(llm: LLM, steps: int) -> tuple[list[float], list[float]]:
     return seconds, shares
 
 
+def start_decoding(llm: LLM, batch: int, context: int, steps: int) -> None:
+    """Requests whose contexts are found in the cache, past the rest of their prompts and warm-up, with `steps` to go."""
+    prompts = [random_tokens(context, llm.model.vocab_size, 1000 * batch + i) for i in range(batch)]
+    for prompt in prompts:
+        remember(llm.core, prompt)
+    for i, prompt in enumerate(prompts):
+        add(llm, prompt, f"decode-{i}", steps + 4)
+    for _ in range(3):
+        llm.core.step()
+
+
+def stop_decoding(llm: LLM, batch: int) -> None:
+    """The end of what `start_decoding` began."""
+    for i in range(batch):
+        llm.core.abort(f"decode-{i}")
+    llm.core.cache.evict()
+
+
+def decode_steps(llm: LLM, batch: int, context: int, steps: int = 24) -> list[float]:
+    """Seconds of decode steps."""
+    start_decoding(llm, batch, context, steps)
+    seconds, _ = steps_as_served(llm, steps)
+    stop_decoding(llm, batch)
+    return seconds
+
+
+def prefill_seconds(llm: LLM, length: int, seed: int = 0) -> float:
+    """Seconds of one prompt and its first token, nothing of it in the cache."""
+    add(llm, random_tokens(length, llm.model.vocab_size, seed), f"prefill-{seed}", 1)
+    began = time.perf_counter()
+    while llm.core.busy:
+        llm.core.step()
+    spent = time.perf_counter() - began
+    llm.core.cache.evict()
+    return spent
+
+
 def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: int = 24) -> Row:
     """One row of the table: medians over steps. Times in ms, rates in 10^9 per second.
 
     read_bytes: weights once, and K and V of every request's context; floor_ms: those over the machine's read bandwidth;
     outside_share: of the step's time, outside the model.
     """
-    prompts = [random_tokens(context, llm.model.vocab_size, 1000 * batch + i) for i in range(batch)]
-    for prompt in prompts:
-        remember(llm.core, prompt)
-    for i, prompt in enumerate(prompts):
-        add(llm, prompt, f"decode-{i}", 2 * steps + 4)
+    start_decoding(llm, batch, context, 2 * steps)
     core = llm.core
-    for _ in range(3):  # the rest of the prompts, and warm-up
-        core.step()
     seconds, shares = steps_as_served(llm, steps)
     plain = statistics.median(seconds)
     attention, linear = [], []
@@ -181,9 +212,7 @@ def decode_case(llm: LLM, batch: int, context: int, ceilings: Ceilings, steps: i
             core.step()
             attention.append(clock.spent["attend"])
             linear.append(clock.spent["linear"] + clock.spent["head"])
-    for i in range(batch):
-        core.abort(f"decode-{i}")
-    core.cache.evict()
+    stop_decoding(llm, batch)
     per_token = sum(layer.k[0, :, 0].nbytes * 2 for layer in core.cache.storage.layers)
     kv_bytes = batch * context * per_token
     read = weight_bytes(llm) + kv_bytes
@@ -212,20 +241,16 @@ def weight_bytes(llm: LLM) -> int:
 
 def prefill_case(llm: LLM, length: int, repeats: int = 3) -> Row:
     """One row of the table, of one prompt length: medians over repeats."""
-    core, config = llm.core, llm.core.runner.decoder.config
+    config = llm.core.runner.decoder.config
     seconds, attention, linear = [], [], []
     with instrumented(llm) as clock:
         for i in range(repeats + 1):
-            add(llm, random_tokens(length, llm.model.vocab_size, i), f"prefill-{i}", 1)
             clock.spent.clear()
-            began = time.perf_counter()
-            while core.busy:
-                core.step()
+            spent = prefill_seconds(llm, length, i)
             if i:  # the first is warm-up
-                seconds.append(time.perf_counter() - began)
+                seconds.append(spent)
                 attention.append(clock.spent["attend"])
                 linear.append(clock.spent["linear"])
-    core.cache.evict()
     weights = sum(one.in_features * one.out_features for one in linears(llm))
     attention_flops = 4 * config.q_heads * config.head_dim * config.layers * length * (length + 1) / 2
     total, attended = statistics.median(seconds), statistics.median(attention)
