@@ -81,11 +81,10 @@ def build(dist: Path) -> dict[str, float]:
 def install(folder: Path, wheel: Path) -> float:
     """Seconds that the wheel and all it needs but torch take, in a new environment."""
     venv.create(folder, with_pip=True)
-    python = str(folder / "bin" / "python")
-    timed(
-        [python, "-c", "import sys; sys.path.insert(0, 'scripts'); import install; sys.exit(install.install_torch())"], cwd=ROOT
-    )
-    return timed([python, "-m", "pip", "install", str(wheel)], cwd=folder)
+    python, apart = str(folder / "bin" / "python"), {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    torch = "import sys; sys.path.insert(0, 'scripts'); import install; sys.exit(install.install_torch())"
+    timed([python, "-c", torch], cwd=ROOT, env=apart)
+    return timed([python, "-m", "pip", "install", str(wheel)], cwd=folder, env=apart)
 
 
 def bare(environment: Path) -> dict[str, str]:

@@ -148,6 +148,6 @@ def test_another_variant_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch)
             made = load(threads=1)
         except ValueError as error:
             pytest.skip(str(error))
-        assert made.build.split(",")[0] == name
+        assert made.build == ("built here for this processor" if name == "native" else "x86-64-v3, built here")
         outs.append(QuantLinear(made, pack_int8(made, codes, scales))(x, torch.empty(5, 160)))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-4)

@@ -34,7 +34,8 @@ class Built(NamedTuple):
     """A name of VARIANTS; "native", made for this very processor; or "generic"."""
 
     def __str__(self) -> str:
-        return f"{self.variant}, {'ready-made' if self.path.parent == PREBUILT else 'built here'}"
+        made = "ready-made" if self.path.parent == PREBUILT else "built here"
+        return f"{made} for this processor" if self.variant == NATIVE else f"{self.variant}, {made}"
 
 
 def build(*, generic: bool = False, progress: Progress | None = None) -> Built:
