@@ -64,7 +64,6 @@ ONLY = {
     "pipeline_parallel_size": Only(("1",), _ONE),
     "data_parallel_size": Only(("1",), _ONE),
     "enable_chunked_prefill": Only(("",), "prompts are always computed in chunks"),
-    "enforce_eager": Only(("",), "no graphs are captured on a CPU"),
     "chat_template_content_format": Only(("auto",), "a template gets the form of content that it reads"),
     "kv_cache_dtype": Only(("auto", "bfloat16"), "KV is stored in --dtype"),
     "load_format": Only(("auto", "safetensors", "gguf"), "the files themselves say what they are"),

@@ -12,6 +12,7 @@ import argparse
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, NoReturn
 
 from kvloom.engine.config import EngineConfig, Option, all_options
 from kvloom.engine.errors import ConfigError, KVLoomError
-from kvloom.server import aliases
+from kvloom.server import aliases, environment
 from kvloom.server.collector import no_collections
 from kvloom.server.exit_codes import FAILED, INTERRUPTED, USAGE_ERROR
 from kvloom.server.options import ServerOptions, allowed_values, default_text, server_options
@@ -59,7 +60,6 @@ MEASUREMENTS = {
     },
 }
 """Commands that live in `loadtest`, which stands above this room: imported by name, only when asked for."""
-API_KEY_VARIABLE = "KVLOOM_API_KEY"
 PLANNED = (
     "model", "dtype", "max_model_len", "device", "block_size", "gpu_memory_utilization", "max_num_seqs", "max_batched_tokens",
 )  # fmt: skip
@@ -140,8 +140,8 @@ def _add_serve(commands: Any) -> None:
         "serve",
         help="serve a model over an OpenAI-compatible API",
         description="Serve a model over an OpenAI-compatible API. A YAML file given by --config holds the same names, with or "
-        f"without dashes; flags win over it. API keys can also come from ${API_KEY_VARIABLE}. vLLM's names "
-        "of these settings are taken, too.",
+        "without dashes, and every setting is an environment variable, too: --max-body is $KVLOOM_MAX_BODY. Flags win over the "
+        "environment, and that over the file. vLLM's names of these settings are taken, too.",
         allow_abbrev=False,
     )
     groups: dict[str, Any] = {}
@@ -152,7 +152,8 @@ def _add_serve(commands: Any) -> None:
     http = serve.add_argument_group("The HTTP server")
     for option in server_options():
         _add_flag(http, option)
-    serve.add_argument("--config", type=Path, metavar="FILE", help="YAML file with any of these settings")
+    text = f"YAML file with any of these settings [${environment.CONFIG}]"
+    serve.add_argument("--config", type=Path, metavar="FILE", help=text)
     serve.set_defaults(run=_serve, parser=serve)
 
 
@@ -174,7 +175,8 @@ def _add_flag(group: Any, option: Option) -> None:
 
 def _help(option: Option) -> str:
     default = default_text(option)
-    return (option.help + (f" (default: {default})" if default else "")).replace("%", "%%")
+    shown = f"{option.help}{f' (default: {default})' if default else ''} [${environment.variable(option)}]"
+    return shown.replace("%", "%%")
 
 
 def _add_models(commands: Any) -> None:
@@ -200,12 +202,16 @@ def _add_plan(commands: Any) -> None:
 def _plan(arguments: argparse.Namespace) -> int:
     from kvloom.server.plan_command import plan
 
-    given = {name: getattr(arguments, name) for name in PLANNED if hasattr(arguments, name)}
+    planned = (option for _, option in all_options() if option.name in PLANNED)
+    given = environment.settings(os.environ, planned)
+    given |= {name: getattr(arguments, name) for name in PLANNED if hasattr(arguments, name)}
     return plan(EngineConfig.from_flat(given), arguments.memory)
 
 
 def _serve(arguments: argparse.Namespace) -> int:
     config, options = serve_settings(arguments)
+    # Until the server handles it: the first process of a container, which a signal without a handler does not end.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with no_collections():
         from kvloom.server.serve import serve
 
@@ -213,19 +219,19 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def serve_settings(arguments: argparse.Namespace) -> tuple[EngineConfig, ServerOptions]:
-    """Settings from the environment, a YAML file and flags; the later win. Raises ConfigError."""
+    """Settings from a YAML file, the environment and flags; the later win. Raises ConfigError."""
     given = {key: value for key, value in vars(arguments).items() if key not in ("run", "parser", "config")}
-    file: Path | None = arguments.config
-    values: dict[str, Any] = {}
-    if os.environ.get(API_KEY_VARIABLE):
-        values["api_key"] = os.environ[API_KEY_VARIABLE]
-    values |= {} if file is None else read_yaml(file)
-    values |= given
-    server_names = {option.name for option in server_options()}
-    known = server_names | {option.name for _, option in all_options()}
+    options = (*(option for _, option in all_options()), *server_options())
+    environment.check_names(os.environ, options)
+    file = arguments.config or Path(os.environ.get(environment.CONFIG, ""))
+    values = read_yaml(file) if file != Path() else {}
+    known = {option.name for option in options}
     for key in values:
         if key not in known:
             raise ConfigError(f"unknown setting {key!r} in {file}; known: {', '.join(sorted(known))}")
+    values |= environment.settings(os.environ, options)
+    values |= given
+    server_names = {option.name for option in server_options()}
     engine = {key: value for key, value in values.items() if key not in server_names}
     return EngineConfig.from_flat(engine), ServerOptions.from_flat({k: v for k, v in values.items() if k in server_names})
 

@@ -12,6 +12,7 @@ from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_va
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.server.answers.formats import CALL_ALIASES, CALL_FORMATS, REASONING_ALIASES, REASONING_FORMATS
+from kvloom.server.key_file import read_keys
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -27,7 +28,7 @@ class ServerOptions:
     """The HTTP server."""
 
     host: Annotated[str, "ADDRESS"] = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 or :: for every interface (then set --api-key)."""
+    """Address to listen on; 0.0.0.0 or :: for every interface (then set --api-key or --api-key-file)."""
     port: Annotated[int, "PORT"] = 8000
     """Port to listen on; 0 picks a free one."""
     api_key: Keys = ()
@@ -35,6 +36,10 @@ class ServerOptions:
     admin_key: Keys = ()
     """Key of the operator, who sees everybody's figures: /metrics and all of /v1/kv, which tenants do not. Repeat it, or
     separate by commas, for several."""
+    api_key_file: FilePath | None = None
+    """File with such keys, one a line, beside those of --api-key; blank lines and lines that begin with # are left out."""
+    admin_key_file: FilePath | None = None
+    """File with keys of the operator, one a line, beside those of --admin-key."""
     allowed_hosts: Hosts = ()
     """Name that requests may give in Host beside localhost, loopback addresses and --host; asked only while the server listens
     on loopback and needs no key, where a web page could reach it under a name of its own. Repeat it, or separate by commas."""
@@ -124,10 +129,13 @@ class ServerOptions:
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> ServerOptions:
-        """Make options from the command line's or a YAML file's values. Raises ConfigError."""
-        return cls(
-            **{option.name: parse_value(option, values[option.name]) for option in server_options() if option.name in values}
-        )
+        """Make options from the command line's, the environment's or a YAML file's values, and read the keys of files. Raises
+        ConfigError."""
+        given = {o.name: parse_value(o, values[o.name]) for o in server_options() if o.name in values}
+        for name in ("api_key", "admin_key"):
+            from_file = read_keys(f"{name}_file", given.get(f"{name}_file"))
+            given[name] = (*given.get(name, ()), *from_file)
+        return cls(**given)
 
 
 def server_options() -> tuple[Option, ...]:

@@ -75,8 +75,10 @@ class BuiltinModel:
 
     @property
     def path(self) -> Path:
-        """Where the file is, once it is there."""
-        return cache_folder() / "models" / self.name / Path(self.member).name
+        """Where the file is, once it is there: where an image brings it, beside its Python, or else in the cache."""
+        inside = Path("models", self.name, Path(self.member).name)
+        brought = Path(sys.prefix, "share", "kvloom") / inside
+        return brought if brought.is_file() else cache_folder() / inside
 
 
 _BUILTINS = (

@@ -267,3 +267,15 @@ def test_the_built_in_model() -> None:
     assert files == ModelFiles(model.path, "gguf", "smollm2", SamplingDefaults(temperature=0.2, top_p=0.9))
     assert files.path.stat().st_size == model.size and model in list_cached()
     assert files.path.read_bytes()[:4] == b"GGUF"
+
+
+def test_what_an_image_brings_needs_neither_cache_nor_network(
+    tiny: BuiltinModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brought = tmp_path / "prefix" / "share" / "kvloom" / "models" / "tiny" / "tiny.gguf"
+    brought.parent.mkdir(parents=True)
+    brought.write_bytes(CONTENT)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    monkeypatch.setattr(catalog, "_download", lambda *_: pytest.fail("fetched"))
+    assert catalog.at_hand("tiny") and resolve("tiny").path == brought and list_cached() == (tiny,)
+    assert not cache_folder().exists()

@@ -20,7 +20,7 @@ def parse(*flags):
 
 @pytest.fixture(autouse=True)
 def no_key_in_the_environment(monkeypatch):
-    monkeypatch.delenv(cli.API_KEY_VARIABLE, raising=False)
+    monkeypatch.delenv("KVLOOM_API_KEY", raising=False)
 
 
 def test_defaults():
@@ -56,7 +56,7 @@ def test_yaml_and_flags_win(tmp_path):
 
 
 def test_key_from_the_environment(monkeypatch):
-    monkeypatch.setenv(cli.API_KEY_VARIABLE, "secret,other")
+    monkeypatch.setenv("KVLOOM_API_KEY", "secret,other")
     assert parse()[1].api_key == ("secret", "other")
     assert parse("--api-key", "flag")[1].api_key == ("flag",)
 
@@ -248,7 +248,7 @@ def test_other_servers_names_in_yaml(tmp_path):
         (["--tensor-parallel-size=2"], "is '2'; allowed: 1"),
         (["--tensor-parallel-size"], "is ''; allowed: 1"),
         (["--kv-cache-dtype", "fp8"], "allowed: auto or bfloat16, as KV is stored in --dtype"),
-        (["--enforce-eager=yes"], "allowed: no value"),
+        (["--enable-chunked-prefill=yes"], "allowed: no value"),
     ],
 )
 def test_what_cannot_be_had_here_is_refused_with_the_reason(capsys, flags, message):
