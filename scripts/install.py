@@ -1,5 +1,7 @@
 """Installs kvloom, editable, into the environment that runs this script: `python scripts/install.py [EXTRA ...]`.
 
+With --fixed it is copied, not editable, as images need it; with --only-torch nothing but torch is installed.
+
 torch comes first and alone, from PyTorch's index of CPU builds: on Linux the main index serves CUDA's, 2.7 GB with their
 libraries. The environment variable TORCH_INDEX names another index, or a folder of wheels; empty means what pip is configured
 for (CUDA's build, on a plain machine). If the index does not answer within seconds, pip's own configuration is used, and a
@@ -74,14 +76,15 @@ def install_torch() -> int:
     return pip("--no-deps", *flags, wanted)
 
 
-def main(extras: list[str]) -> int:
+def main(words: list[str]) -> int:
     """Returns the exit code."""
+    extras = [word for word in words if not word.startswith("--")]
     code = install_torch()
-    if code:
+    if code or "--only-torch" in words:
         return code
     what = f".[{','.join(extras)}]" if extras else "."
     say(f"kvloom and what it needs{', with ' + ', '.join(extras) if extras else ''}")
-    return pip("--editable", str(ROOT) + what[1:])
+    return pip(*([] if "--fixed" in words else ["--editable"]), str(ROOT) + what[1:])
 
 
 if __name__ == "__main__":

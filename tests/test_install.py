@@ -62,6 +62,12 @@ def test_a_folder_of_wheels_stands_in_for_an_index(
     ]
 
 
+def test_images_have_torch_alone_first_and_then_a_copy(install: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_INDEX", "")
+    assert install.main(["--only-torch"]) == 0 and install.main(["--fixed", "bench"]) == 0
+    assert install.calls == [(install.torch_pin(),), (install.torch_pin(),), (f"{ROOT}[bench]",)]
+
+
 @pytest.mark.parametrize("index", ["http://127.0.0.1:9/whl/cpu", "no URL"])
 def test_an_index_that_does_not_answer_is_said_and_replaced(
     install: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], index: str

@@ -14,6 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from kvloom.server import probe
+
 SCRIPT = Path(__file__).with_name("fake_process.py")
 
 
@@ -67,11 +69,12 @@ def start():
 BODY = {"prompt": "hello", "stream": True}
 
 
-def test_ctrl_c_while_loading_ends_the_process_whatever_its_threads_do(start):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_loading_ends_the_process_whatever_its_threads_do(start, number):
     process = start("endless")
     while "loading weights" not in process.stderr:
         time.sleep(0.02)
-    process.popen.send_signal(signal.SIGINT)
+    process.popen.send_signal(number)
     assert process.end() == 130
     assert process.lines[-1] == "kvloom: interrupted while loading\n"
 
@@ -189,3 +192,14 @@ def test_bad_addresses_and_certificates(start, flags, message):
     process = start(*flags)
     assert process.end() == 1
     assert message in process.lines[-1] and "Traceback" not in process.stderr
+
+
+def test_the_probe_of_images_tells_a_healthy_server_from_none(start, monkeypatch, capsys):
+    process = start()
+    port = process.url().rsplit(":", 1)[1]
+    monkeypatch.setenv("KVLOOM_PORT", port)
+    monkeypatch.setenv("KVLOOM_HOST", "0.0.0.0")
+    assert probe.main() == 0
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 0
+    assert probe.main() == 1 and f"no answer from 127.0.0.1 port {port}" in capsys.readouterr().err
