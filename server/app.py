@@ -28,7 +28,7 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
     encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len, client.reserve)
     formats = formats_of(client.tokenizer, options.tool_call_parser, options.reasoning_parser)
-    context = ServerContext(client, options, Metrics(client), encoder, formats)
+    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

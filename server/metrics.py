@@ -1,11 +1,13 @@
 """Prometheus metrics: vLLM's names, units and buckets with the prefix `kvloom:`, so that its dashboards carry over.
 
 The engine's figures are those that `engine.requests.stats` declares, read when Prometheus asks; times are observed by the
-routes. Labels are the model and values that the code fixes: nothing a client sends becomes a label.
+routes. Labels are the model, values that the code fixes and tenants that the operator's tenants file names: nothing a client
+sends becomes a label.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Literal, cast, get_args
@@ -16,11 +18,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from kvloom.engine.client import EngineClient, ModelInfo
+from kvloom.engine.errors import KVLoomError
 from kvloom.engine.requests.figures import Figure, told
 from kvloom.engine.requests.request import FinishReason
+from kvloom.engine.requests.stats import TenantFigures
 from kvloom.version import __version__
 
 PREFIX = "kvloom:"
+MOST_TENANTS = 1000
+"""Of those that the tenants file names, the first so many are told of."""
+TENANTS_SECONDS = 1.0
+"""How long the engine may take to tell what tenants hold, between two of its steps; then a scrape goes without."""
 FINISH_REASONS: tuple[FinishReason, ...] = ("stop", "length", "abort", "error")
 Path = Literal["full", "prefix", "segment"]
 """What was reused of a prompt: nothing, an exact prefix, segments (KVShare)."""
@@ -41,7 +49,9 @@ def _token_buckets(longest: int) -> tuple[float, ...]:
 class Metrics:
     """The registry of one server."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(self, client: EngineClient, tenants: Sequence[str] = ()) -> None:
+        """tenants: names that the operator gave; of others nothing is told."""
+        self._tenants = tenants[:MOST_TENANTS]
         prometheus_client.disable_created_metrics()
         self.registry = CollectorRegistry()
         self._client = client
@@ -76,8 +86,18 @@ class Metrics:
 
     async def render(self) -> bytes:
         """The text that Prometheus scrapes."""
-        self._engine.figures = [*told(await self._client.stats()), *told(await self._client.health())]
+        stats, health, tenants = await self._client.stats(), await self._client.health(), await self._of_tenants()
+        self._engine.figures = [*told(stats), *told(health), *told(tenants)]
         return prometheus_client.generate_latest(self.registry)
+
+    async def _of_tenants(self) -> TenantFigures:
+        """What tenants hold; nothing if there are none, or the engine cannot be asked now."""
+        if not self._tenants:
+            return TenantFigures()
+        try:
+            return TenantFigures(tenants=await asyncio.wait_for(self._client.tenants(self._tenants), TENANTS_SECONDS))
+        except (KVLoomError, TimeoutError):
+            return TenantFigures()
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(PREFIX + name, text, [*self._labels, label], registry=self.registry)

@@ -48,6 +48,8 @@ class ServerOptions:
     by commas, for several. From anywhere else that header is refused."""
     tenant_keys: Mapping[str, str] = field(default_factory=dict, repr=False)
     """API key -> tenant, beside `api_key`: from the tenants file, see `with_tenants`."""
+    tenant_names: tuple[str, ...] = ()
+    """Tenants that the tenants file names, of which /metrics tells: see `with_tenants`."""
     cors: Origins = ()
     """Origin whose pages may call the API from a browser (* for any); repeat it, or separate by commas, for several."""
     max_body: Size = 4 * 1024**2
@@ -124,8 +126,8 @@ class ServerOptions:
         return len({*self.api_key, *self.tenant_keys.values()}) > 1 or bool(self.trusted_proxies)
 
     def with_tenants(self, tenants: Tenants) -> ServerOptions:
-        """These options, and the API keys of the tenants. Raises ConfigError if a key is given twice."""
-        return dataclasses.replace(self, tenant_keys=tenants.keys)
+        """These options, and the API keys and names of the tenants. Raises ConfigError if a key is given twice."""
+        return dataclasses.replace(self, tenant_keys=tenants.keys, tenant_names=tuple(tenants.known))
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> ServerOptions:
@@ -140,7 +142,7 @@ class ServerOptions:
 
 def server_options() -> tuple[Option, ...]:
     """Every setting of the HTTP side that has a flag."""
-    return tuple(option for option in option_fields(ServerOptions) if option.name != "tenant_keys")
+    return tuple(option for option in option_fields(ServerOptions) if option.name not in ("tenant_keys", "tenant_names"))
 
 
 def default_text(option: Option) -> str:

@@ -135,7 +135,9 @@ def told(stats: Any, prefix: str = "") -> Iterator[tuple[str, Figure, Any]]:
             for inner, one in declared(figure.of).items():
                 if one.metric is not None:
                     held = {key: getattr(part, inner) for key, part in value.items()}
-                    yield f"{where}_{one.metric or inner}", one._replace(by=figure.by), held
+                    if one.by:  # a mapping in every part
+                        held = {(key, own): number for key, part in held.items() for own, number in part.items()}
+                    yield f"{where}_{one.metric or inner}", one._replace(by=(*figure.by, *one.by), keys=()), held
         else:
             yield from told(value, f"{where}_")
 

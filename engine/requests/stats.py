@@ -133,12 +133,19 @@ class TenantStats:
     in_use_blocks: int = gauge("KV blocks that its requests hold.")
     cached_blocks: int = gauge("KV blocks that hold reusable prefixes of its requests.")
     segment_bytes: int = gauge("Bytes of its segments.")
-    tokens: Mapping[str, int] = counter("Prompt tokens by kind, as in `ShareStats.tokens`.", default=dict)
+    tokens: Mapping[str, int] = counter("Prompt tokens by fate, where KVShare serves.", default=dict, by=("kind",))
     reuse_checks: str = note(
         "What shadow checks of its requests have come to: one of `CHECKS`.",
         default=CHECKS[0], merge=lambda a, b: max(a, b, key=CHECKS.index),
     )  # fmt: skip
     __add__ = merged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TenantFigures:
+    """What /metrics tells of tenants."""
+
+    tenants: Mapping[str, TenantStats] = nested(TenantStats, "tenant", by=("tenant",))
 
 
 @dataclass(slots=True, kw_only=True)

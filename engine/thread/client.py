@@ -172,7 +172,7 @@ class ThreadEngineClient:
 
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient.tenants`."""
-        asker = names[0] if names else ""  # who is told of itself alone asks for itself
+        asker = names[0] if names and len(names) == 1 else ""  # who is told of itself alone asks for itself
         return await self._ask(asker, lambda core: core.tenants(names))
 
     async def _ask(self, tenant: str, question: Callable[[EngineCore], T]) -> T:

@@ -1,8 +1,12 @@
 """Models, health, version, metrics, the cache's state, tokens, and the API's own description."""
 
+import asyncio
 import json
 
 from prometheus_client.parser import text_string_to_metric_families
+
+from kvloom.engine.errors import OverloadedError
+from kvloom.server import metrics
 
 
 def test_models(served):
@@ -153,6 +157,32 @@ def test_tenants_are_told_of_themselves_alone(serving):
     with serving(trusted_proxies=("10.0.0.0/8",)).client() as client:
         assert list(client.get("/v1/kv").json()["tenants"]) == [""], "whom a proxy names nobody for is nobody in particular"
         assert client.get("/metrics").status_code == 403
+
+
+def test_metrics_tell_of_tenants_that_the_operator_named(serving, fake):
+    """Of no others: not of the tenant of requests without one, which the engine knows as well."""
+    with serving(tenant_keys={"k": "alice"}, tenant_names=("alice", "carol"), admin_key=("root",)).client() as client:
+        found = [line for line in client.get("/metrics", headers={"Authorization": "Bearer root"}).text.splitlines()
+                 if line.startswith("kvloom:tenant_")]  # fmt: skip
+    assert len(found) == 7 and not any('tenant=""' in line or "bob" in line for line in found)
+    own = 'engine="0",model_name="echo-model",tenant="alice"'
+    assert f"kvloom:tenant_segment_bytes{{{own}}} 3072.0" in found
+    assert 'kvloom:tenant_tokens_total{engine="0",kind="fresh",model_name="echo-model",tenant="alice"} 18.0' in found
+
+
+def test_metrics_go_without_tenants_that_the_engine_cannot_tell_of(serving, fake, monkeypatch):
+    class Slow(fake.FakeEngine):
+        async def tenants(self, names=None):
+            if self.overloaded:
+                raise OverloadedError("too many questions")
+            await asyncio.sleep(60)
+
+    monkeypatch.setattr(metrics, "TENANTS_SECONDS", 0.01)
+    engine = Slow()
+    with serving(engine, tenant_names=("alice",)).client() as client:
+        for engine.overloaded in (True, False):
+            page = client.get("/metrics").text
+            assert "kvloom:engine_up" in page and 'tenant="alice"' not in page
 
 
 def test_a_single_key_is_shown_everything(serving):
