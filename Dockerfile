@@ -28,6 +28,7 @@ RUN python scripts/install.py --only-torch \
  && rm -rf /opt/kvloom/lib/python3*/site-packages/torch/include /opt/kvloom/lib/python3*/site-packages/torch/test \
  && find /opt/kvloom/lib/python3*/site-packages/torch/bin -type f ! -name torch_shm_manager -delete
 COPY . .
+# The kernels come ready-made for several processors: no compiler is needed where the image runs.
 RUN python scripts/install.py --fixed ${EXTRAS}
 
 FROM python AS model
@@ -39,7 +40,7 @@ RUN mkdir -p /brought/models \
 FROM python AS bare
 ENV KVLOOM_CACHE=/var/cache/kvloom KVLOOM_HOST=0.0.0.0 PYTHONDONTWRITEBYTECODE=1
 RUN useradd --uid 10001 --no-create-home --home-dir /var/cache/kvloom --shell /usr/sbin/nologin kvloom \
- && install --directory --owner=10001 --group=10001 --mode=0700 /var/cache/kvloom
+ && install --directory --owner=10001 --group=10001 --mode=0700 /var/cache/kvloom /reports
 USER 10001:10001
 VOLUME /var/cache/kvloom
 ENTRYPOINT ["kvloom"]

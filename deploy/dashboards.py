@@ -1,7 +1,7 @@
-"""Writes Grafana's dashboards, deploy/grafana/dashboards/*.json, from the tables below: `python deploy/dashboards.py [--check]`.
+"""Writes Grafana's dashboards, deploy/grafana/dashboards/*.json, from the tables below: `python deploy/dashboards.py`.
 
-Grafana's own Python package makes the JSON, so that its form is Grafana's. With --check nothing is written, and the exit code is
-1 if a file differs from what would be.
+Grafana's own Python package makes the JSON, so that its form is Grafana's. With --check nothing is written, and the exit code
+is 1 if a file differs from what would be.
 """
 
 from __future__ import annotations
@@ -37,21 +37,26 @@ class Panel(NamedTuple):
     stacked: bool = False
 
 
-def rate(metric: str, by: str, legend: str = "", *, where: str = "") -> Query:
+def label(by: str) -> str:
+    """A legend that is the first label's value."""
+    return "{{" + by.split(",")[0] + "}}"
+
+
+def rate(metric: str, by: str, legend: str = "") -> Query:
     """A counter per second."""
-    return Query(f"sum by ({by}) (rate(kvloom:{metric}{where}[$__rate_interval]))", legend or "{{%s}}" % by.split(",")[0])
+    return Query(f"sum by ({by}) (rate(kvloom:{metric}[$__rate_interval]))", legend or label(by))
 
 
 def value(metric: str, by: str, legend: str = "") -> Query:
     """A gauge, summed over engines."""
-    return Query(f"sum by ({by}) (kvloom:{metric})", legend or "{{%s}}" % by.split(",")[0])
+    return Query(f"sum by ({by}) (kvloom:{metric})", legend or label(by))
 
 
 def share(part: str, whole: str, by: str, legend: str = "") -> Query:
     """One counter's growth over another's; nothing while nothing grows."""
     above = f"sum by ({by}) (rate(kvloom:{part}[$__rate_interval]))"
     below = f"sum by ({by}) (rate(kvloom:{whole}[$__rate_interval]))"
-    return Query(f"{above} / ({below} > 0)", legend or "{{%s}}" % by.split(",")[0])
+    return Query(f"{above} / ({below} > 0)", legend or label(by))
 
 
 def quantiles(metric: str, by: str = "", legend: str = "") -> tuple[Query, ...]:
@@ -83,7 +88,8 @@ SERVING = {
         Panel("Refused requests per second", "reqps", (rate("requests_refused_total", "status"),), "By status."),
         Panel("Rows of prompts in a step", "short", quantiles("engine_step_prompt_rows"), "Beside rows that generate."),
         Panel("Tokens of a request, median", "short", (
-            quantiles("request_prompt_tokens", legend="prompt ")[0], quantiles("request_generation_tokens", legend="answer ")[0],
+            quantiles("request_prompt_tokens", legend="prompt ")[0],
+            quantiles("request_generation_tokens", legend="answer ")[0],
         ), ""),
         Panel("Replayed steps", "ops", (rate("engine_graph_steps_total", "mode"),), "By how much came from a captured graph."),
     ),
@@ -135,7 +141,8 @@ CACHE = {
             share("kvshare_shadow_kl_sum_total", "kvshare_shadow_tokens_total", "engine", "KL, nats"),
             value("kvshare_enabled", "engine", "enabled")), "Shadow checks compare with a full computation."),
         Panel("Repair while decoding", "short", (
-            rate("kvshare_refreshed_tokens_total", "engine", "refreshed"), rate("kvshare_healed_tokens_total", "engine", "healed"),
+            rate("kvshare_refreshed_tokens_total", "engine", "refreshed"),
+            rate("kvshare_healed_tokens_total", "engine", "healed"),
             rate("kvshare_stale_left_tokens_total", "engine", "left as copied")), ""),
     ),
     "Selection and retention": (
@@ -168,7 +175,9 @@ BOARDS = {"serving": ("kvloom: serving", SERVING), "cache": ("kvloom: cache and 
 def panel(of: Panel) -> timeseries.Panel:
     """A panel in Grafana's form."""
     made = timeseries.Panel().title(of.title).datasource(SOURCE).unit(of.unit).span(WIDTH).height(HEIGHT).min(0)
-    made.legend(common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True))
+    made.legend(
+        common.VizLegendOptions().display_mode(LegendDisplayMode.LIST).placement(LegendPlacement.BOTTOM).show_legend(True)
+    )
     if of.about:
         made.description(of.about)
     if of.stacked:
