@@ -59,6 +59,7 @@ RUN pip install "kvloom[bench]"
 # The load test: writes its report to /reports.
 FROM bare AS bench
 COPY --from=bench-build /opt/kvloom /opt/kvloom
+COPY --from=model /brought/models /opt/kvloom/share/kvloom/models
 WORKDIR /reports
 CMD ["bench", "serve", "--help"]
 

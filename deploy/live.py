@@ -79,7 +79,7 @@ def project(image: str) -> Iterator[Project]:
             made.compose("down", "--volumes", "--timeout", "5")
 
 
-def checks(image: str, bare: str | None, wheels: str | None) -> Iterator[Callable[[], str]]:
+def checks(image: str, bare: str | None, bench: str | None, wheels: str | None) -> Iterator[Callable[[], str]]:
     """The checks, in order: one begins where the last one left the services."""
     with project(image) as made:
         yield lambda: up(made)
@@ -88,6 +88,8 @@ def checks(image: str, bare: str | None, wheels: str | None) -> Iterator[Callabl
         yield lambda: stream_ends_whole(made)
         yield lambda: alert_fires()
         yield lambda: up(made)
+        if bench is not None:
+            yield lambda: load_test(made, bench)
         yield lambda: stops_idle(made)
         yield lambda: wrong_key_file(made)
         yield lambda: wrong_port(made)
@@ -196,6 +198,15 @@ def alert_fires() -> str:
             return f"KvloomDown fires {time.monotonic() - began:.0f} s after the server has stopped"
         time.sleep(1)
     raise Wrong(f"KvloomDown does not fire within {ALERT_SECONDS:g} s")
+
+
+def load_test(made: Project, image: str) -> str:
+    """The load test writes its report into its volume."""
+    run = ("--profile", "bench", "run", "--rm", "--no-TTY")
+    said = made.compose(*run, "bench", "--num-requests", "4", "--rate", "2", timeout=300, KVLOOM_BENCH_IMAGE=image)
+    files = made.compose(*run, "--entrypoint", "ls", "bench", "/reports", KVLOOM_BENCH_IMAGE=image).split()
+    require("report.md" in files and "4 of 4 requests" in said, f"{files}: {said}")
+    return f"the load test: {next(line for line in said.splitlines() if '4 of 4' in line)}; {len(files)} files in the volume"
 
 
 def stops_idle(made: Project) -> str:
