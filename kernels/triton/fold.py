@@ -16,6 +16,8 @@ from kvloom.kernels.triton.numbers import power_of_2, wide
 
 SECTION = 16
 """Blocks of a section."""
+PIECE = 128
+"""Most positions at once: those of a larger block are added up piece by piece."""
 
 INDICES = ["tables", "request", "first", "last", "words", "at"]
 """Tensors of which Triton need not know where they begin."""
@@ -28,10 +30,12 @@ def section_sum(source, by_block, by_token, table, section, begin, end, SECTION:
     total = tl.zeros([BLOCK_D], tl.float64)
     inner, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
     first, last = tl.maximum(section * SECTION, begin // BLOCK_SIZE), tl.cdiv(end, BLOCK_SIZE)
-    for block in range(first, tl.minimum((section + 1) * SECTION, last)):
-        position = block * BLOCK_SIZE + inner
-        there = ((inner < BLOCK_SIZE) & (position >= begin) & (position < end))[:, None] & (dims < DIM)[None, :]
-        place = source + tl.load(table + block).to(tl.int64) * by_block + inner[:, None] * by_token + dims[None, :]
+    pieces: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    for piece in range(first * pieces, tl.minimum((section + 1) * SECTION, last) * pieces):
+        block, offset = piece // pieces, piece % pieces * BLOCK_N + inner
+        position = block * BLOCK_SIZE + offset
+        there = ((offset < BLOCK_SIZE) & (position >= begin) & (position < end))[:, None] & (dims < DIM)[None, :]
+        place = source + tl.load(table + block).to(tl.int64) * by_block + offset[:, None] * by_token + dims[None, :]
         total += tl.sum(wide(tl.load(place, mask=there, other=0.0)), 0).to(tl.float64)
     return total
 
@@ -104,7 +108,8 @@ def fold(kv: PagedKV, tables: Tensor, request: Tensor, first: Tensor, last: Tens
         where, own = (first[part], last[part], words, at[part], scratch, origin, sections), len(at[part])
         fold_sections[own, 2 * heads, sections if spread else 1](
             kv.k, *strides(kv.k)[:3], kv.v, *strides(kv.v)[:3], tables, tables.stride(0), request[part], *where, KV_HEADS=heads,
-            DIM=dim, BLOCK_SIZE=block, BLOCK_N=power_of_2(block), BLOCK_D=power_of_2(dim), SECTION=SECTION, SPREAD=spread,
+            DIM=dim, BLOCK_SIZE=block, BLOCK_N=min(PIECE, power_of_2(block)), BLOCK_D=power_of_2(dim), SECTION=SECTION,
+            SPREAD=spread,
         )  # fmt: skip
         if spread:
             add_sections[own, 2 * heads](*where, SPAN=SECTION * block, HEADS=2 * heads, DIM=dim, BLOCK_D=power_of_2(dim),

@@ -37,7 +37,7 @@ PROGRAMS = 64 if INTERPRETED.value else 2048
 """Programs that keep a device busy with rows. Half as many rows and heads find room for partial results, or fewer."""
 TOGETHER = 32_768
 """Queries of chunks that find room for partial results. Others come later."""
-LARGEST_BLOCK, LARGEST_HEAD = 128, 256
+LARGEST_BLOCK = LARGEST_HEAD = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def assert_sums(found: Tensor, expected: Tensor) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("layout", ["HND", "NHD"])
-@pytest.mark.parametrize(("dim", "block_size"), [(64, 16), (40, 5), (8, 1), (20, 64)])
+@pytest.mark.parametrize(("dim", "block_size"), [(64, 16), (40, 5), (8, 1), (20, 64), (16, 256)])
 def test_sums(kernels: Kernels, dtype: torch.dtype, layout: str, dim: int, block_size: int) -> None:
     """From within blocks and from their edges, nothing at all, one position, and everything."""
     store, heads = paged(2, 150, 3, dim, dtype=dtype, block_size=block_size, layout=layout), 3

@@ -142,7 +142,8 @@ def test_reuse(make_llm: Make, reuse: str) -> None:
     same(*runs, {"first": kv, "second": kv})
 
 
-def test_what_no_kernel_serves_is_refused_at_start(make_llm: Make) -> None:
+def test_what_no_kernel_serves_is_refused_at_start(make_llm: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvloom.kernels.triton.LARGEST_BLOCK", 128)
     with pytest.raises(ConfigError, match="block size is 256; the triton back end takes up to 128; choose another --backend"):
         make_llm(backend="triton", block_size=256)
 
