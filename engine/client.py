@@ -71,6 +71,8 @@ class ModelInfo:
     """Where weights and KV are: cpu or cuda."""
     device_note: str = ""
     """Which one that is, or why it is no other; empty for a CPU that was named."""
+    attention: str = ""
+    """The library that attends for rows that see everything, if that is not the backend itself."""
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ DType = Literal["bf16", "fp16", "fp32"]
 WeightMode = Literal["auto", "bf16", "int8", "int4"]
 Backend = Literal["auto", "native", "triton", "torch", "reference"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+AttentionBackend = Literal["auto", "triton", "flashinfer", "flash_attn"]
 
 Tokens = Annotated[int, "TOKENS"]
 Count = Annotated[int, "N"]
@@ -39,8 +40,11 @@ Name = Annotated[str, "NAME"]
 Names = Annotated[tuple[str, ...], "NAME"]
 """What a setting's value is, as the command line's help shows it."""
 
-_DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "auto": "bf16"}
-"""Other servers' names of dtypes."""
+_NAMES_ELSEWHERE = {
+    "dtype": {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "float32": "fp32", "float": "fp32", "auto": "bf16"},
+    "attention_backend": {"TRITON_ATTN": "triton", "FLASHINFER": "flashinfer", "FLASH_ATTN": "flash_attn"},
+}
+"""By setting, other servers' names of its values."""
 
 SECRET_VARIABLE, LEAST_SECRET = "KVLOOM_HASH_SECRET", 16
 
@@ -76,6 +80,10 @@ class ModelOptions:
     backend: Backend = "auto"
     """Kernels: native (C++, for the CPU; $KVLOOM_NATIVE says which build), triton (for cuda), torch, reference, or auto (the
     first that works)."""
+    attention_backend: AttentionBackend = "auto"
+    """Who attends, on cuda, for rows that see everything: triton, or where it is installed flashinfer or flash_attn, beside the
+    backend's own kernels for all other rows (not yet run on a GPU); also TRITON_ATTN, FLASHINFER, FLASH_ATTN. auto: the backend
+    itself."""
     device: DeviceName = "auto"
     """Where weights and KV are, and steps are computed: cpu, cuda (not yet measured on a GPU), or auto: a GPU of compute
     capability 8.0 or more where torch can use one and the backend is not native, else the CPU."""
@@ -377,7 +385,7 @@ def parse_value(option: Option, value: Any) -> Any:
     if tuple[str, ...] == option.type:
         return tuple(_split(option.name, value))
     if all(isinstance(kind, str) for kind in kinds):  # Literal["a", "b"]
-        value = _DTYPE_NAMES.get(value, value) if option.name == "dtype" else value
+        value = _NAMES_ELSEWHERE.get(option.name, {}).get(value, value)
         value = value_now(option.name, value)
         if value not in kinds:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")

@@ -27,10 +27,12 @@ Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from kvloom.kernels.quantized import QuantizedLinears
@@ -57,6 +59,26 @@ class Lists(NamedTuple):
     lengths: Tensor
 
 
+class Spans(NamedTuple):
+    """What the host knows of rows that see everything up to their own position, by request, in the order of rows: for libraries
+    that plan on the host.
+
+    first: the row of `Rows.tables` of the first request; the others follow it
+    counts, stops: rows of each request, and positions that the last of them sees, each other one fewer than the next; padding
+    is a request of one row that sees 0
+    blocks: int32, of each request the ids of the blocks that hold these positions
+    block_size: positions of a block
+    captured: whether steps of as many rows may be replayed by a device's graph; every request has one row then
+    """
+
+    first: int
+    counts: Sequence[int]
+    stops: Sequence[int]
+    blocks: Sequence[npt.NDArray[np.int32]]
+    block_size: int
+    captured: bool = False
+
+
 class Rows(NamedTuple):
     """What each query row of a step sees. All tensors int32 and contiguous.
 
@@ -67,6 +89,7 @@ class Rows(NamedTuple):
     lists: optional                  explicit positions in front of the tail
     most: [rows], optional           the most positions that a row ever sees for a KV head: then `start`, and the lists' offsets
                                      and lengths, are read whenever the plan is used, and may be other ones each time
+    spans: optional                  given only for rows with start 0 and no lists: see `Spans`
     """
 
     tables: Tensor
@@ -75,6 +98,7 @@ class Rows(NamedTuple):
     stop: Tensor
     lists: Lists | None = None
     most: Tensor | None = None
+    spans: Spans | None = None
 
     @property
     def size(self) -> int:
@@ -188,6 +212,8 @@ class Kernels(Protocol):
     name: str
     build: str
     """Which build of it runs, as "x86-64-v3, ready-made"; empty where there is but one."""
+    dense: str | None
+    """The library that attends for rows with `Spans`; None if these kernels do that themselves, and need none."""
     quantized: QuantizedLinears | None
     """Quantised linear layers, if this back end has them."""
 

@@ -141,6 +141,7 @@ class ReferenceKernels:
 
     name = "reference"
     build = ""
+    dense: str | None = None
     quantized: QuantizedLinears | None = None
 
     def __init__(self) -> None:

@@ -61,6 +61,7 @@ class TorchKernels(ReferenceKernels):
     """`interface.Kernels` in torch, without a loop over rows or heads. Threads are torch's."""
 
     name = "torch"
+    dense: str | None = None
 
     def __init__(self) -> None:
         self._counts: list[int | Tensor] = [0] * 5

@@ -63,7 +63,7 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
     print(
         f"\nkvloom serves {model.name} at {url}\n"
-        f"  model     {model.root} ({model.dtype}, {model.backend} kernels{_build(model)} on {model.device})\n"
+        f"  model     {model.root} ({model.dtype}, {model.backend} kernels{_build(model)}{_library(model)} on {model.device})\n"
         f"{_device(model)}"
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  threads   {model.threads}\n"
@@ -81,6 +81,10 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
 def _build(model: ModelInfo) -> str:
     """Which build of the kernels runs, in brackets, if there are several."""
     return f" ({model.build})" if model.build else ""
+
+
+def _library(model: ModelInfo) -> str:
+    return f" and {model.attention}" if model.attention else ""
 
 
 def _device(model: ModelInfo) -> str:

@@ -142,7 +142,7 @@ class _EngineFigures(Collector):
         model = self._model
         about = {
             "version": __version__, "backend": model.backend, "device": model.device, "dtype": model.dtype,
-            "weights": model.weights,
+            "weights": model.weights, "attention": model.attention or model.backend,
         }  # fmt: skip
         family = GaugeMetricFamily(PREFIX + "engine_info", "What runs here; always 1.", labels=[*self._labels, *about])
         family.add_metric([*self._labels.values(), *about.values()], 1)

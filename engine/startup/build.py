@@ -45,6 +45,7 @@ from kvloom.engine.startup.recommended import sampling_defaults
 from kvloom.engine.startup.sizing import make_cache, make_states, segment_bound, share_options
 from kvloom.engine.step.runner import Runner
 from kvloom.engine.text import Tokenizer, check_vocabulary, end_tokens
+from kvloom.kernels.dense import Beside, beside
 from kvloom.kernels.interface import Kernels, Rows
 
 log = logging.getLogger("kvloom.engine")
@@ -82,8 +83,10 @@ def _build(config: EngineConfig, placement: Placement, progress: Progress | None
         found = resolve(config.model.model, progress)
         prepared = Prepared(lambda: found, read_template(config.model.chat_template))
     files, device = prepared.files, placement.device
-    backend = _backend(config.model.backend, device, threads, progress)
-    dtype, codes = TORCH_DTYPES[config.model.dtype], backend.quantized is not None
+    dtype = TORCH_DTYPES[config.model.dtype]
+    own = _backend(config.model.backend, device, threads, progress)
+    backend = _attention(config.model.attention_backend, own, device, dtype)
+    codes = backend.quantized is not None
     with fitting(device, "the weights", lambda: fewer_bits(files.path, dtype, codes)):
         loaded, retention = _load(config, files, prepared, backend, device, progress)
     if quantizes(config.model.weights, loaded.decoder.dtype, backend):
@@ -173,6 +176,18 @@ def _backend(name: str, device: torch.device, threads: int, progress: Progress) 
         raise ConfigError(f"backend is {name}, which cannot be had here: {error}; use --backend auto") from error
 
 
+def _attention(name: str, own: Kernels, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """Kernels with that library for rows that see everything. Raises ConfigError if it cannot be had here."""
+    try:
+        if name == "triton" and own.name != name:
+            raise ValueError(f"the backend here is {own.name}")
+        return own if name in ("auto", "triton") else beside(own, name, device, dtype)
+    except Exception as error:  # of a library's own that is broken
+        raise ConfigError(
+            f"attention_backend is {name}, which cannot be had here: {error}; use --attention-backend auto"
+        ) from error
+
+
 def _selectors(config: EngineConfig, geometry: Geometry, backend: Kernels) -> Selectors:
     """Selection methods, and the default one. Raises ConfigError if that cannot serve sequences as long as they may be."""
     selection, scheduler = config.selection, config.scheduler
@@ -225,7 +240,8 @@ def _capture(runner: Runner, progress: Progress) -> None:
 
 
 def _try(backend: Kernels, cache: CacheManager, model: ModelConfig) -> None:
-    """Attend to the cache with no rows. Raises ConfigError if the kernels cannot serve such heads or blocks."""
+    """Attend to the cache with no rows; have a library prepare. Raises ConfigError if kernels do not serve such heads or
+    blocks."""
     for storage in (group.storage for group in cache.groups):
         none = torch.zeros(0, dtype=torch.int32, device=storage.device)
         kv = max(storage.layers, key=lambda layer: layer.k.shape[1])
@@ -234,8 +250,11 @@ def _try(backend: Kernels, cache: CacheManager, model: ModelConfig) -> None:
         try:
             plan = backend.plan(Rows(none.view(0, 1), none, none, none), q.shape[1], heads, model.head_dim)
             backend.attend(q, kv, plan, scale=1.0, out=q)
+            if isinstance(backend, Beside):
+                backend.prepare(kv, q.shape[1])
         except ValueError as error:
-            raise ConfigError(f"{error}; choose another --backend or --block-size") from None
+            other = "" if backend.dense is None else ", --attention-backend"
+            raise ConfigError(f"{error}; choose another --backend{other} or --block-size") from None
 
 
 def _share(
@@ -327,6 +346,7 @@ def _info(
         weights_held=loaded.weights_held,
         backend=backend.name,
         build=backend.build,
+        attention=backend.dense or "",
         threads=f"{threads} on {processors()}",
         created=int(time.time()),
         settings=config.changed(),

@@ -25,7 +25,7 @@ from kvloom.engine.selection.base import Selector
 from kvloom.engine.selection.batch import Batch, Scratch
 from kvloom.engine.selection.geometry import Geometry
 from kvloom.engine.step.attention import Part
-from kvloom.kernels.interface import Kernels
+from kvloom.kernels.interface import Kernels, Spans
 
 T = TypeVar("T")
 DECODE, PROMPT, DENSE, LOOK = 0, 1, 2, 3
@@ -141,6 +141,21 @@ class StepParts:
                                                                [None] * (part.last - part.first))]  # fmt: skip
 
         return found
+
+
+def spans(chunks: Sequence[Chunk], first: int, padding: int, block_size: int, *, captured: bool) -> Spans | None:
+    """What the host knows of chunks that see everything, and of padding behind them; None where one has scattered positions.
+
+    first: the row of the block tables of the first. captured: see `Spans`.
+    """
+    if any(chunk.positions is not None for chunk in chunks):
+        return None
+    blocks = [np.array(chunk.table.parts[0][: -(-chunk.stop // block_size)], np.int32) for chunk in chunks]
+    none = np.zeros(0, np.int32)
+    return Spans(
+        first, [chunk.count for chunk in chunks] + [1] * padding, [chunk.stop for chunk in chunks] + [0] * padding,
+        blocks + [none] * padding, block_size, captured,
+    )  # fmt: skip
 
 
 class Seen(NamedTuple):

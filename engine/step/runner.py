@@ -23,8 +23,8 @@ from kvloom.engine.retention.base import KEPT, Retention
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection import Geometry, Scratch, dense_rows
 from kvloom.engine.step.attention import GroupRows, LookAt, StepAttention, replayable
-from kvloom.engine.step.rows import Order, Seen, StepParts, arrange, count
-from kvloom.kernels.interface import Kernels
+from kvloom.engine.step.rows import Order, Seen, StepParts, arrange, count, spans
+from kvloom.kernels.interface import Kernels, Spans
 
 
 class StepResult(NamedTuple):
@@ -124,13 +124,15 @@ class Runner:
         parts = self._parts(mine, tables[0], padding if order.alike else 0) if mine else None
         looks = [LookAt(at, at + c.count, c.look) for at, c in zip(starts, chunks) if c.look is not None]
         first, last = parts.rows if parts else 0, looks[0].first if looks else rows
-        dense = dense_rows(tables[0], request[first:last], stop[first:last], self._zeros[: last - first])
+        captured = order.single and rows in self.capture_sizes
+        known = self._spans(order, padding, captured=captured) if self._kernels.dense else None
+        dense = dense_rows(tables[0], request[first:last], stop[first:last], self._zeros[: last - first], known)
         groups, unseen = [GroupRows(slots[0], dense, parts.parts if parts else (), looks)], [0] * len(chunks)
         if self._retention is not None:
             kept = self._retention.kept(chunks, tables[1], request, stop, self._states, self._kept[:, :rows])
             groups.append(GroupRows(slots[1], kept.rows, folded=kept.folded))
             unseen = kept.unseen
-        hidden = self._forward(groups, tokens, captured=order.single and rows in self.capture_sizes)
+        hidden = self._forward(groups, tokens, captured=captured)
         finished = parts.finish() if parts else list
 
         def seen() -> list[Seen]:
@@ -142,6 +144,14 @@ class Runner:
             return order.planned(found)
 
         return StepResult(hidden[:own], order.planned(starts), seen)
+
+    def _spans(self, order: Order, padding: int, *, captured: bool) -> Spans | None:
+        """What the host knows of rows that see everything."""
+        mine = order.chunks[order.selecting : len(order.chunks) - order.looking]
+        captured = captured and not order.selecting and self.decoder.captures_sizes
+        if len(order.chunks) + padding > len(self._tables[0].host) or (order.alike and order.selecting):
+            return None
+        return spans(mine, order.selecting, padding, self._size, captured=captured)
 
     def _parts(self, chunks: list[Chunk], tables: Tensor, padding: int) -> StepParts:
         """Batches of selection methods. chunks: theirs, in the order of rows."""

@@ -40,6 +40,7 @@ class TritonKernels:
 
     name = "triton"
     build = ""
+    dense: str | None = None
 
     # What needs nothing of this object: see the contract.
     store, rotate, rotate_store = staticmethod(by_row.store), staticmethod(by_row.rotate), staticmethod(by_row.rotate_store)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kvloom.engine.model.quantized import round_to_int4, round_to_int8
 from kvloom.kernels import Kernels, Lists, PagedKV, Rows
+from kvloom.kernels.dense import spanned
 from kvloom.kernels.interface import Renewal
 from kvloom.loadtest.bench.roofline import Shape, Size
 
@@ -32,6 +33,8 @@ class Tensors:
     device: torch.device
     dtype: torch.dtype
     source: torch.Generator
+    block: int = BLOCK
+    """Tokens of a block of KV."""
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         made = torch.randn(shape, generator=self.source, device=self.source.device, dtype=torch.float32)
@@ -52,20 +55,20 @@ class Tensors:
 
     def cache(self, shape: Shape, requests: int, tokens: int) -> tuple[PagedKV, Tensor]:
         """K and V in shuffled blocks, and their tables."""
-        blocks = -(-tokens // BLOCK)
+        blocks = -(-tokens // self.block)
         tables = self.shuffled(requests * blocks).view(requests, blocks)
-        k, v = (self.normal(requests * blocks, shape.kv_heads, BLOCK, shape.head_dim) for _ in "kv")
+        k, v = (self.normal(requests * blocks, shape.kv_heads, self.block, shape.head_dim) for _ in "kv")
         return PagedKV(k, v), tables
 
 
-def on_host(device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensors:
+def on_host(device: torch.device, dtype: torch.dtype, seed: int = 0, block: int = BLOCK) -> Tensors:
     """The same contents for every device."""
-    return Tensors(device, dtype, torch.Generator().manual_seed(seed))
+    return Tensors(device, dtype, torch.Generator().manual_seed(seed), block)
 
 
-def on_device(device: torch.device, dtype: torch.dtype) -> Tensors:
+def on_device(device: torch.device, dtype: torch.dtype, block: int = BLOCK) -> Tensors:
     """Contents drawn where they stay."""
-    return Tensors(device, dtype, torch.Generator(device).manual_seed(0))
+    return Tensors(device, dtype, torch.Generator(device).manual_seed(0), block)
 
 
 def _attend(make: Tensors, shape: Shape, rows: Rows, kv: PagedKV) -> Prepare:
@@ -73,7 +76,8 @@ def _attend(make: Tensors, shape: Shape, rows: Rows, kv: PagedKV) -> Prepare:
     out = torch.empty_like(q)
 
     def prepare(kernels: Kernels) -> Run:
-        plan = kernels.plan(rows, shape.q_heads, shape.kv_heads, shape.head_dim)
+        known = None if kernels.dense is None else spanned(rows, make.block)
+        plan = kernels.plan(known or rows, shape.q_heads, shape.kv_heads, shape.head_dim)
         return lambda: (kernels.attend(q, kv, plan, scale=shape.head_dim**-0.5, out=out),)
 
     return prepare

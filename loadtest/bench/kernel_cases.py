@@ -15,7 +15,7 @@ from torch import Tensor
 from kvloom.kernels import Kernels, load
 from kvloom.loadtest.bench import kernel_calls as calls
 from kvloom.loadtest.bench import roofline
-from kvloom.loadtest.bench.kernel_calls import Prepare, Tensors, on_host
+from kvloom.loadtest.bench.kernel_calls import BLOCK, Prepare, Tensors, on_host
 from kvloom.loadtest.bench.roofline import Cost, Shape, Size
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2**-9, torch.bfloat16: 2**-7}
@@ -70,12 +70,14 @@ def error(found: Tensor, wanted: Tensor) -> float:
     return float(difference / wanted.double().abs().max().clamp_min(1e-30)) if bool(difference.isfinite()) else float("inf")
 
 
-def check(case: KernelCase, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> tuple[float, bool] | None:
+def check(
+    case: KernelCase, kernels: Kernels, device: torch.device, dtype: torch.dtype, block: int = BLOCK
+) -> tuple[float, bool] | None:
     """The largest error of a small case against the reference, computed on the CPU, and whether it is within the tolerance.
-    None if these kernels have no such operation."""
-    small = case.small()
-    run = small.make(on_host(device, dtype), small.shape, small.size)(kernels)
-    reference = small.make(on_host(torch.device("cpu"), dtype), small.shape, small.size)(load("reference"))
+    None if these kernels have no such operation. block: tokens of a block of KV."""
+    small, cpu = case.small(), torch.device("cpu")
+    run = small.make(on_host(device, dtype, block=block), small.shape, small.size)(kernels)
+    reference = small.make(on_host(cpu, dtype, block=block), small.shape, small.size)(load("reference"))
     if run is None or reference is None:
         return None
     pairs = list(zip(run(), reference(), strict=True))

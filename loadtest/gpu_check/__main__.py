@@ -8,6 +8,7 @@
     replay    captured steps give the tokens of single calls, for every method
     times     every call: microseconds, and bytes per second beside the GPU's, against the bars of docs/gpu.md
     engine    tokens per second of an 8B-shaped model with random weights, dense and each method, short and long contexts
+    libraries FlashInfer and flash-attn, where installed: decode rows and a chunk against the reference, and times
 
 Ends with 1 if anything is wrong; a bar that is missed is told, and no error. What was left out is told with the reason.
 """
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 
 from kvloom.kernels import load
+from kvloom.kernels.dense import LIBRARIES
 from kvloom.loadtest.bench import timing
 from kvloom.loadtest.bench.kernel_cases import cases
 from kvloom.loadtest.bench.roofline import SHAPES, Shape
@@ -37,7 +39,7 @@ from kvloom.loadtest.gpu_check.engine_stages import Load, Sizes
 from kvloom.loadtest.gpu_check.stages import Finding, Stage, carried_out, table
 from kvloom.loadtest.study.machine import describe
 
-BESIDE = ("numpy", "triton", "pytest", "hypothesis", "flashinfer-python")
+BESIDE = ("numpy", "triton", "pytest", "hypothesis", "flashinfer-python", "flash-attn")
 """Packages whose versions are told; the first two are needed."""
 TINY = Shape(layers=3, q_heads=4, kv_heads=2, head_dim=16, hidden=64, intermediate=96, vocab=320)
 OF_A_GPU = Sizes(
@@ -61,6 +63,7 @@ def stages(device: torch.device, backend: str) -> list[Stage]:
         Stage("replay", 50, partial(engine_stages.replays, sizes, kernels, device)),
         Stage("times", 80, partial(kernel_stages.times, timed, kernels, device)),
         Stage("engine", 90, partial(engine_stages.speeds, sizes, kernels, device)),
+        Stage("libraries", 120, partial(kernel_stages.libraries, list(LIBRARIES), ("--backend", kernels.name))),
     ]
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from kvloom.kernels import Kernels
+from kvloom.kernels.dense import installed
 from kvloom.loadtest.bench import kernel_calls, timing
 from kvloom.loadtest.bench.kernel_cases import DENSE, SPARSE, SPARSE_BAR, KernelCase, check
 from kvloom.loadtest.gpu_check.stages import Deadline, Finding, Verdict
@@ -23,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FILES = ("attend", "contents", "fold", "layer", "pool", "sample", "score", "select")
 """Of tests/kernels: those that ask the same of every back end."""
 NEEDED = ("pytest", "hypothesis")
+_BENCH = "import sys; from kvloom.loadtest.bench.kernels import main; sys.exit(main(sys.argv[1:]))"
 NONE_COLLECTED = 5
 """Pytest's exit code."""
 
@@ -103,6 +107,35 @@ def correctness(
     yield Finding("results", "calls against the reference", "right", f"{right}, off by {worst:.1e} of the largest at most")
     if left:
         yield Finding("results", f"{len(left)} calls", "left out", f"no time was left: {', '.join(left[:3])}, ...")
+
+
+def libraries(names: Sequence[str], flags: Sequence[str], end: Deadline) -> Iterator[Finding]:
+    """Decode rows and a chunk by each library that is installed, against the reference, and their times. In processes of their
+    own: a library's compiler may take longer than there is time. flags: of `kvloom bench kernels`."""
+    for name in names:
+        if (module := installed(name)) is None:
+            yield Finding("libraries", name, "left out", "not installed")
+            continue
+        block = "256" if module == "flash_attn" else "16"
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, "-c", _BENCH, "--attention-backend", name, "--block-size", block, "--only", "decode,chunk",
+                     "--json", str(Path(folder) / "rows.json"), *flags]  # fmt: skip
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                                       start_new_session=True)  # fmt: skip
+            try:
+                _, told = process.communicate(timeout=end.left or 0.01)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)  # its compilers too
+                process.communicate()
+                yield Finding("libraries", name, "left out", "ran out of time")
+                continue
+            if process.returncode:
+                yield Finding("libraries", name, "WRONG", " ".join(told.strip().splitlines()[-2:])[-300:])
+                continue
+            rows = json.loads((Path(folder) / "rows.json").read_text())
+        for row in rows:
+            yield Finding("libraries", f"{name}: {row['case']}", "right", f"{row['seconds'] * 1e6:,.1f} us")
 
 
 @torch.inference_mode()

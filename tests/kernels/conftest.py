@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels import BACKENDS, Kernels, Lists, PagedKV, Rows, load
+from kvloom.kernels.dense import LIBRARIES, installed
 from tests.kernels.moved import Moved
+from tests.kernels.spanned import Spanned
 
 DEVICE = os.environ.get("KVLOOM_TEST_DEVICE", "cpu")
 """Where the fixture `kernels` computes."""
@@ -57,6 +59,11 @@ test_triton_rows.py hold it to the same in small."""
 
 OF_A_CPU = {"test_number_of_threads_changes_nothing"}
 """Tests that ask for a CPU's kernels."""
+OF_ALL_ROWS_ALIKE = {
+    "test_a_list_of_everything_equals_dense_bitwise", "test_a_list_of_everything_equals_dense_bitwise_in_every_split",
+    "test_batch_composition_changes_nothing", "test_chunks_with_different_lists_are_kept_apart",
+}  # fmt: skip
+"""Tests of bits that do not depend on who else is there, which no library promises."""
 VARIANTS = 1
 """Of each other test, drawn the same each time."""
 
@@ -65,6 +72,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leaves those out for kernels that are interpreted, and of tests of many variants all but VARIANTS."""
     if DEVICE != "cpu":
         items[:] = [item for item in items if "kernels" in getattr(item, "fixturenames", ()) and _name(item) not in OF_A_CPU]
+        items[:] = [item for item in items if "[triton, " not in item.name or _of_a_library(item)]
         return
     interpreted: dict[str, list[pytest.Item]] = {}
     for item in items:
@@ -77,6 +85,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items[:] = [item for item in items if id(item) not in left_out]
 
 
+def _of_a_library(item: pytest.Item) -> bool:
+    """Whether it asks for what libraries compute."""
+    return item.path.name in ("test_attend.py", "test_contents.py") and _name(item) not in OF_ALL_ROWS_ALIKE
+
+
 def _name(item: pytest.Item) -> str:
     """Of the test, without its variant."""
     return item.name.partition("[")[0]
@@ -86,6 +99,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 def _available() -> list[str]:
+    """Back ends, and on a GPU those of triton beside each library of attention that is installed: "triton, flashinfer"."""
     names = []
     for name in BACKENDS:
         try:
@@ -93,13 +107,17 @@ def _available() -> list[str]:
         except Exception:
             continue
         names.append(name)
-    return names
+    libraries = [name for name in LIBRARIES if DEVICE != "cpu" and installed(name)]
+    return names + [f"triton, {name}" for name in libraries if "triton" in names]
 
 
 @pytest.fixture(scope="session", params=_available())
 def kernels(request: pytest.FixtureRequest) -> Kernels:
     """Each back end that can be had on this machine and device."""
-    made = load(request.param, DEVICE, threads=2)
+    name, _, library = request.param.partition(", ")
+    made: Any = load(name, DEVICE, threads=2)
+    if library:
+        made = Spanned(made, library, torch.device(DEVICE))
     return made if DEVICE == "cpu" else cast(Kernels, Moved(made, torch.device(DEVICE)))
 
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from kvloom.kernels import Kernels, load
+from kvloom.kernels import Kernels, dense, load
 from kvloom.loadtest.bench import kernel_calls, kernels, timing
-from kvloom.loadtest.bench.flashinfer import FlashInfer
 from kvloom.loadtest.bench.kernel_cases import SPARSE, cases, check, error
-from kvloom.loadtest.bench.roofline import GPUS, SHAPES, Cost, Machine, Size
+from kvloom.loadtest.bench.roofline import GPUS, SHAPES, Cost, Machine
 from kvloom.loadtest.study.flags import BenchError
 from kvloom.server.cli import main
+from tests.kernels.libraries import WORKSPACE, install
 
 CPU, LLAMA = torch.device("cpu"), SHAPES["llama-3-8b"]
 COSTS = {
@@ -150,38 +147,28 @@ def test_the_machine_is_measured_in_the_same_way(monkeypatch: pytest.MonkeyPatch
     assert timing.data_sheet("NVIDIA H100 80GB HBM3") == GPUS[1] and timing.data_sheet("CPU") is None
 
 
-class FakeWrapper:
-    """FlashInfer's, as far as it is called: dense attention over pages of "HND"."""
-
-    def __init__(self, workspace: Tensor, layout: str, **options: Any) -> None:
-        assert layout == "HND" and workspace.dtype == torch.uint8
-
-    def plan(self, *held: Any, causal: bool = False, **types: Any) -> None:
-        assert set(types) == {"q_data_type", "kv_data_type"}
-        self.queries = held[0] if causal else None
-        self.starts, self.pages, self.last, self.q_heads, self.kv_heads, self.dim, self.page = held[bool(causal) :]
-
-    def run(self, q: Tensor, kv: tuple[Tensor, Tensor]) -> Tensor:
-        found = []
-        for row in range(len(q)):
-            request = 0 if self.queries is not None else row
-            pages = self.pages[self.starts[request] : self.starts[request + 1]].long()
-            seen = (
-                (len(pages) - 1) * self.page + int(self.last[request]) - (len(q) - 1 - row if self.queries is not None else 0)
-            )
-            k, v = (side[pages].transpose(0, 1).flatten(1, 2)[:, :seen].float() for side in kv)
-            grouped = q[row].float().view(self.kv_heads, -1, self.dim)
-            weights = (grouped @ k.transpose(1, 2) * self.dim**-0.5).softmax(-1)
-            found.append((weights @ v).view(self.q_heads, self.dim))
-        return torch.stack(found).to(q.dtype)
-
-
-def test_flashinfer_is_given_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=FakeWrapper, BatchPrefillWithPagedKVCacheWrapper=FakeWrapper)
-    monkeypatch.setitem(sys.modules, "flashinfer", fake)
-    beside: Any = FlashInfer(CPU)
+@pytest.mark.parametrize("module", ["flashinfer", "flash_attn", "flash_attn_interface"])
+def test_libraries_are_given_the_same(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    install(monkeypatch, module)
+    name = "flashinfer" if module == "flashinfer" else "flash_attn"
+    found: Any = dense.beside(load("torch"), name, torch.device("meta"), torch.bfloat16)
+    monkeypatch.setattr(found, "_device", CPU)
+    monkeypatch.setattr(found, "_totals", torch.zeros(5, dtype=torch.int64))
+    monkeypatch.setattr(found._library, "_device", CPU)
+    monkeypatch.setattr(found._library, "_workspace", torch.zeros(WORKSPACE, dtype=torch.uint8), raising=False)
     for case in cases(SHAPES["smollm2-135m"]):
-        if case.make in kernels.BESIDE:
-            found = check(case, beside, CPU, torch.bfloat16)
-            assert found is not None and found[1], case.name
-    assert kernel_calls.decode in kernels.BESIDE and Size(1).bits == 16
+        if case.make in (*kernels.BESIDE, kernel_calls.listed):
+            before = int(found._totals[1])
+            right = check(case, found, CPU, torch.bfloat16, 256)
+            assert right is not None and right[1], case.name
+            assert (int(found._totals[1]) > before) == (case.make in kernels.BESIDE), "the library was asked"
+
+
+def test_a_library_that_is_not_here_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "kernels", "--check", "--backend", "torch", "--device", "cpu"]
+    for more, said in (
+        (["--attention-backend", "flashinfer"], "is flashinfer, which cannot be had here: flashinfer computes on a GPU"),
+        (["--block-size", "0"], "--block-size is 0; allowed: 1 to 256"),
+    ):
+        assert main([*words, *more]) == 2
+        assert said in capsys.readouterr().err

@@ -49,6 +49,7 @@ def test_the_tiny_check_goes_through_every_stage(tmp_path: Path, capsys: pytest.
         f"{load}: {name}" for load in ("2 x 90", "2 x 150") for name in METHODS
     ]
     assert all("tokens/s" in one["figure"] for one in stages["engine"])
+    assert [one["figure"] for one in stages["libraries"]] == ["not installed"] * 2
     assert len(stages["times"]) > 30 and found["torch"] == torch.__version__
     assert "torch kernels capture no steps" in stages["replay"][0]["figure"] and "0 WRONG" in out
 
@@ -101,6 +102,16 @@ def test_wrong_results_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (wrong.what, wrong.verdict) == ("silu_mul 32, bfloat16", "WRONG") and right.figure.startswith("1, ")
     (none, left) = kernel_stages.correctness(some, kernels, CPU, [torch.bfloat16], Deadline(0))
     assert none.figure.startswith("0, ") and left.verdict == "left out" and left.what == "2 calls"
+
+
+def test_libraries_run_in_time_or_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process that ends with an error here, as this device is a CPU."""
+    monkeypatch.setattr(kernel_stages, "installed", lambda name: name if name == "flashinfer" else None)
+    flags = ("--backend", "torch", "--device", "cpu")
+    found = list(kernel_stages.libraries(("flashinfer", "flash_attn"), flags, Deadline(60)))
+    assert [one.verdict for one in found] == ["WRONG", "left out"] and "flashinfer computes on a GPU" in found[0].figure
+    late = list(kernel_stages.libraries(("flashinfer",), flags, Deadline(0)))
+    assert [(one.verdict, one.figure) for one in late] == [("left out", "ran out of time")]
 
 
 def test_bars_are_met_or_missed_on_a_gpu() -> None:

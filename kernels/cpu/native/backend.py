@@ -42,6 +42,7 @@ class NativeKernels:
     """`kernels.interface.Kernels` in C++. Safe to use from several threads; counters are then approximate."""
 
     name = "native"
+    dense: str | None = None
 
     def __init__(self, library: Library, threads: int, build: str = "") -> None:
         self.library = library
