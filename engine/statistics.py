@@ -75,6 +75,7 @@ class Statistics(EngineStats):
             "step_times": self.step_times.copy(),
             "step_prompt_rows": self.step_prompt_rows.copy(),
             "graph_steps": {mode: self.decoder.steps[mode] for mode in MODES},
+            "graph_failures": self.decoder.failures,
             "kv_bytes": {
                 "tail": counters.kv_bytes - counters.list_kv_bytes,
                 "list": counters.list_kv_bytes,

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from kvloom.kernels.interface import CaptureError
+
 T = TypeVar("T")
 
 
@@ -37,14 +39,30 @@ class CudaGraph:
         self._stream.wait_stream(usual)
         with torch.cuda.stream(self._stream):
             result = calls()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                calls()
-            finally:
-                graph.capture_end()
+            failed = self._captured(graph, calls)
         usual.wait_stream(self._stream)
+        if failed is not None:
+            _shared.cache_clear()  # the pool may still be said to be in use: later graphs get another
+            raise CaptureError(failed, result) from failed
         self._pieces.append(graph)
         return result
+
+    def _captured(self, graph: torch.cuda.CUDAGraph, calls: Callable[[], object]) -> Exception | None:
+        """Capture them. Returns what has prevented it."""
+        try:
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        except Exception as error:
+            return error
+        failed: Exception | None = None
+        try:
+            calls()
+        except Exception as error:
+            failed = error
+        try:
+            graph.capture_end()
+        except Exception as error:
+            failed = failed or error
+        return failed
 
     def replay(self, piece: int, rows: int) -> None:
         """See the contract. rows: as many as were captured."""

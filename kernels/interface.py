@@ -143,6 +143,14 @@ class Plan(Protocol):
     rows: Rows
 
 
+class CaptureError(RuntimeError):
+    """Calls of a step were made, and could not be captured; the cause says why. result: what they returned."""
+
+    def __init__(self, cause: Exception, result: object) -> None:
+        super().__init__(str(cause))
+        self.result = result
+
+
 class Graph(Protocol):
     """Calls of a step, captured in the order in which they were made, to be made again in one.
 
@@ -164,7 +172,8 @@ class Graph(Protocol):
         """Make these calls, of this thread; they become the graph's next piece if no exception ends them. Returns what they do.
 
         A device's graph makes them twice, the second time to capture them, and nothing is computed then: so that whatever takes
-        place once, like compiling a kernel, has taken place, and what they read on the host is refused.
+        place once, like compiling a kernel, has taken place, and what they read on the host is refused. Raises CaptureError if
+        that fails: the graph is of no use then, but all that the calls do is done.
         """
         ...
 

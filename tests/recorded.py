@@ -10,6 +10,7 @@ with them; of the Triton back end every launch and every operation of torch's in
 
 from __future__ import annotations
 
+import functools
 import inspect
 from contextlib import nullcontext
 from typing import Any
@@ -18,7 +19,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from kvloom.engine.model.decoder import Decoder
 from kvloom.kernels.cuda_graph import CudaGraph
+from kvloom.kernels.interface import CaptureError
 from kvloom.kernels.tiles import TorchPlan
 from kvloom.kernels.vectorized import TorchKernels
 from tests.simulated import GPU, STREAM, Call, There
@@ -99,12 +102,20 @@ def launched(run: Any) -> Any:
 
 @pytest.fixture
 def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
-    """Has back ends on the simulated device capture CUDA graphs, which are these. Before `simulated_gpu`."""
+    """Has back ends on the simulated device capture CUDA graphs, which are these. Before `simulated_gpu`. A capture that fails
+    ends the step, instead of letting it run eagerly from then on."""
+
+    def ended(decoder: Decoder, key: object, error: CaptureError) -> None:
+        raise error
+
     made, plans = list[Recording](), dict[int, TorchPlan]()
+    monkeypatch.setattr(Decoder, "_give_up", ended)
     monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: Recording(made, plans))
     monkeypatch.setattr("torch.cuda.stream", lambda stream: nullcontext())
     monkeypatch.setattr("torch.cuda.current_stream", lambda: Mock(spec=torch.cuda.Stream))
-    monkeypatch.setattr("kvloom.kernels.cuda_graph._shared", lambda device: (None, Mock(spec=torch.cuda.Stream)))
+    monkeypatch.setattr(
+        "kvloom.kernels.cuda_graph._shared", functools.cache(lambda device: (None, Mock(spec=torch.cuda.Stream)))
+    )
     monkeypatch.setattr(TorchKernels, "graph", lambda self: CudaGraph(GPU) if STREAM.used else None)
     for name in CALLS:
         monkeypatch.setattr(TorchKernels, name, recorded(name, getattr(TorchKernels, name), plans))

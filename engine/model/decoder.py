@@ -14,13 +14,14 @@ each sub-layer's result is added by the norm that follows it, which is why `laye
 from __future__ import annotations
 
 import functools
+import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +29,10 @@ from torch import Tensor
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.linear import Linear
 from kvloom.engine.model.rope import RotaryTable, rotary_table
-from kvloom.kernels.interface import Graph, Kernels
+from kvloom.kernels.interface import CaptureError, Graph, Kernels
 
 T = TypeVar("T")
+log = logging.getLogger("kvloom.engine")
 GraphMode = Literal["none", "piecewise", "full"]
 """What of a step is captured in a graph and replayed: nothing, all but attention, or all. Attention that is captured makes the
 same calls at the same addresses in every step."""
@@ -126,6 +128,10 @@ class Decoder:
         self._graphs: OrderedDict[Captured, Graph] = OrderedDict()
         self.steps = Counter[GraphMode]()
         """By how much of them was replayed."""
+        self.refused: OrderedDict[Captured, CaptureError] = OrderedDict()
+        """Graphs that could not be captured, and why: not tried again, but for those that were forgotten over many others."""
+        self.failures = 0
+        """Captures that failed."""
         self._whole = self._part = self._allocate(1)
 
     @functools.cached_property
@@ -164,7 +170,9 @@ class Decoder:
         x, rows = self.embed(tokens), tokens.shape[0]
         mode = min(graphs, self._most if rows and not narrows else "none", key=MODES.index)
         key = Captured(attention, mode, program if mode == "full" else None, rows if self._of_device else 0)
-        graph = self._graphs.get(key)
+        if key in self.refused:
+            mode = "none"
+        graph = None if mode == "none" else self._graphs.get(key)
         self.steps[mode if graph is not None else "none"] += 1
         if graph is None:
             return self.finish(*(self._through(x, attention, _call, narrows) if mode == "none" else self._capture(x, key)))
@@ -193,17 +201,38 @@ class Decoder:
         self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key.program is None)
 
     def _capture(self, x: Tensor, key: Captured) -> tuple[Tensor, Tensor | None]:
-        """Run all layers, and keep what was called for steps to come."""
-        graph = self.kernels.graph()
+        """Run all layers, and keep what was called for steps to come. A capture that fails leaves the step as it is."""
+        graph, failed = self.kernels.graph(), list[CaptureError]()
         assert graph is not None
+
+        def piece(calls: Callable[[], T]) -> T:
+            if failed:
+                return calls()
+            try:
+                return graph.piece(calls)
+            except CaptureError as error:
+                failed.append(error)
+                return cast(T, error.result)
+
         if key.mode == "piecewise":
-            result = self._through(x, key.attention, graph.piece)
+            result = self._through(x, key.attention, piece)
         else:
-            result = graph.piece(partial(self._through, x, key.attention, _call))
+            result = piece(partial(self._through, x, key.attention, _call))
+        if failed:
+            self._give_up(key, failed[0])
+            return result
         self._graphs[key] = graph
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
         return result
+
+    def _give_up(self, key: Captured, error: CaptureError) -> None:
+        """Steps like this one run eagerly from now on."""
+        log.warning("steps of %d rows (%s) cannot be captured, and run eagerly: %s", key.rows, key.mode, error, exc_info=error)
+        self.failures += 1
+        self.refused[key] = error
+        if len(self.refused) > MOST_GRAPHS:
+            self.refused.popitem(last=False)
 
     def _through(
         self,

@@ -191,6 +191,9 @@ class EngineStats:
     ahead_steps: int = counter(
         "Steps that were launched before the tokens of the one in front were known.", "engine_ahead_steps", kv="ahead_steps"
     )
+    graph_failures: int = counter(
+        "Captures of steps that failed: such steps run eagerly since.", "engine_graph_capture_failures", kv="graph_failures"
+    )
     kv_bytes: Mapping[str, int] = counter(
         "Bytes of keys and values that attention had to read.", "kv_read_bytes", default=dict, by=("kind",), kv="read_bytes"
     )

@@ -94,7 +94,7 @@ class Runner:
 
     def capture(self, told: Callable[[int, int], None]) -> None:
         """Capture dense steps of all sizes, whose rows are padding, if steps are captured so: the largest first, in whose
-        memory others find room. told: called with (graphs done, graphs in all)."""
+        memory others find room. told: called with (graphs done, graphs in all). Raises what prevents it."""
         if not self.decoder.captures_sizes:
             return
         sizes, nothing = self.capture_sizes[::-1], arrange([])
@@ -102,6 +102,8 @@ class Runner:
         for done, size in enumerate(sizes):
             told(done, len(sizes))
             self._run(nothing, 0, size)
+            if refused := self.decoder.refused:
+                raise next(reversed(refused.values())).__cause__ or RuntimeError("a capture has failed")
         told(len(sizes), len(sizes))
 
     def _padding(self, rows: int) -> int:

@@ -15,19 +15,22 @@ from torch import Tensor
 
 from kvloom.engine import LLM, KVOptions
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.requests.request import Request
-from kvloom.engine.step.runner import capture_sizes
+from kvloom.engine.step.runner import Runner, capture_sizes
 from kvloom.kernels.cuda_graph import CudaGraph
+from kvloom.kernels.interface import CaptureError
 from tests.recorded import Recording, recordings
 from tests.selection import test_guard
 from tests.selection.conftest import greedy, retrieval_heads
 from tests.selection.test_guard import EVERY, METHODS, config
-from tests.simulated import GPU, simulated_gpu
+from tests.simulated import GPU, STREAM, simulated_gpu
 
 __all__ = ["recordings", "retrieval_heads"]
 calibrated = test_guard.calibrated
 Make = Callable[..., LLM]
 SETTINGS = {"backend": "torch", "kv_memory": "1MiB", "max_num_seqs": 6, "max_batched_tokens": 256, "shadow_interval": 0}
+GIVE_UP = Decoder._give_up
 SIZES, LAYERS = [1, 2, 4, 6], 3
 ARRIVALS = {0: (3, 8), 4: (2, 6)}
 """By step: how many requests come, and how many tokens the first of them gets; each later one gets one more."""
@@ -162,6 +165,77 @@ def test_what_cannot_be_captured_ends_the_start_with_advice(
         make_llm(device="cuda", **SETTINGS)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("the capture was invalidated"), torch.OutOfMemoryError("CUDA out of memory.")])
+def test_captures_that_fail_at_start_end_it(
+    make_llm: Make, monkeypatch: pytest.MonkeyPatch, recordings: list[Recording], error: Exception
+) -> None:
+    def fails(recording: Recording) -> None:
+        ended(recording)
+        raise error
+
+    ended = Recording.capture_end
+    monkeypatch.setattr(Decoder, "_give_up", GIVE_UP)
+    monkeypatch.setattr(Recording, "capture_end", fails)
+    with simulated_gpu(monkeypatch), pytest.raises(ConfigError, match=r"invalidated; use --enforce-eager|CUDA|memory"):
+        make_llm(device="cuda", **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("when", "names"),
+    [("capture_begin", ("recycled",)), ("in between", ("recycled",)), ("capture_end", ("dense", "recycled", "sink_window"))],
+)
+def test_steps_whose_capture_fails_run_eagerly(
+    make_llm: Make, monkeypatch: pytest.MonkeyPatch, recordings: list[Recording], caplog: pytest.LogCaptureFixture, when: str,
+    names: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Nobody is harmed, and nothing is done twice: state and counters are those of a CPU. Each graph is tried once."""
+    begin, end, give_up = Recording.capture_begin, Recording.capture_end, GIVE_UP
+    tried: list[Any] = []
+
+    def begins(recording: Recording, *args: Any, **kwargs: Any) -> None:
+        if when == "capture_begin" and serving:
+            raise RuntimeError("no capture")
+        begin(recording, *args, **kwargs)
+
+    def ends(recording: Recording) -> None:
+        end(recording)
+        if when == "capture_end" and serving:
+            raise RuntimeError("no capture")
+
+    def asked(self: Any, calls: Any) -> Any:
+        def once() -> Any:
+            if STREAM.captured is not None and when == "in between" and serving:
+                calls()
+                raise RuntimeError("no capture")
+            return calls()
+
+        return piece(self, once)
+
+    def gives_up(decoder: Decoder, key: Any, error: CaptureError) -> None:
+        tried.append(key)
+        give_up(decoder, key, error)
+
+    piece, serving = CudaGraph.piece, False
+    monkeypatch.setattr(Decoder, "_give_up", gives_up)
+    monkeypatch.setattr(Recording, "capture_begin", begins)
+    monkeypatch.setattr(Recording, "capture_end", ends)
+    monkeypatch.setattr(CudaGraph, "piece", asked)
+    started = Runner.capture
+
+    def starts(runner: Runner, told: Any) -> None:
+        nonlocal serving
+        serving = False
+        started(runner, told)
+        serving = True
+
+    monkeypatch.setattr(Runner, "capture", starts)
+    gpu, _ = compare(make_llm, monkeypatch, [METHODS[name] for name in names])
+    stats = gpu.stats()
+    assert tried and len(tried) == len(set(tried)) == stats.graph_failures == len(caplog.messages)
+    assert all("cannot be captured, and run eagerly: no capture" in message for message in caplog.messages)
+    assert not stats.graph_steps["piecewise"] and (stats.graph_steps["full"] == 0 or "dense" in names)
+
+
 def test_eager_engines_capture_nothing(make_llm: Make, monkeypatch: pytest.MonkeyPatch, recordings: list[Recording]) -> None:
     with simulated_gpu(monkeypatch):
         llm = make_llm(device="cuda", enforce_eager=True, **SETTINGS)
@@ -186,7 +260,7 @@ def test_what_a_capture_refuses_is_refused(monkeypatch: pytest.MonkeyPatch, reco
             lambda: there.copy_(here), lambda: there.cpu(), lambda: there[there > 1], lambda: here.to(GPU),
         ):  # fmt: skip
             asks()
-            with pytest.raises(AssertionError, match="while calls are captured"):
+            with pytest.raises(CaptureError, match="while calls are captured"):
                 CudaGraph(GPU).piece(asks)
             assert there.tolist() == [0, 1, 2, 3], "a failed capture ends"
 

@@ -20,8 +20,8 @@ from kvloom.engine.requests.stats import CHECKS, KINDS, EngineStats, GroupStats,
 
 CLASSES: tuple[Any, ...] = (EngineStats, GroupStats, MethodStats, ShareStats, TenantStats, Health)
 METRICS = {
-    "engine_ahead_steps": "",
-    "engine_graph_steps": "mode", "engine_internal_errors": "", "engine_step_prompt_rows": "le", "engine_step_seconds": "",
+    "engine_ahead_steps": "", "engine_graph_capture_failures": "", "engine_graph_steps": "mode",
+    "engine_internal_errors": "", "engine_step_prompt_rows": "le", "engine_step_seconds": "",
     "engine_step_time_seconds": "le", "engine_steps": "", "engine_up": "", "generation_tokens": "",
     "kv_blocks": "group,state", "kv_cache_capacity_tokens": "", "kv_cache_usage_perc": "", "kv_evicted_blocks": "",
     "kv_read_bytes": "kind", "kvshare_captured_tokens": "",
@@ -42,8 +42,8 @@ METRICS = {
 }  # fmt: skip
 """What the engine tells on /metrics, and the labels beside the model's: names that dashboards hold, not to be changed."""
 PLACES = {
-    "": "ahead_steps block_size blocks capacity_tokens drafts evicted_blocks graph_steps hit_rate kvshare prefix read_bytes "
-        "requests selection selection_state settings tenants usage",
+    "": "ahead_steps block_size blocks capacity_tokens drafts evicted_blocks graph_failures graph_steps hit_rate "
+        "kvshare prefix read_bytes requests selection selection_state settings tenants usage",
     "blocks.full": "cached free in_use total", "drafts": "accepted_tokens drafted_tokens made",
     "prefix": "hit_tokens query_tokens",
     "kvshare": "deviation enabled errands identity_failures left recomputed_share refreshed_tokens rejected_runs requests runs "
