@@ -45,7 +45,7 @@ class TritonKernels:
     # What needs nothing of this object: see the contract.
     store, rotate, rotate_store = staticmethod(by_row.store), staticmethod(by_row.rotate), staticmethod(by_row.rotate_store)
     add_rms_norm, silu_mul = staticmethod(by_row.add_rms_norm), staticmethod(by_row.silu_mul)
-    renew, sample = staticmethod(choose.renew), staticmethod(sampling.sample)
+    renew = staticmethod(choose.renew)
 
     def __init__(self, device: str) -> None:
         self.quantized: QuantizedLinears | None = TritonQuantized(device)
@@ -182,6 +182,12 @@ class TritonKernels:
                at: Tensor | None = None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """See the contract."""
         return topk.select(scores, lengths, k, self._scratch.view(torch.int32), offset=offset, out=out, at=at)
+
+    # Sampling ----------------------------------------------------------------------------------------------------
+
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
+        """See the contract."""
+        return sampling.sample(logits, how, out, self._scratch.view(torch.int32))
 
 
 def _own(plan: Plan) -> TritonPlan:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvloom.kernels.interface import COMPARES, Compare, Folded, Lists, PagedKV, Renewal, Rows
 from kvloom.kernels.quantized import PackedWeight
-from kvloom.kernels.triton import TritonKernels, choose, rows, sampling
+from kvloom.kernels.triton import TritonKernels, choose, rows
 from kvloom.kernels.triton.linear import Q4, Q8, TritonQuantized
 
 Kind = Literal["decode", "lists", "chunk", "list chunk", "score"]
@@ -108,6 +108,6 @@ CALLS: dict[str, Callable[[int], object]] = {
     "pool": _pool,
     "select": _select,
     **{f"renew ({compare})": functools.partial(_renew, compare=compare) for compare in COMPARES},
-    "sample": lambda n: sampling.sample(_fp32(n, 151_936), _of(n, 5, dtype=torch.float64), _int64(n)),
+    "sample": lambda n: TritonKernels("cpu").sample(_fp32(n, 151_936), _of(n, 5, dtype=torch.float64), _int64(n)),
 }
 """Calls of n rows, one per operation and kind of launch, by the name under which it appears."""
