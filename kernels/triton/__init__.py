@@ -1,8 +1,8 @@
 """The back end for GPUs: every operation of `interface` as Triton kernels, which their interpreter also runs on a CPU.
 
 Element types, strides and shapes are checked here; contents of index tensors are trusted, as the contract says. No operation
-reads a tensor's value on the host, or makes a tensor: calls may be captured in CUDA graphs. Plans make scratch, which all
-operations share, as they follow each other.
+reads a tensor's value on the host, or makes a tensor: calls may be captured in CUDA graphs. Plans and `sample` make scratch,
+which all operations share, as they follow each other.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ COUNTERS = 32
 """Places among which counting is spread."""
 SCRATCH = 1 << 22
 """Numbers that there are room for at least."""
+SAMPLE_SCRATCH = 1 << 24
+"""Most numbers that are asked for when tokens are drawn: 64 MiB."""
 
 
 def load(device: str) -> TritonKernels:
@@ -74,10 +76,13 @@ class TritonKernels:
         check_rows(rows, q_heads, kv_heads, head_dim)
         group = q_heads // max(1, kv_heads)
         tiles = cut(rows, group, head_dim)
-        size = scratch_size(rows, group) * (head_dim + attention.STATS.value)
+        self._reserve(scratch_size(rows, group) * (head_dim + attention.STATS.value))
+        return TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, self._scratch)
+
+    def _reserve(self, size: int) -> None:
+        """Have scratch of so many numbers."""
         if len(self._scratch) < size:
             self._scratches.append(torch.empty(max(size, 2 * len(self._scratch)), device=self._totals.device))
-        return TritonPlan(rows, q_heads, kv_heads, head_dim, tiles, self._scratch)
 
     def attend(self, q: Tensor, kv: PagedKV, plan: Plan, *, scale: float, out: Tensor, lse: Tensor | None = None,
                logits: Tensor | None = None, positions: Tensor | None = None, heads: Tensor | None = None,
@@ -186,7 +191,8 @@ class TritonKernels:
     # Sampling ----------------------------------------------------------------------------------------------------
 
     def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
-        """See the contract."""
+        """See the contract. Scratch is made for as many rows as come, up to SAMPLE_SCRATCH."""
+        self._reserve(min(SAMPLE_SCRATCH, len(logits) * sampling.scratch_size(logits.shape[-1])))
         return sampling.sample(logits, how, out, self._scratch.view(torch.int32))
 
 
