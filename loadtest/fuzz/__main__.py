@@ -47,7 +47,7 @@ def main() -> int:
             done += fuzzer.tally.requests
             preemptions += fuzzer.tally.preemptions
             ends.update(fuzzer.tally.ends)
-            if number % len(SETTINGS) == 0 or done >= most:
+            if number % len(SETTINGS) == 0 or done >= most or time.monotonic() >= until:
                 rate = done / (time.monotonic() - began)
                 print(f"seed {first}: {done} requests, {errors} errors, {rate:.0f} requests/s, {preemptions} preemptions, "
                       + ", ".join(f"{count} {name}" for name, count in sorted(ends.items())), flush=True)  # fmt: skip

@@ -112,7 +112,8 @@ class Fuzzer:
             del self._open[output.id]
             self.tally.ends[output.finish_reason] += 1
             limit = request.sampling.max_tokens or self.llm.model.max_model_len
-            if output.finish_reason == "error" or not 0 <= output.usage.completion_tokens <= limit:
+            failed = output.finish_reason == "error" and output.param is None  # else a field of the request's is to blame
+            if failed or not 0 <= output.usage.completion_tokens <= limit:
                 raise FuzzError(f"{output.id} ended with {output}")
 
     def _look(self) -> None:

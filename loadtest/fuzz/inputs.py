@@ -78,7 +78,7 @@ class Inputs:
         source, fields = self.random, {"max_tokens": self.random.choice([1, 1, 2, 3, 4, 6, 8, 12, 24])}
         maybe: dict[str, Callable[[], Any]] = {
             "temperature": lambda: source.choice([0.0, 0.0, 1e-6, 0.7, 1.0, 100.0]),
-            "top_p": lambda: source.choice([1e-9, 0.5, 0.95, 1.0]),
+            "top_p": lambda: source.choice([0.0, 1e-9, 0.5, 0.95, 1.0]),
             "top_k": lambda: source.choice([-1, 1, 5, 10**6]),
             "min_p": lambda: source.choice([0.0, 0.1, 1.0]),
             "presence_penalty": lambda: source.uniform(-2, 2),
@@ -89,6 +89,9 @@ class Inputs:
             "logit_bias": lambda: {source.randrange(self._vocab): source.uniform(-100, 100) for _ in range(3)},
             "stop": lambda: tuple(source.choice(["a", "the", "\ufffd", "x" * 256]) for _ in range(source.randint(0, 3))),
             "stop_token_ids": lambda: tuple(self._tokens(2)),
+            "allowed_token_ids": lambda: tuple(self._tokens(source.choice([1, 2, 9, 200]))),
+            "bad_words": lambda: tuple(source.choice(["a", "the", " e", "th", "\ufffd"]) for _ in range(source.randint(0, 4))),
+            "logprob_token_ids": lambda: tuple(self._tokens(source.randint(0, 4))),
             "ignore_eos": lambda: True,
             "include_stop_str_in_output": lambda: True,
             "skip_special_tokens": lambda: False,

@@ -26,7 +26,8 @@ FIELDS = (
     "stream_options", "kv", "cache_salt", "priority", "user", "logprobs", "top_logprobs", "echo", "best_of", "messages",
     "prompt", "tokens", "text", "texts", "scope", "model", "add_generation_prompt", "continue_final_message",
     "chat_template_kwargs", "add_special_tokens", "return_token_strs", "tools", "response_format", "guided_json",
-    "extra_body", "unheard_of",
+    "extra_body", "unheard_of", "allowed_token_ids", "bad_words", "logprob_token_ids", "truncate_prompt_tokens",
+    "truncation_side", "return_token_ids", "return_tokens_as_token_ids",
 )  # fmt: skip
 
 
@@ -50,6 +51,9 @@ class Maker:
             "kv": self.kv, "logit_bias": lambda: {pick(["5", "x", "319", "99999", HALF]): pick(NUMBERS)},
             "chat_template_kwargs": lambda: {pick(["x", "self", "messages", "dict", HALF]): pick([1, HALF, "a", 1e308])},
             "stop": lambda: [pick(["a", "\ufffd", HALF, "", "x" * 300])], "stop_token_ids": lambda: [pick([0, 5, 319, 320])],
+            "allowed_token_ids": lambda: [pick([0, 2, 5, 319, 320, -1])], "bad_words": lambda: [pick(["a", "", "hi", HALF])],
+            "logprob_token_ids": lambda: [pick([0, 319, 320])], "truncate_prompt_tokens": lambda: pick([-1, 0, 1, 9, 999]),
+            "return_token_ids": lambda: True, "truncation_side": lambda: pick(["left", "right", "middle"]),
             "forced_tokens": lambda: [pick([0, 5, 319, 320, -1])], "stream": lambda: True, "echo": lambda: True,
             "stream_options": lambda: {pick(["include_usage", "x", HALF]): True},
             "prompt": lambda: pick(["🦊", [5, 6], [[5], [6]]]),
