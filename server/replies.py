@@ -61,8 +61,10 @@ def _dumps(value: Any) -> str:
 class ChunkWriter:
     """Turns outputs into events. No event has empty text, but for the opening one and the last of a completion."""
 
-    def __init__(self, envelope: Envelope, usage: UsageTotals, *, logprobs: LogprobWriter | None, include_usage: bool,
-                 continuous_usage: bool, ids: TokenIds | None = None, readers: Sequence[AnswerReader] = ()) -> None:  # fmt: skip
+    def __init__(
+        self, envelope: Envelope, usage: UsageTotals, *, logprobs: LogprobWriter | None, include_usage: bool,
+        continuous_usage: bool, ids: TokenIds | None = None, readers: Sequence[AnswerReader] = (),
+    ) -> None:  # fmt: skip
         """ids: what chunks tell of token ids, if they do; readers: of each completion, where there is more in its text than
         content."""
         form = envelope.format
