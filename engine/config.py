@@ -234,7 +234,7 @@ class StructuredOptions:
 
     max_grammar_size: Annotated[int, "CHARACTERS"] = 512 * 1024
     """Longest JSON schema, regular expression, grammar or list of choices, 1024 to 16777216."""
-    grammar_compile_seconds: Annotated[float, "SECONDS"] = 10.0
+    grammar_compile_seconds: Annotated[float, "SECONDS"] = 30.0
     """How long one may take to be compiled, waiting for others included, 0.1 to 600; then it is refused."""
     grammar_cache_entries: Count = 256
     """Compiled ones that are kept, those used last, 1 to 65536."""

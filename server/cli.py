@@ -51,6 +51,10 @@ MEASUREMENTS = {
         "answers": ("kvloom.loadtest.quality.answer_changes", "how often weight modes change greedy answers"),
         "weights": ("kvloom.loadtest.quality.weights", "what each weight mode costs in quality"),
         "tools": ("kvloom.loadtest.quality.tool_eval", "tool calls of any OpenAI server: which are right, and which needless"),
+        "structured": (
+            "kvloom.loadtest.quality.structured",
+            "structured output: valid answers, what masks cost, who waits",
+        ),
         "server": ("kvloom.loadtest.quality.server_eval", "perplexity, agreement and needles of any OpenAI server"),
     },
     "calibrate": {

@@ -64,6 +64,16 @@ class StructuredOutput:
             raise self.refused(f"{given[0]} is empty; leave it out for any text")
         if not isinstance(self.choice, tuple) or not all(isinstance(choice, str) and choice for choice in self.choice):
             raise self.refused("choice holds something else than non-empty strings")
+        try:
+            for text in self._texts:
+                text.encode()
+        except UnicodeEncodeError:
+            raise self.refused("it holds half of a surrogate pair; send valid Unicode") from None
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        texts = (self.json_schema, self.regex, *self.choice, self.grammar, self.structural_tag, self.whitespace_pattern)
+        return tuple(text for text in texts if isinstance(text, str))
 
     @property
     def kind(self) -> str:
@@ -73,8 +83,7 @@ class StructuredOutput:
     @property
     def size(self) -> int:
         """Characters of what is to be compiled."""
-        texts = (self.json_schema, self.regex, *self.choice, self.grammar, self.structural_tag, self.whitespace_pattern)
-        return sum(len(text) for text in texts if isinstance(text, str))
+        return sum(map(len, self._texts))
 
     def refused(self, problem: str) -> InvalidRequestError:
         """An error about this constraint, which names the field it came in."""

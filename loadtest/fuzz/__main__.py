@@ -1,4 +1,4 @@
-"""python -m kvloom.loadtest.fuzz [--requests N | --minutes M] [--seed S]: fuzz engines of all settings in turn."""
+"""python -m kvloom.loadtest.fuzz [--requests N | --minutes M] [--seed S] [--structured P]: fuzz engines of all settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from kvloom.loadtest.fuzz.engines import SETTINGS, engine, stage
-from kvloom.loadtest.fuzz.fuzzer import Fuzzer, FuzzError
+from kvloom.loadtest.fuzz.fuzzer import CONSTRAINED, Fuzzer, FuzzError
 
 BATCHES = 6
 """Of one engine before the next one's turn."""
@@ -23,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m kvloom.loadtest.fuzz", description=__doc__)
     parser.add_argument("--requests", type=int, default=None, help="end after so many requests; default: 10000")
     parser.add_argument("--minutes", type=float, default=None, help="end after so many minutes")
+    parser.add_argument("--structured", type=float, default=CONSTRAINED, help="share with a grammar, 0 to 1 (%(default)s)")
     parser.add_argument("--seed", type=int, default=None, help="of the first round; default: another each time")
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
@@ -34,7 +35,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, stage(Path(folder)):
         while done < most and time.monotonic() < until:
             seed = first + number
-            fuzzer = Fuzzer(engine(Path(folder), number), seed)
+            fuzzer = Fuzzer(engine(Path(folder), number), seed, args.structured)
             try:
                 for _ in range(BATCHES):
                     fuzzer.batch()

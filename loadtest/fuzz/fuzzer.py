@@ -20,6 +20,8 @@ from kvloom.loadtest.fuzz.inputs import Inputs, Sent
 
 BATCH = 128
 """Requests that are sent before all must have ended."""
+CONSTRAINED = 0.04
+"""Of requests, unless told otherwise."""
 MOST_STEPS = 20_000
 """Steps in which a batch must end."""
 _EXCEPTION = re.compile(r"Error\b|Exception|Traceback|array\(|object at 0x|[a-z]\.py\b")
@@ -43,10 +45,12 @@ class Tally:
 class Fuzzer:
     """One engine and what it is sent."""
 
-    def __init__(self, llm: LLM, seed: int) -> None:
+    def __init__(self, llm: LLM, seed: int, constrained: float = CONSTRAINED) -> None:
+        """constrained: share of requests that have a grammar."""
         order = llm.core._admission.uses_priority
         self.llm, self.tally = llm, Tally()
-        self._inputs = Inputs(seed, llm.model.vocab_size, llm.model.max_model_len, methods=tuple(METHODS), priorities=order)
+        size, longest = llm.model.vocab_size, llm.model.max_model_len
+        self._inputs = Inputs(seed, size, longest, methods=tuple(METHODS), priorities=order, constrained=constrained)
         self._open: dict[str, Request] = {}
         self._number = 0
 
@@ -110,7 +114,7 @@ class Fuzzer:
             if output.finish_reason is None:
                 continue
             del self._open[output.id]
-            self.tally.ends[output.finish_reason] += 1
+            self.tally.ends["conflict" if output.param else output.finish_reason] += 1
             limit = request.sampling.max_tokens or self.llm.model.max_model_len
             failed = output.finish_reason == "error" and output.param is None  # else a field of the request's is to blame
             if failed or not 0 <= output.usage.completion_tokens <= limit:
@@ -131,7 +135,7 @@ class Fuzzer:
             "blocks": sum(group.in_use for group in stats.groups),
             "tables": len(core.cache._tables), "matches": len(core.cache._matches), "queued tokens": core.queued_tokens,
             "selectors": sum(len(entry.open) for entry in core._admission.selectors._entries.values()),
-            "sampler": len(core.decoding._sampler._seen),
+            "sampler": len(core.decoding._sampler._seen), "grammars": len(core.decoding.constraints._open),
             **({} if share is None else {"repairs": len(share._repairs), "plans": len(share._plans)}),
         }  # fmt: skip
         if any(held.values()):

@@ -10,8 +10,10 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 
 from kvloom.engine import KVOptions, SamplingParams
 from kvloom.engine.bounds import range_of
+from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.reuse.kvshare.options import RepairOptions
 from kvloom.engine.selection import METHODS
+from kvloom.loadtest.fuzz.constraints import constraint
 
 HOSTILE: tuple[Any, ...] = (
     True, -1, 0, 2**31, 2**63 - 1, 10**30, 10**5000, -0.5, math.nan, math.inf, "x" * 300, [], [1, 1], {}, None)  # fmt: skip
@@ -36,8 +38,12 @@ class Sent(NamedTuple):
 class Inputs:
     """A source of requests, the same for the same seed."""
 
-    def __init__(self, seed: int, vocab: int, longest: int, *, methods: Sequence[str], priorities: bool) -> None:
-        """longest: prompt + output that the engine takes; methods: selections to draw from."""
+    def __init__(
+        self, seed: int, vocab: int, longest: int, *, methods: Sequence[str], priorities: bool, constrained: float
+    ) -> None:
+        """longest: prompt + output that the engine takes; methods: selections to draw from; constrained: share of requests
+        with a grammar."""
+        self._constrained = constrained
         self.random = random.Random(seed)
         self._vocab, self._longest = vocab, longest
         self._methods, self._priorities = methods, priorities
@@ -48,9 +54,10 @@ class Inputs:
         """The next one."""
         source, prompt = self.random, self._prompt()
         sampling, kv = self._sampling(), self._kv()
+        asked = constraint(source) if source.random() < self._constrained else None
         return Sent(
             prompt=prompt,
-            sampling=lambda: SamplingParams(**sampling),
+            sampling=lambda: SamplingParams(**sampling, structured=None if asked is None else StructuredOutput(**asked)),
             kv=lambda: KVOptions(**kv),
             priority=self._odd(source.randint(-3, 3)) if self._priorities and source.random() < 0.3 else 0,
             tenant=source.choice(TENANTS),

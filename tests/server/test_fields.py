@@ -26,7 +26,9 @@ EFFECTS = {
     "top_k": 5, "min_p": 0.5, "prompt_logprobs": 1, "allowed_token_ids": [5, 6], "bad_words": ["fox"], "ignore_eos": True,
     "include_stop_str_in_output": True, "skip_special_tokens": False, "echo": True, "add_generation_prompt": False,
     "continue_final_message": True, "truncate_prompt_tokens": 2, "return_token_ids": True, "priority": 1, "cache_salt": "s",
-    "best_of": 2,
+    "best_of": 2, "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"}, "guided_json": {},
+    "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": 'start: "a"', "guided_decoding": {"regex": "a+"},
+    "json_schema": {}, "grammar": 'root ::= "a"', "regex": "a+", "ebnf": 'root ::= "a"',
 }  # fmt: skip
 """Values with which a request of a fake engine is asked, or answered, otherwise than without."""
 WITH = {
@@ -42,7 +44,7 @@ OF_ENDPOINT = {
     ("chat", "add_special_tokens"): None, ("completions", "add_special_tokens"): None,  # the tokenizer adds none
     ("chat", "chat_template_kwargs"): None,  # the template has no variables
 }  # fmt: skip
-WRONG = {"logit_bias": "x", "stream_options": "x", "chat_template_kwargs": "x"}
+WRONG = {"json_schema": 5, "logit_bias": "x", "stream_options": "x", "chat_template_kwargs": "x"}
 """Values that a field cannot have; the others cannot be this:"""
 OBJECT = {"wrong": True}
 
