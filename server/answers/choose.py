@@ -20,7 +20,7 @@ from kvloom.server.answers.formats import (
     call_format,
     reasoning_format,
 )
-from kvloom.server.answers.grammar import MOST_CALLS, GrammarWriter, Thoughts
+from kvloom.server.answers.grammar import MOST_CALLS, GrammarWriter, Thoughts, content_rule
 from kvloom.server.answers.reader import Expected
 from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.tools import NamedChoice
@@ -54,21 +54,33 @@ class AnswerFormats(NamedTuple):
             most_calls=None if body.parallel_tool_calls else 1,
         )
 
-    def constraint(self, body: ChatBody, tokenizer: Any, prompt_end: str) -> StructuredOutput | None:
-        """What the answers to a chat must look like for its tools: calls where it must call, and calls of strict functions as
-        their schemas say. None for anything."""
-        forced, tools = body.tool_choice not in ("auto", "none"), body.offered
-        if not forced and not any(tool.function.strict for tool in tools):
-            return None
+    def constraint(
+        self, body: ChatBody, tokenizer: Any, prompt_end: str, asked: StructuredOutput | None
+    ) -> StructuredOutput | None:
+        """What the answers to a chat must look like; None for anything.
+
+        Where it must call functions, calls; else what the body asks for (`asked`) or calls, behind thoughts; calls of strict
+        functions are as their schemas say. `asked` comes back as it is where that cannot be said together (a regular
+        expression, a grammar, calls that are bare JSON): then there are neither thoughts nor calls.
+        """
+        tools, must = body.offered, body.tool_choice not in ("auto", "none")
         writer = GrammarWriter(self.calls, lambda text: special_id(tokenizer, text), tokenizer.chat_template or "")
         thoughts = Thoughts(self.reasoning, self._thinks(prompt_end))
-        if not forced:
-            return StructuredOutput(grammar=writer.guarded(tools, thoughts), param="tools")
+        most = MOST_CALLS if body.parallel_tool_calls else 1
         if isinstance(body.tool_choice, NamedChoice):
-            tools = [tool for tool in tools if tool.function.name == body.tool_choice.function.name]
-        several = body.tool_choice == "required" and body.parallel_tool_calls
-        most = MOST_CALLS if several else 1
-        return StructuredOutput(grammar=writer.forced(tools, most=most, thoughts=thoughts), param="tool_choice")
+            named, most = body.tool_choice.function.name, 1
+            tools = [tool for tool in tools if tool.function.name == named]
+        if must:
+            return StructuredOutput(grammar=writer.forced(tools, most=most, thoughts=thoughts), param="tool_choice")
+        if asked is not None:
+            content = content_rule(asked)
+            bare_json = self.calls.mostly_bare and "{" in self.calls.bare  # which no lexer tells from other JSON in time
+            if content is None or (tools and bare_json):
+                return asked
+            return StructuredOutput(grammar=writer.either(tools, content, thoughts=thoughts), param=asked.param)
+        if any(tool.function.strict for tool in tools):
+            return StructuredOutput(grammar=writer.guarded(tools, thoughts), param="tools")
+        return None
 
     def _thinks(self, prompt_end: str) -> bool:
         """Whether a prompt opened the model's thoughts."""

@@ -3,6 +3,7 @@ arguments are valid against the functions' schemas.
 
     tool_choice required, or a name      thoughts, if the model has any, then one call or more
     strict functions, tool_choice auto   any text; what stands behind a mark that opens a call is a call
+    a schema for the content             thoughts, then JSON that is valid against it, or calls
 
 The grammars are llguidance's dialect of Lark. Marks that are special tokens of the model go by their ids, others are text.
 """
@@ -14,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kvloom.engine.constraint.grammar import SEPARATORS
+from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.server.answers.calls import types_of
 from kvloom.server.answers.formats import CallFormat, ReasoningFormat
 from kvloom.server.schema.tools import Tool
@@ -46,6 +49,14 @@ class GrammarWriter:
         """An answer of 1 to `most` calls, behind thoughts."""
         self._rules.append(f"start: {self._thoughts(thoughts)}calls")
         self._calls(_CALLS[self.form.name](self, tools), most)
+        return self._written()
+
+    def either(self, tools: Sequence[Tool], content: str, *, thoughts: Thoughts) -> str:
+        """An answer of this content, or of calls if there are tools, behind thoughts."""
+        self._rules.append(f"start: {self._thoughts(thoughts)}{'(calls | content)' if tools else 'content'}")
+        self._rules.append(f"content: {content}")
+        if tools:
+            self._calls(_CALLS[self.form.name](self, tools), MOST_CALLS)
         return self._written()
 
     def guarded(self, tools: Sequence[Tool], thoughts: Thoughts) -> str:
@@ -124,6 +135,19 @@ class _Calls:
     before: str = '""'
     between: str = '"\\n"'
     after: str = '""'
+
+
+def content_rule(asked: StructuredOutput) -> str | None:
+    """The body of a rule for what a request asks its content to look like; None for what cannot be part of a grammar."""
+    if asked.whitespace_pattern is not None or asked.disable_any_whitespace or asked.disable_additional_properties:
+        return None
+    if asked.choice:
+        return _either([_quoted(choice) for choice in asked.choice])
+    try:
+        schema = {"type": "object"} if asked.json_object else json.loads(str(asked.json_schema))
+    except (ValueError, RecursionError):  # it is not JSON, or none is asked for
+        return None
+    return "%json " + json.dumps({"x-guidance": SEPARATORS, **schema}) if isinstance(schema, dict) else None
 
 
 def _quoted(text: str) -> str:

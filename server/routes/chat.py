@@ -31,8 +31,12 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     expected = context.answers.expected(body, prompt.end)
     if expected is not None:
         tokenizer = context.client.tokenizer
-        structured = context.answers.constraint(body, tokenizer, prompt.end) or sampling.structured
-        sampling = replace(sampling, shown_special_tokens=shown_tokens(tokenizer, expected), structured=structured)
+        asked = sampling.structured
+        structured = context.answers.constraint(body, tokenizer, prompt.end, asked)
+        if asked is not None and structured is asked:
+            expected = None
+        else:
+            sampling = replace(sampling, shown_special_tokens=shown_tokens(tokenizer, expected), structured=structured)
     job = make_job(request, arrival, body, sampling, [prompt.tokens], expected=expected)
 
     def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:

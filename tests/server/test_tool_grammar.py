@@ -6,9 +6,10 @@ import random
 import pytest
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
+from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.server.answers.events import CallArguments, CallStart
 from kvloom.server.answers.formats import CALL_FORMATS, REASONING_FORMATS
-from kvloom.server.answers.grammar import GrammarWriter, Thoughts
+from kvloom.server.answers.grammar import GrammarWriter, Thoughts, content_rule
 from kvloom.server.answers.reader import AnswerReader, Expected
 from kvloom.server.schema.tools import Tool
 
@@ -144,6 +145,31 @@ def test_text_is_free_and_calls_are_not(vocabulary, form):
     wrong = (CALL_FORMATS[form].wraps or ("",))[0] + opening + {"pythonic": "[other("}.get(form, '{"name": "other"')
     ids = tokenizer.encode(wrong, add_special_tokens=False)
     assert matcher(grammar, tokens).try_consume_tokens(ids) < len(ids)
+
+
+@pytest.mark.parametrize("form", sorted(CALL_FORMATS.keys() - {"llama3_json"}))
+def test_content_of_a_schema_or_calls(vocabulary, form):
+    tokenizer, tokens = vocabulary
+    asked = StructuredOutput(json_schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
+    content = content_rule(asked)
+    grammar = writing(form, tokenizer).either(TOOLS, content, thoughts=Thoughts(THINK, False))
+    for text in ('{"a": 1}', '<think>x</think>\n{"a":1}'):
+        match = matcher(grammar, tokens)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert match.try_consume_tokens(ids) == len(ids) and match.is_accepting(), text
+    assert matcher(grammar, tokens).try_consume_tokens(tokenizer.encode("hello")) == 0
+    forced = writing(form, tokenizer).forced(TOOLS, most=1, thoughts=Thoughts(None, False))
+    text = next(filter(None, (wander(forced, tokenizer, tokens, seed) for seed in range(24))))
+    match = matcher(grammar, tokens)
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert match.try_consume_tokens(ids) == len(ids) and match.is_accepting(), text
+
+
+def test_what_cannot_be_joined():
+    tight = {"json_object": True, "disable_any_whitespace": True}
+    for fields in ({"regex": "a"}, {"grammar": "start: /a/"}, {"json_schema": "true"}, tight):
+        assert content_rule(StructuredOutput(**fields)) is None
+    assert content_rule(StructuredOutput(choice=("a", 'b"'))) == '("a" | "b\\"")'
 
 
 def test_keywords_that_no_grammar_knows():

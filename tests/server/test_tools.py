@@ -274,3 +274,26 @@ def test_what_must_be_called_is_asked_of_the_engine_as_a_grammar(says):
     assert "{0,7}" not in structured(tool_choice="required", parallel_tool_calls=False).grammar
     assert "look" not in structured(tool_choice=named).grammar and structured(tool_choice=named).param == "tool_choice"
     assert "TEXT" in structured(tools=[strict]).grammar and structured(tools=[strict]).param == "tools"
+
+
+SCHEMA = {
+    "type": "json_schema",
+    "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+}
+
+
+def test_a_schema_beside_tools_and_thoughts(says):
+    """Either calls or content of that form, behind thoughts; what no grammar can join stays alone and is content."""
+    client, served = says('<think>hm</think>{"a": 1}', THINKING)
+    message = ask(client, response_format=SCHEMA).choices[0].message
+    sent = served.engine.calls[-1]["sampling"].structured
+    assert message.content == '{"a": 1}' and message.reasoning_content == "hm"
+    assert "(calls | content)" in sent.grammar and "</think>" in sent.grammar and sent.param == "response_format"
+    ask(client, response_format=SCHEMA, tools=openai.NOT_GIVEN)
+    assert "calls" not in served.engine.calls[-1]["sampling"].structured.grammar
+    ask(client, response_format=SCHEMA, tool_choice="required")
+    assert served.engine.calls[-1]["sampling"].structured.param == "tool_choice"
+    served.engine.says = "12"
+    fields = {"regex": "[0-9]+", "chat_template_kwargs": {"prompt_opens": True}}
+    message = ask(client, extra_body=fields).choices[0].message
+    assert message.content == "12" and served.engine.calls[-1]["sampling"].structured.regex == "[0-9]+"
