@@ -2,8 +2,9 @@
 
     python -m kvloom.loadtest.demo [--model NAME]
 
-Four things are shown, each through openai-python: a plain answer, a streamed one, a batch of concurrent streams that share a
-system prompt (and so its KV), and the refusal of a bad request. Exit code 0 only if every answer was right in form.
+Five things are shown, each through openai-python: a plain answer, a call of a tool, an answer of a given schema, a batch of
+concurrent streams that share a system prompt (and so its KV), and the refusal of a bad request. Exit code 0 only if every
+answer was right in form.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import sys
 import time
 import urllib.request
 from dataclasses import dataclass
+from typing import Any
 
 from openai import AsyncOpenAI, BadRequestError, OpenAI
-from openai.types.chat import ChatCompletionMessageParam
+from openai.types.chat import ChatCompletionMessageParam, ChatCompletionToolParam
+from openai.types.shared_params import ResponseFormatJSONSchema
 from rich.console import Console
 from rich.table import Table
 
@@ -42,6 +45,26 @@ QUESTIONS = (
     "Are there bees?",
     "What should I see first?",
 )
+TICKETS: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {
+        "name": "book_tickets",
+        "description": "Book tickets for the garden.",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"adults": {"type": "integer"}, "day": {"type": "string", "enum": ["Saturday", "Sunday"]}},
+            "required": ["adults", "day"],
+            "additionalProperties": False,
+        },
+    },
+}
+PLANT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 40}, "flowers": {"type": "boolean"}},
+    "required": ["name", "flowers"],
+    "additionalProperties": False,
+}
 START_SECONDS = 120.0
 
 
@@ -80,6 +103,35 @@ def ask(client: OpenAI, model: str) -> str:
     require(bool(choice.message.content), "the answer is empty")
     require(usage is not None and usage.completion_tokens >= 1, "usage is missing")
     return choice.message.content or ""
+
+
+def call(client: OpenAI, model: str) -> str:
+    """A tool that must be called: its arguments are valid whatever the model thinks of it."""
+    question = messages("Two adults would like to come on Sunday. Please book.")
+    reply = client.chat.completions.create(model=model, messages=question, tools=[TICKETS], tool_choice="required",
+                                           parallel_tool_calls=False, max_tokens=64, temperature=0)  # fmt: skip
+    choice = reply.choices[0]
+    require(choice.finish_reason == "tool_calls", f"finish_reason is {choice.finish_reason!r}")
+    (made,) = choice.message.tool_calls or []
+    if made.type != "function" or made.function.name != "book_tickets":
+        raise Malformed("another function was called")
+    given = json.loads(made.function.arguments)
+    require(isinstance(given["adults"], int) and given["day"] in ("Saturday", "Sunday"), f"the arguments are {given}")
+    return f"{made.function.name}({made.function.arguments})"
+
+
+def describe(client: OpenAI, model: str) -> str:
+    """An answer that is valid against a schema."""
+    question = messages("Name one plant of the garden, and say whether it flowers.")
+    form: ResponseFormatJSONSchema = {
+        "type": "json_schema",
+        "json_schema": {"name": "plant", "strict": True, "schema": PLANT},
+    }
+    reply = client.chat.completions.create(model=model, messages=question, response_format=form, max_tokens=64, temperature=0)
+    text = reply.choices[0].message.content or ""
+    given = json.loads(text)
+    require(set(given) == {"name", "flowers"} and isinstance(given["flowers"], bool), f"the answer is {text}")
+    return text
 
 
 async def stream(client: AsyncOpenAI, model: str, question: str) -> Answer:
@@ -149,6 +201,8 @@ def converse(console: Console, base_url: str, model: str) -> None:
     client = OpenAI(base_url=base_url, api_key="none", max_retries=0)
     require(model in [entry.id for entry in client.models.list()], "the model is not listed")
     console.print(f"[bold]plain answer[/]      {ask(client, model)}")
+    console.print(f"[bold]called tool[/]       {call(client, model)}", highlight=False)
+    console.print(f"[bold]answer of a schema[/] {describe(client, model)}", highlight=False)
     console.print(f"[bold]refused request[/]   {refuse(client, model)}")
     given, wall = asyncio.run(crowd(base_url, model))
     report(console, given, wall)

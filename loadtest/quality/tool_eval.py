@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.client.client import message_of
-from kvloom.loadtest.study.flags import BenchError, add, add_outputs, parser
+from kvloom.loadtest.study.flags import BenchError, add, add_outputs, add_resume, parser
 from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.study.results import Column, Results, Row
 from kvloom.loadtest.study.runner import Steps, finish
@@ -197,6 +197,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--about", default="", help="what the model is, for the note under the table")
     add(made, ("max_tokens", 128, "tokens of an answer"), ("timeout", 120, "seconds for an answer"))
     add_outputs(made)
+    add_resume(made)
     args = made.parse_args(argv)
     if not all("=http" in server for server in args.server):
         raise ConfigError(f"--server is {args.server}; allowed: NAME=URL, such as kvloom=http://127.0.0.1:8000")
@@ -208,11 +209,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     note = f"{args.about + '. ' if args.about else ''}Greedy, tool_choice auto, {len(QUESTIONS)} questions. {describe()}."
     results = Results(COLUMNS, ("server", "model"), "Tool calls", args.json, args.markdown, args.publish, note)
+    results = results.resumed(args.resume)
 
     def run() -> None:
         servers = [server.partition("=")[::2] for server in args.server]
         with Steps(len(servers) * len(QUESTIONS)) as steps:
             for name, url in servers:
-                results.add(measure(name, url.rstrip("/"), args, steps))
+                if results.find({"server": name, "model": args.model}) is None:
+                    results.add(measure(name, url.rstrip("/"), args, steps))
 
     return finish(results, run)

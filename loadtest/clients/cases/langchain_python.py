@@ -2,7 +2,7 @@
 
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from report import KEY, MAX_TOKENS, MODEL, QUESTION, RESULT, TOOL_CHOICE, URL, require, run
 
 model = ChatOpenAI(model=MODEL, base_url=URL, api_key=KEY, max_retries=0, max_tokens=MAX_TOKENS, temperature=0)
@@ -11,7 +11,7 @@ model = ChatOpenAI(model=MODEL, base_url=URL, api_key=KEY, max_retries=0, max_to
 class City(BaseModel):
     """A city."""
 
-    name: str
+    name: str = Field(max_length=40)
     inhabitants: int
 
 

@@ -3,7 +3,7 @@
 import json
 
 import litellm
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from report import KEY, MAX_TOKENS, MODEL, QUESTION, TOOL_CHOICE, URL, WEATHER, require, run
 
 SAID = {"model": f"openai/{MODEL}", "api_base": URL, "api_key": KEY, "max_tokens": MAX_TOKENS, "temperature": 0}
@@ -11,7 +11,7 @@ HELLO, USER = [{"role": "user", "content": "Say hello."}], [{"role": "user", "co
 
 
 class City(BaseModel):
-    name: str
+    name: str = Field(max_length=40)
     inhabitants: int
 
 

@@ -3,7 +3,7 @@
 from llama_index.core.llms import ChatMessage
 from llama_index.core.tools import FunctionTool
 from llama_index.llms.openai_like import OpenAILike
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from report import KEY, MAX_TOKENS, MODEL, QUESTION, RESULT, TOOL_CHOICE, URL, require, run
 
 model = OpenAILike(model=MODEL, api_base=URL, api_key=KEY, is_chat_model=True, is_function_calling_model=True,
@@ -14,7 +14,7 @@ HELLO = [ChatMessage(role="user", content="Say hello.")]
 class City(BaseModel):
     """A city."""
 
-    name: str
+    name: str = Field(max_length=40)
     inhabitants: int
 
 

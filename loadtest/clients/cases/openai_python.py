@@ -3,7 +3,7 @@
 import json
 
 from openai import OpenAI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from report import KEY, MAX_TOKENS, MODEL, QUESTION, RESULT, TOOL_CHOICE, URL, WEATHER, require, run
 
 client = OpenAI(base_url=URL, api_key=KEY, max_retries=0)
@@ -12,7 +12,7 @@ USER = {"role": "user", "content": QUESTION}
 
 
 class City(BaseModel):
-    name: str
+    name: str = Field(max_length=40)
     inhabitants: int
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from pydantic_ai import Agent
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
@@ -13,14 +13,14 @@ SAID = {"max_tokens": MAX_TOKENS, "temperature": 0}
 
 
 class City(BaseModel):
-    name: str
+    name: str = Field(max_length=40)
     inhabitants: int
 
 
 class Report(BaseModel):
     """Weather of a city."""
 
-    city: str
+    city: str = Field(max_length=40)
 
 
 def text():
