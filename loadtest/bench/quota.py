@@ -3,7 +3,8 @@
     step      milliseconds: the mean, the median, and what one step in a hundred takes longer than
     tok/s     of one request
 
-Each engine runs in a process of its own inside a new group, which needs root, and a mounted controller of either version.
+Each engine runs in a process of its own inside a new group, which needs root, and a mounted controller of either version. The
+group has all the weight there is, so that the quota limits it and little else does.
 """
 
 from __future__ import annotations
@@ -48,8 +49,10 @@ def group(quota: float) -> Iterator[Path]:
             if (folder / "cpu.cfs_quota_us").exists():
                 (folder / "cpu.cfs_period_us").write_text(str(PERIOD))
                 (folder / "cpu.cfs_quota_us").write_text(str(granted))
+                (folder / "cpu.shares").write_text("262144")
             else:
                 (folder / "cpu.max").write_text(f"{granted} {PERIOD}")
+                (folder / "cpu.weight").write_text("10000")
             yield folder / "cgroup.procs"
         finally:
             folder.rmdir()
