@@ -93,8 +93,6 @@ def spanned(rows: Rows, block_size: int) -> Rows | None:
     begins = np.flatnonzero(np.diff(request, prepend=-1).astype(bool) | (np.diff(stop, prepend=-1) != 1) | (stop == 1))
     counts = np.diff(begins, append=len(stop))
     ends, of = stop[begins + counts - 1], request[begins]
-    if (stop[begins] == 0).any() and (counts[stop[begins] == 0] > 1).any():
-        return None
     tables = rows.tables[torch.from_numpy(of.astype(np.int64)).to(rows.tables.device)]
     blocks = [table[: -(-end // block_size)] for table, end in zip(tables.cpu().numpy(), ends.tolist())]
     known = Spans(0, counts.tolist(), ends.tolist(), blocks, block_size)

@@ -30,6 +30,13 @@ def test_banner(fake, capsys, host, url):
     assert command[1] == f"{url}/v1/chat/completions" and json.loads(command[-1])["model"] == "echo-model"
 
 
+def test_banner_names_the_library_that_attends(fake, capsys):
+    engine = fake.FakeEngine()
+    engine.model = replace(engine.model, attention="flashinfer 0.7.4")
+    show(engine, ServerOptions())
+    assert "fake kernels and flashinfer 0.7.4 on cpu" in capsys.readouterr().err
+
+
 def test_banner_shows_no_key(fake, capsys):
     show(fake.FakeEngine(), ServerOptions(host="0.0.0.0", api_key=("hidden",)))
     text = capsys.readouterr().err
