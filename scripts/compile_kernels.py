@@ -6,6 +6,8 @@
     python scripts/compile_kernels.py --folder DIR      keeps the environment and what was compiled there: the next run goes on
                                                         where this one was ended
     python scripts/compile_kernels.py --only NAME       makes one of the tables
+    python scripts/compile_kernels.py --kinds A,B       sweeps these kinds of attention alone: decode, lists, chunk, list
+                                                        chunk, score
 
 Exits with 1 if a kernel spills registers or wants more shared memory than a program may have.
 """
@@ -62,6 +64,7 @@ def main() -> int:
     parser.add_argument("--triton", metavar="VERSION", help="install this version and use it (default: what is here)")
     parser.add_argument("--folder", metavar="DIR", help="where that is, and what was compiled is kept (default: nowhere)")
     parser.add_argument("--only", choices=tuple(TABLES), help="the table to make (default: all)")
+    parser.add_argument("--kinds", metavar="A,B", help="of attention that are swept (default: all)")
     args = parser.parse_args()
     version, code = args.triton, 0
     with tempfile.TemporaryDirectory() as passing:
@@ -75,10 +78,12 @@ def main() -> int:
         there = subprocess.run(asked, env=environment, check=True, capture_output=True, text=True).stdout.strip()
         print(f"triton {there}", flush=True)
         for name in [args.only] if args.only else TABLES:
-            failed, table = compiled(python, TABLES[name], environment)
+            kinds = [args.kinds] if args.kinds and "--sweep" in TABLES[name] else []
+            failed, table = compiled(python, [*TABLES[name], *kinds], environment)
             if not failed:
                 end, flag = (f"-{version.replace('.', '-')}", f" --triton {version}") if version else ("", "")
-                publish(name + end, table, there, f"python scripts/compile_kernels.py{flag}")
+                chosen = f" --kinds '{args.kinds}'" if kinds else ""
+                publish(name + end, table, there, f"python scripts/compile_kernels.py{flag}{chosen}")
             code |= failed
     return code
 

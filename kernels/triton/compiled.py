@@ -1,7 +1,8 @@
 """Every kernel compiled ahead of time: a table of what calls of one model launch, and a sweep over all kinds of attention.
 
     python -m kvloom.kernels.triton.compiled            what CALLS launch, for sm_80 and sm_90, as Markdown
-    python -m kvloom.kernels.triton.compiled --sweep    what attention launches, for all GEOMETRIES
+    python -m kvloom.kernels.triton.compiled --sweep    what attention launches, for all GEOMETRIES, or for those of the kinds
+                                                        that are named behind it: decode,lists
 
 Exits with 1 if a kernel spills registers or wants more shared memory than a program may have.
 """
@@ -102,7 +103,11 @@ def sweep_cells(built: Iterable[Built]) -> list[list[str]]:
 def main(arguments: Sequence[str]) -> int:
     """Print a table and what is wrong with it; returns the exit code."""
     swept = "--sweep" in arguments
-    built = sweep() if swept else every()
+    kinds = arguments[1].split(",") if swept and len(arguments) > 1 else KINDS
+    if unknown := set(kinds) - set(KINDS):
+        print(f"unknown: {', '.join(sorted(unknown))}; allowed behind --sweep: {', '.join(KINDS)}", file=sys.stderr)
+        return 2
+    built = sweep([one for one in GEOMETRIES if one.kind in kinds]) if swept else every()
     head, rows = (SWEEP_HEAD, sweep_cells(built)) if swept else (HEAD, cells(built))
     print("\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)))
     found = list(problems(built))

@@ -29,6 +29,9 @@ BUCKETS: tl.constexpr = tl.constexpr(16)
 WORDS = 2 + 2 * 16
 """Numbers of 8 bytes that a part leaves."""
 
+COUNTS, OWN = ["vocab", "parts"], ["how", "out", "scratch", "chosen"]
+"""Numbers and tensors of which Triton need not know whether they are, or begin at, multiples of 16."""
+
 
 @triton.jit
 def _weigh(x, top, temperature, min_p):
@@ -54,7 +57,7 @@ def _part(source, row_stride, row, begin, vocab, ALIGNED: tl.constexpr, PART: tl
     return column, there, tl.load(source + column, mask=there, other=-float("inf"))
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=OWN)
 def _peaks(logits, row_stride, scratch, vocab, WORDS: tl.constexpr, ALIGNED: tl.constexpr, PART: tl.constexpr):
     """Leaves a part's largest logit, and behind it the first token that has it, or -1 where something is not finite."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -82,7 +85,7 @@ def _likeliest(scratch, row, parts, vocab, WORDS: tl.constexpr, PARTS: tl.conste
     return top, tl.where(none | (top == -float("inf")), -1, first)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=OWN)
 def _sums(logits, row_stride, how, scratch, vocab, WORDS: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
           PART: tl.constexpr):  # fmt: skip
     """Leaves of each band how many tokens of the part are there, and what they weigh."""
@@ -134,7 +137,7 @@ def _number(number, whole):
     return tl.minimum(tl.floor(number * whole.to(tl.float64)).to(tl.int64) + 1, whole)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=OWN)
 def _gather(logits, row_stride, how, scratch, chosen, vocab, WORDS: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
             PART: tl.constexpr):  # fmt: skip
     """Leaves the ids of tokens that can matter, ascending. chosen: [rows, vocab] int32."""
@@ -197,7 +200,7 @@ def _reach(source, chosen, count, vocab, target, top, temperature, min_p, limit,
     return found, token, before + wanted * each
 
 
-@triton.jit(do_not_specialize=["vocab", "parts"])
+@triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=OWN)
 def _finish(logits, row_stride, how, out, scratch, chosen, vocab, parts, WORDS: tl.constexpr, PARTS: tl.constexpr,
             TILE: tl.constexpr):  # fmt: skip
     """A row's token."""
