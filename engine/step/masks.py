@@ -10,7 +10,8 @@ so no mask is part of it. Requests without a grammar cost a look into an empty t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import NamedTuple
@@ -51,6 +52,7 @@ class Masks(NamedTuple):
 
 
 NO_MASKS = Masks({}, {}, None)
+Computed = tuple[dict[int, Mask], dict[int, Exception]]
 
 
 class _Job(NamedTuple):
@@ -77,7 +79,8 @@ class Constraints(Feature):
         self.compiler = compiler
         self._words, self._device, self._max_rows = -(-vocab_size // 32), device, max_rows
         self._open: dict[Request, Progress] = {}  # requests compare by identity
-        self._computing: Future[tuple[dict[int, Mask], dict[int, Exception]]] | None = None
+        self._computing: Future[Computed] | None = None
+        self._work: Callable[[], Computed] = lambda: ({}, {})
 
     def opened(self, request: Request) -> None:
         """Compile its grammar, if that has not been done, and see that forced tokens are of it."""
@@ -108,13 +111,15 @@ class Constraints(Feature):
                 used += count
             row += count
         if jobs:
-            self._computing = self._thread.submit(_compute, jobs, self._bits.host)
+            self._work = functools.partial(_compute, jobs, self._bits.host)
+            self._computing = self._thread.submit(self._work)
 
     def masks(self) -> Masks:
         """Of the step that was begun last."""
         if self._computing is None:
             return NO_MASKS
-        found, errors = self._computing.result()
+        begun = not self._computing.cancel()  # on a busy machine the thread may not have come to it: then this one does it
+        found, errors = self._computing.result() if begun else self._work()
         self._computing = None
         return Masks(found, errors, self._bits.front(1 + max((mask.row for mask in found.values()), default=-1)))
 
@@ -135,7 +140,7 @@ class Constraints(Feature):
         return ThreadPoolExecutor(1, thread_name_prefix="kvloom-masks")
 
 
-def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32]) -> tuple[dict[int, Mask], dict[int, Exception]]:
+def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32]) -> Computed:
     found: dict[int, Mask] = {}
     errors: dict[int, Exception] = {}
     for job in jobs:
