@@ -7,6 +7,7 @@ behind the system prompt, calls in the assistant's text, results in a user's tur
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 from kvloom.engine.errors import InvalidRequestError
 
 _FUNCTION, _KEY, _VALUE, _RESULT = "kvloomfunction", "kvloomkey", "kvloomvalue", "kvloomresult"
-_CALL_ID = "kvloomid9"
-"""Some templates allow exactly nine letters and digits."""
+_CALL_ID, _LONG_ID = "kvloomid9", "call_kvloomlongid"
+"""Some templates (Mistral's) allow exactly nine letters and digits."""
 _TOOL = {
     "type": "function",
     "function": {
@@ -43,6 +44,8 @@ class ToolForm(NamedTuple):
     """Of a call, in the form that comes out as JSON: dict, or str."""
     system: bool
     """Whether there may be a message of the system."""
+    short_ids: bool = False
+    """Whether ids of calls must be nine letters and digits."""
 
 
 def find_form(render: Callable[[Messages, Sequence[Any] | None], str]) -> ToolForm:
@@ -62,24 +65,24 @@ def find_form(render: Callable[[Messages, Sequence[Any] | None], str]) -> ToolFo
         told = text.rpartition("kvloomasks")[2]
         mangled = f"'{_KEY}'" in told or f'\\"{_KEY}' in told
         if all(word in told for word in (_FUNCTION, _KEY, _VALUE, _RESULT)) and not mangled:
-            return ToolForm(tools, True, form, system)
+            return ToolForm(tools, True, form, system, short_ids=not tried(_exchange(user, form, _LONG_ID), [_TOOL]))
     return ToolForm(tools, False, dict, system)
 
 
-def _exchange(user: Mapping[str, Any], form: type) -> list[Mapping[str, Any]]:
+def _exchange(user: Mapping[str, Any], form: type, name: str = _CALL_ID) -> list[Mapping[str, Any]]:
     arguments: Any = {_KEY: _VALUE} if form is dict else json.dumps({_KEY: _VALUE})
-    call = {"id": _CALL_ID, "type": "function", "function": {"name": _FUNCTION, "arguments": arguments}}
+    call = {"id": name, "type": "function", "function": {"name": _FUNCTION, "arguments": arguments}}
     return [
         user,
         {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": _RESULT, "tool_call_id": _CALL_ID, "name": _FUNCTION},
+        {"role": "tool", "content": _RESULT, "tool_call_id": name, "name": _FUNCTION},
     ]
 
 
 def prepared(messages: Messages, tools: Sequence[Mapping[str, Any]] | None, form: ToolForm) -> list[dict[str, Any]]:
     """The messages as a template of this form reads them: calls' arguments as objects or strings, or what it shows none of as
     text. `tools` are those that it does not show."""
-    given = [_with_arguments(message, form.arguments) for message in messages] if form.calls else _texts(messages)
+    given = [_as_read(message, form) for message in messages] if form.calls else _texts(messages)
     return _introduced(given, instructions(tools), form.system) if tools else given
 
 
@@ -109,11 +112,22 @@ def instructions(tools: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _with_arguments(message: Mapping[str, Any], form: type) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return dict(message)
-    return {**message, "tool_calls": [{**call, "function": _function(call["function"], form)} for call in calls]}
+def _as_read(message: Mapping[str, Any], form: ToolForm) -> dict[str, Any]:
+    made = dict(message)
+    if calls := made.get("tool_calls"):
+        made["tool_calls"] = [{**call, "function": _function(call["function"], form.arguments)} for call in calls]
+    if form.short_ids:
+        for call in made.get("tool_calls") or ():
+            call["id"] = _short(call.get("id", ""))
+        if "tool_call_id" in made:
+            made["tool_call_id"] = _short(made["tool_call_id"])
+    return made
+
+
+def _short(name: str) -> str:
+    """An id of nine letters and digits: itself, if it is one, else always the same for the same id."""
+    fits = len(name) == 9 and name.isascii() and name.isalnum()
+    return name if fits else hashlib.blake2b(name.encode(), digest_size=8).hexdigest()[:9]
 
 
 def _function(function: Mapping[str, Any], form: type) -> dict[str, Any]:

@@ -250,3 +250,23 @@ def test_methods_of_strings_inside_loops_that_set_names():
     """Jinja hands such a call names of its own; a string's method knows none of them (Qwen3's template ends its turns so)."""
     template = ChatTemplate("{% for m in messages %}{% set x = m.content %}{{ x.strip() }}{{ x.split('b')[0] }}{% endfor %}")
     assert template.render([{"role": "user", "content": " ab "}]) == "ab a"
+
+
+def test_ids_of_calls_that_a_template_would_refuse():
+    """Mistral's allow nine letters and digits; a history of another server has others, and each keeps its own."""
+    check = "{% if i | length != 9 %}{{ raise_exception('ids have length 9') }}{% endif %}{{ i }}"
+    template = ChatTemplate(
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{% set i = c.id %}CHECK"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% if m.tool_call_id %}{% set i = m.tool_call_id %}CHECK{% endif %}{% endfor %}".replace("CHECK", check)
+    )
+    assert template.tool_form.short_ids and template.tool_form.calls
+    for name in ("call_of_another_server", "abcdefgh1"):
+        call = {"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        result = {"role": "tool", "content": "", "tool_call_id": name}
+        text = template.render(
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [call]}, result]
+        )
+        first, _, second = text.removeprefix("x").partition("f{}")
+        assert first == second and len(first) == 9 and (first == name) is (name == "abcdefgh1")
