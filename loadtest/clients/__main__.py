@@ -28,7 +28,7 @@ from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.study.results import console
 
 SCRIPTS = Path(__file__).with_name("cases")
-SECONDS = 300.0
+SECONDS = 600.0
 """For all cases of one client."""
 NAME = "model"
 
@@ -74,16 +74,24 @@ def problems(command: Sequence[str], settings: Mapping[str, str]) -> dict[str, s
         said, rest = done.stdout, done.stderr
     except subprocess.TimeoutExpired as late:
         said, rest = (late.stdout or b"").decode(errors="replace"), f"not done after {SECONDS:.0f} s"
-    found = [json.loads(line) for line in said.splitlines() if line.startswith('{"case"')]
-    if not found:
-        return {"text": f"the script ended: {rest.strip()[-300:]}"}
-    return {entry["case"]: entry["problem"] for entry in found}
+    lines = [json.loads(line) for line in said.splitlines() if line.startswith('{"case')]
+    names = lines[0]["cases"] if lines else ["text"]
+    undone = f"the script ended: {rest.strip()[-300:]}"
+    return {**dict.fromkeys(names, undone), **{line["case"]: line["problem"] for line in lines[1:]}}
 
 
 def row(client: Client, found: Mapping[str, str]) -> list[str]:
     """Of the table: passed, failed, or a dash for what a client does not have."""
     cells = ["-" if case not in found else "failed" if found[case] else "passed" for case in CASES]
     return [client.name, client.version, *cells]
+
+
+def merged(path: Path, rows: list[list[str]]) -> list[list[str]]:
+    """These rows, and those of other clients that the file holds of the same versions; in the order of CLIENTS."""
+    known = {tuple(row[:2]): row for row in (json.loads(path.read_text())["rows"] if path.exists() else [])}
+    known |= {tuple(row[:2]): row for row in rows}
+    wanted = [(client.name, client.version) for client in CLIENTS]
+    return [known[key] for key in wanted if key in known]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -141,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(markdown(head, rows), markup=False, soft_wrap=True)
     if args.publish:
         note = f"Model: {Path(args.model).name}; tool_choice {args.tool_choice}. {describe()}."
-        publish(args.publish, head, rows, note, command="make clients")
+        publish(args.publish, head, merged(args.publish, rows), note, command="make clients")
     return 0 if passed else 1
 
 

@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kvloom.loadtest.clients.__main__ import SCRIPTS, problems, row
+from kvloom.loadtest.clients.__main__ import SCRIPTS, merged, problems, row
 from kvloom.loadtest.clients.clients import CASES, CLIENTS
 from kvloom.loadtest.quality.tool_eval import QUESTIONS, Call, is_right, main
 
@@ -85,3 +85,17 @@ def test_rows_of_clients():
     assert row(client, {"text": "", "tools": "an error"})[2:] == ["passed", "-", "failed", "-", "-"]
     assert len(row(client, {})) == 2 + len(CASES)
     assert "the script ended" in problems(["python3", "-c", "raise SystemExit('no')"], {})["text"]
+
+
+def test_cases_that_a_script_did_not_reach_have_failed():
+    script = 'print(\'{"cases": ["text", "tools"]}\'); print(\'{"case": "text", "problem": ""}\'); raise SystemExit("gone")'
+    found = problems(["python3", "-c", script], {})
+    assert found["text"] == "" and "gone" in found["tools"]
+
+
+def test_published_rows_of_other_clients_stay(tmp_path):
+    first, second = ([client.name, client.version, "passed"] for client in CLIENTS[:2])
+    file = tmp_path / "figures.json"
+    assert merged(file, [first]) == [first]
+    file.write_text(json.dumps({"rows": [first, [CLIENTS[1].name, "0.0", "failed"]]}))
+    assert merged(file, [second]) == [first, second]

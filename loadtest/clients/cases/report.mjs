@@ -10,6 +10,7 @@ export function require(ok, what) {
 }
 
 export async function run(cases) {
+  console.log(JSON.stringify({ cases: Object.keys(cases) }));
   for (const [name, attempt] of Object.entries(cases)) {
     let problem = "";
     try {

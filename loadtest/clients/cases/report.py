@@ -34,7 +34,8 @@ def require(ok: object, what: str) -> None:
 
 
 def run(cases: Mapping[str, Callable[[], object]]) -> None:
-    """Run each case; print one line of JSON for it: its name, and what went wrong, if anything did."""
+    """Run each case. Prints lines of JSON: the names of all, then for each what went wrong, if anything did."""
+    print(json.dumps({"cases": list(cases)}), flush=True)
     for name, case in cases.items():
         problem = ""
         try:
