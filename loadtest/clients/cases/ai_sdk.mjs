@@ -32,7 +32,7 @@ await run({
     require((await result.toolCalls)[0].input.city, "no call");
   },
   structured: async () => {
-    const schema = z.object({ name: z.string().max(40), inhabitants: z.number().int() });
+    const schema = z.object({ name: z.string().max(40), inhabitants: z.number().int().min(0).max(100_000_000) });
     const { object } = await generateObject({ ...said, schema, prompt: "Describe the city of Bonn." });
     require(object.name !== undefined, "no object");
   },

@@ -6,12 +6,12 @@ from pydantic import BaseModel, Field
 from report import KEY, MAX_TOKENS, MODEL, URL, require, run
 
 SAID = {"model": MODEL, "max_tokens": MAX_TOKENS, "temperature": 0, "max_retries": 1,
-        "messages": [{"role": "user", "content": "Describe the city of Bonn."}]}  # fmt: skip
+        "messages": [{"role": "user", "content": 'Repeat this: {"name": "Bonn", "inhabitants": 300000}'}]}  # fmt: skip
 
 
 class City(BaseModel):
     name: str = Field(max_length=40)
-    inhabitants: int
+    inhabitants: int = Field(ge=0, le=100_000_000)
 
 
 def asked(mode):

@@ -12,7 +12,7 @@ class City(BaseModel):
     """A city."""
 
     name: str = Field(max_length=40)
-    inhabitants: int
+    inhabitants: int = Field(ge=0, le=100_000_000)
 
 
 @tool

@@ -12,7 +12,7 @@ HELLO, USER = [{"role": "user", "content": "Say hello."}], [{"role": "user", "co
 
 class City(BaseModel):
     name: str = Field(max_length=40)
-    inhabitants: int
+    inhabitants: int = Field(ge=0, le=100_000_000)
 
 
 def text():

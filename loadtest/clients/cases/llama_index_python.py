@@ -15,7 +15,7 @@ class City(BaseModel):
     """A city."""
 
     name: str = Field(max_length=40)
-    inhabitants: int
+    inhabitants: int = Field(ge=0, le=100_000_000)
 
 
 def get_weather(city: str) -> str:

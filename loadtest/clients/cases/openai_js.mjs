@@ -9,7 +9,7 @@ const parameters = { type: "object", properties: { city: { type: "string", maxLe
 const tools = [{ type: "function", function: { name: "get_weather", description: "Current weather of a city.", parameters } }];
 const user = { role: "user", content: QUESTION };
 const schema = {
-  type: "object", properties: { name: { type: "string" }, inhabitants: { type: "integer" } },
+  type: "object", properties: { name: { type: "string" }, inhabitants: { type: "integer", minimum: 0, maximum: 100000000 } },
   required: ["name", "inhabitants"], additionalProperties: false,
 };
 

@@ -13,7 +13,7 @@ USER = {"role": "user", "content": QUESTION}
 
 class City(BaseModel):
     name: str = Field(max_length=40)
-    inhabitants: int
+    inhabitants: int = Field(ge=0, le=100_000_000)
 
 
 def text():

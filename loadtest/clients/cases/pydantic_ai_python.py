@@ -14,7 +14,7 @@ SAID = {"max_tokens": MAX_TOKENS, "temperature": 0}
 
 class City(BaseModel):
     name: str = Field(max_length=40)
-    inhabitants: int
+    inhabitants: int = Field(ge=0, le=100_000_000)
 
 
 class Report(BaseModel):

@@ -42,4 +42,4 @@ def run(cases: Mapping[str, Callable[[], object]]) -> None:
             case()
         except Exception as error:
             problem = f"{type(error).__name__}: {error}"
-        print(json.dumps({"case": name, "problem": problem}), flush=True)
+        print("\n" + json.dumps({"case": name, "problem": problem}), flush=True)  # libraries leave lines unfinished
