@@ -51,7 +51,7 @@ def structured():
         asked = model.with_structured_output(City, method=method)
         if method == "json_mode":
             asked = model.with_structured_output(method=method)
-        found = asked.invoke('Describe the city of Bonn as a JSON object with the keys "name" and "inhabitants".')
+        found = asked.invoke('Repeat this as JSON: {"name": "Bonn", "inhabitants": 300000}')
         require(isinstance(found, City | dict), f"{method}: no object")
 
 
