@@ -117,7 +117,7 @@ class SamplingParams:
     """Go on after end-of-sequence."""
     skip_special_tokens: bool = True
     """Leave special tokens out of the text."""
-    shown_special_tokens: tuple[int, ...] = ()
+    shown_special_tokens: tuple[int, ...] = bounded((), 0, MAX_INT)
     """Special tokens that are text even so: marks of tool calls and thoughts, for a server that reads them."""
     logprobs: int | None = bounded(None, 0, MAX_LOGPROBS)
     """Log-probabilities of the sampled token and of this many likeliest ones, per generated token; None for none."""

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvloom.engine.errors import ConfigError
-from kvloom.loadtest.client.client import message_of
 from kvloom.loadtest.study.flags import BenchError, add, add_outputs, add_resume, parser
 from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.study.results import Column, Results, Row
@@ -132,7 +131,9 @@ def ask(url: str, body: Mapping[str, Any], timeout: float) -> Iterator[dict[str,
                 if line.startswith(b"data: ") and line.strip() != b"data: [DONE]":
                     yield json.loads(line[6:])
     except urllib.error.HTTPError as error:
-        raise BenchError(f"{url} answers {error.code}: {message_of(error.read().decode(errors='replace'))}") from None
+        raise BenchError(
+            f"{url} answers {error.code}: {' '.join(error.read().decode(errors='replace').split())[:300]}"
+        ) from None
     except (OSError, ValueError) as error:
         raise BenchError(f"{url} does not answer: {error}") from None
 

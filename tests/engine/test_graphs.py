@@ -85,10 +85,10 @@ def compare(make_llm: Make, monkeypatch: pytest.MonkeyPatch, kvs: list[KVOptions
         runner: Any = gpu.core.runner
         rows, run = Counter[int](), runner.run
 
-        def counted(plan: Any) -> Any:
+        def counted(plan: Any, fed: Any) -> Any:
             if all(chunk.count == 1 for chunk in plan.chunks):
                 rows[plan.rows] += 1
-            return run(plan)
+            return run(plan, fed)
 
         monkeypatch.setattr(runner, "run", counted)
         same(serve(gpu, kvs), wanted)

@@ -226,9 +226,9 @@ def test_more_requests_fit_into_the_same_memory(
         running: list[int] = []
         runner, run = llm.core.runner, llm.core.runner.run
 
-        def counted(plan: StepPlan, run: Any = run, running: list[int] = running) -> StepResult:
+        def counted(plan: StepPlan, fed: Any, run: Any = run, running: list[int] = running) -> StepResult:
             running.append(sum(chunk.request.generated > 0 for chunk in plan.chunks))
-            return run(plan)
+            return run(plan, fed)
 
         monkeypatch.setattr(runner, "run", counted)
         llm.generate([text(440, n) for n in range(12)], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))

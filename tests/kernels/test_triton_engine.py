@@ -95,12 +95,12 @@ def test_every_method_in_one_batch(make_llm: Make, monkeypatch: pytest.MonkeyPat
         watched, runner = Watched(llm), llm.core.runner
         run = runner.run
 
-        def guard(plan: Any, run: Any = run, backend: str = backend) -> Any:
+        def guard(plan: Any, fed: Any, run: Any = run, backend: str = backend) -> Any:
             if any(chunk.prefills for chunk in plan.chunks):
-                return run(plan)
+                return run(plan, fed)
             guarded.append(backend)
             with NoQuestions():
-                return run(plan)
+                return run(plan, fed)
 
         monkeypatch.setattr(runner, "run", guard)
         for i, (name, kv) in enumerate(MIXED.items()):

@@ -34,9 +34,9 @@ def test_reuse_never_gives_rows_to_a_step(make_llm: MakeLLM, options: dict[str, 
     rows, works = [], []
     run, prepare = llm.core.runner.run, llm.core.feature(KVShare).begin
 
-    def watch(plan: Any) -> Any:
+    def watch(plan: Any, fed: Any) -> Any:
         rows.append(plan.rows)
-        return run(plan)
+        return run(plan, fed)
 
     def ask(*args: Any) -> float:
         works.append(prepare(*args))
