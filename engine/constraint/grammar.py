@@ -34,12 +34,13 @@ _METACHARACTERS = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 @functools.cache
 def limits() -> llguidance.LLParserLimits:
     """What a grammar may take to be compiled, and a token of it: beyond, llguidance gives up. Its own defaults allow a token to
-    take seconds, and a lexer half a gigabyte."""
+    take seconds, and a lexer half a gigabyte; and end an answer where an object may have 500 properties next."""
     import llguidance
 
     return llguidance.LLParserLimits(
-        step_max_items=10_000, step_lexer_fuel=200_000, max_lexer_states=50_000, max_grammar_size=500_000, verbose_errors=False
-    )
+        step_max_items=10_000, max_items_in_row=10_000, step_lexer_fuel=200_000, max_lexer_states=50_000,
+        max_grammar_size=500_000, verbose_errors=False,
+    )  # fmt: skip
 
 
 def grammar_of(asked: StructuredOutput, special: Collection[str] = ()) -> str:

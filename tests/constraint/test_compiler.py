@@ -161,3 +161,13 @@ def test_a_model_without_an_end_is_refused() -> None:
 def test_settings_have_ranges() -> None:
     with pytest.raises(ConfigError, match="grammar_compile_seconds is 0; allowed"):
         StructuredOptions(grammar_compile_seconds=0)
+
+
+def test_an_object_may_have_many_properties(compiler: Compiler) -> None:
+    """Any of which may come next: that many ways are followed at once."""
+    asked = schema({"type": "object", "properties": {f"p{i}": {"type": "boolean"} for i in range(1500)}})
+    answer = compiler.compile(asked).begin(asked)
+    mask = np.zeros((1, -(-(TOKENIZER.vocab_size + 5) // 32)), np.int32)
+    for token in TOKENIZER.encode('{"p12": true, "p1499'):
+        assert not answer.masks((), mask)[0] and mask[0, token // 32] >> token % 32 & 1
+        answer.accept(token)
