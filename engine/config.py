@@ -91,9 +91,12 @@ class ModelOptions:
     """Make every kernel call anew in every step: by default, steps are captured (on cuda in CUDA graphs, at start) and
     replayed."""
     threads: Count | None = None
-    """Compute threads; the default is one per core this process may use, and no more than its control group's quota feeds."""
+    """Compute threads, 1 to 1024; the default is one per core this process may use, and no more than its control group's quota
+    feeds."""
 
     def __post_init__(self) -> None:
+        if self.threads is not None and not 1 <= self.threads <= 1024:
+            raise ConfigError(f"threads is {self.threads}; allowed: 1 to 1024")
         if not all(self.served_model_name):
             raise ConfigError("served_model_name holds an empty name; give one or more names")
 
@@ -391,17 +394,18 @@ def parse_value(option: Option, value: Any) -> Any:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(kinds)}")
         return value
     kind = kinds[0]
+    allowed = {int: "a whole number", float: "a number", str: "text"}.get(kind, kind.__name__)
     if kind is bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{option.name} is {value!r}; allowed: true or false")
         return value
     if isinstance(value, bool) or not isinstance(value, (str, kind, int) if kind is float else (str, kind)):
         shown = f"a {type(value).__name__}" if option.secret else repr(value)
-        raise ConfigError(f"{option.name} is {shown}; allowed: {kind.__name__}")
+        raise ConfigError(f"{option.name} is {shown}; allowed: {allowed}")
     try:
         return kind(value)
     except ValueError:
-        raise ConfigError(f"{option.name} is {value!r}; allowed: {kind.__name__}") from None
+        raise ConfigError(f"{option.name} is {value!r}; allowed: {allowed}") from None
 
 
 def _split(name: str, value: Any) -> Iterator[str]:

@@ -99,8 +99,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     words = list(argv or ())
     arguments, unknown = parser.parse_known_args(aliases.flags(words) if words[:1] == ["serve"] else words)
     if unknown:
-        known = [option.name for option in (*(o for _, o in all_options()), *server_options())]
-        flags = ["--" + name.replace("_", "-") for name in (*known, *aliases.RENAMED, *aliases.SWITCHES, *aliases.ONLY)]
+        flags = [flag for action in arguments.parser._actions for flag in action.option_strings]
+        if words[0] == "serve":
+            flags += ["--" + name.replace("_", "-") for name in (*aliases.RENAMED, *aliases.SWITCHES, *aliases.ONLY)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         arguments.parser.error(f"unknown argument {unknown[0].split('=')[0]}{hint}")

@@ -115,9 +115,21 @@ def test_a_misspelt_flag_gets_a_hint(capsys):
     assert "unknown argument --prot (did you mean --port?)" in capsys.readouterr().err
 
 
+def test_a_hint_names_a_flag_of_the_same_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["plan", "--threads", "2"])  # a flag of serve
+    assert "unknown argument --threads; see kvloom plan --help" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--port", "x"], "port is 'x'"), (["--dtype", "fp8"], "bf16, fp16, fp32"), (["--api-key", "a,,b"], "empty key")],
+    [
+        (["--port", "x"], "port is 'x'; allowed: a whole number"),
+        (["--threads", "-1"], "threads is -1; allowed: 1 to 1024"),
+        (["--threads", "0"], "threads is 0; allowed: 1 to 1024"),
+        (["--dtype", "fp8"], "bf16, fp16, fp32"),
+        (["--api-key", "a,,b"], "empty key"),
+    ],
 )
 def test_bad_values_are_one_line(capsys, flags, message):
     assert cli.main(["serve", *flags]) == 2
