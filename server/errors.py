@@ -46,6 +46,9 @@ _TYPES = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+_BOUNDS = {"greater_than_equal": "ge", "less_than_equal": "le"}
+_WAYS = {"greater_than_equal": "more", "less_than_equal": "less"}
+"""By pydantic's name of an error: where it says the bound, and which way allowed numbers lie."""
 _PHRASES = {404: "no such path", 405: "this path has no such method"}
 
 
@@ -175,6 +178,9 @@ def validation_error(errors: Sequence[Mapping[str, Any]], content_type: str = ""
         message = "this field is required"
     elif kind == "extra_forbidden":
         message = "unknown key"
+    elif kind in _BOUNDS and param:
+        bound = first["ctx"][_BOUNDS[kind]]
+        return WireError(400, f"{param} is {first['input']}; allowed: {bound} or {_WAYS[kind]}", param)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return WireError(400, f"{param}: {message}{more}" if param else message, param or None)
 

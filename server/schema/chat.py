@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from kvloom.engine.requests.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.chat_messages import MAX_MESSAGES, Message
-from kvloom.server.schema.common import GenerationBody
+from kvloom.server.schema.common import MAX_INT, GenerationBody
 from kvloom.server.schema.conversation import ConversationFields
 from kvloom.server.schema.problem import problem
 
@@ -17,6 +17,8 @@ class ChatBody(ConversationFields, GenerationBody):
     """A conversation to continue."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     parallel_tool_calls: bool = True
     """Whether an answer may hold more than one call."""
     include_reasoning: bool = True
@@ -32,8 +34,6 @@ class ChatBody(ConversationFields, GenerationBody):
     def _chat_rules(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
             raise problem("top_logprobs", "top_logprobs is given without logprobs; set logprobs to true")
-        if self.token_limit == 0:
-            raise problem("max_tokens", "max_tokens must be 1 or more")
         return self
 
     @property
