@@ -52,7 +52,7 @@ HINTS: Mapping[str, str] = {
     **_same("a context is never shifted: it ends the answer", "n_keep n_discard"),
     **_same("special tokens are not joined by spaces", "spaces_between_special_tokens"),
     **_same("of /render, which there is not", "return_token_offsets"),
-    **_same("there are no tools to call", "parallel_tool_calls parse_tool_calls"),
+    **_same("calls are read wherever tools are offered", "parallel_tool_calls parse_tool_calls"),
 }  # fmt: skip
 """Fields that change no answer, and why."""
 
