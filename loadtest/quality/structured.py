@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         need("jsonschema")
     rows, note = measure(args.model, args.schemas, args)
     text = markdown(["measured", "value"], rows)
-    console.print(text, markup=False)
+    console.print(text, soft_wrap=True, markup=False)
     if args.markdown is not None:
         args.markdown.write_text(f"{text}\n\n{note}\n", encoding="utf-8")
     if args.publish is not None:

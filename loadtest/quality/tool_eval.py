@@ -196,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made.add_argument("--server", action="append", required=True, metavar="NAME=URL", help="repeat it for several")
     made.add_argument("--model", required=True, help="its name in the servers' API")
     made.add_argument("--about", default="", help="what the model is, for the note under the table")
-    add(made, ("max_tokens", 128, "tokens of an answer"), ("timeout", 120, "seconds for an answer"))
+    add(made, ("max-tokens", 128, "tokens of an answer"), ("timeout", 120, "seconds for an answer"))
     add_outputs(made)
     add_resume(made)
     args = made.parse_args(argv)
