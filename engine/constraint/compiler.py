@@ -63,6 +63,8 @@ class Compiler:
         self._kept: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
         self._kept_size = 0
         self._coming: dict[StructuredOutput, Future[Grammar]] = {}
+        self._wanted: Counter[Future[Grammar]] = Counter()
+        """Requests that wait for what is coming."""
         self._waiting: Counter[str] = Counter()
 
     @property
@@ -82,8 +84,10 @@ class Compiler:
         if self._waiting[tenant] >= WAITING_OF_TENANT:
             raise OverloadedError(f"{WAITING_OF_TENANT} grammars of this tenant wait to be compiled; try again later")
         self._waiting[tenant] += 1
+        coming = self._begin(asked)
         try:
-            compiled = asyncio.wrap_future(self._begin(asked))
+            compiled = asyncio.wrap_future(coming)
+            compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to look at it
             return await asyncio.wait_for(asyncio.shield(compiled), self._options.grammar_compile_seconds)
         except TimeoutError:
             allowed = self._options.grammar_compile_seconds
@@ -91,6 +95,7 @@ class Compiler:
         except InvalidRequestError as error:  # somebody else may have asked first, in another field
             raise InvalidRequestError(str(error).replace(f"{error.param}:", f"{asked.param}:", 1), asked.param) from None
         finally:
+            self._leave(coming)
             self._waiting[tenant] -= 1
             if not self._waiting[tenant]:
                 del self._waiting[tenant]
@@ -107,12 +112,21 @@ class Compiler:
             return self._kept.get(asked)
 
     def _begin(self, asked: StructuredOutput) -> Future[Grammar]:
-        """What will be the grammar, or why there is none. Nobody who gives up ends it for others."""
+        """What will be the grammar, or why there is none, for one more request, which must `_leave`."""
         with self._lock:
             if (coming := self._coming.get(asked)) is None:
                 coming = self._coming[asked] = self._pool.submit(lambda: self._keep(asked, self._make(asked)))
                 coming.add_done_callback(lambda _: self._coming.pop(asked, None))
+            self._wanted[coming] += 1
         return coming
+
+    def _leave(self, coming: Future[Grammar]) -> None:
+        """A request no longer waits. What has not begun is given up with the last: others would wait for it in vain."""
+        with self._lock:
+            self._wanted[coming] -= 1
+            if not self._wanted[coming]:
+                del self._wanted[coming]
+                coming.cancel()  # with the lock held, so that nobody joins meanwhile
 
     def _keep(self, asked: StructuredOutput, grammar: Grammar) -> Grammar:
         with self._lock:

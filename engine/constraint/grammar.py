@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Collection
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from kvloom.engine.bounds import shown
@@ -22,11 +24,15 @@ SEPARATORS = {"whitespace_flexible": False, "key_separator": ": ?", "item_separa
 """How JSON is written unless a request says otherwise: regular expressions, as llguidance takes them."""
 MOST_ITEMS = 20_000
 """Sum of all minItems and maxItems: a grammar has a symbol for every item that is counted, which takes 10 microseconds."""
+MOST_MULTIPLE = 10_000
+"""Least common multiple of all multipleOf, without decimal point and the noughts at their ends: a lexer has a state for every
+remainder, each of which takes some 10 microseconds at once, in a call that nothing can end."""
 MOST_GBNF = 32 * 1024
 """Characters of a GBNF grammar, which is translated with the interpreter's lock held: 3 ms per KiB."""
 TOO_DEEP = "recursion limit exceeded"
 
 _ITEMS = re.compile(r'"(?:min|max)Items"\s*:\s*([0-9.eE+]+)')
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*([0-9][0-9.eE+-]*)')
 _ESCAPE = re.compile(r"\\u00([2-7][0-9a-fA-F])")
 _METACHARACTERS = re.compile(r"[\\.+*?()|\[\]{}^$#&~/-]")
 
@@ -52,7 +58,7 @@ def grammar_of(asked: StructuredOutput, special: Collection[str] = ()) -> str:
 
     kind = asked.kind
     if kind in ("json_schema", "grammar", "structural_tag"):
-        _check_items(asked, str(getattr(asked, kind)))
+        _check_numbers(asked, str(getattr(asked, kind)))
     if kind == "json_object":
         return _schema(asked, '{"type":"object"}')
     if kind == "json_schema":
@@ -110,8 +116,9 @@ def _closed(asked: StructuredOutput, text: str) -> str:
     return json.dumps(schema)
 
 
-def _check_items(asked: StructuredOutput, text: str) -> None:
-    """Raises InvalidRequestError if arrays have so many items that a grammar of them is not compiled in time."""
+def _check_numbers(asked: StructuredOutput, text: str) -> None:
+    """Raises InvalidRequestError if arrays have so many items, or numbers so many remainders, that a grammar of them is not
+    compiled in time."""
     plain = _ESCAPE.sub(lambda found: chr(int(found[1], 16)), text) if "\\u00" in text else text
     total = 0.0
     for number in _ITEMS.findall(plain):
@@ -121,6 +128,23 @@ def _check_items(asked: StructuredOutput, text: str) -> None:
             continue
     if total > MOST_ITEMS:
         raise asked.refused(f"minItems and maxItems add up to {total:g}; allowed: {MOST_ITEMS} over the whole schema")
+    multiple = 1
+    for number in _MULTIPLE.findall(plain):
+        multiple = math.lcm(multiple, _significand(number))
+        if multiple > MOST_MULTIPLE:
+            raise asked.refused(
+                f"multipleOf {number[:32]} makes too many remainders; allowed: {MOST_MULTIPLE} as the least common "
+                "multiple of all multipleOf of a schema, without decimal points and the noughts at their ends"
+            )
+
+
+def _significand(number: str) -> int:
+    """The digits of a number that is no zero, without a point and noughts at either end; 1 for what is no number."""
+    try:
+        digits = "".join(map(str, Decimal(number[:400]).as_tuple().digits)).strip("0")
+    except ArithmeticError:
+        return 1
+    return int(digits[:64] or 1)
 
 
 def _literal(text: str) -> str:

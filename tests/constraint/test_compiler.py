@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import threading
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvloom.engine.config import StructuredOptions
-from kvloom.engine.constraint.compiler import WAITING_OF_TENANT, Compiler
+from kvloom.engine.constraint.compiler import THREADS, WAITING_OF_TENANT, Compiler, Grammar
 from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.errors import ConfigError, InvalidRequestError, OverloadedError
 from tests.server.fakes import make_tokenizer
@@ -49,6 +50,10 @@ def schema(text: Any) -> StructuredOutput:
         (schema('{"items":' * 10_000 + "{}" + "}" * 10_000), "nested too deeply"),
         (schema({"type": "array", "maxItems": 10**7}), "maxItems add up to 1e+07; allowed: 20000"),
         (schema('{"type": "array", "max\\u0049tems": 10000000}'), "allowed: 20000"),
+        (schema({"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 999_983}}}), "multipleOf 999983"),
+        (schema('{"type": "number", "multiple\\u004ff": 99.9983e6}'), "multipleOf 99.9983e6"),
+        (schema({"allOf": [{"type": "integer", "multipleOf": 397}, {"multipleOf": 211}]}), "allowed: 10000"),
+        (StructuredOutput(grammar='start: %json {"type": "integer", "multipleOf": 4294967291}'), "multipleOf 4294967291"),
         (schema({"type": "string", "description": "x" * 600_000}), "allowed: 524288"),
         (StructuredOutput(regex="(?<=a)b"), "look-behind"),
         (StructuredOutput(regex="(" * 100_000), "regex"),
@@ -68,6 +73,11 @@ def test_a_refusal_names_the_field_and_what_is_wrong(compiler: Compiler, asked: 
         compiler.compile(asked)
     assert refused.value.param == asked.param and str(refused.value).startswith(f"{asked.param}: ")
     assert named in str(refused.value) and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize("multiple", [0.01, 2.5, 7, 86_400, 3_000_000, 10**9, 1e9])
+def test_usual_multiples_are_served(compiler: Compiler, multiple: float) -> None:
+    compiler.compile(schema({"type": "number", "multipleOf": multiple}))
 
 
 def test_exactly_one_constraint() -> None:
@@ -150,6 +160,50 @@ def test_waiting_is_bounded_in_time_and_number(monkeypatch: pytest.MonkeyPatch) 
     go.set()
     assert [type(error) for error in found] == [InvalidRequestError] * WAITING_OF_TENANT + [OverloadedError]
     assert "not compiled after 0.1 s" in str(found[0])
+    compiler.close()
+
+
+def test_what_nobody_waits_for_any_more_is_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else abandoned grammars would go before everybody's; and the error of one that had begun is no news."""
+    compiler, go, made = make(grammar_compile_seconds=0.1), threading.Event(), list[str]()
+
+    def slow(asked: StructuredOutput) -> Any:
+        made.append(str(asked.regex))
+        go.wait(30)
+        raise asked.refused("it is none")
+
+    monkeypatch.setattr(compiler, "_make", slow)
+
+    async def run() -> Any:
+        asked = [compiler.ready(StructuredOutput(regex=f"a{i}"), "t") for i in range(8)]
+        await asyncio.gather(*asked, return_exceptions=True)
+        go.set()
+        return await asyncio.gather(compiler.ready(StructuredOutput(regex="b"), "u"), return_exceptions=True)
+
+    found = asyncio.run(run())
+    gc.collect()
+    assert "it is none" in str(found[0]) and sorted(made) == ["a0", "a1", "b"]
+    assert not caplog.records
+    compiler.close()
+
+
+def test_one_that_leaves_ends_it_for_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, go = make(), threading.Event()
+    monkeypatch.setattr(compiler, "_make", lambda asked: go.wait(30) and Grammar(asked, None))  # type: ignore[arg-type]
+
+    async def run() -> Any:
+        asked = [*(f"a{i}" for i in range(THREADS)), "b", "b"]
+        *busy, first, second = (asyncio.ensure_future(compiler.ready(StructuredOutput(regex=text), "t")) for text in asked)
+        await asyncio.sleep(0)
+        first.cancel()
+        await asyncio.sleep(0)
+        go.set()
+        await asyncio.gather(*busy)
+        return await second
+
+    assert asyncio.run(run()).asked.regex == "b"
     compiler.close()
 
 
