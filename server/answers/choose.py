@@ -52,6 +52,7 @@ class AnswerFormats(NamedTuple):
             schemas={tool.function.name: tool.function.parameters or {} for tool in tools},
             bare=self.calls.mostly_bare or not any(tool.function.strict for tool in tools),
             most_calls=None if body.parallel_tool_calls else 1,
+            forced=must_call(body),
         )
 
     def constraint(
@@ -63,21 +64,21 @@ class AnswerFormats(NamedTuple):
         functions are as their schemas say. `asked` comes back as it is where that cannot be said together (a regular
         expression, a grammar, calls that are bare JSON): then there are neither thoughts nor calls.
         """
-        tools, must = body.offered, body.tool_choice not in ("auto", "none")
+        tools = body.offered
         writer = GrammarWriter(self.calls, lambda text: special_id(tokenizer, text), tokenizer.chat_template or "")
         thoughts = Thoughts(self.reasoning, self._thinks(prompt_end))
         most = MOST_CALLS if body.parallel_tool_calls else 1
         if isinstance(body.tool_choice, NamedChoice):
             named, most = body.tool_choice.function.name, 1
             tools = [tool for tool in tools if tool.function.name == named]
-        if must:
+        if must_call(body):
             return StructuredOutput(grammar=writer.forced(tools, most=most, thoughts=thoughts), param="tool_choice")
         if asked is not None:
             content = content_rule(asked)
             bare_json = self.calls.mostly_bare and "{" in self.calls.bare  # which no lexer tells from other JSON in time
             if content is None or (tools and bare_json):
                 return asked
-            return StructuredOutput(grammar=writer.either(tools, content, thoughts=thoughts), param=asked.param)
+            return StructuredOutput(grammar=writer.either(tools, content, most=most, thoughts=thoughts), param=asked.param)
         if any(tool.function.strict for tool in tools):
             return StructuredOutput(grammar=writer.guarded(tools, thoughts), param="tools")
         return None
@@ -85,6 +86,11 @@ class AnswerFormats(NamedTuple):
     def _thinks(self, prompt_end: str) -> bool:
         """Whether a prompt opened the model's thoughts."""
         return self.reasoning is not None and prompt_end.rstrip().endswith(self.reasoning.open)
+
+
+def must_call(body: ChatBody) -> bool:
+    """Whether the answers to a chat are calls and nothing else."""
+    return body.tool_choice not in ("auto", "none")
 
 
 def formats_of(tokenizer: Any, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO) -> AnswerFormats:

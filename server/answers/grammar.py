@@ -51,12 +51,12 @@ class GrammarWriter:
         self._calls(_CALLS[self.form.name](self, tools), most)
         return self._written()
 
-    def either(self, tools: Sequence[Tool], content: str, *, thoughts: Thoughts) -> str:
-        """An answer of this content, or of calls if there are tools, behind thoughts."""
+    def either(self, tools: Sequence[Tool], content: str, *, most: int, thoughts: Thoughts) -> str:
+        """An answer of this content, or of 1 to `most` calls if there are tools, behind thoughts."""
         self._rules.append(f"start: {self._thoughts(thoughts)}{'(calls | content)' if tools else 'content'}")
         self._rules.append(f"content: {content}")
         if tools:
-            self._calls(_CALLS[self.form.name](self, tools), MOST_CALLS)
+            self._calls(_CALLS[self.form.name](self, tools), most)
         return self._written()
 
     def guarded(self, tools: Sequence[Tool], thoughts: Thoughts) -> str:

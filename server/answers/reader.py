@@ -12,7 +12,7 @@ from typing import Literal
 
 from kvloom.engine.requests.request import FinishReason, RequestOutput
 from kvloom.server.answers.calls import Calling, Schemas
-from kvloom.server.answers.events import Collector, Event, Reasoning, make_call_id
+from kvloom.server.answers.events import Collector, Content, Event, Reasoning, make_call_id
 from kvloom.server.answers.formats import CallFormat, ReasoningFormat
 from kvloom.server.answers.source import CutError, MalformedError, Reading, Source
 
@@ -36,6 +36,8 @@ class Expected:
     """Whether calls may stand without a mark at the beginning, where the format knows that."""
     most_calls: int | None = None
     """Calls beyond these are left out."""
+    forced: bool = False
+    """Whether a grammar leaves no room for content, so that what looks like some is a call that `max_tokens` has cut."""
 
 
 class AnswerReader:
@@ -74,8 +76,8 @@ class AnswerReader:
             self._source.ended = True
             next(self._parser, None)
             self._out.finish(self._thinking)
-        events = self._out.take()
-        return events if self._expected.tell_reasoning else [event for event in events if not isinstance(event, Reasoning)]
+        hidden = (() if self._expected.tell_reasoning else (Reasoning,)) + ((Content,) if self._expected.forced else ())
+        return [event for event in self._out.take() if not isinstance(event, hidden)]
 
     @property
     def counted_reasoning(self) -> int | None:
@@ -140,9 +142,12 @@ class AnswerReader:
             yield from self._closed(["```"])
 
     def _closed(self, marks: Sequence[str]) -> Reading:
-        """The mark behind calls, if there is one; else blanks there are text."""
-        blanks = yield from self._source.blanks()
-        if (yield from self._source.literal(marks)) is None:
+        """The mark behind calls, if there is one, be it cut; else blanks there are text."""
+        source = self._source
+        blanks = yield from source.blanks()
+        if (yield from source.literal(marks)) is None:
+            if source.ended and any(mark.startswith(source.rest) for mark in marks):
+                source.take(len(source.rest))
             self._out.content(blanks)
 
     def _section(self, form: CallFormat, mark: str, *, known_only: bool) -> Reading:

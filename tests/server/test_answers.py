@@ -258,6 +258,11 @@ def test_arguments_that_break_off_keep_what_was_right():
     assert calls == [("look", '{"city": ')] and content == "oops}}</tool_call>" and reason == "tool_calls"
 
 
+def test_the_cut_mark_behind_a_call_is_no_content():
+    call = '<tool_call>{"name": "look"}'
+    assert read("hermes", call + "\n</tool_c")[0] == "" and read("hermes", call + "\n</tool_x")[0] == "\n</tool_x"
+
+
 def test_one_call_where_one_is_allowed():
     text = '<tool_call>{"name": "look"}</tool_call><tool_call>{"name": "list_all"}</tool_call>'
     assert [name for name, _ in read("hermes", text, most_calls=1)[2]] == ["look"]

@@ -152,7 +152,7 @@ def test_content_of_a_schema_or_calls(vocabulary, form):
     tokenizer, tokens = vocabulary
     asked = StructuredOutput(json_schema={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]})
     content = content_rule(asked)
-    grammar = writing(form, tokenizer).either(TOOLS, content, thoughts=Thoughts(THINK, False))
+    grammar = writing(form, tokenizer).either(TOOLS, content, most=8, thoughts=Thoughts(THINK, False))
     for text in ('{"a": 1}', '<think>x</think>\n{"a":1}'):
         match = matcher(grammar, tokens)
         ids = tokenizer.encode(text, add_special_tokens=False)

@@ -87,6 +87,15 @@ def test_a_call_that_is_cut(says):
     assert finish == "length" and calls == [("look", '{"city": "Bo')]
 
 
+@pytest.mark.parametrize("end", ["\n<tool_c", '\n<tool_call>\n{"name": "lo'])
+def test_a_cut_call_is_no_content_where_there_can_be_none(says, end):
+    """max_tokens cuts it before its name is known."""
+    client, _ = says(CALL + end)
+    assert ask(client, tool_choice="required").choices[0].message.content is None
+    content, _, calls, *_ = gathered(ask(client, tool_choice="required", stream=True))
+    assert not content and len(calls) == 1
+
+
 def test_calls_are_text_where_no_tools_are_offered(says):
     client, served = says(CALL)
     for fields in ({"tools": openai.NOT_GIVEN}, {"tool_choice": "none"}):
@@ -289,6 +298,9 @@ def test_a_schema_beside_tools_and_thoughts(says):
     sent = served.engine.calls[-1]["sampling"].structured
     assert message.content == '{"a": 1}' and message.reasoning_content == "hm"
     assert "(calls | content)" in sent.grammar and "</think>" in sent.grammar and sent.param == "response_format"
+    assert "{0,7}" in sent.grammar
+    ask(client, response_format=SCHEMA, parallel_tool_calls=False)
+    assert "{0,7}" not in served.engine.calls[-1]["sampling"].structured.grammar
     ask(client, response_format=SCHEMA, tools=openai.NOT_GIVEN)
     assert "calls" not in served.engine.calls[-1]["sampling"].structured.grammar
     ask(client, response_format=SCHEMA, tool_choice="required")
