@@ -227,8 +227,9 @@ def _xml_value(writer: GrammarWriter, schema: dict[str, Any], tool: Tool) -> str
     end = "\n</parameter>\n"
     if types_of(schema) != {"string"}:
         return f"{writer.json(schema, tool)} {_quoted(end)}"
-    if isinstance(schema.get("enum"), list):
-        return _either([_quoted(str(word)) for word in schema["enum"]]) + f" {_quoted(end)}"
+    words = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(words, list):
+        return _either([_quoted(str(word)) for word in words]) + f" {_quoted(end)}"
     return f'{writer.lazy("TEXT " + _quoted(end.strip()))} "\\n"'
 
 

@@ -165,6 +165,19 @@ def test_content_of_a_schema_or_calls(vocabulary, form):
     assert match.try_consume_tokens(ids) == len(ids) and match.is_accepting(), text
 
 
+@pytest.mark.parametrize("form", CALL_FORMATS)
+def test_a_constant_is_kept_to(vocabulary, form):
+    only = {
+        "type": "object",
+        "properties": {"a": {"type": "string", "const": "x y"}},
+        "required": ["a"],
+        "additionalProperties": False,
+    }
+    grammar = writing(form, vocabulary[0]).forced([tool("look", only)], most=1, thoughts=Thoughts(None, False))
+    texts = [wander(grammar, *vocabulary, seed) for seed in range(6)]
+    assert any(texts) and all(calls_of(form, text) == [("look", {"a": "x y"})] for text in texts if text)
+
+
 def test_what_cannot_be_joined():
     tight = {"json_object": True, "disable_any_whitespace": True}
     for fields in ({"regex": "a"}, {"grammar": "start: /a/"}, {"json_schema": "true"}, tight):
