@@ -84,6 +84,7 @@ def checks(image: str, bare: str | None, bench: str | None, wheels: str | None) 
     with project(image) as made:
         yield lambda: up(made)
         yield lambda: chat(made)
+        yield lambda: call_and_schema(made)
         yield lambda: panels(made)
         yield lambda: stream_ends_whole(made)
         yield lambda: alert_fires()
@@ -115,6 +116,25 @@ def chat(made: Project) -> str:
         made.ask(PATHS["chat"], {"messages": [{"role": "user", "content": "Hello?"}]}, key="wrong")
         raise Wrong("a wrong key is served")
     return f"a chat is answered: {text}"
+
+
+def call_and_schema(made: Project) -> str:
+    """A tool that must be called is called with arguments of its schema, and an answer is of the schema that was asked for."""
+    schema = {"type": "object", "properties": {"city": {"enum": ["Kyoto", "Bonn"]}, "days": {"enum": [1, 2]}},
+              "required": ["city", "days"], "additionalProperties": False}  # fmt: skip
+    said = {"role": "user", "content": "How is the weather in Bonn in two days?"}
+    question: dict[str, Any] = {"messages": [said], "temperature": 0}
+    tool = {"type": "function", "function": {"name": "forecast", "parameters": schema}}
+    wanted = {"type": "json_schema", "json_schema": {"name": "forecast", "schema": schema}}
+    forced = {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+    called = made.ask(PATHS["chat"], {**question, **forced})["choices"][0]["message"]
+    function = called["tool_calls"][0]["function"]
+    text = made.ask(PATHS["chat"], {**question, "response_format": wanted})["choices"][0]["message"]["content"]
+    require(function["name"] == "forecast", f"called is {called}")
+    for given in (function["arguments"], text):
+        read = json.loads(given)
+        require(read.keys() == {"city", "days"} and read["city"] in ("Kyoto", "Bonn") and read["days"] in (1, 2), given)
+    return f"a tool is called: {function['name']}({function['arguments']}); an answer fits its schema: {text}"
 
 
 def traffic(made: Project, turn: int) -> None:
