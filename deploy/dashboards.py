@@ -91,7 +91,10 @@ SERVING = {
             quantiles("request_prompt_tokens", legend="prompt ")[0],
             quantiles("request_generation_tokens", legend="answer ")[0],
         ), ""),
-        Panel("Replayed steps", "ops", (rate("engine_graph_steps_total", "mode"),), "By how much came from a captured graph."),
+        Panel("Replayed steps and launches ahead", "ops", (
+            rate("engine_graph_steps_total", "mode"), rate("engine_ahead_steps_total", "engine", "launched ahead"),
+            rate("engine_graph_capture_failures_total", "engine", "captures failed")),
+            "By how much came from a captured graph; before the tokens of the step in front were known."),
     ),
     "Queue": (
         Panel("Requests", "short", (
