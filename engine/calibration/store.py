@@ -37,7 +37,7 @@ def file_name(method: str, model_key: str) -> str:
 
 
 def read(method: str, model_key: str) -> dict[str, Any] | None:
-    """What is stored, or None. Raises ModelError if a file is there that cannot be read."""
+    """What is stored, or None; what this user may not see counts for nothing. Raises ModelError if a file is damaged."""
     for folder in (own_folder(), SHIPPED):
         path = folder / file_name(method, model_key)
         try:
@@ -46,6 +46,9 @@ def read(method: str, model_key: str) -> dict[str, Any] | None:
                 continue
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            continue
+        except PermissionError as error:  # as in a container that runs as another user than the cache folder's
+            log.warning("calibrations in %s are not used (%s); set KVLOOM_CACHE to another folder", folder, error)
             continue
         except (OSError, ValueError) as error:
             raise ModelError(f"the calibration {path} cannot be read ({error}); delete it, or calibrate again") from None

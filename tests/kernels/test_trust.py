@@ -114,6 +114,20 @@ def test_a_library_that_others_write_to_is_neither_loaded_nor_trusted(cache: Pat
         library.Library(target)
 
 
+@AS_ROOT
+def test_calibrations_that_this_user_may_not_see_are_skipped(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store.write("razor", "some model", {"a": 1})
+    cache.chmod(0o700)
+    user = os.geteuid()
+    os.seteuid(12345)
+    try:
+        assert store.read("razor", "some model") is None
+    finally:
+        os.seteuid(user)
+    assert "Permission denied" in caplog.text and "KVLOOM_CACHE" in caplog.text
+    assert store.read("razor", "some model") is not None
+
+
 def test_a_calibration_that_others_write_to_is_skipped(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     code_folder(cache / "calibrations")
     path = store.write("razor", "some model", {"a": 1})
