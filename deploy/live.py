@@ -76,7 +76,7 @@ def project(image: str) -> Iterator[Project]:
         try:
             yield made
         finally:
-            made.compose("down", "--volumes", "--timeout", "5")
+            made.compose("--profile", "*", "down", "--volumes", "--timeout", "5")  # the load test's report, too
 
 
 def checks(image: str, bare: str | None, bench: str | None, wheels: str | None) -> Iterator[Callable[[], str]]:
@@ -290,7 +290,7 @@ def container(image: str, *flags: str) -> Iterator[str]:
             time.sleep(0.2)
         yield name
     finally:
-        docker("rm", "--force", name)
+        docker("rm", "--force", "--volumes", name)
 
 
 def logs(name: str) -> str:
