@@ -145,6 +145,7 @@ class Sampler:
         self._restrictions = Restrictions(vocab_size, encode)
         self._seen: dict[Request, _Seen] = {}  # requests compare by identity
         self._added: Tensor | None = None
+        self._adding: Tensor | None = None
 
     def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int], masks: Masks = NO_MASKS) -> Sampled:
         """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
@@ -152,7 +153,10 @@ class Sampler:
         logits, errors = logits.float(), dict[int, Exception]()
         changing = [i for i, row in enumerate(rows) if (i in masks.of or _changes_logits(row)) and not row.forced]
         hows, looks = [_how(row) for row in rows], {*changing, *(i for i, row in enumerate(rows) if row.forced)}
-        ids = self._draw(logits, [_GREEDY if i in looks else how for i, how in enumerate(hows)])
+        if len(looks) < len(rows):
+            ids = self._draw(logits, [_GREEDY if i in looks else how for i, how in enumerate(hows)])
+        else:
+            ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if changing:  # whose first draw, like that of forced ones, was no more than a look
             which = upload(np.array(changing), logits.device)
             changed = logits[which]
@@ -196,9 +200,11 @@ class Sampler:
             bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
             self._added = upload(np.where(bits, 0, -np.inf).astype(np.float32), logits.device)
         at, of = (upload(np.array(column), logits.device) for column in zip(*masked))
-        octets = masks.bits.view(torch.uint8)[of].int()
-        added = self._added.index_select(0, octets.view(-1)).view(len(masked), -1)[:, : self.vocab_size]
-        logits.index_add_(0, at, added)
+        octets = masks.bits.view(torch.uint8)[of].int().view(-1)
+        if self._adding is None or len(self._adding) < len(octets):  # kept: fresh pages take longer than filling them
+            self._adding = logits.new_empty(len(octets), 8)
+        added = torch.index_select(self._added, 0, octets, out=self._adding[: len(octets)]).view(len(masked), -1)
+        logits.index_add_(0, at, added[:, : self.vocab_size])
 
     def _change(
         self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int], masks: Masks
