@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from kvloom.engine.client import EngineClient, EngineStats
     from kvloom.engine.config import EngineConfig
     from kvloom.engine.llm import LLM, Completion
-    from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams
+    from kvloom.engine.requests.request import KVOptions, RequestOutput
+    from kvloom.engine.requests.sampling import SamplingParams
     from kvloom.engine.thread.client import ThreadEngineClient
 
 _HOMES = {

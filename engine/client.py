@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from kvloom.engine.requests.figures import Merge, gauge, merged, note, table
-from kvloom.engine.requests.request import OPENAI_SAMPLING, KVOptions, RequestOutput, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.request import KVOptions, RequestOutput
+from kvloom.engine.requests.sampling import OPENAI_SAMPLING, SamplingDefaults, SamplingParams
 from kvloom.engine.requests.stats import (
     OTHERS,
     RUN_LENGTHS,

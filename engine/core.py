@@ -216,9 +216,9 @@ class EngineCore:
                 if plan.chunks:
                     return self._launch(plan)
                 self._scheduler.stepped()
-            elif self.decoding.observer is None and (certain := self._scheduler.certain(before.plan)):
+            elif self.decoding.observer is None and (certain := self._scheduler.foresight.certain(before.plan)):
                 with foreseen(certain):
-                    plan = self._scheduler.foresee(certain)
+                    plan = self._scheduler.foresight.foresee(certain)
                     going_on = {chunk.request for chunk in plan.chunks}
                     for feature in self._features:
                         feature.computed([chunk for chunk in certain if chunk.request in going_on])

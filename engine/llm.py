@@ -18,7 +18,8 @@ from typing import Any
 from kvloom.engine.client import EngineStats, ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.requests.request import FinishReason, KVOptions, Request, RequestOutput, SamplingParams, TokenLogprob, Usage
+from kvloom.engine.requests.request import FinishReason, KVOptions, Request, RequestOutput, TokenLogprob, Usage
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.startup.build import Progress, build
 from kvloom.engine.text import template_of
 

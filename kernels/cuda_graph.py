@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from kvloom.kernels.interface import CaptureError
+from kvloom.kernels.graph import CaptureError
 
 T = TypeVar("T")
 

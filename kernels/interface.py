@@ -27,7 +27,7 @@ Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
@@ -35,6 +35,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kvloom.kernels.graph import Graph
 from kvloom.kernels.quantized import QuantizedLinears
 
 T = TypeVar("T")
@@ -141,45 +142,6 @@ class Plan(Protocol):
     """Host work for one `Rows`, done once per step and used by every layer of it. Opaque but for its rows."""
 
     rows: Rows
-
-
-class CaptureError(RuntimeError):
-    """Calls of a step were made, and could not be captured; the cause says why. result: what they returned."""
-
-    def __init__(self, cause: Exception, result: object) -> None:
-        super().__init__(str(cause))
-        self.result = result
-
-
-class Graph(Protocol):
-    """Calls of a step, captured in the order in which they were made, to be made again in one.
-
-    A replay runs the same kernels at the same addresses, with the numbers that the host gave them. Whoever captures keeps the
-    tensors of captured calls alive and in place, those of the rows of their plans too, and changes their contents alone; plans
-    may be made anew (`Kernels.plan`, into). For one thread at a time.
-
-                    of kernel calls                                             of a device
-    holds           kernel calls alone                                          all that is queued there, torch's own calls too
-    replayed for    any number of rows: tensors are the beginnings of buffers   as many rows as were captured
-                    with the same strides for all of them
-    what is made    lies where it did                                           belongs to the graph: nobody else may read it
-    while capturing
-    """
-
-    of_device: bool
-
-    def piece(self, calls: Callable[[], T]) -> T:
-        """Make these calls, of this thread; they become the graph's next piece if no exception ends them. Returns what they do.
-
-        A device's graph makes them twice, the second time to capture them, and nothing is computed then: so that whatever takes
-        place once, like compiling a kernel, has taken place, and what they read on the host is refused. Raises CaptureError if
-        that fails: the graph is of no use then, but all that the calls do is done.
-        """
-        ...
-
-    def replay(self, piece: int, rows: int) -> None:
-        """Make a piece's calls again, for this many rows. Raises ValueError if a plan that they use has another number."""
-        ...
 
 
 PoolHow = Literal["sum", "max"]

@@ -18,7 +18,8 @@ import torch
 
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage
 from kvloom.engine.cache.prefix import DomainFactory
-from kvloom.engine.requests.request import Request, SamplingParams, Status
+from kvloom.engine.requests.request import Request, Status
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.scheduling import ORDERS, Scheduler, StepPlan
 from kvloom.engine.scheduling.cache_aware import Estimator
 from kvloom.engine.scheduling.fairness import DECODE_COST

@@ -18,8 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvloom.engine.config import EngineConfig, Option, all_options
+from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError, KVLoomError
+from kvloom.engine.settings.options import Option
 from kvloom.server import aliases, environment
 from kvloom.server.collector import no_collections
 from kvloom.server.exit_codes import FAILED, INTERRUPTED, USAGE_ERROR

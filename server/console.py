@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from kvloom.engine.client import EngineStats, ModelInfo
-from kvloom.engine.requests.request import OPENAI_SAMPLING
+from kvloom.engine.requests.sampling import OPENAI_SAMPLING
 from kvloom.server.options import ServerOptions
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
@@ -63,7 +63,7 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
     print(
         f"\nkvloom serves {model.name} at {url}\n"
-        f"  model     {model.root} ({model.dtype}, {model.backend} kernels{_build(model)}{_library(model)} on {model.device})\n"
+        f"  model     {model.root} ({model.dtype}, {model.backend} kernels{_library(model)} on {model.device}{_build(model)})\n"
         f"{_device(model)}"
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  threads   {model.threads}\n"
@@ -79,8 +79,8 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
 
 
 def _build(model: ModelInfo) -> str:
-    """Which build of the kernels runs, in brackets, if there are several."""
-    return f" ({model.build})" if model.build else ""
+    """Which build of the kernels runs, if there are several."""
+    return f", {model.build}" if model.build else ""
 
 
 def _library(model: ModelInfo) -> str:

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from kvloom.engine.config import Option
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.settings.options import Option
 
 PREFIX = "KVLOOM_"
 CONFIG = PREFIX + "CONFIG"

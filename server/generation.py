@@ -13,7 +13,8 @@ from typing import NamedTuple, cast
 
 from kvloom.engine.client import EngineClient
 from kvloom.engine.errors import EngineDeadError, InvalidRequestError, OverloadedError
-from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams
+from kvloom.engine.requests.request import KVOptions, RequestOutput
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.thread.backlog import MAX_OUTPUTS
 from kvloom.server.errors import GenerationError, ServerClosingError
 from kvloom.server.trace import RequestTrace

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
-from kvloom.engine.config import FilePath, Option, Size, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.tenants import Tenants
+from kvloom.engine.settings.options import FilePath, Option, Size, option_fields, parse_value
 from kvloom.server.answers.formats import CALL_ALIASES, CALL_FORMATS, REASONING_ALIASES, REASONING_FORMATS
 from kvloom.server.key_file import read_keys
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from kvloom.engine.config import EngineConfig, parse_bytes
+from kvloom.engine.config import EngineConfig
+from kvloom.engine.settings.options import parse_bytes
 from kvloom.server.console import LoadingBars
 
 if TYPE_CHECKING:

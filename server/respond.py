@@ -13,7 +13,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
-from kvloom.engine.requests.request import TOKEN_LISTS, RequestOutput, SamplingParams
+from kvloom.engine.requests.request import RequestOutput
+from kvloom.engine.requests.sampling import TOKEN_LISTS, SamplingParams
 from kvloom.server.answers.reader import AnswerReader, Expected
 from kvloom.server.context import ServerContext, client_request_id, context_of, new_id, tenant_of
 from kvloom.server.errors import sse_error

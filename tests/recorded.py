@@ -21,7 +21,7 @@ import torch
 
 from kvloom.engine.model.decoder import Decoder
 from kvloom.kernels.cuda_graph import CudaGraph
-from kvloom.kernels.interface import CaptureError
+from kvloom.kernels.graph import CaptureError
 from kvloom.kernels.tiles import TorchPlan
 from kvloom.kernels.vectorized import TorchKernels
 from tests.simulated import GPU, STREAM, Call, There

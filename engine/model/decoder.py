@@ -29,7 +29,8 @@ from torch import Tensor
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.linear import Linear
 from kvloom.engine.model.rope import RotaryTable, rotary_table
-from kvloom.kernels.interface import CaptureError, Graph, Kernels
+from kvloom.kernels.graph import CaptureError, Graph
+from kvloom.kernels.interface import Kernels
 
 T = TypeVar("T")
 log = logging.getLogger("kvloom.engine")

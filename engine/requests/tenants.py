@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvloom.engine.config import parse_bytes
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.settings.options import parse_bytes
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}\Z")
 NAME_RULE = "1 to 64 letters, digits, dots, underscores and dashes"

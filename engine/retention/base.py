@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import BlockTable, CacheManager, GroupSpec
-from kvloom.engine.config import json_object, option_fields, parse_value
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.requests.lifecycle import Feature
 from kvloom.engine.requests.state import Keeper, StateMemory
 from kvloom.engine.settings.former import renamed
+from kvloom.engine.settings.options import json_object, option_fields, parse_value
 from kvloom.kernels.interface import Folded, Kernels, Rows
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from kvloom.engine.calibration.razor import HeadClasses
 from kvloom.engine.device import staged, upload
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
-from kvloom.engine.requests.request import MAX_DRAFT_TOKENS
+from kvloom.engine.requests.sampling import MAX_DRAFT_TOKENS
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.traits import Record
 from kvloom.engine.retention.base import Kept

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
-from kvloom.engine.requests.request import TOKEN_LISTS, KVOptions, SamplingParams
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.sampling import TOKEN_LISTS, SamplingParams
 from kvloom.engine.reuse import REUSE
 
 

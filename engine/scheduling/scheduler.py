@@ -24,6 +24,7 @@ from kvloom.engine.requests.request import Request, Status
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.scheduling.cache_aware import Estimator, PrefixEstimator, ScoredLane, Surroundings
 from kvloom.engine.scheduling.fairness import Fairness
+from kvloom.engine.scheduling.foresight import Foresight
 from kvloom.engine.scheduling.order import Order
 from kvloom.engine.scheduling.pace import Pace
 from kvloom.engine.scheduling.progress import Progress
@@ -35,8 +36,6 @@ from kvloom.engine.scheduling.turns import TURN_STEPS, Turns
 
 MOST_TRIES = 8
 """Heads of lanes that are tried per admission."""
-MOST_FORESEEN = 4
-"""Steps in a row that are foreseen while somebody waits who found no room."""
 QUANTUM_STEPS = 4
 """What a tenant of weight 1 gets per round of credit, in steps with a full budget."""
 
@@ -78,8 +77,6 @@ class Scheduler:
         """By the last plan."""
         self._considered: Request | None = None
         """Whom a part of `schedule` is about, and who is to blame if it fails."""
-        self._settled, self._foreseen = False, 0
-        """Whether the last plan found no room for anybody else, and nobody has come or gone since; steps foreseen since."""
         self._queue_left_out = 0
         """Steps in a row that left no row for who waits, and had no prompt in them."""
         self._pace = Pace(step_seconds, weight, clock)
@@ -95,6 +92,7 @@ class Scheduler:
             return ScoredLane(tenant, around) if order.scores else KeyedLane(order.key)
 
         self._waiting = WaitingQueue(self._fairness, lane)
+        self.foresight = Foresight(cache, self.running, self._waiting, self._pace)
 
     @property
     def waiting(self) -> int:
@@ -105,7 +103,7 @@ class Scheduler:
 
     def add(self, request: Request, table: BlockTable) -> None:
         """Queue a request. Its table is closed when it is finished."""
-        self._settled = False
+        self.foresight.changed()
         self._tables[request] = table
         request.draft_room = self._max_tokens - 1
         self._fairness.arrived(request)
@@ -127,7 +125,7 @@ class Scheduler:
         """Take a request out, wherever it is; its blocks go back at once, the full ones stay findable."""
         if request.status is Status.FINISHED or request not in self._tables:
             return
-        self._settled = False
+        self.foresight.changed()
         status, request.status = request.status, Status.FINISHED
         table = self._tables.pop(request)
         try:
@@ -159,30 +157,10 @@ class Scheduler:
             if self._considered is None or isinstance(error, Blamed):
                 raise
             raise Blamed(self._considered) from error
-        self._settled, self._foreseen = not self._admitted, 0
+        self.foresight.planned(admitted=bool(self._admitted))
         self._turns.planned(plan, self.running)
         self._pace.planned(plan)
         return plan
-
-    def certain(self, plan: StepPlan) -> list[Chunk]:
-        """Rows of a plan that is being computed, if it is certain what comes after it: all that run decode, nothing but a token
-        can come of that, and nobody can come in. Else none."""
-        if self._waiting and not (self._settled and self._foreseen < MOST_FORESEEN):
-            return []
-        chunks = [chunk for chunk in plan.chunks if chunk.request.status is Status.RUNNING]
-        return chunks if len(chunks) == len(self.running) and all(chunk.foreseeable for chunk in chunks) else []
-
-    def foresee(self, chunks: list[Chunk]) -> StepPlan:
-        """The step after one of rows that are `certain`, while they are `foreseen`: everybody's next row, but for those that
-        have all tokens they may have. Empty if there are not blocks enough: nobody is preempted for it."""
-        going_on = [chunk for chunk in chunks if len(chunk.request.tokens) < chunk.request.token_limit]
-        if not going_on or not all(self.cache.reserve(chunk.table, chunk.stop + 1) for chunk in going_on):
-            return StepPlan([], [])
-        self._foreseen += 1
-        self._pace.begin(self.running)
-        ahead = StepPlan([Chunk(chunk.request, chunk.table, chunk.stop, 1) for chunk in going_on], [])
-        self._pace.planned(ahead)
-        return ahead
 
     def stepped(self) -> None:
         """The step is over: all that it takes has been done. The next ones are sized by how long that was."""

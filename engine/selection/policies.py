@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.requests.request import MAX_DRAFT_TOKENS, KVOptions, Request
+from kvloom.engine.requests.request import KVOptions, Request
+from kvloom.engine.requests.sampling import MAX_DRAFT_TOKENS
 from kvloom.engine.requests.state import WORD
 from kvloom.engine.selection import METHODS, SELECTIONS, Geometry, MethodStats, Selector
 from kvloom.engine.selection.base import Method, Whole, read_options

@@ -29,7 +29,7 @@ from typing import IO, Literal, NamedTuple
 
 from kvloom.engine.errors import ModelError, ModelNotFoundError
 from kvloom.engine.model.files import shown
-from kvloom.engine.requests.request import SamplingDefaults
+from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.engine.settings.folders import cache_folder
 
 Progress = Callable[[str, int, int], None]

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from kvloom.engine.client import OPENAI_SOURCE
-from kvloom.engine.config import ModelOptions, json_object
+from kvloom.engine.config import ModelOptions
 from kvloom.engine.errors import ConfigError, InvalidRequestError, KVLoomError, ModelError
 from kvloom.engine.model.files import read_json, read_json_if_there, shown
 from kvloom.engine.model.gguf_file import GGUFFile
-from kvloom.engine.requests.request import OPENAI_SAMPLING, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.sampling import OPENAI_SAMPLING, SamplingDefaults, SamplingParams
+from kvloom.engine.settings.options import json_object
 from kvloom.engine.startup.catalog import ModelFiles
 
 log = logging.getLogger("kvloom.model")

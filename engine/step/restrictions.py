@@ -16,7 +16,8 @@ from torch import Tensor
 
 from kvloom.engine.device import upload
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 
 
 class BadWords(NamedTuple):

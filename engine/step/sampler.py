@@ -23,7 +23,8 @@ from torch import Tensor
 
 from kvloom.engine.device import Download, upload
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.step.masks import NO_MASKS, Mask, Masks
 from kvloom.engine.step.restrictions import Restrictions
 from kvloom.kernels.interface import Kernels

@@ -24,7 +24,8 @@ from kvloom.engine.config import EngineConfig
 from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import EngineDeadError, KVLoomError
 from kvloom.engine.requests.isolation import no_internals
-from kvloom.engine.requests.request import KVOptions, Request, RequestOutput, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request, RequestOutput
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.startup.build import Built, Progress, build
 from kvloom.engine.startup.prepare import Prepared
 from kvloom.engine.thread.backlog import Backlog

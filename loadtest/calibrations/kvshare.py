@@ -27,7 +27,8 @@ import numpy as np
 from kvloom.engine import LLM
 from kvloom.engine.calibration import store
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.requests.request import KVOptions, SamplingParams
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.reuse.kvshare.options import GATE, RepairOptions, ShareOptions
 from kvloom.engine.reuse.kvshare.share import KVShare
 from kvloom.loadtest.quality.reuse import add_flags, engine

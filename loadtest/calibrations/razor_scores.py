@@ -29,7 +29,8 @@ from kvloom.engine.cache import BlockTable
 from kvloom.engine.calibration.razor import HeadClasses, Scores
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import LLM
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.requests.stats import MethodStats
 from kvloom.engine.requests.traits import Layer, Record
 from kvloom.engine.scheduling import Chunk, StepPlan

@@ -19,7 +19,8 @@ from torch import Tensor
 from kvloom.engine.cache import BlockTable
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.llm import LLM
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.scheduling import Chunk, StepPlan
 from kvloom.engine.selection.base import Selector
 

@@ -13,7 +13,8 @@ import torch
 from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.model.decoder import GraphMode
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.kernels import Kernels
 from kvloom.loadtest.bench.contexts import random_tokens, remember
 from kvloom.loadtest.bench.roofline import Shape

@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from kvloom.engine.config import json_object, option_fields
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.settings.options import json_object, option_fields
 from kvloom.loadtest.client.arrivals import Curve, Load, Ramp
 from kvloom.loadtest.client.record import PATHS, Endpoint
 from kvloom.loadtest.load.measures import Slo

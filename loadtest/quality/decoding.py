@@ -21,7 +21,8 @@ from torch import Tensor
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.requests.request import KVOptions, Request, RequestOutput, SamplingParams, Usage
+from kvloom.engine.requests.request import KVOptions, Request, RequestOutput, Usage
+from kvloom.engine.requests.sampling import SamplingParams
 
 Observe = Callable[[int, int, Tensor], None]
 """(passage, index of the token that this row predicts, logits [vocab] fp32, valid during the call). The index is 1 or more."""

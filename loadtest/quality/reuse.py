@@ -30,11 +30,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvloom.engine import LLM
-from kvloom.engine.config import json_object
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.reuse.kvshare.options import POLICIES, RepairOptions
 from kvloom.engine.reuse.kvshare.share import KVShare
+from kvloom.engine.settings.options import json_object
 from kvloom.loadtest.quality.decoding import greedy, under_way
 from kvloom.loadtest.quality.reuse_runs import (
     KINDS,

@@ -22,8 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from kvloom.engine.config import json_object
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.settings.options import json_object
 from kvloom.loadtest.quality.scoring import Completions, Scored, all_of, coarse_divergence, likeliest
 from kvloom.loadtest.quality.tasks import NEEDLES, Trial, trials
 from kvloom.loadtest.study.flags import add, add_outputs, need, numbers, parser

@@ -17,7 +17,8 @@ from typing import Any
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.selection import METHODS
 from kvloom.engine.selection.base import read_options
 from kvloom.loadtest.study.flags import add, add_engine, add_model, add_outputs, add_resume, numbers

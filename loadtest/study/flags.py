@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from kvloom.engine.config import Option, option_fields, parse_value
 from kvloom.engine.errors import ConfigError, KVLoomError
+from kvloom.engine.settings.options import Option, option_fields, parse_value
 from kvloom.server.exit_codes import FAILED, INTERRUPTED, USAGE_ERROR
 
 __all__ = ["FAILED", "INTERRUPTED", "USAGE_ERROR"]

@@ -10,7 +10,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.requests.request import KVOptions, SamplingParams
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.server.context import ServerContext, context_of, new_id, tenant_of
 from kvloom.server.errors import GenerationError, ServerClosingError
 from kvloom.server.schema.segments import SegmentsBody

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kvloom.engine.requests.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.sampling import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.chat_messages import MAX_MESSAGES, Message
 from kvloom.server.schema.common import MAX_INT, GenerationBody
 from kvloom.server.schema.conversation import ConversationFields

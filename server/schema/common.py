@@ -21,13 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from kvloom.engine.requests.request import (
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.sampling import (
     MAX_ALLOWED_TOKENS,
     MAX_BAD_WORDS,
     MAX_CHOICES,
     MAX_LOGPROB_TOKENS,
     MAX_LOGPROBS,
-    KVOptions,
     SamplingDefaults,
     SamplingParams,
 )

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from kvloom.engine.requests.request import MAX_LOGPROBS, SamplingDefaults, SamplingParams
+from kvloom.engine.requests.sampling import MAX_LOGPROBS, SamplingDefaults, SamplingParams
 from kvloom.server.schema.common import MAX_INT, GenerationBody, Text, TokenId
 from kvloom.server.schema.problem import problem
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from kvloom.engine.errors import ModelError, ModelNotFoundError
-from kvloom.engine.requests.request import SamplingDefaults
+from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.engine.settings.folders import cache_folder
 from kvloom.engine.startup import catalog
 from kvloom.engine.startup.catalog import BuiltinModel, ModelFiles, list_cached, resolve

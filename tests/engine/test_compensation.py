@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvloom import kernels
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.retention.compensation import Compensation, Leaving
 from kvloom.engine.retention.window import Window
 from kvloom.kernels.interface import Folded, Lists, PagedKV, Rows

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from kvloom.engine.config import EngineConfig, all_options, parse_bytes
+from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError, InvalidRequestError
-from kvloom.engine.requests.request import SamplingParams
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.retention import RETENTIONS
 from kvloom.engine.reuse import REUSE
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS
+from kvloom.engine.settings.options import parse_bytes
 from kvloom.engine.startup import memory
 
 

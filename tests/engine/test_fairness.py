@@ -10,7 +10,8 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.scheduling.fairness import Fairness
 from kvloom.loadtest.simulate_scheduler import BLOCK, Job, Machine, Simulation

@@ -19,7 +19,8 @@ from kvloom.engine import LLM, SamplingParams, ThreadEngineClient, errors
 from kvloom.engine.client import Health, ModelInfo
 from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError, EngineDeadError, KVLoomError, ModelError
-from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingDefaults, TokenLogprob, Usage
+from kvloom.engine.requests.request import KVOptions, RequestOutput, TokenLogprob, Usage
+from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.engine.startup.build import Built
 from kvloom.engine.startup.prepare import tokenizer_of
 from kvloom.server.errors import GenerationError, ServerClosingError

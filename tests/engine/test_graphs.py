@@ -19,7 +19,7 @@ from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.requests.request import Request
 from kvloom.engine.step.runner import Runner, capture_sizes
 from kvloom.kernels.cuda_graph import CudaGraph
-from kvloom.kernels.interface import CaptureError
+from kvloom.kernels.graph import CaptureError
 from tests.recorded import Recording, recordings
 from tests.selection import test_guard
 from tests.selection.conftest import greedy, retrieval_heads

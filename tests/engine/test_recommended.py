@@ -12,7 +12,7 @@ import pytest
 
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ConfigError, ModelError
-from kvloom.engine.requests.request import OPENAI_SAMPLING, SamplingDefaults
+from kvloom.engine.requests.sampling import OPENAI_SAMPLING, SamplingDefaults
 from kvloom.engine.startup.catalog import ModelFiles
 from kvloom.engine.startup.recommended import sampling_defaults
 

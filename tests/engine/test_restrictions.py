@@ -10,7 +10,8 @@ import pytest
 
 from kvloom.engine import LLM
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.requests.request import KVOptions, SamplingParams
+from kvloom.engine.requests.request import KVOptions
+from kvloom.engine.requests.sampling import SamplingParams
 
 MakeLLM = Callable[..., LLM]
 PROMPT = [(7 * i) % 250 + 3 for i in range(70)]

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvloom.engine.errors import InvalidRequestError
-from kvloom.engine.requests.request import Request, SamplingParams
+from kvloom.engine.requests.request import Request
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.step.sampler import Drawn, SampleError, Token, uniform
 from kvloom.engine.step.sampler import Sampler as BatchSampler
 from kvloom.kernels import Kernels, load

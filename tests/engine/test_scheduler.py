@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from kvloom.engine.cache import CacheManager, GroupSpec, Storage
 from kvloom.engine.cache.prefix import DomainFactory
 from kvloom.engine.requests.isolation import Blamed
-from kvloom.engine.requests.request import Request, SamplingParams, Status
+from kvloom.engine.requests.request import Request, Status
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.scheduling import ORDERS, Chunk, Scheduler, StepPlan
 
 SIZE = 4

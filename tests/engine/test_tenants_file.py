@@ -134,7 +134,7 @@ def test_settings() -> None:
 
 @pytest.mark.parametrize("order", ["fcfs", "priority", "cache_aware"])
 def test_every_order_gives_the_same_tokens(make_llm: Callable[..., LLM], order: str) -> None:
-    from kvloom.engine.requests.request import SamplingParams
+    from kvloom.engine.requests.sampling import SamplingParams
 
     prompts = [f"{'once upon a time ' * 12}{i}" for i in range(6)]
     params = SamplingParams(temperature=0, max_tokens=8)

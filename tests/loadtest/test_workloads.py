@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from kvloom.engine.config import option_fields
 from kvloom.engine.errors import ConfigError
+from kvloom.engine.settings.options import option_fields
 from kvloom.engine.text import Tokenizer
 from kvloom.loadtest.client.record import Job
 from kvloom.loadtest.workloads import WORKLOADS

@@ -11,7 +11,8 @@ import pytest
 from kvloom.engine import LLM
 from kvloom.engine.calibration import RazorCalibration
 from kvloom.engine.requests.plan import StepPlan
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request
+from kvloom.engine.requests.sampling import SamplingParams
 from tests.selection.conftest import greedy, stepped
 
 Make = Callable[..., LLM]

@@ -18,7 +18,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from kvloom.engine.client import EngineStats, GroupStats, Health, ModelInfo, ShareStats, TenantStats
 from kvloom.engine.errors import ContextLengthError, EngineDeadError, KVLoomError
-from kvloom.engine.requests.request import KVOptions, RequestOutput, SamplingParams, TokenLogprob, Usage
+from kvloom.engine.requests.request import KVOptions, RequestOutput, TokenLogprob, Usage
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.text import IncrementalDetokenizer, Tokenizer
 from kvloom.engine.text.tokenizer import TokenizerSettings
 from kvloom.engine.thread.queue_limit import QueueLimit

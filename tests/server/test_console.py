@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.engine.requests.request import SamplingDefaults
+from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.server.console import LoadingBars, banner, base_url, curl_line
 from kvloom.server.options import ServerOptions
 

@@ -264,7 +264,7 @@ def test_how_many_tokens_a_model_recommends_and_allows(serving, fake):
     """The recommendation is for chats that do not say; the limit for all."""
     from dataclasses import replace
 
-    from kvloom.engine.requests.request import SamplingDefaults
+    from kvloom.engine.requests.sampling import SamplingDefaults
 
     engine, nine = fake.FakeEngine(), {"max_tokens": 9}
     bodies = ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}), ("/v1/completions", {"prompt": "hi"})
@@ -284,7 +284,7 @@ def test_how_many_tokens_a_model_recommends_and_allows(serving, fake):
 def test_the_models_own_sampling_stands_in_for_what_a_request_does_not_say(serving, fake):
     from dataclasses import replace
 
-    from kvloom.engine.requests.request import SamplingDefaults
+    from kvloom.engine.requests.sampling import SamplingDefaults
 
     engine = fake.FakeEngine()
     engine.model = replace(engine.model, sampling=SamplingDefaults(temperature=0.2, top_p=0.9))

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.requests.request import SamplingParams
+from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.thread.client import ThreadEngineClient
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"

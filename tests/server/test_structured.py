@@ -11,7 +11,7 @@ import pytest
 
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.constraint.options import StructuredOutput
-from kvloom.engine.requests.request import OPENAI_SAMPLING
+from kvloom.engine.requests.sampling import OPENAI_SAMPLING
 from kvloom.engine.thread.client import ThreadEngineClient
 from kvloom.server.schema.chat import ChatBody
 

@@ -18,7 +18,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from kvloom.engine.requests.request import KVOptions, Request, SamplingParams
+from kvloom.engine.requests.request import KVOptions, Request
+from kvloom.engine.requests.sampling import SamplingParams
 
 MOST = 64
 """JobQueue that wait; the oldest of the tenant that has most are forgotten."""

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from kvloom.engine.bounds import MOST_TOKENS, bounded
-from kvloom.engine.config import json_object
 from kvloom.engine.errors import ConfigError, InvalidRequestError
 from kvloom.engine.selection.base import check_fields, read_fields
+from kvloom.engine.settings.options import json_object
 
 Policy = Literal["focus", "dhd", "query", "blend", "boundary", "random"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
