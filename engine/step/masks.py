@@ -97,6 +97,8 @@ class Constraints(Feature):
 
     def begin(self, chunks: Sequence[Chunk]) -> None:
         """Start to compute the masks of a step."""
+        if self._computing is not None and not self._computing.cancel():  # its step has failed, and grammars are one thread's
+            self._computing.exception()
         self._computing = None
         if not self._open:
             return

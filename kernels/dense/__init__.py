@@ -73,9 +73,9 @@ def beside(own: Kernels, name: str, device: torch.device, dtype: torch.dtype) ->
     return cast(Kernels, Beside(own, library, device, dtype))
 
 
-def send(values: Sequence[int] | npt.NDArray[np.integer], device: torch.device) -> Tensor:
-    """Numbers as int32 on the device, without waiting for what is queued there."""
-    made = torch.from_numpy(np.asarray(values, np.int32))
+def send(values: Sequence[int] | npt.NDArray[np.integer], device: torch.device, dtype: npt.DTypeLike = np.int32) -> Tensor:
+    """Numbers as a tensor on the device, without waiting for what is queued there."""
+    made = torch.from_numpy(np.asarray(values, dtype))
     return (made.pin_memory() if device.type == "cuda" else made).to(device, non_blocking=True)
 
 
@@ -183,8 +183,8 @@ class Beside:
         counts, stops = (np.asarray(numbers, np.int64) for numbers in (spans.counts, spans.stops))
         seen = int((counts * stops - counts * (counts - 1) // 2).sum()) * kv_heads
         item = 2 * head_dim * self._dtype.itemsize
-        found = torch.tensor([int(counts[stops > 0].sum()), seen, int(stops.sum()) * kv_heads * item, 0, 0])
-        made = (found.pin_memory() if self._device.type == "cuda" else found).to(self._device, non_blocking=True)
+        found = [int(counts[stops > 0].sum()), seen, int(stops.sum()) * kv_heads * item, 0, 0]
+        made = send(found, self._device, np.int64)
         if not spans.captured:
             return made
         key = (len(counts), kv_heads, head_dim)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +16,14 @@ from kvloom.engine.constraint import progress
 from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
+from kvloom.engine.requests.isolation import Blamed
+from kvloom.engine.requests.request import Request
 from tests.simulated import simulated_gpu
 
 MakeLLM = Callable[..., LLM]
 DENSE = KVOptions()
 PROMPT = list(range(40, 81))
-PERSON = {
+PERSON: dict[str, Any] = {
     "type": "object",
     "properties": {
         "name": {"type": "string", "maxLength": 6},
@@ -45,7 +49,7 @@ def one(llm: LLM, structured: StructuredOutput, kv: KVOptions = DENSE, **params:
 
 def check_person(result: Completion) -> None:
     found = json.loads(result.text)
-    assert result.finish_reason == "stop" and found.keys() == PERSON["properties"].keys()  # type: ignore[attr-defined]
+    assert result.finish_reason == "stop" and found.keys() == PERSON["properties"].keys()
     assert len(found["name"]) <= 6 and 0 <= found["age"] <= 99 and set(found["tags"]) <= {"a", "bc"} and len(found["tags"]) <= 3
 
 
@@ -203,3 +207,34 @@ def test_a_grammar_that_takes_too_long_ends_its_own_request_only(make_llm: MakeL
     ended, other = llm.generate([PROMPT, PROMPT], [SamplingParams(structured=AS_PERSON), free])
     assert ended.finish_reason == "error" and "structured: a token of it takes" in str(ended.error)
     assert other.tokens == alone
+
+
+def test_masks_of_a_step_that_failed_are_waited_for(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grammars belong to one thread at a time, also where a step failed for somebody else while they were followed."""
+    llm = make_llm()
+    wanted, other, runner = one(llm, AS_PERSON).tokens, "other", llm.core.runner
+    run, masks, steps, busy = runner.run, progress.Progress.masks, iter(range(1000)), threading.Lock()
+
+    def slow(self: Any, *args: Any) -> Any:
+        assert busy.acquire(blocking=False), "two threads follow one grammar"
+        try:
+            time.sleep(0.02)
+            return masks(self, *args)
+        finally:
+            busy.release()
+
+    def fails(plan: Any, fed: Any) -> Any:
+        if next(steps) == 3:
+            raise Blamed(next(chunk.request for chunk in plan.chunks if chunk.request.id == other))
+        return run(plan, fed)
+
+    monkeypatch.setattr(progress.Progress, "masks", slow)
+    monkeypatch.setattr(runner, "run", fails)
+    sampling = SamplingParams(structured=AS_PERSON, seed=1, max_tokens=90)
+    llm.core.add(Request(id="kept", prompt=PROMPT, sampling=sampling))
+    llm.core.add(Request(id=other, prompt=PROMPT, sampling=SamplingParams(seed=5, max_tokens=20, ignore_eos=True)))
+    found: dict[str, list[Any]] = {"kept": [], other: []}
+    while llm.core.busy:
+        for output in llm.core.step():
+            found[output.id] += [*output.tokens, *filter(None, [output.finish_reason])]
+    assert found["kept"] == [*wanted, "stop"] and found[other][-1] == "error"
