@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -124,11 +125,15 @@ def _plain(number: float) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as an error quotes it: never long, whatever a client sent."""
+    """A value as an error quotes it: never long, whatever a client sent. All but strings as JSON, as clients write it."""
     try:
         if isinstance(value, (str, list, tuple)):
             value = value[:80]
-        text = repr(list(value) if isinstance(value, tuple) else value)
+        text = repr(value) if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    except TypeError:  # a mapping of a Python caller's, which is no JSON
+        text = repr(value)
+    except RecursionError:
+        return "something that is nested too deeply"
     except ValueError:  # Python writes no number of more than 4,300 digits
         return "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "..."

@@ -11,6 +11,8 @@ KVLoomError
   InternalError            something of the engine's own failed for one caller         HTTP 500
 """
 
+from __future__ import annotations
+
 
 class KVLoomError(Exception):
     """Base of all errors raised on purpose."""
@@ -30,6 +32,12 @@ class ContextLengthError(InvalidRequestError):
     """The request needs more positions than the model or the cache has."""
 
     code = "context_length_exceeded"
+
+    @classmethod
+    def beyond(cls, longest: int, why: str, param: str | None) -> ContextLengthError:
+        """The error in words that begin as OpenAI's do, by which clients and gateways know it. longest: tokens that there is
+        room for; why: what was given, and what to do."""
+        return cls(f"This model's maximum context length is {longest} tokens. However, {why}", param)
 
 
 class ModelNotFoundError(KVLoomError):

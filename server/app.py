@@ -20,6 +20,7 @@ from kvloom.server.methods import HeadMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
+from kvloom.server.request_ids import RequestIdMiddleware
 from kvloom.server.routes import chat, completions, health, home, kv, metrics, models, tokens
 from kvloom.version import __version__
 
@@ -36,7 +37,11 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
         context.prompts.close()
 
     app = FastAPIOffline(  # /docs loads its scripts from here, not from elsewhere
-        title="kvloom", version=__version__, description="An LLM server whose subject is the KV cache", lifespan=lifespan
+        title="kvloom",
+        version=__version__,
+        description="An LLM server whose subject is the KV cache",
+        lifespan=lifespan,
+        redirect_slashes=False,
     )
     app.state.context = context
     errors.install(app)
@@ -62,3 +67,4 @@ def _guard(app: FastAPI, context: ServerContext) -> None:
                            allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"])  # fmt: skip
     if guards_hosts(options):
         app.add_middleware(HostMiddleware, hosts=options.allowed_hosts, origins=options.cors, refused=refused)
+    app.add_middleware(RequestIdMiddleware, logs=options.access_log)

@@ -34,12 +34,16 @@ from uvicorn.server import ServerState
 from kvloom.server.errors import WireError
 from kvloom.server.limits import LINGER_BYTES
 from kvloom.server.options import ServerOptions
+from kvloom.server.raw_http import BegunTransport, raw_answer, without_chunks
+from kvloom.server.request_ids import RequestIdMiddleware
 
 MAX_HEADER_BYTES = 64 * 1024
 SLOWEST_BYTES = 16 * 1024
 """Bytes per second that a body must make, or an answer be taken at, beyond the time that its limit gives."""
 SURPLUS = 16
 """Connections beyond the bound that may ask for the server's health."""
+PROBE_SECONDS = 0.05
+"""Between the first two looks at whether a client that sends no more is still there; later ones come with the ticks."""
 LOG_SECONDS = 10.0
 """Closed connections are logged at most this often, in one line."""
 
@@ -161,11 +165,12 @@ class ConnectionGuard:
         """Close what is over its time. Goes on as long as there are connections."""
         now = self.clock()
         for connection in list(self._open):
+            connection.probe()
             if now > connection.deadline():
                 self._close(connection, connection.state.value)
         if _out_of_descriptors():
             victim = self._spare()
-            self._note("the process has run out of file descriptors (raise ulimit -n or lower --max-connections)")
+            self.note("the process has run out of file descriptors (raise ulimit -n or lower --max-connections)")
             if victim is not None:
                 self._close(victim, "there was no file descriptor left")
         self._log()
@@ -177,9 +182,10 @@ class ConnectionGuard:
         self.lost(connection)
         connection.end()
         if connection.state is not State.IDLE:
-            self._note(reason)
+            self.note(reason)
 
-    def _note(self, reason: str) -> None:
+    def note(self, reason: str) -> None:
+        """A connection is closed for this reason."""
         self.closed[reason] += 1
         self._unlogged[reason] += 1
         self._log()
@@ -201,23 +207,20 @@ def _out_of_descriptors() -> bool:
     return False
 
 
-async def _refuse_headers(scope: Scope, receive: Receive, send: Send) -> None:
-    await _HEADERS_TOO_LARGE.response({"Connection": "close"})(scope, receive, send)
+def _refusing(error: WireError) -> RequestIdMiddleware:
+    """An application that answers so, whatever is asked."""
+
+    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
+        await error.response({"Connection": "close"})(scope, receive, send)
+
+    return RequestIdMiddleware(refuse, logs=False)
 
 
-async def _refuse_surplus(scope: Scope, receive: Receive, send: Send) -> None:
-    await _TOO_MANY.response({"Connection": "close"})(scope, receive, send)
-
-
-def _raw(status: str) -> bytes:
-    return f"HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: 0\r\n\r\n".encode()
-
-
-_RAW_431 = _raw("431 Request Header Fields Too Large")
-_RAW_408 = _raw("408 Request Timeout")
-_RAW_503 = _raw("503 Service Unavailable")
 _HEADERS_TOO_LARGE = WireError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes", code="headers_too_large")
+_TOO_SLOW = WireError(408, "the request did not come in time; the connection is closed", code="request_timeout")
 _TOO_MANY = WireError(503, "the server has too many connections; try again later", code="too_many_connections", retry_after=1.0)
+_ENDING = WireError(503, "the server is shutting down; try again", code="shutting_down", retry_after=1.0)
+_refuse_headers, _refuse_surplus = _refusing(_HEADERS_TOO_LARGE), _refusing(_TOO_MANY)
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -246,6 +249,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._message_bytes = 0
         self._body_bytes = 0
+        self._begun: BegunTransport | None = None  # the client has closed its side, and may have gone
         self._stuck: tuple[float, int] | None = None  # since when writing is paused, and what waited then
 
     # What the guard asks ---------------------------------------------------------------------------------------------
@@ -284,7 +288,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.transport.abort()  # closing would wait for the client to take what it does not take
             return
         if self._in_head or (self._in_body and not self.cycle.response_started):
-            self.transport.write(_RAW_503 if self.surplus or self._guard.draining else _RAW_408)
+            self.transport.write(raw_answer(_ENDING if self._guard.draining else _TOO_MANY if self.surplus else _TOO_SLOW))
         self.transport.close()
 
     # What the transport calls ----------------------------------------------------------------------------------------
@@ -296,6 +300,27 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._guard.lost(self)
         super().connection_lost(exc)
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]  # uvicorn never keeps them
+        """The client sends no more. Who has asked something whole may only have closed its sending side: it gets its answer,
+        the last one. Whether it has gone altogether, only sending tells (`probe`). TLS knows no such side of its own."""
+        if self.state is not State.ANSWER or self.cycle.response_complete or self.scheme == "https":
+            return None
+        self.cycle.keep_alive = False
+        if not self.cycle.response_started and not self.pipeline:
+            self._begun = BegunTransport(self.transport)
+            self.cycle.transport = self._begun  # type: ignore[assignment]  # all but `write` is the transport's own
+            self.probe()
+            self.loop.call_later(PROBE_SECONDS, self.probe)
+        return True
+
+    def probe(self) -> None:
+        """Find out whether a client that sends no more still reads: a byte of its answer makes the other end reset a connection
+        that nobody holds, the next one fails. Nothing happens where an answer has begun: that tells by itself."""
+        if self._begun is None or self.transport.is_closing():
+            return
+        if self.cycle.response_started or not self._begun.begin():
+            self._begun = None
 
     def pause_writing(self) -> None:
         self._stuck = (self._guard.clock(), self.transport.get_write_buffer_size())
@@ -313,16 +338,16 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if self._in_head:  # still no end of the headers in sight
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEADER_BYTES:
-                self.transport.write(_RAW_431)
+                self._guard.note("the headers were too large")
+                self.transport.write(raw_answer(_HEADERS_TOO_LARGE))
                 self.transport.close()
         elif self._message_bytes > self._guard.limits.message_bytes:
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
         """Tell of a message that is no HTTP in the shape that every error has."""
-        response = WireError(400, f"{msg} The connection is closed.", code="invalid_http").response({"Connection": "close"})
-        head = b"".join(name + b": " + value + b"\r\n" for name, value in response.raw_headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + head + b"\r\n" + bytes(response.body))
+        self._guard.note("what came was no HTTP")
+        self.transport.write(raw_answer(WireError(400, f"{msg} The connection is closed.", code="invalid_http")))
         self.transport.close()
 
     # What the parser calls -------------------------------------------------------------------------------------------
@@ -342,10 +367,14 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self.app: Any = self._served
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
+            self._guard.note("the headers were too large")
             self.app = _refuse_headers
         elif self._over() and self.url.split(b"?")[0] != b"/health":
             self.app = _refuse_surplus
+        self.expect_100_continue = self.expect_100_continue and self.parser.get_http_version() != "1.0"
         super().on_headers_complete()
+        if self.scope["http_version"] == "1.0":
+            without_chunks(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)

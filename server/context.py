@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import uuid
 from collections import Counter
 from collections.abc import Iterator
@@ -18,8 +17,7 @@ from kvloom.server.answers.choose import AnswerFormats
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}\Z")
+from kvloom.server.request_ids import client_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +77,5 @@ def new_id() -> str:
 
 
 def client_request_id(request: Request, default: str) -> str:
-    """The X-Request-Id to answer with and to log: the client's own, if it is harmless, else ours."""
-    given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.match(given) else default
+    """The X-Request-Id to answer with and to log: the client's own, if it sent one that is harmless, else ours."""
+    return client_id(request.scope) or default

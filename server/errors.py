@@ -20,6 +20,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from kvloom.engine.bounds import shown
 from kvloom.engine.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -130,7 +131,7 @@ def _answer(request: Request, error: WireError, headers: Mapping[str, str] | Non
 
 async def _on_validation(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    return _answer(request, validation_error(error.errors(), request.headers.get("content-type", "")))
+    return _answer(request, validation_error(error.errors()))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
@@ -152,11 +153,12 @@ async def _on_known(request: Request, error: Exception) -> JSONResponse:
 
 
 async def _on_unknown(request: Request, error: Exception) -> JSONResponse:
-    # Starlette raises it again after this answer, and uvicorn logs it with its traceback.
-    return _answer(request, wire_error(error), {"Connection": "close"})
+    # Starlette raises it again after this answer, and uvicorn logs it with its traceback. It stands outside all middleware.
+    name = getattr(request.state, "request_id", "")
+    return _answer(request, wire_error(error), {"Connection": "close", "X-Request-Id": name})
 
 
-def validation_error(errors: Sequence[Mapping[str, Any]], content_type: str = "") -> WireError:
+def validation_error(errors: Sequence[Mapping[str, Any]]) -> WireError:
     """One error for what pydantic found: its first finding, in the caller's terms."""
     first = errors[0]
     path = [part for part in first["loc"][1:] if not (isinstance(part, str) and part.startswith("<"))]
@@ -166,10 +168,6 @@ def validation_error(errors: Sequence[Mapping[str, Any]], content_type: str = ""
         where = first["loc"][-1]
         return WireError(400, f"the body is not JSON: {first['ctx']['error']} at character {where}", code="invalid_json")
     if not path and kind in ("model_attributes_type", "model_type", "missing"):
-        if content_type.split(";")[0].strip().lower() not in ("application/json", ""):
-            return WireError(
-                400, f"content type is {content_type[:80]!r}; allowed: application/json", code="invalid_content_type"
-            )
         return WireError(400, "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_json")
     if kind == KIND:
         param = _dotted([*path, first["ctx"]["param"]])
@@ -178,11 +176,14 @@ def validation_error(errors: Sequence[Mapping[str, Any]], content_type: str = ""
         message = "this field is required"
     elif kind == "extra_forbidden":
         message = "unknown key"
+    elif kind == "literal_error":
+        message = f"is {shown(first['input'])}; allowed: {first['ctx']['expected']}"
     elif kind in _BOUNDS and param:
         bound = first["ctx"][_BOUNDS[kind]]
         return WireError(400, f"{param} is {first['input']}; allowed: {bound} or {_WAYS[kind]}", param)
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-    return WireError(400, f"{param}: {message}{more}" if param else message, param or None)
+    colon = "" if message.startswith("is ") else ":"
+    return WireError(400, f"{param}{colon} {message}{more}" if param else message, param or None)
 
 
 def _dotted(path: Sequence[str | int]) -> str:

@@ -1,4 +1,5 @@
-"""Bounds on bodies: how long one may be, how much memory all of them may take, and how much of the time reading them may take.
+"""Bounds on bodies: what form they may have, how long they may be, how much memory all of them may take, and how much of the
+time reading them may take.
 
 A body that is too long is never held in memory. It is answered with 413 and then read and thrown away for a moment: a
 connection closed under a client that is still sending would show it a reset instead of the answer.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -99,6 +101,10 @@ class BodyLimitMiddleware:
         if scope["type"] != "http" or not _has_body(scope):
             await self.app(scope, receive, send)
             return
+        unserved = unserved_form(scope)
+        if unserved is not None:
+            await self._refuse(unserved, scope, receive, send)
+            return
         declared = _declared(scope)
         if declared is not None and declared > self._limit:
             await self._refuse(self._too_large(), scope, receive, send)
@@ -157,7 +163,7 @@ class BodyLimitMiddleware:
 
     async def _refuse(self, error: WireError, scope: Scope, receive: Receive, send: Send) -> None:
         self._refused(error.status)
-        response = error.response({"Connection": "close"})
+        response = error.response({"Connection": "close", **({"Accept-Encoding": "identity"} if error.status == 415 else {})})
         await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
         await send({"type": "http.response.body", "body": bytes(response.body), "more_body": True})
         if _header(scope, b"expect") is None:  # a client that asked first has not begun to send
@@ -188,6 +194,9 @@ class _Held:
         self._counted = 0
 
 
+_JSON = re.compile(rb"application/([^/]+\+)?json\Z")
+"""What FastAPI reads as JSON."""
+
 _NO_ROOM = WireError(
     429, "too many long bodies are being received; try again later, or send less at once", code="overloaded", retry_after=5.0
 )
@@ -202,6 +211,21 @@ _NO_TURN = WireError(
 
 def _header(scope: Scope, name: bytes) -> bytes | None:
     return next((value for key, value in scope["headers"] if key == name), None)
+
+
+def unserved_form(scope: Scope) -> WireError | None:
+    """Why a body is refused before it is read: it is compressed, or says that it is no JSON. One that says nothing may be."""
+    coding = (_header(scope, b"content-encoding") or b"").strip().lower()
+    if coding not in (b"", b"identity"):
+        message = (
+            f"content encoding is {coding[:80].decode('latin-1')!r}; allowed: none, as bodies are bounded as they are sent"
+        )
+        return WireError(415, message, code="invalid_content_encoding")
+    kind = (_header(scope, b"content-type") or b"").split(b";")[0].strip().lower()
+    if kind and not _JSON.match(kind):
+        message = f"content type is {kind[:80].decode('latin-1')!r}; allowed: application/json"
+        return WireError(415, message, code="invalid_content_type")
+    return None
 
 
 def _has_body(scope: Scope) -> bool:

@@ -171,21 +171,15 @@ class PromptEncoder:
     def check_length(self, count: int, param: str = "prompt") -> None:
         """Raises ContextLengthError for a prompt that leaves no room in the context."""
         if count >= self.max_model_len:
-            raise ContextLengthError(
-                f"the prompt has {count} tokens; this server's context is {self.max_model_len} tokens, prompt and output "
-                "together; shorten the prompt",
-                param,
-            )
+            why = f"the prompt has {count} tokens and leaves no room for an answer; shorten the prompt"
+            raise ContextLengthError.beyond(self.max_model_len, why, param)
 
     def check_text(self, text: str, param: str = "prompt") -> None:
         """Raises ContextLengthError for a text that must be longer than the context, without encoding it."""
         least = self.tokenizer.least_tokens(text)
         if least >= self.max_model_len:
-            raise ContextLengthError(
-                f"the text has {len(text)} characters, which are at least {least} tokens; this server's context is "
-                f"{self.max_model_len} tokens, prompt and output together; shorten the text",
-                param,
-            )
+            why = f"the text has {len(text)} characters, which are at least {least} tokens; shorten the text"
+            raise ContextLengthError.beyond(self.max_model_len, why, param)
 
     def close(self) -> None:
         """End the threads."""

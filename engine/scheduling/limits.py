@@ -36,26 +36,19 @@ class Limits(NamedTuple):
             bad = smallest_token if smallest_token < 0 else largest_token
             raise InvalidRequestError(f"token id {bad} is outside the vocabulary, 0 to {self.vocab_size - 1}", param="prompt")
         longest = self.max_model_len if extrapolates else min(self.max_model_len, self.trained_len)
-        limit, hint = "this server's context", ""
+        hint = ""
         if longest < self.max_model_len:
-            limit = "what the model was trained for"
             hint = ", or use kv.selection token_select with re-indexed positions and a prefill_budget"
         room = longest - prompt_length
         if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {prompt_length} tokens; {limit} is {longest} tokens, prompt and output together; shorten the "
-                f"prompt{hint}",
-                param="prompt",
-            )
+            why = f"the prompt has {prompt_length} tokens and leaves no room for an answer; shorten the prompt{hint}"
+            raise ContextLengthError.beyond(longest, why, "prompt")
         asked = {"max_tokens": sampling.max_tokens or 0, "min_tokens": sampling.min_tokens,
                  "forced_tokens": len(sampling.forced_tokens)}  # fmt: skip
         for name, count in asked.items():
             if count > room:
-                raise ContextLengthError(
-                    f"{name} is {count} and the prompt has {prompt_length} tokens; together they exceed {limit}, {longest}; "
-                    f"ask for at most {room}{hint}",
-                    param=name,
-                )
+                why = f"the prompt has {prompt_length} tokens and {name} is {count}; ask for at most {room}{hint}"
+                raise ContextLengthError.beyond(longest, why, name)
         for name in TOKEN_LISTS:
             largest = max(getattr(sampling, name) or (), default=0)
             if largest >= self.vocab_size:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from kvloom.engine.bounds import shown
 from kvloom.server.schema.common import StrictBody, Text
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.tools import MAX_CALLS, ToolCall
@@ -21,6 +22,22 @@ class TextPart(StrictBody):
     type: Literal["text"]
     text: Text
 
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, data: Any) -> Any:
+        kind = data.get("type") if isinstance(data, dict) else "text"
+        if kind not in (None, "text"):
+            raise problem(
+                "type", f"content of the type {shown(kind)} is not served, as this model reads text only; allowed: 'text'"
+            )
+        return data
+
+
+def _readable(value: Any) -> Any:
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"is {shown(value)}; allowed: a string, or a list of text parts")
+    return value
+
 
 def _form(value: Any) -> str:
     """Which form content has, so that an error speaks of that form only. The brackets keep it out of error paths."""
@@ -30,6 +47,7 @@ def _form(value: Any) -> str:
 Content = Annotated[
     Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES), Tag("<parts>")],
     Discriminator(_form),
+    BeforeValidator(_readable),
 ]
 
 

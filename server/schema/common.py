@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from kvloom.engine.bounds import shown
 from kvloom.engine.requests.request import KVOptions
 from kvloom.engine.requests.sampling import (
     MAX_ALLOWED_TOKENS,
@@ -130,7 +131,9 @@ class KVFields(BaseModel):
                     name[:64], f"unknown key {name[:64]!r}; allowed: {known}, or a method's name with its own options"
                 )
             if name != (self.selection or name) or len(extra) > 1:
-                raise problem(name[:64], f"{name[:64]!r} holds options, but the selection is {self.selection or list(extra)}")
+                raise problem(
+                    name[:64], f"{name[:64]!r} holds options, but the selection is {shown(self.selection or list(extra))}"
+                )
         return self
 
     def options(self) -> KVOptions:

@@ -65,8 +65,8 @@ def test_what_an_error_quotes_is_short() -> None:
     ("wrong", "said"),
     [
         ({"repetition_penalty": 1e-40}, "repetition_penalty is 1e-40; allowed: 0.01 to 100"),
-        ({"temperature": math.nan}, "temperature is nan; allowed: 0 to 100"),
-        ({"n": True}, "n is True; allowed: a whole number, 1 to 128"),
+        ({"temperature": math.nan}, "temperature is NaN; allowed: 0 to 100"),
+        ({"n": True}, "n is true; allowed: a whole number, 1 to 128"),
         ({"seed": 2**64}, "seed is 18446744073709551616; allowed: -9223372036854775808 to 18446744073709551615, or null"),
         ({"top_k": -2}, "top_k is -2; allowed: -1 to 2147483647 (0 or -1 for all)"),
         ({"top_p": -0.1}, "top_p is -0.1; allowed: 0 to 1 (0 is greedy)"),

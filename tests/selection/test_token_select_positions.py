@@ -195,12 +195,13 @@ def test_only_reindexed_sparse_prompts_go_beyond(make_llm: Make) -> None:
     for kv in (KVOptions(selection="dense"), KVOptions(selection="token_select", options=options),
                KVOptions(selection="token_select", options={"prefill_budget": 128, "chunk": 64})):  # fmt: skip
         with pytest.raises(
-            ContextLengthError, match=r"prompt has 600 tokens; what the model was trained for is 512.*re-indexed"
+            ContextLengthError,
+            match=r"^This model's maximum context length is 512 tokens\. However, the prompt has 600 tokens.*re-indexed",
         ):
             llm.generate([prompt(600)], greedy(2), kv=kv)
-        with pytest.raises(ContextLengthError, match=r"max_tokens is 100 and the prompt has 450 tokens.*at most 62"):
+        with pytest.raises(ContextLengthError, match=r"the prompt has 450 tokens and max_tokens is 100; ask for at most 62"):
             llm.generate([prompt(450)], greedy(100), kv=kv)
     dense = llm.generate([prompt(505)], greedy(None), kv=KVOptions(selection="dense"))[0]
     assert len(dense.tokens) == 7 and dense.finish_reason == "length"
-    with pytest.raises(ContextLengthError, match="this server's context is 1024"):
+    with pytest.raises(ContextLengthError, match="maximum context length is 1024 tokens"):
         llm.generate([prompt(1024)], greedy(1))

@@ -96,7 +96,7 @@ class FakeEngine:
         if self.refuse is not None:
             raise self.refuse
         if len(prompt) >= MAX_MODEL_LEN:
-            raise ContextLengthError(f"the prompt has {len(prompt)} tokens; the context is {MAX_MODEL_LEN}", "prompt")
+            raise ContextLengthError.beyond(MAX_MODEL_LEN, f"the prompt has {len(prompt)} tokens", "prompt")
         assert request_id not in self.live
         self.live.add(request_id)
         done = False

@@ -119,7 +119,7 @@ TABLE = [
     (completion(prompt="the " * 9000), 400, "prompt", "context"),
     (completion(kv={"budget": -1}), 400, "kv.budget", "allowed: 0 or more"),
     (completion(kv={"budget": "512"}), 400, "kv.budget", "integer"),
-    (completion(kv={"selection": "recycled", "token_select": {}}), 400, "kv.token_select", "the selection is recycled"),
+    (completion(kv={"selection": "recycled", "token_select": {}}), 400, "kv.token_select", "the selection is 'recycled'"),
     (completion(kv={"recycled": 7}), 400, "kv.recycled", "unknown key 'recycled'"),
     (completion(kv={"draft": "yes"}), 400, "kv.draft", "boolean"),
     (completion(forced_tokens=[-1]), 400, "forced_tokens[0]", "allowed: 0 or more"),
@@ -158,9 +158,6 @@ def test_table(served, request_, status, param, message):
         (b"[" * 100_000, "application/json", None),
         (b'{"seed": ' + b"9" * 10_000 + b"}", "application/json", None),
         (b'{"prompt": "a", "temperature": NaN}', "application/json", None),
-        (b'{"prompt": "a"}', "text/plain", "invalid_content_type"),
-        (b"prompt=a", "application/x-www-form-urlencoded", "invalid_content_type"),
-        (b'{"prompt": "a"}', "nonsense", "invalid_content_type"),
     ],
 )
 def test_bodies_that_are_not_json_objects(served, content, content_type, code):
@@ -169,6 +166,52 @@ def test_bodies_that_are_not_json_objects(served, content, content_type, code):
     assert response.status_code == 400
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error" and (code is None or error["code"] == code), error
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"Content-Type": "text/plain"}, "invalid_content_type"),
+        ({"Content-Type": "application/x-www-form-urlencoded"}, "invalid_content_type"),
+        ({"Content-Type": "nonsense"}, "invalid_content_type"),
+        ({"Content-Type": "application/json", "Content-Encoding": "gzip"}, "invalid_content_encoding"),
+        ({"Content-Type": "application/json", "Content-Encoding": "br, gzip"}, "invalid_content_encoding"),
+    ],
+)
+def test_bodies_in_a_form_that_is_not_served(served, headers, code):
+    with served.client() as client:
+        refused = client.post(COMPLETION, content=b'{"prompt": "a"}', headers=headers)
+        assert refused.status_code == 415 and refused.json()["error"]["code"] == code
+        for more in ({"Content-Type": "application/json; charset=utf-8"}, {"Content-Encoding": "identity"}):
+            served_too = client.post(
+                COMPLETION, content=b'{"prompt": "a"}', headers={"Content-Type": "application/json", **more}
+            )
+            assert served_too.status_code == 200, served_too.text
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "said"),
+    [
+        ({"role": "critic", "content": "a"}, "role", "messages[0].role is 'critic'; allowed: 'system', 'developer', 'user', "),
+        ({"role": ["a", "b"], "content": "a"}, "role", 'messages[0].role is ["a", "b"]; allowed: \'system\''),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, "content[0].type",
+         "content of the type 'image_url' is not served, as this model reads text only; allowed: 'text'"),
+        ({"role": "user", "content": [{"type": ["a"]}]}, "content[0].type", 'content of the type ["a"] is not served'),
+        ({"role": "user", "content": {"text": "a"}}, "content",
+         'messages[0].content is {"text": "a"}; allowed: a string, or a list of text parts'),
+    ],
+)  # fmt: skip
+def test_messages_that_are_not_served_are_told_so(served, message, param, said):
+    with served.client() as client:
+        error = client.post(CHAT, json={"messages": [message]}).json()["error"]
+    assert error["message"].startswith(said) and error["param"] == f"messages[0].{param}"
+
+
+def test_lists_are_told_as_json(served):
+    with served.client() as client:
+        many = client.post(COMPLETION, json={"prompt": "a", "stop": ["é", 'b"'] * 200}).json()["error"]["message"]
+        methods = client.post(COMPLETION, json={"prompt": "a", "kv": {"a": {}, "b": {}}}).json()["error"]["message"]
+    assert many.startswith('stop is ["é", "b\\"", "é"') and '["a", "b"]' in methods
 
 
 def test_paths_and_methods(served):

@@ -72,7 +72,9 @@ def test_texts_that_cannot_fit_are_refused_before_they_are_encoded(serving, fake
         ):
             response = client.post(path, json=body)
             assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded", path
-            assert "context is 4096" in response.json()["error"]["message"]
+            assert response.json()["error"]["message"].startswith(
+                "This model's maximum context length is 4096 tokens. However, "
+            )
     assert not spy.batches and not engine.calls
 
 
