@@ -1,4 +1,8 @@
-"""Token counts on the wire. `prompt_tokens_details.cached_tokens` is always there: the cache is the subject here."""
+"""Token counts on the wire: the cache is the subject here, so `prompt_tokens_details` always tells of it.
+
+cached_tokens         of the prompt, found in the cache: an exact prefix
+cache_write_tokens    of the rest, computed and kept from now on: what a later request with the same beginning will find
+"""
 
 from __future__ import annotations
 
@@ -45,6 +49,11 @@ class UsageTotals:
     def cached_tokens(self) -> int:
         return sum(usage.cached_tokens for usage in self._latest[:: self._n])
 
+    @property
+    def written_tokens(self) -> int:
+        """Prompt tokens that were not cached and now are, by whichever completion."""
+        return min(sum(usage.written_tokens for usage in self._latest), self.prompt_tokens - self.cached_tokens)
+
     def body(self) -> dict[str, Any]:
         """The JSON object."""
         prompt, completion, cached = self.prompt_tokens, self.completion_tokens, self.cached_tokens
@@ -52,7 +61,7 @@ class UsageTotals:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": self.written_tokens},
         }
         if self._reasoning:
             body["completion_tokens_details"] = {"reasoning_tokens": sum(self._reasoning.values())}

@@ -254,15 +254,19 @@ class CacheManager:
                 part.extend(group.pool.take(count, table.chain.domain.tenant))
         return True
 
-    def commit(self, table: BlockTable, tokens: Sequence[int], computed: int) -> None:
-        """The KV of tokens[0:computed] is stored and final: publish the full blocks among it."""
+    def commit(self, table: BlockTable, tokens: Sequence[int], computed: int) -> int:
+        """The KV of tokens[0:computed] is stored and final: publish the full blocks among it. Returns how many are new: nobody
+        could find them before."""
+        new = 0
         if not table.publishes:
-            return
+            return new
         for i in range(table.published, computed // table.align * table.align // self.block_size):
             for group, part in zip(self.groups, table.parts):
                 if part[i] != HOLE and group.index.publish(table.chain, i, tokens, part[i]):
                     group.pool.publish(part[i])
+                    new += group is self.groups[0]
             table.published = i + 1
+        return new
 
     def retract(self, table: BlockTable, computed: int) -> None:
         """Only tokens[0:computed] are stored, though more was committed: what is behind cannot be found any more."""

@@ -107,6 +107,8 @@ class Request:
     """Tokens whose KV is stored: always a prefix of `tokens`."""
     cached: int = 0
     """Prompt tokens that came from the prefix cache at the first admission."""
+    written: int = 0
+    """Tokens of its prompt in blocks that it made findable; twice if they were evicted and computed again."""
     status: Status = Status.WAITING
     preemptions: int = 0
     left_out: int = 0
@@ -218,6 +220,8 @@ class Usage:
     completion_tokens: int
     cached_tokens: int
     """Prompt tokens whose KV was reused exactly."""
+    written_tokens: int = 0
+    """Prompt tokens whose KV was computed, and is kept from now on for others to find; at most the rest of the prompt."""
     reused_tokens: int = 0
     """Prompt tokens whose KV was reused approximately, as it was copied."""
     recomputed_tokens: int = 0

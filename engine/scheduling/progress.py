@@ -53,7 +53,14 @@ class Progress:
             healed = chunk.refresh and request.taint > request.computed
             until = exact_until(chunk, saw_everything=saw_everything)
             request.exact = request.computed if healed else min(until, request.taint)
-        self._cache.commit(chunk.table, request.tokens, min(request.exact, len(request.tokens) - request.drafts))
+        self.publish(chunk, min(request.exact, len(request.tokens) - request.drafts))
+
+    def publish(self, chunk: Chunk, until: int) -> None:
+        """What is computed of a chunk's request is exact up to there: it can be found, and counts as written if it is of the
+        prompt."""
+        new = self._cache.commit(chunk.table, chunk.request.tokens, until)
+        if not chunk.request.generated:
+            chunk.request.written += new * self._cache.block_size
 
     def _looked(self, request: Request, count: int) -> None:
         """So many more rows have been looked at; after the last it is decided which are computed."""

@@ -295,7 +295,7 @@ class Scheduler:
         # any more: who began in this step is not preempted in it (`room`). If the step fails as a whole, `take_back` makes it
         # unfindable again.
         until = exact_until(chunk, saw_everything=not (chunk.decodes and admitted.sparse))
-        self.cache.commit(chunk.table, admitted.tokens, min(until, admitted.taint))
+        self._progress.publish(chunk, min(until, admitted.taint))
         return work + chunk.count
 
     def completed(self, chunk: Chunk, *, saw_everything: bool = True) -> None:

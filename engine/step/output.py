@@ -97,6 +97,7 @@ class OutputState:
             prompt_tokens=len(request.prompt),
             completion_tokens=request.generated,
             cached_tokens=request.cached,
+            written_tokens=min(request.written, len(request.prompt) - request.cached),
             reused_tokens=request.reused,
             recomputed_tokens=request.recomputed,
             attended_tokens=round(self._attended),

@@ -162,6 +162,28 @@ def test_reuse_can_be_switched_off(make_llm: MakeLLM) -> None:
         assert usage is not None and usage.cached_tokens == cached
 
 
+def test_what_is_kept_of_a_prompt_is_counted_once(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    beginning = prompts(1, seed=13, low=70, high=70)[0]
+    batch = [[*beginning, *end] for end in prompts(3, seed=14, low=10, high=40)]
+    written = [result.usage.written_tokens for result in llm.generate(batch, GREEDY) if result.usage]
+    full = [len(prompt) // 16 * 16 for prompt in batch]
+    assert written == [full[0], full[1] - 64, full[2] - 64]
+    assert [r.usage.written_tokens for r in llm.generate(batch, GREEDY) if r.usage] == [0, 0, 0]
+    off = llm.generate(prompts(1, seed=15, low=40)[0], GREEDY, kv=KVOptions(reuse="off"))[0].usage
+    assert off is not None and off.written_tokens == 0
+
+
+def test_what_is_kept_after_preemption_is_no_more_than_the_prompt(make_llm: MakeLLM) -> None:
+    llm = make_llm(kv_memory=14 * BLOCK_BYTES, max_model_len=200, max_batched_tokens=24)
+    sampling = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    results = llm.generate(prompts(6, seed=1, low=33, high=60), sampling)
+    assert llm.stats().preemptions > 0
+    for result in results:
+        assert result.usage is not None
+        assert result.usage.cached_tokens + result.usage.written_tokens == len(result.prompt_tokens) // 16 * 16
+
+
 def test_ends(make_llm: MakeLLM) -> None:
     llm = make_llm()
     prompt = prompts(1, seed=7, low=10)[0]

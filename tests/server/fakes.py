@@ -127,6 +127,7 @@ class FakeEngine:
                 prompt_tokens=len(prompt),
                 completion_tokens=count,
                 cached_tokens=len(prompt) // 2,
+                written_tokens=len(prompt) - len(prompt) // 2,
                 reused_tokens=self.reused,
                 recomputed_tokens=min(1, self.reused),
                 attended_tokens=count,

@@ -11,7 +11,8 @@ def test_text(served):
     prompt = tokenizer.encode("hello world")
     assert answer.object == "text_completion" and answer.id.startswith("cmpl-")
     assert answer.choices[0].text == tokenizer.decode([prompt[i % len(prompt)] for i in range(7)])
-    assert answer.usage.prompt_tokens_details.cached_tokens == len(prompt) // 2
+    details = answer.usage.prompt_tokens_details
+    assert details.cached_tokens == len(prompt) // 2 and details.cache_write_tokens == len(prompt) - len(prompt) // 2
 
 
 def test_default_is_sixteen_tokens(served):
