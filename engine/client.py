@@ -161,6 +161,12 @@ class EngineClient(Protocol):
         ...
 
     @everywhere(table)
+    async def reset(self) -> Mapping[str, int]:
+        """Forget all KV that no request holds, of every tenant: cached prefixes and segments of approximate reuse. Returns how
+        many `blocks` and `segments` that were. Raises EngineDeadError, and OverloadedError if too many questions wait."""
+        ...
+
+    @everywhere(table)
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """What these tenants hold, or all that are known; the tenant of requests without one is ''. Raises EngineDeadError."""
         ...

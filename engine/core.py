@@ -175,6 +175,13 @@ class EngineCore:
         self.background.give_way(tenant)
         return sum(feature.purge(tenant) for feature in self._features)
 
+    def reset(self) -> dict[str, int]:
+        """Forget all KV that no request holds, whosever it is. Returns how many blocks and segments that were. What running
+        requests hold can still be found, and is cached once they end."""
+        self.background.give_way()
+        segments = sum(feature.reset() for feature in self._features)
+        return {"blocks": self.cache.evict(), "segments": segments}
+
     def abort(self, request_id: str) -> RequestOutput | None:
         """End a request now. Its full blocks stay reusable. Returns its last output, or None if it is not here."""
         state = self.decoding.state(request_id)

@@ -1,4 +1,4 @@
-"""API keys, whose request it is, and who is the operator. Guards every path but /health: a list of
+"""API keys, whose request it is, and who is the operator. Guards every path but /health, /ping and /ready: a list of
 exceptions, not of guarded prefixes, so that a new route is safe.
 
 The tenant of a request is, in this order:
@@ -27,7 +27,7 @@ from kvloom.engine.requests.tenants import NAME, NAME_RULE
 from kvloom.server.errors import WireError
 from kvloom.server.options import Network
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/ping", "/ready"})
 TENANT_DIGITS = 12
 TENANT_HEADER = "X-KVLoom-Tenant"
 

@@ -31,6 +31,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from kvloom.server.auth import OPEN_PATHS
 from kvloom.server.errors import WireError
 from kvloom.server.limits import LINGER_BYTES
 from kvloom.server.options import ServerOptions
@@ -369,7 +370,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEADER_BYTES:
             self._guard.note("the headers were too large")
             self.app = _refuse_headers
-        elif self._over() and self.url.split(b"?")[0] != b"/health":
+        elif self._over() and self.url.split(b"?")[0].decode("latin-1") not in OPEN_PATHS:
             self.app = _refuse_surplus
         self.expect_100_continue = self.expect_100_continue and self.parser.get_http_version() != "1.0"
         super().on_headers_complete()

@@ -14,6 +14,7 @@ from kvloom.engine.client import EngineClient
 from kvloom.engine.errors import ModelNotFoundError, OverloadedError
 from kvloom.engine.thread.questions import WAITING_OF_TENANT
 from kvloom.server.answers.choose import AnswerFormats
+from kvloom.server.errors import OperatorOnlyError
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
@@ -69,6 +70,12 @@ def sees_all(request: Request) -> bool:
     """Whether the caller may see everybody's figures: the operator, and anybody where there are no tenants and no admin key."""
     options = context_of(request).options
     return bool(getattr(request.state, "admin", False)) or not (options.has_tenants or options.admin_key)
+
+
+def operator_only(request: Request, what: str) -> None:
+    """Raises OperatorOnlyError unless the caller may see everybody's figures; `what` begins its sentence."""
+    if not sees_all(request):
+        raise OperatorOnlyError(what)
 
 
 def new_id() -> str:

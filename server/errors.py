@@ -61,6 +61,14 @@ class ServerClosingError(KVLoomError):
     """The request was ended because the server is shutting down, or by an operator."""
 
 
+class OperatorOnlyError(KVLoomError):
+    """What is asked for concerns all tenants, and the caller is one of them."""
+
+    def __init__(self, what: str) -> None:
+        """what: what it is, as the beginning of a sentence."""
+        super().__init__(f"{what} for the operator; send an admin key (set with --admin-key) as the bearer token")
+
+
 def _encodable(text: str) -> str:
     """Text with halves of surrogate pairs, which JSON can write and UTF-8 cannot, spelled out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -97,6 +105,8 @@ def wire_error(error: BaseException) -> WireError:
         case InvalidRequestError():
             code = error.code if isinstance(error, ContextLengthError) else None
             return WireError(400, str(error), error.param, code)
+        case OperatorOnlyError():
+            return WireError(403, str(error), code="admin_only")
         case ModelNotFoundError():
             return WireError(404, str(error), "model", "model_not_found")
         case OverloadedError():

@@ -32,7 +32,8 @@ class ServerOptions:
     port: Annotated[int, "PORT"] = 8000
     """Port to listen on; 0 picks a free one."""
     api_key: Keys = ()
-    """Key that clients must send as a bearer token; repeat it, or separate by commas, for several. Guards all but /health."""
+    """Key that clients must send as a bearer token; repeat it, or separate by commas, for several. Guards all but /health,
+    /ready and /ping."""
     admin_key: Keys = ()
     """Key of the operator, who sees everybody's figures: /metrics and all of /v1/kv, which tenants do not. Repeat it, or
     separate by commas, for several."""

@@ -73,5 +73,10 @@ class Feature:
         nothing is ever kept."""
         return 0
 
+    def reset(self) -> int:
+        """Forget what is kept of everybody beyond their requests, and work that would make more of it. Returns how much, in
+        pieces."""
+        return 0
+
 
 Features = Sequence[Feature]

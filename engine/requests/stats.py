@@ -166,7 +166,9 @@ class EngineStats:
         "Prompt tokens looked up in the prefix cache.", "prefix_cache_queries", kv="prefix.query_tokens"
     )
     prefix_hit_tokens: int = counter("Prompt tokens found in the prefix cache.", "prefix_cache_hits", kv="prefix.hit_tokens")
-    evicted_blocks: int = counter("Cached blocks given up for other requests.", "kv_evicted_blocks", kv="evicted_blocks")
+    evicted_blocks: int = counter(
+        "Cached blocks given up, for other requests or by a reset.", "kv_evicted_blocks", kv="evicted_blocks"
+    )
     preemptions: int = counter("Requests put back to free their blocks.", "num_preemptions", kv="requests.preemptions")
     replayed_tokens: int = counter(
         "Generated tokens computed again after preemption, one step each.", kv="requests.replayed_tokens"

@@ -171,6 +171,10 @@ class ThreadEngineClient:
         """See `EngineClient.purge`."""
         return await self._ask(tenant, lambda core: core.purge(tenant))
 
+    async def reset(self) -> Mapping[str, int]:
+        """See `EngineClient.reset`."""
+        return await self._ask("", self._reset)
+
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient.tenants`."""
         asker = names[0] if names and len(names) == 1 else ""  # who is told of itself alone asks for itself
@@ -301,6 +305,11 @@ class ThreadEngineClient:
             answer.set_result(found)
         except KVLoomError as error:  # the one who asked is told; nobody else's request depends on it
             answer.set_exception(error)
+
+    def _reset(self, core: EngineCore) -> Mapping[str, int]:
+        told = core.reset()
+        self._stats = core.stats()  # whoever is answered finds it so
+        return told
 
     def _abort(self, request_id: str) -> None:
         output = None if self._dead else self._core.abort(request_id)

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request
 
 from kvloom.engine.client import EngineStats, TenantStats
 from kvloom.engine.requests.figures import placed
-from kvloom.server.context import context_of, sees_all, tenant_of
+from kvloom.server.context import context_of, operator_only, sees_all, tenant_of
 from kvloom.server.routes import explain, segments
 
 router = APIRouter()
@@ -30,6 +30,15 @@ async def kv(request: Request) -> dict[str, Any]:
         "tenants": {name: asdict(held) for name, held in (await client.tenants()).items()},
         "settings": {name: value for name, value in client.model.settings.items() if name != "tenants"},
     }
+
+
+@router.post("/v1/kv/reset")
+@router.post("/reset_prefix_cache", include_in_schema=False)
+async def reset(request: Request) -> dict[str, Any]:
+    """Forget all cached KV that no running request holds, of every tenant: prefixes, and segments of approximate reuse. For the
+    operator. The second path is vLLM's name of it."""
+    operator_only(request, "forgetting everybody's KV is")
+    return {"object": "kv.reset", **await context_of(request).client.reset()}
 
 
 def _own_body(stats: EngineStats, name: str, tenant: TenantStats) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from kvloom.engine.errors import (
     OverloadedError,
 )
 from kvloom.engine.requests.isolation import INTERNAL
-from kvloom.engine.requests.request import KVOptions, RequestOutput
+from kvloom.engine.requests.request import KVOptions, Request, RequestOutput
 from kvloom.engine.startup.build import Built
 from kvloom.engine.thread.client import DIED, STALL_SECONDS
 
@@ -225,6 +225,28 @@ def test_questions_are_answered_between_steps(make_llm: MakeLLM) -> None:
         assert (await client.explain([5] * 50))["cached_tokens"] == 48
         assert (await client.explain([5] * 50, tenant="other"))["cached_tokens"] == 0
         assert (await client.explain([5] * 50, cache_salt="s"))["cached_tokens"] == 0
+
+    asyncio.run(scenario())
+    client.close()
+
+
+def test_reset_forgets_what_nobody_uses(make_llm: MakeLLM) -> None:
+    llm = make_llm()
+    llm.generate([6] * 50, SamplingParams(max_tokens=1))
+    llm.core.add(Request(id="runs", prompt=(5,) * 50, sampling=LONG))
+    llm.core.step()
+    assert (llm.core.peek([6] * 50, "", ""), llm.core.peek([5] * 50, "", "")) == (48, 48)
+    client = client_of(llm)
+
+    async def scenario() -> None:
+        told = await client.reset()
+        assert told["segments"] == 0 and told["blocks"] >= 3 and await client.peek([6] * 50) == 0
+        await client.abort("runs")
+        await idle(client)
+        assert await client.peek([5] * 50) == 48, "what ran is cached once it has ended"
+        await client.reset()
+        assert await client.peek([5] * 50) == 0
+        assert all(group.free == group.total for group in (await client.stats()).groups)
 
     asyncio.run(scenario())
     client.close()

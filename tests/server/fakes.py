@@ -186,6 +186,11 @@ class FakeEngine:
         self.purged.append(tenant)
         return 3
 
+    async def reset(self) -> Mapping[str, int]:
+        """Always twenty blocks and four segments."""
+        self._check()
+        return {"blocks": 20, "segments": 4}
+
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """Two tenants."""
         self._check()
@@ -293,6 +298,10 @@ class FarEngine:
     async def purge(self, tenant: str) -> int:
         """See `EngineClient`."""
         return await self._ask("purge", tenant)
+
+    async def reset(self) -> Mapping[str, int]:
+        """See `EngineClient`."""
+        return await self._ask("reset")
 
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient`."""

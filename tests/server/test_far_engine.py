@@ -33,6 +33,8 @@ REQUESTS = [
     ("GET", "/v1/kv", None),
     ("GET", "/v1/models", None),
     ("GET", "/health", None),
+    ("GET", "/load", None),
+    ("POST", "/v1/kv/reset", None),
     ("GET", "/", None),
     ("POST", "/tokenize", {"prompt": "hello"}),
 ]
@@ -50,7 +52,7 @@ def test_every_route_answers_as_beside_the_engine(serving, fake):
             assert told(away.request(method, path, json=body)) == told(beside.request(method, path, json=body)), path
         names = [re.findall(r"^(?:# \w+ )?(kvloom:[^ ]+)", client.get("/metrics").text, re.M) for client in (away, beside)]
     assert names[0] == names[1] and "kvloom:num_requests_running" in names[0]
-    asked = {"generate", "explain", "purge", "tenants", "stats", "health"}
+    asked = {"generate", "explain", "purge", "reset", "tenants", "stats", "health"}
     assert set(far.crossed) == asked, "every question of the routes has crossed, and nothing else"
 
 
@@ -113,16 +115,20 @@ async def over(engines, method, *args):
 
 
 async def _ask_all(engines):
-    return [await over(engines, *call) for call in (("stats",), ("health",), ("purge", "alice"), ("tenants",), ("abort", "x"))]
+    return [
+        await over(engines, *call)
+        for call in (("stats",), ("health",), ("purge", "alice"), ("tenants",), ("abort", "x"), ("reset",))
+    ]
 
 
 def test_what_concerns_every_engine_says_so_and_how_answers_make_one(fake):
     engines = [fake.FarEngine(fake.FakeEngine()) for _ in range(3)]
     engines[1]._engine.dead = "gone"
     engines[1]._engine._check = lambda: None
-    stats, health, purged, tenants, nothing = asyncio.run(_ask_all(engines))
+    stats, health, purged, tenants, nothing, reset = asyncio.run(_ask_all(engines))
     assert isinstance(stats, EngineStats) and stats.capacity_tokens == 4800 and stats.share.segments == 12
     assert (health.ok, health.reason) == (False, "gone") and purged == 9 and nothing is None
+    assert reset == {"blocks": 60, "segments": 12}
     assert tenants["alice"].segment_bytes == 3 * 3072 and tenants[""].tokens == {"prefix": 30, "stale": 180}
     assert [fold_of(name) for name in ("generate", "explain", "peek")] == [None] * 3, "these go where the request goes"
     assert KVOptions(segment="public").everywhere and not KVOptions(share="public", reuse="approx").everywhere

@@ -32,6 +32,36 @@ def test_health_and_version(served):
         assert client.get("/version").json() == {"version": __version__}
 
 
+def test_probes_under_other_names_need_no_key(serving):
+    with serving(api_key=("k",)).client() as client:
+        for method, path in (("GET", "/ready"), ("GET", "/ping"), ("POST", "/ping"), ("HEAD", "/ready")):
+            answer = client.request(method, path)
+            assert answer.status_code == 200 and answer.content == b"", path
+        assert client.get("/load").status_code == client.get("/tokenizer_info").status_code == 401
+
+
+def test_load_counts_what_runs(serving, fake, until):
+    engine = fake.FakeEngine(step_seconds=0.001)
+    with serving(engine).client() as client:
+        assert client.get("/load").json() == {"server_load": 0}
+        with client.stream("POST", "/v1/completions", json={"prompt": "a", "max_tokens": 4000, "stream": True}):
+            until(lambda: engine.live)
+            assert client.get("/load").json() == {"server_load": 1}
+
+
+def test_reset_is_for_the_operator(serving):
+    paths = ("/v1/kv/reset", "/reset_prefix_cache")
+    with serving().client() as alone:
+        answers = [alone.post(path) for path in paths]
+    assert [answer.json() for answer in answers] == [{"object": "kv.reset", "blocks": 20, "segments": 4}] * 2
+    running = serving(api_key=("k",), admin_key=("root",))
+    with running.client(Authorization="Bearer k") as tenant:
+        for answer in (*map(tenant.post, paths), tenant.get("/load"), tenant.get("/metrics")):
+            assert answer.status_code == 403 and answer.json()["error"]["code"] == "admin_only"
+    with running.client(Authorization="Bearer root") as operator:
+        assert operator.post(paths[0]).status_code == operator.get("/load").status_code == 200
+
+
 def test_engine_death(serving, fake, until):
     """Streams get an error and the end mark, new requests and /health a 503."""
     engine = fake.FakeEngine(step_seconds=0.005)

@@ -85,6 +85,10 @@ class JobQueue:
         """Forget what waits for a tenant."""
         self._waiting = deque(job for job in self._waiting if job.tenant != tenant)
 
+    def clear(self) -> None:
+        """Forget what waits for anybody."""
+        self._waiting.clear()
+
     def start(self) -> Request | None:
         """The next one, as a request: the oldest of the tenant whose turn is longest ago. None if there is none."""
         if not self._waiting:

@@ -187,6 +187,13 @@ class SegmentStore:
             self._give_up(segment)
         return len(gone)
 
+    def clear(self) -> int:
+        """Forget everything. Returns how many segments."""
+        gone = list(self._segments)
+        for segment in gone:
+            self.remove(segment)
+        return len(gone)
+
     def _give_up(self, segment: Segment) -> None:
         """Its owner keeps it no more: the next one that left the same and has room for it does, or nobody."""
         while segment.heirs:

@@ -329,6 +329,11 @@ class KVShare(Feature):
         self.jobs.purge(tenant)
         return self.store.purge(tenant)
 
+    def reset(self) -> int:
+        """See `Feature`: segments."""
+        self.jobs.clear()
+        return self.store.clear()
+
     def look(self, tokens: Sequence[int], prefix: int, tenant: str, salt: str) -> dict[str, object]:
         """What would be found now of a prompt behind its prefix. Changes nothing."""
         scopes = self.scopes.named(tenant, salt)

@@ -239,6 +239,19 @@ def test_purge(llm: LLM) -> None:
     assert reused(ask(llm, "alice", prompt(3))) == 0
 
 
+def test_reset_forgets_everybodys(llm: LLM) -> None:
+    ask(llm, "alice", prompt(1))
+    ask(llm, "bob", prompt(2))
+    store = llm.core.feature(KVShare).store
+    kept = len(store)
+    told = llm.core.reset()
+    assert told["segments"] == kept > 0 and told["blocks"] > 0 and not len(store)
+    assert all(group.cached == 0 for group in llm.stats().groups) and not len(llm.core.feature(KVShare).jobs)
+    store.check()
+    llm.core.check()
+    assert reused(ask(llm, "alice", prompt(3))) == 0
+
+
 # Idle work -------------------------------------------------------------------------------------------------------------------
 
 
