@@ -1,11 +1,17 @@
-"""The API's own description (/openapi.json, /docs), with errors as they are: FastAPI would promise 422 and its own shape."""
+"""The API's own description (/openapi.json, /docs): answers as they are, errors by their statuses, and the key. FastAPI would
+promise 422 and its own shape of errors, and knows nothing of answers that are written by hand."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+
+from kvloom.server.auth import OPEN_PATHS
+from kvloom.server.schema import answers
 
 _TEXT = {"type": "string"}
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
@@ -15,9 +21,53 @@ ERROR_SCHEMA: dict[str, Any] = {
     "required": ["error"],
     "properties": {"error": {"type": "object", "required": list(_ERROR_FIELDS), "properties": _ERROR_FIELDS}},
 }
-_ANSWER = {
-    "description": "Any error: 400 for a bad request, 401, 404, 413, 429 with Retry-After, 500, 503",
-    "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
+ERRORS = {
+    "400": "Bad request: `param` names the field",
+    "401": "No key, or one that is not known here",
+    "403": "Not for this caller: for the operator, or from a host or page that is not let in",
+    "404": "No such model",
+    "408": "The request did not come in time",
+    "413": "The body is too large",
+    "415": "The body is no JSON, or is compressed",
+    "429": "Too much waits; Retry-After says when to come again",
+    "431": "The headers are too large",
+    "500": "The server failed",
+    "503": "The engine is gone, the server ends, or it has too many connections",
+}
+"""By status, of every operation: most come from what stands in front of all routes."""
+_WITH_BODY = frozenset({"408", "413", "415"})
+_REF = "#/components/schemas/"
+
+
+class Described(NamedTuple):
+    """What an operation answers with 200."""
+
+    whole: type[answers.Answer] | None = None
+    """None for an empty body, or another `media`."""
+    event: type[answers.Answer] | None = None
+    """Of a stream, where one may be asked for."""
+    media: str = ""
+    """Where it is no JSON."""
+
+
+ANSWERS: Mapping[tuple[str, str], Described] = {
+    ("post", "/v1/chat/completions"): Described(answers.ChatCompletion, answers.ChatChunk),
+    ("post", "/v1/completions"): Described(answers.Completion, answers.Completion),
+    ("get", "/v1/models"): Described(answers.ModelList),
+    ("get", "/v1/models/{name}"): Described(answers.ModelCard),
+    ("post", "/tokenize"): Described(answers.Tokenized),
+    ("post", "/detokenize"): Described(answers.Detokenized),
+    ("get", "/tokenizer_info"): Described(answers.TokenizerInfo),
+    ("get", "/v1/kv"): Described(answers.KVState),
+    ("post", "/v1/kv/segments"): Described(answers.Segments),
+    ("delete", "/v1/kv/segments"): Described(answers.SegmentsDeleted),
+    ("post", "/v1/kv/explain"): Described(answers.Explanation),
+    ("get", "/v1/kv/explain"): Described(answers.Explanation),
+    ("post", "/v1/kv/reset"): Described(answers.Reset),
+    ("get", "/load"): Described(answers.Load),
+    ("get", "/version"): Described(answers.Version),
+    ("get", "/metrics"): Described(media="text/plain"),
+    **{(method, path): Described() for path in OPEN_PATHS for method in ("get", "post")},
 }
 
 
@@ -34,12 +84,48 @@ def install(app: FastAPI) -> None:
 
 def _describe(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-    for operations in schema["paths"].values():
-        for operation in operations.values():
-            operation["responses"].pop("422", None)
-            operation["responses"]["default"] = _ANSWER
-    components = schema.setdefault("components", {}).setdefault("schemas", {})
-    components.pop("HTTPValidationError", None)
-    components.pop("ValidationError", None)
-    components["Error"] = ERROR_SCHEMA
+    components = schema.setdefault("components", {})
+    schemas = components.setdefault("schemas", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        schemas.pop(name, None)
+    schemas |= {"Error": ERROR_SCHEMA, **_models()}
+    components["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "A key of --api-key or --admin-key"}
+    }
+    options = app.state.context.options
+    schema["security"] = [{"key": []}] if options.asks_for_keys else [{}, {"key": []}]
+    for path, operations in schema["paths"].items():
+        for method, operation in operations.items():
+            _answer(operation, ANSWERS.get((method, path)))
+            if path in OPEN_PATHS:
+                operation["security"] = []
     return schema
+
+
+def _answer(operation: dict[str, Any], described: Described | None) -> None:
+    responses = operation["responses"]
+    responses.pop("422", None)
+    body = "requestBody" in operation
+    responses |= {status: _error(text) for status, text in ERRORS.items() if body or status not in _WITH_BODY}
+    if described is not None:
+        content = {}
+        if described.whole is not None:
+            content["application/json"] = {"schema": {"$ref": _REF + described.whole.__name__}}
+        if described.event is not None:
+            text = f"Lines `data: ` with a {described.event.__name__} each, or an Error; at last `data: [DONE]`"
+            content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
+        if described.media:
+            content[described.media] = {"schema": {"type": "string"}}
+        responses["200"] = {"description": "Successful Response", **({"content": content} if content else {})}
+
+
+def _error(text: str) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": {"$ref": _REF + "Error"}}}}
+
+
+def _models() -> dict[str, Any]:
+    """Schemas of all answers, by name."""
+    used = {model for described in ANSWERS.values() for model in (described.whole, described.event) if model is not None}
+    pairs = [(model, "validation") for model in sorted(used, key=lambda model: model.__name__)]
+    made = models_json_schema(pairs, ref_template=_REF + "{model}")[1]  # type: ignore[arg-type]
+    return dict(made["$defs"])

@@ -245,7 +245,7 @@ def test_description(served):
         paths = schema["paths"]
         assert client.get("/docs").status_code == 200
     assert "422" not in str(schema) and "HTTPValidationError" not in str(schema)
-    assert all("default" in operation["responses"] for path in paths.values() for operation in path.values())
+    assert all("429" in operation["responses"] for path in paths.values() for operation in path.values())
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/kv", "/tokenize", "/health", "/metrics"} <= set(paths)
 
 
