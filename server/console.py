@@ -1,11 +1,13 @@
 """What `kvloom serve` shows on the terminal: progress while it loads, then where it listens and how to ask it something.
 
-Everything goes to stderr; on a terminal progress is a bar, elsewhere one line per stage.
+Everything goes to stderr; on a terminal progress is a bar, elsewhere one line per stage. With --log-format json all of it is
+log records instead.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from types import TracebackType
 
@@ -14,7 +16,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from kvloom.engine.client import EngineStats, ModelInfo
 from kvloom.engine.requests.sampling import OPENAI_SAMPLING
+from kvloom.server import logs
+from kvloom.server.logs import LogFormat
 from kvloom.server.options import ServerOptions
+
+log = logging.getLogger("kvloom.server")
 
 ANY_ADDRESS = frozenset({"0.0.0.0", "::", ""})
 FIRST_QUESTION = "What is the capital of Japan?"
@@ -27,11 +33,12 @@ LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
 class LoadingBars:
     """A progress callback, `bars(stage, done, total)`, with one bar per stage. Use as a context manager."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: LogFormat = "text") -> None:
+        self._json = form == "json"
         self._console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-            console=self._console, disable=not self._console.is_terminal,
+            console=self._console, disable=self._json or not self._console.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, TaskID] = {}
 
@@ -45,12 +52,17 @@ class LoadingBars:
     def interrupted(self) -> None:
         """Take the bars away and say that loading was broken off."""
         self._progress.stop()
-        print("kvloom: interrupted while loading", file=sys.stderr, flush=True)
+        if self._json:
+            log.warning("interrupted while loading")
+        else:
+            print("kvloom: interrupted while loading", file=sys.stderr, flush=True)
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """`stage` is `done` of `total` along, in any unit; a total of 0 is not known yet."""
         if stage not in self._tasks:
-            if not self._console.is_terminal:
+            if self._json:
+                log.info("%s", stage)
+            elif not self._console.is_terminal:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
             self._tasks[stage] = self._progress.add_task(stage, total=total or None)
         self._progress.update(self._tasks[stage], completed=done, total=total or None)
@@ -59,6 +71,12 @@ class LoadingBars:
 def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: int) -> None:
     """Print the address, the model, the KV capacity and a command to paste."""
     url = base_url(options, port)
+    if options.log_format == "json":
+        told = logs.fields(model=model.name, url=url, device=model.device, backend=model.backend, weights=model.weights,
+                           max_model_len=model.max_model_len, capacity_tokens=stats.capacity_tokens,
+                           settings=dict(model.settings))  # fmt: skip
+        log.info("kvloom serves %s at %s", model.name, url, extra=told)
+        return
     open_to_all = options.host not in LOOPBACK and not (options.api_key or options.tenant_keys)
     warning = "  anyone who can reach this address may use it: set --api-key\n" if open_to_all else ""
     print(

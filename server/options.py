@@ -13,6 +13,7 @@ from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.settings.options import FilePath, Option, Size, option_fields, parse_value
 from kvloom.server.answers.formats import CALL_ALIASES, CALL_FORMATS, REASONING_ALIASES, REASONING_FORMATS
 from kvloom.server.key_file import read_keys
+from kvloom.server.logs import LogFormat
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -75,8 +76,11 @@ class ServerOptions:
     seed_oss, think or thought."""
     log_level: LogLevel = "info"
     """Least important messages to log: debug, info, warning or error."""
+    log_format: LogFormat = "text"
+    """How they are written to stderr: as text, or as json, one object a line."""
     access_log: bool = True
-    """Log one line per generation request: id, tokens, times, finish reason; never any text."""
+    """Log one line per generation request (id, tokens, times, finish reason) and per refusal (id, path, status); never any
+    text."""
     ssl_certfile: FilePath | None = None
     """Certificate chain (PEM) to serve HTTPS with."""
     ssl_keyfile: FilePath | None = None

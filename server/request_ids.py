@@ -17,6 +17,8 @@ from urllib.parse import quote
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvloom.server.logs import fields
+
 HEADER = b"x-request-id"
 MAX_PATH = 200
 """Characters of a path that are logged."""
@@ -72,7 +74,9 @@ class RequestIdMiddleware:
     def _refused(self, name: str, method: str, path: str, status: int, body: bytes) -> None:
         if self._logs:
             level = logging.INFO if status < 500 else logging.WARNING
-            log.log(level, "%s %s %s status=%d error=%s", name, method[:16], quote(path)[:MAX_PATH], status, _kind(body))
+            method, path, kind = method[:16], quote(path)[:MAX_PATH], _kind(body)
+            told = fields(request_id=name, method=method, path=path, status=status, error=kind)
+            log.log(level, "%s %s %s status=%d error=%s", name, method, path, status, kind, extra=told)
 
 
 def _kind(body: bytes) -> str:

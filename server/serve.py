@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.startup.aside import aside, load_torch_library
 from kvloom.engine.startup.catalog import at_hand, resolve
 from kvloom.engine.startup.prepare import Prepared, read_template
+from kvloom.server import logs
 from kvloom.server.app import create_app
 from kvloom.server.collector import no_collections
 from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
@@ -59,12 +59,10 @@ class StartError(KVLoomError):
 def serve(config: EngineConfig, options: ServerOptions) -> int:
     """Load the model, serve until told to stop, and return the exit code. Raises KVLoomError if it cannot start."""
     options = options.with_tenants(Tenants.read(config.tenants.tenants))
-    logging.basicConfig(level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for name in ("uvicorn.error", "uvicorn.access", "asyncio"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logs.set_up(options.log_level, options.log_format)
     allow_files(options.max_connections + SURPLUS + SPARE_FILES)
     with contextlib.closing(bind(options)) as listener:
-        with LoadingBars() as progress:
+        with LoadingBars(options.log_format) as progress:
             try:
                 client = _start_engine(config, progress)
             except KeyboardInterrupt:

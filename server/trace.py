@@ -8,6 +8,7 @@ import time
 
 from kvloom.engine.errors import KVLoomError
 from kvloom.engine.requests.request import FinishReason, RequestOutput, Usage
+from kvloom.server.logs import fields
 from kvloom.server.metrics import Metrics, Path
 
 log = logging.getLogger("kvloom.access")
@@ -73,17 +74,25 @@ class RequestTrace:
     def _log(self, error: BaseException | None) -> None:
         usages = self._usage.values()
         first = min(self._first.values(), default=None)
+        told = {
+            "request_id": self._name,
+            "prompt_tokens": sum(usage.prompt_tokens for usage in usages),
+            "cached_tokens": sum(usage.cached_tokens for usage in usages),
+            "reused_tokens": sum(usage.reused_tokens for usage in usages),
+            "completion_tokens": sum(usage.completion_tokens for usage in usages),
+            "ttft_seconds": None if first is None else round(first - self._start, 6),
+            "total_seconds": round(time.monotonic() - self._start, 6),
+            "finish_reason": ",".join(sorted(set(self._reasons.values()))),
+            "error": None if error is None else type(error).__name__ if isinstance(error, KVLoomError) else repr(type(error)),
+        }
         log.info(
             "%s prompt=%d cached=%d reused=%d generated=%d ttft=%s total=%.3fs finish=%s%s",
-            self._name,
-            sum(usage.prompt_tokens for usage in usages),
-            sum(usage.cached_tokens for usage in usages),
-            sum(usage.reused_tokens for usage in usages),
-            sum(usage.completion_tokens for usage in usages),
-            "-" if first is None else f"{first - self._start:.3f}s",
-            time.monotonic() - self._start,
-            ",".join(sorted(set(self._reasons.values()))),
-            "" if error is None else f" error={type(error).__name__ if isinstance(error, KVLoomError) else repr(type(error))}",
+            *list(told.values())[:5],
+            "-" if first is None else f"{told['ttft_seconds']:.3f}s",
+            told["total_seconds"],
+            told["finish_reason"],
+            "" if error is None else f" error={told['error']}",
+            extra=fields(**told),
         )
 
 

@@ -14,6 +14,7 @@ from kvloom.server.options import allowed_values, server_options
 OPTIONS = {option.name: option for option in (*(option for _, option in all_options()), *server_options())}
 SAMPLES = {  # (text, another text); what numbers and lists may be follows from the type
     "block_size": ("32", "64"), "gpu_memory_utilization": ("0.5", "0.25"), "max_body": ("5MiB", "6MiB"),
+    "log_format": ("json", "text"), "otlp_traces_endpoint": ("http://a:4318/v1/traces", "https://b/v1/traces"),
     "max_grammar_size": ("2048", "4096"), "tool_call_parser": ("hermes", "mistral"), "reasoning_parser": ("think", "none"),
     "trusted_proxies": ("10.0.0.0/8,127.0.0.1", "::1"), "selection_options": ('{"sinks": 8}', '{"sinks": 4}'),
 }  # fmt: skip
