@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,6 +23,7 @@ from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
 from kvloom.server.request_ids import RequestIdMiddleware
 from kvloom.server.routes import chat, completions, health, home, kv, metrics, models, tokens
+from kvloom.server.tracing import Tracing
 from kvloom.version import __version__
 
 
@@ -29,12 +31,15 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
     encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len, client.reserve)
     formats = formats_of(client.tokenizer, options.tool_call_parser, options.reasoning_parser)
-    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats)
+    tracing = None if options.otlp_traces_endpoint is None else Tracing(options.otlp_traces_endpoint)
+    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats, tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         context.prompts.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPIOffline(  # /docs loads its scripts from here, not from elsewhere
         title="kvloom",

@@ -19,6 +19,7 @@ from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
 from kvloom.server.request_ids import client_id
+from kvloom.server.tracing import Tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class ServerContext:
     metrics: Metrics
     prompts: PromptEncoder
     answers: AnswerFormats
+    tracing: Tracing | None = None
+    """Where spans go, if they are wanted."""
     asking: Counter[str] = field(default_factory=Counter)
     """Tenant -> questions to the engine that are being encoded or answered."""
 

@@ -61,6 +61,7 @@ async def outputs(client: EngineClient, work: Work, trace: RequestTrace) -> Asyn
     Raises what `EngineClient.generate` raises, GenerationError for a completion that failed, InvalidRequestError where a field
     of the request is to blame, ServerClosingError for one that the engine ended by itself.
     """
+    trace.asked(work.sampling)
     sources = list(_sources(client, work))
     error: BaseException | None = None
     try:

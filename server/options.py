@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.settings.options import FilePath, Option, Size, option_fields, parse_value
+from kvloom.server import tracing
 from kvloom.server.answers.formats import CALL_ALIASES, CALL_FORMATS, REASONING_ALIASES, REASONING_FORMATS
 from kvloom.server.key_file import read_keys
 from kvloom.server.logs import LogFormat
@@ -81,6 +82,9 @@ class ServerOptions:
     access_log: bool = True
     """Log one line per generation request (id, tokens, times, finish reason) and per refusal (id, path, status); never any
     text."""
+    otlp_traces_endpoint: Annotated[str | None, "URL"] = None
+    """Collector that gets an OpenTelemetry span of every generation request, by OTLP over HTTP: http://127.0.0.1:4318/v1/traces;
+    needs the packages of kvloom[otel]."""
     ssl_certfile: FilePath | None = None
     """Certificate chain (PEM) to serve HTTPS with."""
     ssl_keyfile: FilePath | None = None
@@ -102,6 +106,8 @@ class ServerOptions:
                             ("reasoning_parser", {"auto", "none", *REASONING_FORMATS, *REASONING_ALIASES})):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed: {', '.join(sorted(known))}")
+        if self.otlp_traces_endpoint is not None:
+            tracing.check(self.otlp_traces_endpoint)
         for name in ("api_key", "admin_key"):
             if not all(key and key.isascii() and key.isprintable() for key in getattr(self, name)):
                 raise ConfigError(f"{name} holds an empty key or one that no header can carry; allowed: printable ASCII")

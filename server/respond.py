@@ -71,7 +71,9 @@ def arrive(request: Request, form: Format) -> Arrival:
     """Give a request its id and start its clock."""
     context, work_id = context_of(request), new_id()
     name = client_request_id(request, form.id_prefix + work_id)
-    return Arrival(form, work_id, name, RequestTrace(context.metrics, name, access_log=context.options.access_log))
+    record = None if context.tracing is None else context.tracing.arrived(request.scope, form.object, context.client.model.name)
+    trace = RequestTrace(context.metrics, name, access_log=context.options.access_log, record=record)
+    return Arrival(form, work_id, name, trace)
 
 
 def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling: SamplingParams, prompts: list[list[int]], *,

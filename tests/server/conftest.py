@@ -107,6 +107,16 @@ def serving() -> Iterator[Callable[..., Served]]:
         yield start
 
 
+@pytest.fixture
+def serve_for() -> Callable[..., contextlib.AbstractContextManager[Served]]:
+    """As `serving`, for a server that ends before the test does: with serve_for(engine=..., **options)."""
+
+    def start(engine: object = None, **options: object) -> contextlib.AbstractContextManager[Served]:
+        return serve_in_thread(engine or fakes.FakeEngine(), ServerOptions(**{**HOSTS, **options}))
+
+    return start
+
+
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """The module `fakes`."""
