@@ -86,7 +86,7 @@ class ServerOptions:
     """Collector that gets an OpenTelemetry span of every generation request, by OTLP over HTTP: http://127.0.0.1:4318/v1/traces;
     needs the packages of kvloom[otel]."""
     ssl_certfile: FilePath | None = None
-    """Certificate chain (PEM) to serve HTTPS with."""
+    """Certificate chain (PEM) to serve HTTPS with. Read again when it or its key changes."""
     ssl_keyfile: FilePath | None = None
     """Private key (PEM) of the certificate."""
 

@@ -31,6 +31,7 @@ from kvloom.engine.startup.catalog import at_hand, resolve
 from kvloom.engine.startup.prepare import Prepared, read_template
 from kvloom.server import logs
 from kvloom.server.app import create_app
+from kvloom.server.certificate import Certificate
 from kvloom.server.collector import no_collections
 from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
 from kvloom.server.console import LoadingBars, banner
@@ -163,6 +164,9 @@ class EngineServer(uvicorn.Server):
         self.exit_code = 0
         self._client = client
         self._options = options
+        self._certificate: Certificate | None = None
+        if config.ssl is not None:
+            self._certificate = Certificate(config.ssl, str(options.ssl_certfile), str(options.ssl_keyfile))
         self._died: float | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -181,6 +185,8 @@ class EngineServer(uvicorn.Server):
                 self._died, self.exit_code = time.monotonic(), ENGINE_DIED
         elif time.monotonic() - self._died > DEATH_GRACE_SECONDS:
             self.should_exit = True
+        if self._certificate is not None:
+            self._certificate.look()
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
