@@ -37,6 +37,10 @@ MEASUREMENTS = {
         "builds": ("kvloom.loadtest.bench.builds", "ready-made native kernels beside those made for this processor"),
         "quota": ("kvloom.loadtest.bench.quota", "decode steps under a control group's quota, by threads"),
         "floods": ("kvloom.loadtest.bench.floods", "what a neighbour feels while somebody floods the server"),
+        "soak": (
+            "kvloom.loadtest.bench.soak",
+            "clients that leave, stop reading or come all at once: is anything lost",
+        ),
         "peers": ("kvloom.loadtest.bench.peers", "kvloom beside other servers, with the same client and requests"),
     },
     "eval": {

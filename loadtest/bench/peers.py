@@ -129,7 +129,7 @@ def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path) -> list[Run]:
     """One round of one server."""
     runs = []
-    with running(server, logs) as (url, start_seconds):
+    with running(server, logs) as (url, start_seconds, _):
         asyncio.run(measure(url, Case("warm-up", 2, 256, 8, 4), seed))
         for case in cases:
             with busy(case.busy):

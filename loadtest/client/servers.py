@@ -45,6 +45,8 @@ class Started(NamedTuple):
     url: str
     seconds: float | None
     """From the command to the first healthy answer; None for a server that ran already."""
+    pid: int | None = None
+    """Its process; None for a server that ran already."""
 
 
 class StartError(Exception):
@@ -129,7 +131,7 @@ def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], url: str, l
         if time.perf_counter() - began > START_SECONDS:
             raise StartError(name, None, last_words(log), log)
         time.sleep(0.05)
-    return Started(url, time.perf_counter() - began)
+    return Started(url, time.perf_counter() - began, process.pid)
 
 
 def last_words(log: Path) -> str:

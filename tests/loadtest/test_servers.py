@@ -103,4 +103,4 @@ def test_a_command_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_server_at_a_url_is_left_alone(tmp_path: Path) -> None:
     with running(Server("x", url="http://127.0.0.1:9/"), tmp_path) as started:
-        assert started == ("http://127.0.0.1:9", None)
+        assert started == ("http://127.0.0.1:9", None, None)
