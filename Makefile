@@ -11,6 +11,8 @@
 # make clients      real clients from the package indexes against a served process: text, streams, tools, structured output.
 #                     CLIENTS="--only litellm --publish docs/figures/client-libraries.json"
 # make fuzz         random chats with tools, and random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
+# make fuzz-api     schemathesis (installed into build/clients) over /openapi.json of a served process. FUZZ_API="--examples 1000 --seed 7"
+# make soak         500 clients that leave, 50 that stop reading, 1,000 streams at once, 10,000 requests: nothing lost, nobody hangs
 # make gpu-check    on a GPU, in under eight minutes: kernels, replays and whole steps, right and how fast. With the torch and triton
 #                     that are there, no network and no setup: GPU_PYTHON=python3 says whose; GPU_CHECK=--tiny runs it on a CPU
 #
@@ -21,7 +23,7 @@ GPU_PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types wheels figures-check bench-peers floods fuzz clients gpu-check clean
+.PHONY: setup serve demo test lint types wheels figures-check bench-peers floods fuzz fuzz-api soak clients gpu-check clean
 
 setup: $(VENV)/.dev
 
@@ -70,6 +72,12 @@ floods: setup
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz.chats
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz $(if $(findstring -,$(FUZZ)),$(FUZZ),--requests $(or $(FUZZ),10000))
+
+fuzz-api: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz.api $(FUZZ_API)
+
+soak: setup
+	$(BIN)/kvloom bench soak --out build/soak
 
 clients: setup
 	$(BIN)/python -m kvloom.loadtest.clients $(CLIENTS)

@@ -182,7 +182,7 @@ async def _at_rest(target: Target, seconds: float = 30.0) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _settled(target: Target) -> tuple[float, int]:
+async def settled(target: Target) -> tuple[float, int]:
     """Resident memory and blocks that are missing, once nothing runs. Raises BenchError if something goes on running."""
     await _at_rest(target)
     await asyncio.sleep(SETTLE_SECONDS)
@@ -191,7 +191,7 @@ async def _settled(target: Target) -> tuple[float, int]:
     return target.resident, sum(group["total"] - group["free"] - group["cached"] for group in groups)
 
 
-async def _forgotten(target: Target) -> int:
+async def forgotten(target: Target) -> int:
     """Blocks that are missing once everything cached has been forgotten."""
     import aiohttp
 
@@ -217,13 +217,13 @@ async def soak(target: Target, aborts: int, readers: int, streams: int, requests
         began = time.monotonic()
         fates = await part(target, count)
         seconds = time.monotonic() - began
-        resident, lost = await _settled(target)
+        resident, lost = await settled(target)
         known = {fate: fates[fate] for fate in ("answered", "429", "left", "ended", "hung")}
         if strange := fates.total() - sum(known.values()):
             raise BenchError(f"{strange} of {name} got other answers: {dict(fates)}")
         rows.append({"part": name, "requests": count, **known, "seconds": seconds, "resident": resident, "lost": lost})
         console.print(f"{name}: {dict(fates)} in {seconds:.1f} s, {resident:.1f} MB, {lost} blocks lost")
-    lost = await _forgotten(target)
+    lost = await forgotten(target)
     rows.append({"part": "everything cached forgotten", "resident": target.resident, "lost": lost})
     return rows
 
