@@ -12,8 +12,22 @@ from kvloom.engine.thread.client import ThreadEngineClient
 REQUESTS = 300
 KNOWN = {200, 204, 400, 404, 405, 413, 415, 429}
 PYTHON = ("Traceback", "Error(", "<class", "float('nan')", "tensor(", "object at 0x", "NoneType", "numpy", "site-packages")
-POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/kv/segments", "/v1/kv/explain")
-OTHERS = ("/health", "/version", "/v1/models", "/v1/models/x", "/metrics", "/v1/kv", "/v1/kv/explain?prompt=%ff", "/nothing")
+POSTS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize", "/v1/kv/segments", "/v1/kv/explain",
+         "/v1/kv/reset")  # fmt: skip
+OTHERS = (
+    "/health",
+    "/ping",
+    "/ready/",
+    "/load",
+    "/v1/kv/reset",
+    "/version",
+    "/v1/models",
+    "/v1/models/x",
+    "/metrics",
+    "/v1/kv",
+    "/v1/kv/explain?prompt=%ff",
+    "/nothing",
+)
 MESSAGES = [{"role": "user", "content": "hi"}]
 HALF = "\ud800"
 NUMBERS = (0, 1, -1, 2, 16, 1e-40, 1e-310, -1e-40, 1e308, 5e-324, 0.5, 1.5, 100, 101, 2**31 - 1, 2**31, 2**63, -(2**63), 10**30,
