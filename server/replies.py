@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from kvloom.engine.requests.request import FinishReason, RequestOutput, TokenLogprob
+from kvloom.engine.requests.request import RequestOutput, TokenLogprob
 from kvloom.server.answers.events import CallArguments, CallStart, Content, Event, Reasoning
-from kvloom.server.answers.reader import AnswerReader
+from kvloom.server.errors import sse_error
+from kvloom.server.pieces import Finish, Piece
 from kvloom.server.sse import DONE
 from kvloom.server.token_ids import TokenIds
 from kvloom.server.usage import UsageTotals
 
-Finish = FinishReason | Literal["tool_calls"]
 LogprobWriter = Callable[[int, Sequence[int], Sequence[TokenLogprob]], dict[str, Any]]
 """(completion, tokens, log-probabilities) -> the `logprobs` object of its next chunk, or of the whole."""
 
 
 class Format(NamedTuple):
-    """How one endpoint writes its answers."""
+    """How chat or completions write their answers."""
 
     id_prefix: str
     object: str
@@ -44,13 +43,12 @@ CHAT = Format("chatcmpl-", "chat.completion", "chat.completion.chunk", '"delta":
 COMPLETION = Format("cmpl-", "text_completion", "text_completion", '"text":', "", '"text":""', "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Envelope:
+class Envelope(NamedTuple):
     """What every chunk and every body of one answer repeats."""
 
-    format: Format
     id: str
     created: int
+    """Seconds since 1970."""
     model: str
 
 
@@ -62,18 +60,16 @@ class ChunkWriter:
     """Turns outputs into events. No event has empty text, but for the opening one and the last of a completion."""
 
     def __init__(
-        self, envelope: Envelope, usage: UsageTotals, *, logprobs: LogprobWriter | None, include_usage: bool,
-        continuous_usage: bool, ids: TokenIds | None = None, readers: Sequence[AnswerReader] = (),
+        self, form: Format, envelope: Envelope, usage: UsageTotals, *, logprobs: LogprobWriter | None, include_usage: bool,
+        continuous_usage: bool, ids: TokenIds | None = None, mixed: bool = False,
     ) -> None:  # fmt: skip
-        """ids: what chunks tell of token ids, if they do; readers: of each completion, where there is more in its text than
-        content."""
-        form = envelope.format
+        """ids: what chunks tell of token ids, if they do; mixed: whether there may be more in the text than content."""
         self._ids = ids
         self._form, self._usage, self._logprobs = form, usage, logprobs
-        self._readers = readers
+        self._mixed = mixed
         self._include_usage, self._continuous = include_usage, continuous_usage
         self._head = (
-            f'data: {{"id":{quote(form.id_prefix + envelope.id)},"object":{quote(form.chunk_object)},'
+            f'data: {{"id":{quote(envelope.id)},"object":{quote(form.chunk_object)},'
             f'"created":{envelope.created},"model":{quote(envelope.model)},"choices":['
         )
         self._plain_end = ',"usage":null}\n\n' if include_usage else "}\n\n"
@@ -82,13 +78,13 @@ class ChunkWriter:
         self._text_heads: dict[int, str] = {}
         self._held: dict[int, tuple[list[int], list[TokenLogprob]]] = {}
 
-    def write(self, index: int, output: RequestOutput) -> bytes:
-        """The events of one output, possibly none."""
+    def write(self, piece: Piece) -> bytes:
+        """The events of one piece, possibly none."""
+        index, output = piece.completion, piece.output
         if self._ids is not None:
             self._ids.note(index, output.tokens)
-        if self._readers:
-            return self._read(index, self._readers[index], output).encode()
-        self._usage.update(index, output.usage)
+        if self._mixed:
+            return self._apart(piece).encode()
         text_head = self._text_heads.get(index)
         opening = ""
         if text_head is None:
@@ -105,11 +101,13 @@ class ChunkWriter:
             return DONE
         return f'{self._head}],"usage":{_dumps(self._usage.body())}}}\n\n'.encode() + DONE
 
-    def _read(self, index: int, reader: AnswerReader, output: RequestOutput) -> str:
+    def error(self, error: Exception) -> bytes:
+        """An error that ends a stream which has begun."""
+        return sse_error(error) + DONE
+
+    def _apart(self, piece: Piece) -> str:
         """A chunk for each thing that an output holds, and one for its end."""
-        events = reader.read(output)
-        self._usage.update(index, output.usage, reader.counted_reasoning)
-        finish = reader.finish_reason(output.finish_reason)
+        index, output, events, finish = piece
         written = self._logprobs_of(index, output, wait=not events and finish is None)
         if not events and finish is None:
             return ""
@@ -167,60 +165,12 @@ def delta_of(event: Event) -> dict[str, Any]:
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
 
 
-@dataclass(slots=True)
-class Choice:
-    """One completion, collected."""
-
-    text: str = ""
-    """The content, or the whole text where nothing else was looked for."""
-    reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
-    finish_reason: Finish | None = None
-    stop_reason: int | str | None = None
-
-    def add(self, output: RequestOutput, reader: AnswerReader | None = None) -> None:
-        """Append one output."""
-        if reader is None:
-            self.text += output.text
-        else:
-            for event in reader.read(output):
-                self._add(event)
-        self.tokens.extend(output.tokens)
-        self.logprobs.extend(output.logprobs)
-        self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
-        finish = output.finish_reason
-        self.finish_reason = finish if reader is None else reader.finish_reason(finish)
-        self.stop_reason = output.stop_reason
-
-    def message(self) -> dict[str, Any]:
-        """The `message` of a chat."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text if self.text or not self.calls else None}
-        if self.reasoning:
-            message |= {"reasoning_content": self.reasoning, "reasoning": self.reasoning}
-        if self.calls:
-            message["tool_calls"] = self.calls
-        return message
-
-    def _add(self, event: Event) -> None:
-        match event:
-            case Content(text):
-                self.text += text
-            case Reasoning(text):
-                self.reasoning += text
-            case CallStart(_, name_id, name):
-                self.calls.append({"id": name_id, "type": "function", "function": {"name": name, "arguments": ""}})
-            case CallArguments(index, text):
-                self.calls[index]["function"]["arguments"] += text
-
-
-def whole_body(envelope: Envelope, choices: Sequence[dict[str, Any]], usage: UsageTotals, **more: Any) -> dict[str, Any]:
+def whole_body(
+    form: Format, envelope: Envelope, choices: Sequence[dict[str, Any]], usage: UsageTotals, **more: Any
+) -> dict[str, Any]:
     """The body of an answer that is not streamed."""
-    form = envelope.format
     return {
-        "id": form.id_prefix + envelope.id,
+        "id": envelope.id,
         "object": form.object,
         "created": envelope.created,
         "model": envelope.model,

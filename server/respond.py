@@ -1,4 +1,9 @@
-"""The way from a checked request to its HTTP answer, for chat and completions alike."""
+"""The way from a checked request to its HTTP answer, for every endpoint that generates.
+
+arrive      gives a request its id and starts its clock
+make_job    what the engine is asked, from a prompt; `conversations.chat_job` makes one from a chat's body
+respond     runs a job: its pieces go through the endpoint's `StreamWriter`, or are collected for one JSON body
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastapi import Request
 from fastapi.responses import JSONResponse
@@ -15,13 +20,15 @@ from starlette.responses import Response
 
 from kvloom.engine.requests.request import RequestOutput
 from kvloom.engine.requests.sampling import TOKEN_LISTS, SamplingParams
+from kvloom.server.answers.events import Content
 from kvloom.server.answers.reader import AnswerReader, Expected
 from kvloom.server.context import ServerContext, client_request_id, context_of, new_id, tenant_of
-from kvloom.server.errors import sse_error
-from kvloom.server.generation import Indexed, Work, outputs
-from kvloom.server.replies import CHAT, Choice, ChunkWriter, Envelope, Format, LogprobWriter
+from kvloom.server.generation import Work, outputs
+from kvloom.server.pieces import Choice, Piece
+from kvloom.server.replies import ChunkWriter, Envelope, Format, LogprobWriter, whole_body
+from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.common import GenerationBody
-from kvloom.server.sse import DONE, ClientGoneError, EventStream, unless_gone
+from kvloom.server.sse import ClientGoneError, EventStream, unless_gone
 from kvloom.server.token_ids import TokenIds
 from kvloom.server.trace import RequestTrace
 from kvloom.server.usage import UsageTotals
@@ -30,6 +37,19 @@ Whole = Callable[[Sequence[Choice]], dict[str, Any]]
 """From finished choices to the body of an answer."""
 
 log = logging.getLogger("kvloom.server")
+
+
+class StreamWriter(Protocol):
+    """What an endpoint writes of a stream: whole server-sent events."""
+
+    def write(self, piece: Piece) -> bytes:
+        """Of one piece; nothing where it is not worth an event."""
+
+    def end(self) -> bytes:
+        """Once all completions have finished."""
+
+    def error(self, error: Exception) -> bytes:
+        """Instead, where generation failed after something was written."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,30 +70,53 @@ class Job:
     readers: Sequence[AnswerReader] = ()
     """Of each completion, where there is more in its text than content."""
 
-    async def outputs(self) -> AsyncGenerator[Indexed, None]:
-        """Outputs as they are to be written."""
+    async def pieces(self) -> AsyncGenerator[Piece, None]:
+        """What the completions bring, as it comes; `usage` is that of the pieces so far. Raises what `generation.outputs`
+        does."""
         async with aclosing(outputs(self.context.client, self.work, self.trace)) as items:
-            async for item in items:
-                yield item if self.adjust is None else Indexed(item.completion, self.adjust(*item))
+            async for index, output in items:
+                if self.readers:
+                    reader = self.readers[index]
+                    piece = Piece(index, output, reader.read(output), reader.finish_reason(output.finish_reason))
+                    self.usage.update(index, output.usage, reader.counted_reasoning)
+                else:
+                    output = output if self.adjust is None else self.adjust(index, output)
+                    piece = Piece(index, output, (Content(output.text),) if output.text else (), output.finish_reason)
+                    self.usage.update(index, output.usage)
+                yield piece
+
+    def chunks(self, form: Format, logprobs: LogprobWriter | None) -> ChunkWriter:
+        """The stream of a chat or of completions."""
+        body = self.body
+        return ChunkWriter(form, self.envelope, self.usage, logprobs=logprobs, include_usage=body.include_usage,
+                           continuous_usage=body.continuous_usage, ids=self.ids, mixed=bool(self.readers))  # fmt: skip
+
+    def whole(self, form: Format, choices: Sequence[Choice], written: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
+        """The whole body of a chat or of completions; written: the choices as it shows them."""
+        body = whole_body(form, self.envelope, written, self.usage, **more)
+        return body if self.ids is None else self.ids.whole(body, [choice.tokens for choice in choices])
 
 
 class Arrival(NamedTuple):
     """A request that has just come in, before its prompt is encoded."""
 
-    format: Format
     id: str
+    """The engine's; no client sees it without its prefix."""
+    public_id: str
+    """The answer's."""
     name: str
     """What the client and the log call it."""
     trace: RequestTrace
 
 
-def arrive(request: Request, form: Format) -> Arrival:
+def arrive(request: Request, id_prefix: str) -> Arrival:
     """Give a request its id and start its clock."""
     context, work_id = context_of(request), new_id()
-    name = client_request_id(request, form.id_prefix + work_id)
-    record = None if context.tracing is None else context.tracing.arrived(request.scope, form.object, context.client.model.name)
+    public_id = id_prefix + work_id
+    name = client_request_id(request, public_id)
+    record = None if context.tracing is None else context.tracing.arrived(request.scope, id_prefix, context.client.model.name)
     trace = RequestTrace(context.metrics, name, access_log=context.options.access_log, record=record)
-    return Arrival(form, work_id, name, trace)
+    return Arrival(work_id, public_id, name, trace)
 
 
 def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling: SamplingParams, prompts: list[list[int]], *,
@@ -82,42 +125,40 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
     """Put a request together.
 
     expected: what is looked for in its answers beside content. Raises InvalidRequestError for a token that does not exist."""
-    context, form, work_id = context_of(request), arrival.format, arrival.id
+    context = context_of(request)
     for prompt in prompts:
         context.prompts.check_length(len(prompt))
         context.prompts.check(prompt)
     for name in TOKEN_LISTS:
         context.prompts.check(tuple(getattr(sampling, name) or ()), name)
-    work = Work(id=work_id, prompts=[tuple(prompt) for prompt in prompts],
+    work = Work(id=arrival.id, prompts=[tuple(prompt) for prompt in prompts],
                 sampling=sampling, kv=body.kv_options(), priority=body.priority,
                 tenant=tenant_of(request), cache_salt=body.cache_salt)  # fmt: skip
+    chat = isinstance(body, ChatBody)
     return Job(
         context=context,
         body=body,
         work=work,
-        envelope=Envelope(format=form, id=work_id, created=int(time.time()), model=context.client.model.name),
+        envelope=Envelope(arrival.public_id, int(time.time()), context.client.model.name),
         usage=UsageTotals(work.completions, work.n, with_kv=body.kv is not None),
         trace=arrival.trace,
         headers={"X-Request-Id": arrival.name},
         adjust=adjust,
-        ids=TokenIds(work, echoed=adjust is not None, chat=form is CHAT) if body.return_token_ids else None,
+        ids=TokenIds(work, echoed=adjust is not None, chat=chat) if body.return_token_ids else None,
         readers=[] if expected is None else [AnswerReader(expected) for _ in range(work.completions)],
     )
 
 
-async def respond(request: Request, job: Job, logprobs: LogprobWriter | None, whole: Whole) -> Response:
+async def respond(request: Request, job: Job, writer: StreamWriter, whole: Whole) -> Response:
     """Run a job and answer: a stream if the body asks for one, else the JSON that `whole` makes of the finished choices.
 
-    A client that leaves ends its engine requests at once. Raises what `outputs` raises before the first token.
+    A client that leaves ends its engine requests at once. Raises what `Job.pieces` raises before something is written.
     """
     try:
         if not job.body.stream:
             choices = await unless_gone(request.receive, _collect(job))
-            answer = whole(choices)
-            if job.ids is not None:
-                answer = job.ids.whole(answer, [choice.tokens for choice in choices])
-            return JSONResponse(answer, headers=job.headers)
-        events = _events(job, logprobs)
+            return JSONResponse(whole(choices), headers=job.headers)
+        events = _events(job, writer)
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, job.headers)
     except ClientGoneError:
@@ -126,11 +167,9 @@ async def respond(request: Request, job: Job, logprobs: LogprobWriter | None, wh
 
 async def _collect(job: Job) -> list[Choice]:
     choices = [Choice() for _ in range(job.work.completions)]
-    async with aclosing(job.outputs()) as items:
-        async for index, output in items:
-            reader = job.readers[index] if job.readers else None
-            choices[index].add(output, reader)
-            job.usage.update(index, output.usage, None if reader is None else reader.counted_reasoning)
+    async with aclosing(job.pieces()) as pieces:
+        async for piece in pieces:
+            choices[piece.completion].add(piece)
     return choices
 
 
@@ -142,15 +181,13 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
         raise
 
 
-async def _events(job: Job, logprobs: LogprobWriter | None) -> AsyncGenerator[bytes, None]:
+async def _events(job: Job, writer: StreamWriter) -> AsyncGenerator[bytes, None]:
     """Events of a stream. An error before the first one is raised, a later one becomes an event."""
-    writer = ChunkWriter(job.envelope, job.usage, logprobs=logprobs, include_usage=job.body.include_usage,
-                         continuous_usage=job.body.continuous_usage, ids=job.ids, readers=job.readers)  # fmt: skip
     begun = False
     try:
-        async with aclosing(job.outputs()) as items:
-            async for index, output in items:
-                data = writer.write(index, output)
+        async with aclosing(job.pieces()) as pieces:
+            async for piece in pieces:
+                data = writer.write(piece)
                 if data:
                     begun = True
                     yield data
@@ -159,4 +196,4 @@ async def _events(job: Job, logprobs: LogprobWriter | None) -> AsyncGenerator[by
         if not begun:
             raise
         log.warning("%s ended with %s", job.envelope.id, type(error).__name__, exc_info=log.isEnabledFor(logging.DEBUG))
-        yield sse_error(error) + DONE
+        yield writer.error(error)

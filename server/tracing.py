@@ -22,8 +22,8 @@ from kvloom.version import __version__
 
 EXPORT_SECONDS = 5
 """For a collector to take a batch, retries included; what it does not take is dropped."""
-OPERATIONS = {"text_completion": "text_completion"}
-"""gen_ai.operation.name by the `object` of an answer; of all others it is `chat`."""
+OPERATIONS = {"cmpl-": "text_completion"}
+"""gen_ai.operation.name by the prefix of an answer's id; of all others it is `chat`."""
 _PACKAGES = ("opentelemetry.sdk.trace", "opentelemetry.exporter.otlp.proto.http")
 _CARRIED = (b"traceparent", b"tracestate")
 
@@ -66,11 +66,11 @@ class Tracing:
         self._parents, self._kind = TraceContextTextMapPropagator(), trace.SpanKind.SERVER
         self._failed = trace.Status(trace.StatusCode.ERROR)
 
-    def arrived(self, scope: Scope, form: str, model: str) -> Record:
-        """A request has come now: what makes its span once it has ended. form: the `object` of its answer."""
+    def arrived(self, scope: Scope, id_prefix: str, model: str) -> Record:
+        """A request has come now: what makes its span once it has ended. id_prefix: of its answer."""
         began = time.time_ns()
         carrier = {name.decode(): value.decode("latin-1") for name, value in scope["headers"] if name in _CARRIED}
-        operation = OPERATIONS.get(form, "chat")
+        operation = OPERATIONS.get(id_prefix, "chat")
 
         def record(attributes: Mapping[str, Any], error: str | None) -> str:
             span = self._tracer.start_span(f"{operation} {model}", self._parents.extract(carrier), self._kind, start_time=began)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from kvloom.engine.requests.request import TokenLogprob
-from kvloom.server.answers.choose import shown_tokens
 from kvloom.server.context import context_of
+from kvloom.server.conversations import chat_job
 from kvloom.server.logprobs import chat_logprobs, prompt_logprobs
-from kvloom.server.replies import CHAT, Choice, whole_body
-from kvloom.server.respond import Job, arrive, make_job, respond
+from kvloom.server.pieces import Choice
+from kvloom.server.replies import CHAT
+from kvloom.server.respond import Job, arrive, respond
 from kvloom.server.schema.chat import ChatBody
 
 router = APIRouter()
@@ -25,19 +25,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     """Continue a conversation."""
     context = context_of(request)
     context.check_model(body.model)
-    arrival, sampling = arrive(request, CHAT), body.params(context.client.model.sampling)
-    encoder = context.prompts.truncating(body.truncate_prompt_tokens, body.truncation_side, body.token_limit)
-    prompt = await encoder.chat(body.conversation(body.messages))
-    expected = context.answers.expected(body, prompt.end)
-    if expected is not None:
-        tokenizer = context.client.tokenizer
-        asked = sampling.structured
-        structured = context.answers.constraint(body, tokenizer, prompt.end, asked)
-        if asked is not None and structured is asked:
-            expected = None
-        else:
-            sampling = replace(sampling, shown_special_tokens=shown_tokens(tokenizer, expected), structured=structured)
-    job = make_job(request, arrival, body, sampling, [prompt.tokens], expected=expected)
+    job = await chat_job(request, arrive(request, CHAT.id_prefix), body)
 
     def written(index: int, tokens: Sequence[int], logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
         return _logprobs(context.client.tokenizer, body, logprobs)
@@ -45,7 +33,7 @@ async def chat_completions(body: ChatBody, request: Request) -> Response:
     def whole(choices: Sequence[Choice]) -> dict[str, Any]:
         return _whole(job, body, choices)
 
-    return await respond(request, job, written if body.logprobs else None, whole)
+    return await respond(request, job, job.chunks(CHAT, written if body.logprobs else None), whole)
 
 
 def _logprobs(tokenizer: Any, body: ChatBody, logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -67,4 +55,4 @@ def _whole(job: Job, body: ChatBody, choices: Sequence[Choice]) -> dict[str, Any
     more = {}
     if body.prompt_logprobs is not None and choices[0].prompt_logprobs is not None:
         more["prompt_logprobs"] = prompt_logprobs(tokenizer, choices[0].prompt_logprobs, body.prompt_logprobs)
-    return whole_body(job.envelope, written, job.usage, **more)
+    return job.whole(CHAT, choices, written, **more)

@@ -12,7 +12,8 @@ from kvloom.engine.requests.request import TokenLogprob
 from kvloom.server.context import ServerContext, context_of
 from kvloom.server.echo import Echo
 from kvloom.server.logprobs import Echoed, LegacyLogprobs, prompt_logprobs
-from kvloom.server.replies import COMPLETION, Choice, whole_body
+from kvloom.server.pieces import Choice
+from kvloom.server.replies import COMPLETION
 from kvloom.server.respond import Job, arrive, make_job, respond
 from kvloom.server.schema.completions import CompletionBody
 
@@ -24,7 +25,7 @@ async def completions(body: CompletionBody, request: Request) -> Response:
     """Continue texts or token ids."""
     context = context_of(request)
     context.check_model(body.model)
-    arrival, sampling = arrive(request, COMPLETION), body.params(context.client.model.sampling)
+    arrival, sampling = arrive(request, COMPLETION.id_prefix), body.params(context.client.model.sampling)
     prompts = await _encoded(context, body)
     echo = Echo(await _echoed(context, body, prompts), body.n, only=body.echo_only) if body.echo else None
     job = make_job(request, arrival, body, sampling, prompts, adjust=echo)
@@ -35,9 +36,9 @@ async def completions(body: CompletionBody, request: Request) -> Response:
 
     def whole(choices: Sequence[Choice]) -> dict[str, Any]:
         bodies = [_choice(job, body, index, choice, writers[index]) for index, choice in enumerate(choices)]
-        return whole_body(job.envelope, bodies, job.usage)
+        return job.whole(COMPLETION, choices, bodies)
 
-    return await respond(request, job, None if body.logprobs is None else written, whole)
+    return await respond(request, job, job.chunks(COMPLETION, None if body.logprobs is None else written), whole)
 
 
 def _choice(job: Job, body: CompletionBody, index: int, choice: Choice, writer: LegacyLogprobs) -> dict[str, Any]:
