@@ -8,7 +8,8 @@ through, since clients send extras of their own; fields that name something know
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -35,7 +36,7 @@ from kvloom.engine.requests.sampling import (
 from kvloom.server.schema.fields import HINTS, log_unknown
 from kvloom.server.schema.problem import problem
 from kvloom.server.schema.structured import structured_of
-from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, refuse
+from kvloom.server.schema.unsupported import OF_STREAMS, UNSUPPORTED, Refusal, refuse
 
 MAX_INT = 2**31 - 1
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
@@ -149,13 +150,16 @@ def _said(body: BaseModel, cls: Any) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in said.items() if value is not None}
 
 
-class GenerationBody(StrictBody):
-    """Fields of both endpoints. Bounds that `SamplingParams` checks are left to it."""
+class CommonBody(StrictBody):
+    """Fields of every endpoint that generates. Bounds that `SamplingParams` checks are left to it."""
+
+    hints: ClassVar[Mapping[str, str]] = HINTS
+    """Fields that are accepted and change nothing, and why."""
+    unsupported: ClassVar[Mapping[str, Refusal]] = UNSUPPORTED
+    """Fields that are refused where they ask for something."""
 
     model: str | None = Field(None, max_length=1024)
-    n: int = Field(1, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
-    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     min_tokens: int = Field(0, ge=0, le=MAX_INT)
     temperature: Finite = 1.0
     top_p: Finite = 1.0
@@ -166,25 +170,18 @@ class GenerationBody(StrictBody):
     repetition_penalty: Finite = 1.0
     logit_bias: dict[str, Finite] = Field(default_factory=dict, max_length=1024)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Stop = Field(default_factory=list)
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=256)
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     allowed_token_ids: list[TokenId] | None = Field(None, max_length=MAX_ALLOWED_TOKENS)
     bad_words: list[Text] = Field(default_factory=list, max_length=MAX_BAD_WORDS)
-    logprob_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_LOGPROB_TOKENS)
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT)
     """Cut prompts to so many tokens; -1 to what the context has room for beside max_tokens."""
     truncation_side: Literal["left", "right"] = "left"
     """Where the tokens are cut off: left keeps the last ones."""
-    return_token_ids: bool = False
-    return_tokens_as_token_ids: bool = False
-    """Call tokens token_id:N in log-probabilities."""
     skip_special_tokens: bool = True
     forced_tokens: list[TokenId] = Field(default_factory=list, max_length=65536)
-    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stream: bool = False
-    stream_options: StreamOptions | None = None
     kv: KVFields | None = None
     cache_salt: Salt = ""
     priority: int = Field(0, ge=-MAX_INT, le=MAX_INT)
@@ -213,16 +210,37 @@ class GenerationBody(StrictBody):
         return value
 
     @model_validator(mode="after")
-    def _together(self) -> GenerationBody:
+    def _known(self) -> Self:
+        if self.truncate_prompt_tokens == 0:
+            raise problem("truncate_prompt_tokens", "truncate_prompt_tokens is 0; allowed: -1, or 1 or more")
+        for name in refuse(self.model_extra, self.unsupported):
+            if name not in self.hints:
+                log_unknown(name)
+        return self
+
+    def kv_options(self) -> KVOptions:
+        return KVOptions() if self.kv is None else self.kv.options()
+
+
+class GenerationBody(CommonBody):
+    """Fields of OpenAI's chats and completions alike."""
+
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    stop: Stop = Field(default_factory=list)
+    logprob_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_LOGPROB_TOKENS)
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    """Call tokens token_id:N in log-probabilities."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise problem("stream_options", "stream_options is given without stream; set stream to true")
         if self.prompt_logprobs is not None and self.stream:
             raise problem("prompt_logprobs", "prompt_logprobs is not given in streams; set stream to false")
-        if self.truncate_prompt_tokens == 0:
-            raise problem("truncate_prompt_tokens", "truncate_prompt_tokens is 0; allowed: -1, or 1 or more")
-        for name in refuse(self.model_extra, UNSUPPORTED):
-            if name not in HINTS:
-                log_unknown(name)
         return self
 
     @property
@@ -237,9 +255,6 @@ class GenerationBody(StrictBody):
     @property
     def continuous_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
-
-    def kv_options(self) -> KVOptions:
-        return KVOptions() if self.kv is None else self.kv.options()
 
     def sampling(
         self,

@@ -63,7 +63,8 @@ def standing(name: str, body: type[BaseModel]) -> Standing | None:
     """What a field is to an endpoint with such bodies; None if nobody knows it."""
     if name in body.model_fields:
         return "served"
-    return "hint" if name in HINTS else "refused" if name in UNSUPPORTED else None
+    hints, unsupported = getattr(body, "hints", HINTS), getattr(body, "unsupported", UNSUPPORTED)
+    return "hint" if name in hints else "refused" if name in unsupported else None
 
 
 def log_unknown(name: str) -> None:
