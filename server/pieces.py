@@ -25,13 +25,27 @@ class Piece(NamedTuple):
 
 
 @dataclass(slots=True)
+class Part:
+    """A stretch of an answer that is all of one kind."""
+
+    kind: type[Content] | type[Reasoning] | type[CallStart]
+    text: str = ""
+    """Of a call, its arguments."""
+    id: str = ""
+    name: str = ""
+    """Of a call, the function's."""
+
+    def call(self) -> dict[str, Any]:
+        """One of the `tool_calls` of a chat."""
+        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.text}}
+
+
+@dataclass(slots=True)
 class Choice:
     """One completion, collected."""
 
-    text: str = ""
-    """The content, or the whole text where nothing else was looked for."""
-    reasoning: str = ""
-    calls: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=list)
+    """What it holds, in the order in which it was written."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
@@ -49,22 +63,29 @@ class Choice:
         self.finish_reason = piece.finish_reason
         self.stop_reason = output.stop_reason
 
+    @property
+    def text(self) -> str:
+        """The content, or the whole text where nothing else was looked for."""
+        return "".join(part.text for part in self.parts if part.kind is Content)
+
     def message(self) -> dict[str, Any]:
         """The `message` of a chat."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text if self.text or not self.calls else None}
-        if self.reasoning:
-            message |= {"reasoning_content": self.reasoning, "reasoning": self.reasoning}
-        if self.calls:
-            message["tool_calls"] = self.calls
+        text, calls = self.text, [part.call() for part in self.parts if part.kind is CallStart]
+        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None}
+        if reasoning := "".join(part.text for part in self.parts if part.kind is Reasoning):
+            message |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        if calls:
+            message["tool_calls"] = calls
         return message
 
     def _add(self, event: Event) -> None:
         match event:
-            case Content(text):
-                self.text += text
-            case Reasoning(text):
-                self.reasoning += text
-            case CallStart(_, name_id, name):
-                self.calls.append({"id": name_id, "type": "function", "function": {"name": name, "arguments": ""}})
-            case CallArguments(index, text):
-                self.calls[index]["function"]["arguments"] += text
+            case CallStart(_, call_id, name):
+                self.parts.append(Part(CallStart, id=call_id, name=name))
+            case CallArguments(_, text):
+                self.parts[-1].text += text  # nothing comes between a call's start and its arguments
+            case Content(text) | Reasoning(text):
+                kind = type(event)
+                if not self.parts or self.parts[-1].kind is not kind:
+                    self.parts.append(Part(kind))
+                self.parts[-1].text += text

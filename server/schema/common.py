@@ -159,7 +159,6 @@ class CommonBody(StrictBody):
     """Fields that are refused where they ask for something."""
 
     model: str | None = Field(None, max_length=1024)
-    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     min_tokens: int = Field(0, ge=0, le=MAX_INT)
     temperature: Finite = 1.0
     top_p: Finite = 1.0
@@ -226,6 +225,7 @@ class GenerationBody(CommonBody):
     """Fields of OpenAI's chats and completions alike."""
 
     n: int = Field(1, ge=1, le=MAX_CHOICES)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     stop: Stop = Field(default_factory=list)
     logprob_token_ids: list[TokenId] = Field(default_factory=list, max_length=MAX_LOGPROB_TOKENS)
