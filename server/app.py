@@ -22,7 +22,8 @@ from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
 from kvloom.server.request_ids import RequestIdMiddleware
-from kvloom.server.routes import chat, completions, health, home, kv, metrics, models, tokens
+from kvloom.server.responses.store import ResponseStore
+from kvloom.server.routes import chat, completions, health, home, kv, metrics, models, responses, tokens
 from kvloom.server.tracing import Tracing
 from kvloom.version import __version__
 
@@ -31,8 +32,9 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     """The application that serves `client`. It closes its own threads at shutdown, but not the client."""
     encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len, client.reserve)
     formats = formats_of(client.tokenizer, options.tool_call_parser, options.reasoning_parser)
+    store = ResponseStore(options.response_store_size, options.response_store_count)
     tracing = None if options.otlp_traces_endpoint is None else Tracing(options.otlp_traces_endpoint)
-    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats, tracing)
+    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats, store, tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -51,7 +53,7 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     app.state.context = context
     errors.install(app)
     description.install(app)
-    for route in (home, chat, completions, models, kv, tokens, health, metrics):
+    for route in (home, chat, completions, responses, models, kv, tokens, health, metrics):
         app.include_router(route.router)
     _guard(app, context)
     return app

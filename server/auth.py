@@ -60,7 +60,7 @@ def _digest(key: str) -> bytes:
 
 
 class AuthMiddleware:
-    """Lets requests with a known bearer key through and notes their tenant in the request's state."""
+    """Lets requests with a known bearer key through and notes their tenant, and a digest of the key, in the request's state."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, admins: KeyRing, refused: Callable[[int], None]) -> None:
         """Without `keys` nobody needs one: only `admins` are told apart."""
@@ -79,7 +79,8 @@ class AuthMiddleware:
                 self._refused(refusal.status)
                 await refusal.response({"WWW-Authenticate": "Bearer"})(scope, receive, send)
                 return
-            scope.setdefault("state", {}).update(tenant=tenant, admin=admin)
+            digest = _digest(key).hex() if key is not None and (admin or self._keys) else ""
+            scope.setdefault("state", {}).update(tenant=tenant, admin=admin, key=digest)
         await self.app(scope, receive, send)
 
 

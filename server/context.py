@@ -19,6 +19,7 @@ from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
 from kvloom.server.request_ids import client_id
+from kvloom.server.responses.store import Owner, ResponseStore
 from kvloom.server.tracing import Tracing
 
 
@@ -31,6 +32,7 @@ class ServerContext:
     metrics: Metrics
     prompts: PromptEncoder
     answers: AnswerFormats
+    responses: ResponseStore
     tracing: Tracing | None = None
     """Where spans go, if they are wanted."""
     asking: Counter[str] = field(default_factory=Counter)
@@ -67,6 +69,11 @@ def context_of(request: Request) -> ServerContext:
 def tenant_of(request: Request) -> str:
     """Whose request it is, as `auth` found out; '' without API keys and proxies."""
     return str(getattr(request.state, "tenant", ""))
+
+
+def owner_of(request: Request) -> Owner:
+    """Whose stored responses a request may see."""
+    return Owner(tenant_of(request), str(getattr(request.state, "key", "")))
 
 
 def sees_all(request: Request) -> bool:

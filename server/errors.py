@@ -69,6 +69,14 @@ class OperatorOnlyError(KVLoomError):
         super().__init__(f"{what} for the operator; send an admin key (set with --admin-key) as the bearer token")
 
 
+class NotStoredError(KVLoomError):
+    """No response of this id is stored for whoever asks. `param` names the field that held the id."""
+
+    def __init__(self, message: str, param: str, code: str) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
 def _encodable(text: str) -> str:
     """Text with halves of surrogate pairs, which JSON can write and UTF-8 cannot, spelled out."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
@@ -109,6 +117,8 @@ def wire_error(error: BaseException) -> WireError:
             return WireError(403, str(error), code="admin_only")
         case ModelNotFoundError():
             return WireError(404, str(error), "model", "model_not_found")
+        case NotStoredError():
+            return WireError(404, str(error), error.param, error.code)
         case OverloadedError():
             return WireError(429, str(error), code="overloaded", retry_after=error.retry_after)
         case EngineDeadError():

@@ -57,6 +57,10 @@ class ServerOptions:
     """Origin whose pages may call the API from a browser (* for any); repeat it, or separate by commas, for several."""
     max_body: Size = 4 * 1024**2
     """Largest request body (4MiB, 512KiB, ...); anything longer is refused with 413."""
+    response_store_size: Size = 256 * 1024**2
+    """Memory for stored responses of all callers; beyond, the oldest of who holds most go. 0 stores none."""
+    response_store_count: Annotated[int, "N"] = 1000
+    """Responses that are stored for one tenant and key; beyond, its oldest go."""
     max_connections: Annotated[int, "N"] = 1024
     """Most connections at once; beyond, those that ask for nothing are closed, the oldest first; others get 503."""
     header_timeout: Seconds = 20.0
@@ -95,6 +99,10 @@ class ServerOptions:
             raise ConfigError(f"port is {self.port}; allowed: 0 to 65535")
         if self.max_body < 1024:
             raise ConfigError(f"max_body is {self.max_body} bytes; allowed: 1 KiB or more")
+        if not 0 <= self.response_store_size <= 2**40:
+            raise ConfigError(f"response_store_size is {self.response_store_size} bytes; allowed: 0 to 1 TiB")
+        if not 1 <= self.response_store_count <= 1_000_000:
+            raise ConfigError(f"response_store_count is {self.response_store_count}; allowed: 1 to 1000000")
         if not 0 <= self.drain_seconds <= 3600:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; allowed: 0 to 3600")
         if not 16 <= self.max_connections <= 65536:

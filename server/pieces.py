@@ -34,6 +34,8 @@ class Part:
     id: str = ""
     name: str = ""
     """Of a call, the function's."""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of content, those of its tokens, where log-probabilities were asked for."""
 
     def call(self) -> dict[str, Any]:
         """One of the `tool_calls` of a chat."""
@@ -51,6 +53,8 @@ class Choice:
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     finish_reason: Finish | None = None
     stop_reason: int | str | None = None
+    _untold: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities of tokens that nothing is known of yet: they may be content, or a mark."""
 
     def add(self, piece: Piece) -> None:
         """Append one piece."""
@@ -59,6 +63,7 @@ class Choice:
         output = piece.output
         self.tokens.extend(output.tokens)
         self.logprobs.extend(output.logprobs)
+        self._attribute(piece)
         self.prompt_logprobs = self.prompt_logprobs or output.prompt_logprobs
         self.finish_reason = piece.finish_reason
         self.stop_reason = output.stop_reason
@@ -77,6 +82,17 @@ class Choice:
         if calls:
             message["tool_calls"] = calls
         return message
+
+    def _attribute(self, piece: Piece) -> None:
+        """Give log-probabilities to the content that a piece brought; those of thoughts and calls alone are nobody's."""
+        self._untold.extend(piece.output.logprobs)
+        if not self._untold or not (piece.events or piece.finish_reason is not None):
+            return
+        fresh = any(isinstance(event, Content) for event in piece.events)
+        last = next((part for part in reversed(self.parts) if part.kind is Content), None)
+        if last is not None and (fresh or (not piece.events and last is self.parts[-1])):
+            last.logprobs.extend(self._untold)
+        self._untold.clear()
 
     def _add(self, event: Event) -> None:
         match event:

@@ -1,4 +1,4 @@
-"""The fields that other servers' chats and completions define, as their own sources list them, and what becomes of each here.
+"""The fields that other servers define for generating text, as their own sources list them, and what becomes of each here.
 
 python -m kvloom.server.schema.known     prints docs/fields.md
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pydantic import BaseModel
-
 from kvloom.server.schema.chat import ChatBody
+from kvloom.server.schema.common import CommonBody
 from kvloom.server.schema.completions import CompletionBody
-from kvloom.server.schema.fields import HINTS, standing
-from kvloom.server.schema.unsupported import UNSUPPORTED
+from kvloom.server.schema.fields import standing
+from kvloom.server.schema.responses import ResponsesBody
 
 
 class Known(NamedTuple):
@@ -24,17 +23,41 @@ class Known(NamedTuple):
     """Where it says so."""
     chat: frozenset[str]
     completions: frozenset[str]
+    responses: frozenset[str]
+
+    @property
+    def all(self) -> frozenset[str]:
+        """For any endpoint."""
+        return self.chat | self.completions | self.responses
 
 
 def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_LLAMA_CPP_CHAT = _names(
+    "adaptive_decay adaptive_target add_generation_prompt backend_sampling cache_prompt chat_format chat_parser "
+    "chat_template_kwargs continue_final_message dry_allowed_length dry_base dry_multiplier dry_penalty_last_n "
+    "dry_sequence_breakers dynatemp_exponent dynatemp_range echo frequency_penalty generation_prompt grammar "
+    "grammar_lazy grammar_triggers grammar_type id_slot ignore_eos json_schema logit_bias logprobs lora "
+    "max_completion_tokens max_tokens message_delimiters messages min_keep min_p mirostat mirostat_eta "
+    "mirostat_tau model n n_cache_reuse n_cmpl n_discard n_indent n_keep n_predict n_probs parallel_tool_calls "
+    "parse_tool_calls post_sampling_probs presence_penalty preserved_tokens reasoning_budget_end_tag "
+    "reasoning_budget_end_tags reasoning_budget_message reasoning_budget_start_tag reasoning_budget_tokens "
+    "reasoning_control reasoning_effort reasoning_format repeat_last_n repeat_penalty response_fields "
+    "response_format return_progress return_tokens samplers seed speculative.n_max speculative.n_min "
+    "speculative.ngram_min_hits speculative.ngram_size_m speculative.ngram_size_n speculative.p_min "
+    "speculative.type sse_ping_interval stop stream stream_options t_max_predict_ms temperature "
+    "thinking_budget_tokens timings_per_token tool_choice tools top_k top_logprobs top_n_sigma top_p typical_p "
+    "verbose xtc_probability xtc_threshold"
+)
+
 KNOWN = (
     Known(
         "OpenAI",
         "openai-python 3.57.0",
-        "CompletionCreateParams of types/chat/completion_create_params.py and types/completion_create_params.py",
+        "CompletionCreateParams of types/chat/completion_create_params.py and types/completion_create_params.py, "
+        "ResponseCreateParamsBase of types/responses/response_create_params.py",
         _names(
             "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
             "messages metadata modalities model moderation n parallel_tool_calls prediction presence_penalty "
@@ -46,11 +69,18 @@ KNOWN = (
             "best_of echo frequency_penalty logit_bias logprobs max_tokens model n presence_penalty prompt seed stop "
             "stream stream_options suffix temperature top_p user"
         ),
+        _names(
+            "access_programs background background_options context_management conversation image include input "
+            "instructions max_output_tokens max_tool_calls metadata model moderation parallel_tool_calls "
+            "previous_response_id prompt prompt_cache_key prompt_cache_options prompt_cache_retention reasoning "
+            "safety_identifier service_tier store stream stream_options temperature text tool_choice tools top_logprobs "
+            "top_p truncation user"
+        ),
     ),
     Known(
         "vLLM",
         "0.32.0",
-        "vllm/entrypoints/openai/chat_completion/protocol.py and completion/protocol.py",
+        "vllm/entrypoints/openai/chat_completion/protocol.py, completion/protocol.py and responses/protocol.py",
         _names(
             "add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template "
             "chat_template_kwargs continue_final_message documents ec_transfer_params echo frequency_penalty ignore_eos "
@@ -73,6 +103,15 @@ KNOWN = (
             "session_id skip_special_tokens spaces_between_special_tokens stop stop_token_ids stream stream_interval "
             "stream_options structured_outputs suffix temperature thinking_token_budget top_k top_p "
             "truncate_prompt_tokens truncation_side use_beam_search user vllm_xargs watermarking"
+        ),
+        _names(
+            "background cache_salt chat_template_kwargs ec_transfer_params enable_response_messages frequency_penalty "
+            "ignore_eos include include_reasoning include_stop_str_in_output input instructions kv_transfer_params "
+            "logit_bias max_output_tokens max_tool_calls media_io_kwargs metadata min_p mm_payload mm_processor_kwargs "
+            "model parallel_tool_calls presence_penalty previous_input_messages previous_response_id priority prompt "
+            "prompt_cache_key reasoning repetition_penalty request_id return_mm_kwargs seed service_tier session_id "
+            "skip_special_tokens stop stop_token_ids store stream structured_outputs temperature text tool_choice tools "
+            "top_k top_logprobs top_p truncation user vllm_xargs watermarking"
         ),
     ),
     Known(
@@ -100,27 +139,18 @@ KNOWN = (
             "routed_dp_rank routed_experts_start_len seed session_id session_params skip_special_tokens stop stop_regex "
             "stop_token_ids stream stream_options suffix temperature top_k top_p user"
         ),
+        _names(
+            "background cache_salt chat_template_kwargs extra_key frequency_penalty include input instructions "
+            "max_output_tokens max_tool_calls metadata min_p model ngram_corpus_id parallel_tool_calls presence_penalty "
+            "previous_response_id priority reasoning repetition_penalty request_id service_tier session_id stop store "
+            "stream temperature text tool_choice tools top_k top_logprobs top_p truncation user"
+        ),
     ),
     Known(
         "llama.cpp",
         "b11434",
         "tools/server/server-schema.cpp, server-common.cpp and server-context.cpp",
-        _names(
-            "adaptive_decay adaptive_target add_generation_prompt backend_sampling cache_prompt chat_format chat_parser "
-            "chat_template_kwargs continue_final_message dry_allowed_length dry_base dry_multiplier dry_penalty_last_n "
-            "dry_sequence_breakers dynatemp_exponent dynatemp_range echo frequency_penalty generation_prompt grammar "
-            "grammar_lazy grammar_triggers grammar_type id_slot ignore_eos json_schema logit_bias logprobs lora "
-            "max_completion_tokens max_tokens message_delimiters messages min_keep min_p mirostat mirostat_eta "
-            "mirostat_tau model n n_cache_reuse n_cmpl n_discard n_indent n_keep n_predict n_probs parallel_tool_calls "
-            "parse_tool_calls post_sampling_probs presence_penalty preserved_tokens reasoning_budget_end_tag "
-            "reasoning_budget_end_tags reasoning_budget_message reasoning_budget_start_tag reasoning_budget_tokens "
-            "reasoning_control reasoning_effort reasoning_format repeat_last_n repeat_penalty response_fields "
-            "response_format return_progress return_tokens samplers seed speculative.n_max speculative.n_min "
-            "speculative.ngram_min_hits speculative.ngram_size_m speculative.ngram_size_n speculative.p_min "
-            "speculative.type sse_ping_interval stop stream stream_options t_max_predict_ms temperature "
-            "thinking_budget_tokens timings_per_token tool_choice tools top_k top_logprobs top_n_sigma top_p typical_p "
-            "verbose xtc_probability xtc_threshold"
-        ),
+        _LLAMA_CPP_CHAT,
         _names(
             "adaptive_decay adaptive_target backend_sampling best_of cache_prompt chat_format chat_parser "
             "continue_final_message dry_allowed_length dry_base dry_multiplier dry_penalty_last_n dry_sequence_breakers "
@@ -136,45 +166,47 @@ KNOWN = (
             "stop stream stream_options suffix t_max_predict_ms temperature timings_per_token top_k top_n_sigma top_p "
             "typical_p verbose xtc_probability xtc_threshold"
         ),
+        _LLAMA_CPP_CHAT - {"messages"} | _names("input instructions max_output_tokens previous_response_id"),  # handed on to it
     ),
 )
 
 
-def bodies() -> dict[str, type[BaseModel]]:
+def bodies() -> dict[str, type[CommonBody]]:
     """The endpoints and their bodies."""
-    return {"chat": ChatBody, "completions": CompletionBody}
+    return {"chat": ChatBody, "completions": CompletionBody, "responses": ResponsesBody}
 
 
 def document() -> str:
     """The table in Markdown."""
-    names = sorted({name for known in KNOWN for name in known.chat | known.completions})
+    names = sorted(set().union(*(known.all for known in KNOWN)))
     return _HEAD.format(sources="\n".join(f"- {k.name}: {k.version}, {k.source}" for k in KNOWN)) + "".join(map(_row, names))
 
 
 _HEAD = """# Fields of requests
 
-Every field that OpenAI, vLLM, SGLang and llama.cpp define for chats and completions is *served*, a *hint* (accepted, and the
-answer is the same whatever it says), or *refused*: a 400 that names it, unless its value asks for nothing. A dash stands where
-none of them defines it for that endpoint. Fields that nobody defines are accepted, ignored, and logged once. Ranges are in
-[the server's documentation](server.md#ranges).
+Every field that OpenAI, vLLM, SGLang and llama.cpp define for chats, completions and responses is *served*, a *hint* (accepted,
+and the answer is the same whatever it says), or *refused*: a 400 that names it, unless its value asks for nothing. A dash is
+where none of them defines it for that endpoint. Fields that nobody defines are accepted, ignored, and logged once. Ranges are
+in [the server's documentation](server.md#ranges).
 
 The lists are those of
 
 {sources}
 
-| field | chat | completions | defined by | |
-|---|---|---|---|---|
+| field | chat | completions | responses | defined by | |
+|---|---|---|---|---|---|
 """
 
 
 def _row(name: str) -> str:
-    cells = [_standing(name, endpoint, body) for endpoint, body in bodies().items()]
-    who = ", ".join(known.name for known in KNOWN if name in known.chat | known.completions)
-    note = HINTS[name] if "hint" in cells else UNSUPPORTED[name].advice if "refused" in cells else ""
-    return f"| `{name}` | {' | '.join(cells)} | {who} | {note} |\n"
+    cells = {body: _standing(name, endpoint, body) for endpoint, body in bodies().items()}
+    who = ", ".join(known.name for known in KNOWN if name in known.all)
+    hints = [body.hints[name] for body, cell in cells.items() if cell == "hint"]
+    advice = [body.unsupported[name].advice for body, cell in cells.items() if cell == "refused"]
+    return f"| `{name}` | {' | '.join(cells.values())} | {who} | {'; or '.join(dict.fromkeys(hints + advice))} |\n"
 
 
-def _standing(name: str, endpoint: str, body: type[BaseModel]) -> str:
+def _standing(name: str, endpoint: str, body: type[CommonBody]) -> str:
     if name not in body.model_fields and not any(name in getattr(known, endpoint) for known in KNOWN):
         return "-"
     return standing(name, body) or "unknown"

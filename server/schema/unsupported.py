@@ -135,6 +135,26 @@ NESTED: Mapping[str, Refusal] = {
 
 UNSUPPORTED: Mapping[str, Refusal] = {**CONSTRAINTS, **SAMPLING, **PROMPT, **ANSWER, **NESTED}
 
+_IN_CHATS = "use /v1/chat/completions"
+OF_RESPONSES: Mapping[str, Refusal] = {
+    "background": Refusal(_empty, "a response ends with its client's connection; leave it out, and stream"),
+    **_same(Refusal(_hollow), "background_options access_programs moderation"),
+    "conversation": Refusal(_never, "use previous_response_id, or send the items"),
+    "prompt": Refusal(_never, "templates of prompts are not stored here; send instructions and input"),
+    "context_management": Refusal(_empty, "nothing is compacted; use truncation"),
+    **_instead(_never, max_tokens="max_output_tokens", max_completion_tokens="max_output_tokens", messages="input",
+               reasoning_effort="reasoning.effort", previous_input_messages="input", previous_response="previous_response_id"),
+    **_instead(_empty, logprobs='include ["message.output_text.logprobs"]'),
+    "verbosity": Refusal(_one_of("medium")),
+    "n": Refusal(_one_of(1), "a response is one answer; leave it out"),
+    **_same(Refusal(_never, _IN_CHATS), "prompt_logprobs"),
+    **_same(Refusal(_empty, _IN_CHATS), "return_token_ids continue_final_message add_special_tokens echo"),
+    **_same(Refusal(_one_of(True), _IN_CHATS), "add_generation_prompt separate_reasoning"),
+    "reasoning_format": Refusal(_one_of("auto", "deepseek"), _IN_CHATS),
+    "enable_response_messages": Refusal(_empty),
+}  # fmt: skip
+"""Fields of /v1/responses alone, and of chats that it does not have."""
+
 OF_STREAMS: Refusal = Refusal(_empty, "allowed: include_usage, continuous_usage_stats")
 """Any other key of `stream_options`."""
 

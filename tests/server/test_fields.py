@@ -3,21 +3,25 @@ hint, or refused by name, and each of them is proved by requests to be what the 
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import typing
 from pathlib import Path
 
 import pytest
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
+from openai.types.responses import response_create_params
 
 from kvloom.server.schema import fields
 from kvloom.server.schema.known import KNOWN, bodies, document
 
-PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions", "responses": "/v1/responses"}
 BASE = {
     "chat": {"messages": [{"role": "user", "content": "the quick brown fox jumps"}], "max_tokens": 3},
     "completions": {"prompt": "the quick brown fox jumps", "max_tokens": 3},
+    "responses": {"input": "the quick brown fox jumps", "max_output_tokens": 3},
 }
 EFFECTS = {
     "messages": [{"role": "user", "content": "dog"}], "prompt": "dog", "model": "other", "frequency_penalty": 0.5,
@@ -28,7 +32,9 @@ EFFECTS = {
     "continue_final_message": True, "truncate_prompt_tokens": 2, "return_token_ids": True, "priority": 1, "cache_salt": "s",
     "best_of": 2, "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"}, "guided_json": {},
     "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": 'start: "a"', "guided_decoding": {"regex": "a+"},
-    "json_schema": {}, "grammar": 'root ::= "a"', "regex": "a+", "ebnf": 'root ::= "a"',
+    "input": "dog", "instructions": "be brief", "store": False, "metadata": {"a": "b"}, "max_output_tokens": 2,
+    "include": ["message.output_text.logprobs"], "previous_response_id": "resp_1", "text": {"format": {"type": "json_object"}},
+    "truncation": "auto", "json_schema": {}, "grammar": 'root ::= "a"', "regex": "a+", "ebnf": 'root ::= "a"',
 }  # fmt: skip
 """Values with which a request of a fake engine is asked, or answered, otherwise than without."""
 WITH = {
@@ -41,6 +47,10 @@ OF_ENDPOINT = {
     ("chat", "logprob_token_ids"): ({"logprobs": True}, [5]), ("completions", "logprob_token_ids"): ({"logprobs": 0}, [5]),
     ("chat", "return_tokens_as_token_ids"): ({"logprobs": True}, True),
     ("completions", "return_tokens_as_token_ids"): ({"logprobs": 1}, True),
+    ("responses", "logprob_token_ids"): ({"include": ["message.output_text.logprobs"]}, [5]),
+    ("responses", "return_tokens_as_token_ids"): ({"include": ["message.output_text.logprobs"]}, True),
+    ("responses", "top_logprobs"): ({"include": ["message.output_text.logprobs"]}, 2),
+    ("responses", "stream_options"): None,  # usage is always told
     ("chat", "add_special_tokens"): None, ("completions", "add_special_tokens"): None,  # the tokenizer adds none
     ("chat", "chat_template_kwargs"): None,  # the template has no variables
 }  # fmt: skip
@@ -74,12 +84,17 @@ def ask(asking, endpoint, **more):
     asked = [{key: value for key, value in call.items() if key != "id"} for call in engine.calls]
     if "text/event-stream" in reply.headers["content-type"]:
         return reply.status_code, asked, reply.text.count("data:")
-    return reply.status_code, asked, {key: value for key, value in reply.json().items() if key not in ("id", "created")}
+    answer = json.loads(re.sub(r"[a-z]+[_-][0-9a-f]{32}", "id", reply.text))
+    return (
+        reply.status_code,
+        asked,
+        {key: value for key, value in answer.items() if not key.startswith(("created", "completed"))},
+    )
 
 
 def test_every_field_of_every_server_has_a_standing():
     for known in KNOWN:
-        assert len(known.chat) > 30 and len(known.completions) > 15
+        assert len(known.chat) > 30 and len(known.completions) > 15 and len(known.responses) > 30
         for endpoint, body in bodies().items():
             assert not [name for name in getattr(known, endpoint) if fields.standing(name, body) is None]
 
@@ -91,12 +106,13 @@ def test_the_list_of_openai_is_that_of_its_client():
         kinds = [
             kind
             for name, kind in vars(module).items()
-            if name.startswith("CompletionCreateParams") and hasattr(kind, "__required_keys__")
+            if name.startswith(("CompletionCreateParams", "ResponseCreateParams")) and hasattr(kind, "__required_keys__")
         ]
         return {name for kind in kinds for name in typing.get_type_hints(kind)}
 
     openai = next(known for known in KNOWN if known.name == "OpenAI")
     assert hinted(chat_create_params) == openai.chat and hinted(completion_create_params) == openai.completions
+    assert hinted(response_create_params) == openai.responses
 
 
 @pytest.mark.parametrize(("endpoint", "name"), rows("served"))

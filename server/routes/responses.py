@@ -1,0 +1,128 @@
+"""/v1/responses: create a response, and retrieve, delete and list what was stored of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query, Request
+from starlette.responses import Response
+
+from kvloom.engine.errors import InvalidRequestError
+from kvloom.server.context import context_of, owner_of
+from kvloom.server.conversations import chat_job, checked_chat, fitted
+from kvloom.server.errors import NotStoredError
+from kvloom.server.respond import arrive, respond
+from kvloom.server.responses.answer import ResponseWriter
+from kvloom.server.responses.history import History
+from kvloom.server.responses.store import Record
+from kvloom.server.schema.items import MAX_ID
+from kvloom.server.schema.responses import ResponsesBody
+
+router = APIRouter(prefix="/v1/responses")
+
+ResponseId = Annotated[str, Path(max_length=MAX_ID)]
+NO_CANCEL = "only responses in the background can be cancelled, of which there are none: close the connection to end one"
+OWN_WORDS = {"max_tokens": "max_output_tokens", "messages": "input", "prompt": "input", "response_format": "text.format",
+             "reasoning_effort": "reasoning.effort"}  # fmt: skip
+
+
+@router.post("")
+async def create_response(body: ResponsesBody, request: Request) -> Response:
+    """Answer what is given, and what was before in the response that it continues."""
+    context = context_of(request)
+    context.check_model(body.model)
+    arrival = arrive(request, "resp_")
+    history = History.of(context.responses, owner_of(request), body)
+    with own_words(body):
+        chat = checked_chat(body.chat(history.messages))
+        job = await chat_job(request, arrival, await fitted(request, chat) if body.truncation == "auto" else chat)
+        writer = ResponseWriter(body, job, history.keep)
+        return await respond(request, job, writer, writer.whole)
+
+
+@router.post("/input_tokens")
+async def count_input_tokens(body: ResponsesBody, request: Request) -> dict[str, Any]:
+    """How many tokens a response would read. Nothing is generated or stored."""
+    context = context_of(request)
+    context.check_model(body.model)
+    history = History.of(context.responses, owner_of(request), body)
+    with own_words(body):
+        chat = checked_chat(body.chat(history.messages))
+        prompt = await context.prompts.chat(chat.conversation(chat.messages))
+    return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
+
+
+@router.get("/{response_id}")
+async def retrieve_response(
+    request: Request, response_id: ResponseId, stream: bool = False, starting_after: int | None = None
+) -> Response:
+    """A stored response."""
+    if stream or starting_after is not None:
+        name = "stream" if stream else "starting_after"
+        raise InvalidRequestError(f"{name} is given, but a stored response is not streamed; leave it out", name)
+    return Response(_stored(request, response_id).response, media_type="application/json")
+
+
+@router.delete("/{response_id}")
+async def delete_response(request: Request, response_id: ResponseId) -> dict[str, Any]:
+    """Forget a stored response."""
+    if not context_of(request).responses.delete(owner_of(request), response_id):
+        raise _missing(response_id)
+    return {"id": response_id, "object": "response", "deleted": True}
+
+
+@router.post("/{response_id}/cancel")
+async def cancel_response(request: Request, response_id: ResponseId) -> Response:
+    """Refused: see `NO_CANCEL`."""
+    _stored(request, response_id)
+    raise InvalidRequestError(NO_CANCEL, "response_id")
+
+
+@router.get("/{response_id}/input_items")
+async def list_input_items(
+    request: Request,
+    response_id: ResponseId,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+    after: Annotated[str | None, Query(max_length=MAX_ID)] = None,
+) -> dict[str, Any]:
+    """The items that a stored response answered, those of the responses before it included."""
+    items = _stored(request, response_id).input()
+    if order == "desc":
+        items.reverse()
+    if after is not None:
+        # The last of this id, so that pages come to an end even where a client gave an id twice.
+        place = max((index for index, item in enumerate(items) if item["id"] == after), default=None)
+        if place is None:
+            raise InvalidRequestError(f"after is {after[:80]!r}, which is no item of this response's input", "after")
+        items = items[place + 1 :]
+    page = items[:limit]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": page, **ends, "has_more": len(items) > limit}
+
+
+@contextmanager
+def own_words(body: ResponsesBody) -> Iterator[None]:
+    """Tells of errors in a chat's fields by the names that they have here."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        head, dot, rest = (error.param or "").replace("[", ".[", 1).partition(".")
+        own = None if head == "response_format" and body.response_format is not None else OWN_WORDS.get(head)
+        if own is None:
+            raise
+        param = own if head == "messages" else own + dot + rest.removeprefix("json_schema.")
+        raise type(error)(str(error).replace(error.param or "", param, 1), param) from error
+
+
+def _stored(request: Request, response_id: str) -> Record:
+    record = context_of(request).responses.find(owner_of(request), response_id)
+    if record is None:
+        raise _missing(response_id)
+    return record
+
+
+def _missing(response_id: str) -> NotStoredError:
+    return NotStoredError(f"no response {response_id[:80]!r} is stored for this key", "response_id", "response_not_found")
