@@ -67,9 +67,10 @@ class ResponseWriter:
             self._take(event)
         if piece.finish_reason is not None:
             _complete(self._choice)
-            if self._choice.parts and not self._ids:
-                self._begin(0)
             self._close()
+            if len(self._choice.parts) > len(self._ids):
+                self._begin(len(self._ids))
+                self._close()
         return self._flush()
 
     def end(self) -> bytes:

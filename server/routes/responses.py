@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
@@ -106,15 +107,20 @@ async def list_input_items(
 @contextmanager
 def own_words(body: ResponsesBody) -> Iterator[None]:
     """Tells of errors in a chat's fields by the names that they have here."""
+    names = {
+        name: own for name, own in OWN_WORDS.items() if not (name == "response_format" and body.response_format is not None)
+    }
     try:
         yield
     except InvalidRequestError as error:
-        head, dot, rest = (error.param or "").replace("[", ".[", 1).partition(".")
-        own = None if head == "response_format" and body.response_format is not None else OWN_WORDS.get(head)
-        if own is None:
-            raise
-        param = own if head == "messages" else own + dot + rest.removeprefix("json_schema.")
-        raise type(error)(str(error).replace(error.param or "", param, 1), param) from error
+        param, message = error.param or "", str(error)
+        name = re.split(r"[.[]", param)[0]
+        if name in names:  # messages[3].content is no place in the input
+            own = names[name] if name == "messages" else names[name] + param.removeprefix(name).replace(".json_schema", "", 1)
+            param, message = own, message.replace(param, own, 1)
+        if "response_format" in names:
+            message = message.replace("response_format", names["response_format"])
+        raise type(error)(message, param or None) from error
 
 
 def _stored(request: Request, response_id: str) -> Record:

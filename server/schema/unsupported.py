@@ -135,8 +135,18 @@ NESTED: Mapping[str, Refusal] = {
 
 UNSUPPORTED: Mapping[str, Refusal] = {**CONSTRAINTS, **SAMPLING, **PROMPT, **ANSWER, **NESTED}
 
+_OWN_ADVICE = {
+    "use max_tokens": "use max_output_tokens",
+    "use logprobs": 'use include ["message.output_text.logprobs"]',
+    "use return_token_ids": "use /v1/chat/completions",
+    "use prompt": "use input",
+    "use n": "a response is one answer; leave it out",
+    "send a message with the role system": "use instructions",
+}
 _IN_CHATS = "use /v1/chat/completions"
 OF_RESPONSES: Mapping[str, Refusal] = {
+    **{name: Refusal(refusal.harmless, _OWN_ADVICE[refusal.advice])
+       for name, refusal in UNSUPPORTED.items() if refusal.advice in _OWN_ADVICE},
     "background": Refusal(_empty, "a response ends with its client's connection; leave it out, and stream"),
     **_same(Refusal(_hollow), "background_options access_programs moderation"),
     "conversation": Refusal(_never, "use previous_response_id, or send the items"),
@@ -148,7 +158,7 @@ OF_RESPONSES: Mapping[str, Refusal] = {
     "verbosity": Refusal(_one_of("medium")),
     "n": Refusal(_one_of(1), "a response is one answer; leave it out"),
     **_same(Refusal(_never, _IN_CHATS), "prompt_logprobs"),
-    **_same(Refusal(_empty, _IN_CHATS), "return_token_ids continue_final_message add_special_tokens echo"),
+    **_same(Refusal(_empty, _IN_CHATS), "return_token_ids add_special_tokens"),
     **_same(Refusal(_one_of(True), _IN_CHATS), "add_generation_prompt separate_reasoning"),
     "reasoning_format": Refusal(_one_of("auto", "deepseek"), _IN_CHATS),
     "enable_response_messages": Refusal(_empty),

@@ -1,0 +1,463 @@
+"""/v1/responses through openai-python: whole and streamed, items, continued conversations, the store's routes, refusals."""
+
+import json
+
+import openai
+import pytest
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import BaseModel, TypeAdapter
+
+from kvloom.engine.errors import ContextLengthError
+
+EVENTS = TypeAdapter(ResponseStreamEvent)
+LOGPROBS = "message.output_text.logprobs"
+LOOK = {"type": "function", "name": "look", "description": "Looks.", "strict": False, "parameters": {
+    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
+LIST = {"type": "function", "name": "list_all", "parameters": None, "strict": None}
+CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Bonn"}}\n</tool_call>'
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.fixture
+def says(serving, fake):
+    """Starts a server whose model says a text: says(text, **options) -> a client, the server."""
+
+    def start(text=None, template=None, **options):
+        engine = fake.FakeEngine()
+        engine.says = text
+        engine.tokenizer = fake.make_tokenizer(template or fake.TEMPLATE)
+        served = serving(engine, **options)
+        return served.openai(), served
+
+    return start
+
+
+def ask(client, given="weather in Bonn?", **fields):
+    return client.responses.create(model="echo-model", input=given, **fields)
+
+
+def events(served, **body):
+    """The events of a stream as they are on the wire, checked against the client's types."""
+    with served.client() as http:
+        body = {"input": "weather in Bonn?", "stream": True, **body}
+        reply = http.post("/v1/responses", json=body)
+    assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream"), reply.text
+    blocks = reply.text.split("\n\n")
+    assert blocks[-2:] == ["data: [DONE]", ""]
+    found = []
+    for number, block in enumerate(blocks[:-2]):
+        name, data = block.split("\n")
+        event = json.loads(data.removeprefix("data: "))
+        assert name == f"event: {event['type']}" and event["sequence_number"] == number
+        if (event.get("response") or {}).get("usage"):
+            event["response"]["usage"]["input_tokens_details"].setdefault("cache_write_tokens", 0)
+        EVENTS.validate_python(event)
+        found.append(event)
+    return found
+
+
+def kinds(found):
+    """Their types, neighbours of one type once."""
+    names = [event["type"].removeprefix("response.") for event in found]
+    return [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+
+
+def plain(response):
+    """A response without what differs every time."""
+    items = [{key: value for key, value in item.items() if key not in ("id", "call_id")} for item in response["output"]]
+    return {**response, "output": items, "id": "", "created_at": 0, "completed_at": 0}
+
+
+def gathered(found):
+    """The output items that the events of a stream add up to, without what only `done` events tell."""
+    items = []
+    for event in found:
+        match event["type"].removeprefix("response."):
+            case "output_item.added":
+                assert event["output_index"] == len(items) and event["item"]["status"] == "in_progress"
+                items.append(json.loads(json.dumps(event["item"])))
+            case "content_part.added":
+                items[event["output_index"]]["content"].append(event["part"])
+            case "output_text.delta" | "reasoning_text.delta":
+                items[event["output_index"]]["content"][event["content_index"]]["text"] += event["delta"]
+            case "function_call_arguments.delta":
+                items[event["output_index"]]["arguments"] += event["delta"]
+            case "output_text.done" | "reasoning_text.done":
+                part = items[event["output_index"]]["content"][event["content_index"]]
+                assert part["text"] == event["text"]
+                part |= {"logprobs": event["logprobs"]} if "logprobs" in event else {}
+            case "function_call_arguments.done":
+                assert items[event["output_index"]]["arguments"] == event["arguments"]
+            case "output_item.done":
+                items[event["output_index"]]["status"] = event["item"]["status"]
+                assert items[event["output_index"]] == event["item"]
+        if "item_id" in event:
+            assert event["item_id"] == items[event["output_index"]]["id"]
+    return items
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_output_tokens": 20},
+        {"tools": [LOOK, LIST]},
+        {"tools": [LOOK, LIST], "max_output_tokens": 40},
+        {"tools": [LOOK], "parallel_tool_calls": False},
+        {"include": [LOGPROBS], "top_logprobs": 2, "tools": [LOOK, LIST]},
+        {"include": [LOGPROBS], "stop": "Done"},
+        {"include_reasoning": False},
+    ],
+)
+def test_a_stream_adds_up_to_the_whole_which_is_what_is_stored(says, fields):
+    text = f'<think>\nIt asks for weather.\n</think>\nI look.\n{CALL}\n<tool_call>{{"name": "list_all"}}</tool_call> Done.'
+    _, served = says(text, THINKING)
+    found = events(served, **fields)
+    assert kinds(found)[:2] == ["created", "in_progress"] and found[0]["response"]["output"] == []
+    last = found[-1]["response"]
+    assert gathered(found) == last["output"]
+    with served.client() as http:
+        whole = http.post("/v1/responses", json={"input": "weather in Bonn?", **fields}).json()
+        assert plain(whole) == plain(json.loads(json.dumps(last)) | {"usage": whole["usage"]})
+        for response in (whole, last):
+            stored = http.get(f"/v1/responses/{response['id']}").json()
+            stored["usage"]["input_tokens_details"].setdefault("cache_write_tokens", 0)
+            response["usage"]["input_tokens_details"].setdefault("cache_write_tokens", 0)
+            assert stored == response
+            Response.model_validate(response)
+    assert last["status"] == ("incomplete" if "max_output_tokens" in fields else "completed")
+    assert last["incomplete_details"] == ({"reason": "max_output_tokens"} if "max_output_tokens" in fields else None)
+    shown = [item["type"] for item in whole["output"]]
+    assert (shown[:1] == ["reasoning"]) == fields.get("include_reasoning", True)
+
+
+def test_items_are_in_the_order_in_which_they_were_written(says):
+    _, served = says(f"<think>Hm.</think>I look.\n{CALL} Done.", THINKING)
+    found = events(served, tools=[LOOK])
+    text, thought = ["content_part.added", "output_text.delta"], ["content_part.added", "reasoning_text.delta"]
+    ends = ["content_part.done", "output_item.done", "output_item.added"]
+    assert kinds(found) == [
+        "created", "in_progress", "output_item.added", *thought, "reasoning_text.done", *ends, *text, "output_text.done", *ends,
+        "function_call_arguments.delta", "function_call_arguments.done", "output_item.done", "output_item.added", *text,
+        "output_text.done", "content_part.done", "output_item.done", "completed"]  # fmt: skip
+    output = found[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["reasoning", "message", "function_call", "message"]
+    assert output[0]["content"][0]["text"] == "Hm." and output[0]["summary"] == []
+    assert output[2]["arguments"] == '{"city": "Bonn"}' and output[2]["call_id"].startswith("call_")
+    assert [item["content"][0]["text"] for item in output if item["type"] == "message"] == ["I look.", " Done."]
+    usage = found[-1]["response"]["usage"]
+    assert 0 < usage["output_tokens_details"]["reasoning_tokens"] < usage["output_tokens"]
+    assert usage["input_tokens_details"]["cached_tokens"] == usage["input_tokens"] // 2
+
+
+def test_the_clients_own_stream(says):
+    client, _ = says(f"I look.\n{CALL}")
+    with client.responses.stream(model="echo-model", input="weather?", tools=[LOOK]) as stream:
+        seen = [event.type for event in stream]
+        final = stream.get_final_response()
+    assert seen[-1] == "response.completed" and final.output_text == "I look."
+    assert final.output[1].arguments == '{"city": "Bonn"}'
+    assert final.to_dict(exclude_none=True) | {"output": 0} == client.responses.retrieve(final.id).to_dict(
+        exclude_none=True
+    ) | {"output": 0}
+
+
+def test_parsed_text(says):
+    class Weather(BaseModel):
+        city: str
+
+    client, served = says('{"city": "Bonn"}')
+    assert client.responses.parse(model="echo-model", input="?", text_format=Weather).output_parsed == Weather(city="Bonn")
+    assert json.loads(served.engine.calls[-1]["sampling"].structured.json_schema)["properties"]["city"]["type"] == "string"
+    ask(client, text={"format": {"type": "json_object"}})
+    assert served.engine.calls[-1]["sampling"].structured.json_object
+    ask(client, text={"format": {"type": "text"}, "verbosity": "medium"})
+    assert served.engine.calls[-1]["sampling"].structured is None
+
+
+def test_what_the_engine_is_asked(says):
+    client, served = says("Hi.")
+    own = {"kv": {"reuse": "off"}, "priority": 3, "cache_salt": "s", "top_k": 5, "seed": 7, "min_tokens": 1}
+    answer = ask(client, temperature=0.5, top_p=0.25, max_output_tokens=9, metadata={"a": "b"}, extra_body=own)
+    call = served.engine.calls[-1]
+    assert (call["kv"].reuse, call["priority"], call["cache_salt"]) == ("off", 3, "s")
+    sampling = call["sampling"]
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.top_k) == (0.5, 0.25, 9, 5)
+    assert (sampling.seed, sampling.min_tokens, sampling.logprobs) == (7, 1, None)
+    assert (answer.temperature, answer.max_output_tokens, answer.metadata) == (0.5, 9, {"a": "b"})
+    assert answer.usage.kv["cached_tokens"] == answer.usage.input_tokens_details.cached_tokens
+
+
+def prompt(served):
+    """What the model was given to read."""
+    return served.engine.tokenizer.decode(served.engine.calls[-1]["prompt"], skip_special_tokens=False)
+
+
+def test_items_become_turns(says):
+    shown = "{% for m in messages %}[{{ m | tojson }}]{% endfor %}"
+    client, served = says("Rain.", shown)
+    items = [
+        {"role": "developer", "content": "Be brief."},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "weather?"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "message", "id": "msg_1", "role": "assistant", "status": "completed",
+         "content": [{"type": "output_text", "text": "I look.", "annotations": []}]},
+        {"type": "function_call", "id": "fc_1", "call_id": "call_1", "name": "look", "arguments": '{"city": "Bonn"}'},
+        {"type": "function_call", "call_id": "call_2", "name": "list_all", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "rain"},
+        {"type": "function_call_output", "call_id": "call_2", "output": [{"type": "input_text", "text": "none"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Well."}]},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+        {"role": "user", "content": "Then?"},
+    ]  # fmt: skip
+    answer = ask(client, items, instructions="You look.")
+    said = json.loads("[" + prompt(served).replace("][", ",")[1:])
+    assert [message["role"] for message in said] == [
+        "system", "system", "user", "assistant", "tool", "tool", "assistant", "user"]  # fmt: skip
+    assert [said[0]["content"], said[1]["content"], said[2]["content"]] == ["You look.", "Be brief.", "weather?"]
+    assert (said[3]["reasoning_content"], said[3]["content"]) == ("Hm.", "I look.")
+    assert [call["id"] for call in said[3]["tool_calls"]] == ["call_1", "call_2"]
+    assert [(one["tool_call_id"], one["content"]) for one in said[4:6]] == [("call_1", "rain"), ("call_2", "none")]
+    assert (said[6]["reasoning_content"], said[6]["content"]) == ("Well.", "No.")
+    listed = client.responses.input_items.list(answer.id, order="asc", limit=100).data
+    assert [item.type for item in listed] == [item.get("type", "message") for item in items]
+    assert listed[2].id == "rs_1" and listed[3].id == "msg_1" and listed[5].id.startswith("fc_")
+
+
+def test_a_conversation_goes_on(says):
+    client, served = says(f"<think>Hm.</think>I look.\n{CALL}", THINKING)
+    first = ask(client, "weather in Bonn?", tools=[LOOK], instructions="Be brief.")
+    call = first.output[-1]
+    served.engine.says = "Rain."
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
+    second = ask(client, [result], previous_response_id=first.id, tools=[LOOK])
+    by_id = prompt(served)
+    assert second.previous_response_id == first.id and "Be brief." not in by_id
+    assert by_id.index("weather in Bonn?") < by_id.index("<think>Hm.</think>I look.") < by_id.index("rain")
+    ask(client, [{"role": "user", "content": "weather in Bonn?"}, *first.output, result], tools=[LOOK], store=False)
+    assert prompt(served) == by_id  # the same as all items sent again, so the same prefix in the cache
+    references = [{"type": "item_reference", "id": item.id} for item in first.output]
+    ask(client, [{"role": "user", "content": "weather in Bonn?"}, *references, result], tools=[LOOK])
+    assert prompt(served) == by_id
+    items = list(client.responses.input_items.list(second.id, limit=2, order="asc"))
+    assert [item.type for item in items] == ["message", "reasoning", "message", "function_call", "function_call_output"]
+    assert list(client.responses.input_items.list(second.id, limit=1)) == items[::-1]
+    assert list(client.responses.input_items.list(second.id, after=items[2].id)) == items[1::-1]
+    third = ask(client, "And tomorrow?", previous_response_id=second.id)
+    assert prompt(served).index("rain") < prompt(served).index("Rain.") < prompt(served).index("And tomorrow?")
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+    ask(client, "Well?", previous_response_id=third.id)  # what it continues is kept for it
+    assert "Rain." in prompt(served)
+
+
+def lost(client, answer):
+    """Every way to a response and to its items is a 404."""
+    ways = (
+        lambda: client.responses.retrieve(answer.id),
+        lambda: client.responses.delete(answer.id),
+        lambda: client.responses.cancel(answer.id),
+        lambda: client.responses.input_items.list(answer.id),
+        lambda: ask(client, previous_response_id=answer.id),
+        lambda: ask(client, [{"type": "item_reference", "id": answer.output[0].id}]),
+    )
+    for way in ways:
+        with pytest.raises(openai.NotFoundError, match="is stored for this key"):
+            way()
+
+
+def test_what_is_not_stored(says):
+    client, served = says("Hi.")
+    answer = ask(client, store=False)
+    assert not answer.store
+    lost(client, answer)
+    off, _ = says("Hi.", response_store_size=0)
+    answer = ask(off)
+    assert not answer.store
+    lost(off, answer)
+    served.engine.fail_after = 1
+    with served.client() as http:
+        text = http.post("/v1/responses", json={"input": "x", "stream": True}).text
+        made = json.loads(text.split("data: ")[1].split("\n")[0])["response"]["id"]
+        assert http.get(f"/v1/responses/{made}").status_code == 404
+
+
+def test_responses_are_their_keys_alone(serving):
+    served = serving(api_key=("first", "second"), admin_key=("admin",))
+    first, second, admin = (served.openai(api_key=key) for key in ("first", "second", "admin"))
+    answer = ask(first, "dog", max_output_tokens=2)
+    lost(second, answer)
+    lost(admin, answer)
+    assert first.responses.retrieve(answer.id).id == answer.id
+
+
+def test_responses_of_a_proxys_tenants_are_theirs_alone(serving):
+    served = serving(trusted_proxies=("127.0.0.0/8",))
+    ann, ben = (served.openai(default_headers={"X-KVLoom-Tenant": name}) for name in ("ann", "ben"))
+    answer = ask(ann, "dog", max_output_tokens=2)
+    assert ann.responses.retrieve(answer.id).id == answer.id
+    with pytest.raises(openai.NotFoundError):
+        ben.responses.retrieve(answer.id)
+
+
+def test_an_error_in_a_stream(says):
+    client, served = says("I look.")
+    served.engine.fail_after = 2
+    found = events(served)
+    assert kinds(found)[-2:] == ["error", "failed"]
+    failed = found[-1]["response"]
+    assert failed["status"] == "failed" and failed["error"]["code"] == "server_error" and not failed["store"]
+    assert failed["output"][0]["status"] == "incomplete"
+    with pytest.raises(openai.InternalServerError):
+        ask(client)
+    with client.responses.stream(model="echo-model", input="x") as stream:
+        assert [event.type for event in stream][-1] == "response.failed"
+
+
+def test_an_answer_without_words_is_a_message(says):
+    client, served = says("<think>Hm.</think>", THINKING)
+    answer = ask(client)
+    assert [item.type for item in answer.output] == ["reasoning", "message"] and answer.output_text == ""
+    assert gathered(found := events(served)) == found[-1]["response"]["output"]
+
+
+def test_truncation(says, fake):
+    client, served = says()
+    turns = [{"role": "user", "content": f"turn {i} " + "the lazy dog " * 100} for i in range(20)]
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, turns)
+    assert refused.value.code == "context_length_exceeded" and refused.value.param == "input"
+    answer = ask(client, turns, truncation="auto", instructions="Be brief.", max_output_tokens=100)
+    kept = [i for i in range(20) if f"turn {i} " in prompt(served)]
+    assert kept[0] > 0 and kept == list(range(kept[0], 20)) and "Be brief." in prompt(served)
+    usage, turn = answer.usage, len(served.engine.tokenizer.encode(turns[0]["content"], add_special_tokens=False))
+    assert fake.MAX_MODEL_LEN - 2 * turn < usage.input_tokens <= fake.MAX_MODEL_LEN - 100
+    ask(client, turns[:2], truncation="auto", max_output_tokens=1)
+    assert "turn 0 " in prompt(served)
+    with pytest.raises(openai.BadRequestError):
+        ask(client, "the lazy dog " * 4000, truncation="auto")
+
+
+def test_tokens_are_counted(says):
+    client, _ = says("Hi.")
+    first = ask(client, "dog", instructions="Be brief.", tools=[LOOK])
+    counted = client.responses.input_tokens.count(model="echo-model", input="dog", instructions="Be brief.", tools=[LOOK])
+    assert counted.input_tokens == first.usage.input_tokens
+    second = ask(client, "fox", previous_response_id=first.id)
+    counted = client.responses.input_tokens.count(model="echo-model", input="fox", previous_response_id=first.id)
+    assert counted.input_tokens == second.usage.input_tokens
+
+
+def test_tools_that_are_allowed(says):
+    client, served = says("Hi.", "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[-1].content }}")
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}
+    answer = ask(client, tools=[LOOK, LIST], tool_choice=allowed)
+    assert prompt(served).startswith("look weather") and answer.tool_choice.tools[0]["name"] == "look"
+    ask(client, tools=[LOOK, LIST], tool_choice={**allowed, "mode": "required"})
+    assert served.engine.calls[-1]["sampling"].structured is not None
+    answer = ask(client, tools=[LOOK, LIST], tool_choice={"type": "function", "name": "list_all"})
+    assert answer.tool_choice.name == "list_all" and served.engine.calls[-1]["sampling"].structured is not None
+
+
+IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "said"),
+    [
+        ({"input": []}, "input", "at least 1"),
+        ({"input": 5}, "input", "a text, or a list of items"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "'web_search_call'; allowed: message"),
+        ({"input": IMAGE}, "input[0].content[0].type", "'input_image'; this model reads text only"),
+        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "'assistant'"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "required"),
+        ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content", "cannot be read"),
+        ({"input": [{"role": "user", "content": "\ud800"}]}, "input[0].content", "surrogate"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'; only tools of type"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name", "required"),
+        ({"tools": [LOOK, LOOK]}, "tools", "'look' twice"),
+        ({"tools": [{**LOOK, "defer_loading": True}]}, "tools[0].defer_loading", "not supported"),
+        ({"tool_choice": {"type": "mcp"}}, "tool_choice", "of type 'mcp'; allowed: function, allowed_tools"),
+        ({"tool_choice": "required"}, "tool_choice", "no tools are given"),
+        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs a schema"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", "'text', 'json_object' or 'json_schema'"),
+        ({"text": {"format": {"type": "json_object"}}, "regex": "a"}, "regex", "text.format"),
+        ({"reasoning": {"effort": "low"}}, "reasoning.effort", "reasoning.effort is 'low'"),
+        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary", "told in full"),
+        ({"top_logprobs": 2}, "top_logprobs", LOGPROBS),
+        ({"include": ["everything"]}, "include[0]", LOGPROBS),
+        ({"metadata": {"k" * 65: "v"}}, "metadata", "64 and 512"),
+        ({"max_tokens": 5}, "max_tokens", "use max_output_tokens"),
+        ({"n_predict": 5}, "n_predict", "use max_output_tokens"),
+        ({"background": True}, "background", "not supported"),
+        ({"conversation": "conv_1"}, "conversation", "previous_response_id"),
+        ({"prompt": {"id": "p"}}, "prompt", "instructions and input"),
+        ({"stream_options": {}}, "stream_options", "without stream"),
+        (
+            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            "stream_options.include_obfuscation",
+            "not supported",
+        ),
+        ({"truncation": "auto", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "give one"),
+        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm", "not supported"),
+        ({"bad_words": ["x"] * 200}, "bad_words", "128"),
+        ({"input": [{"role": "user", "content": "x"}] * 5000}, "input", "4096"),
+    ],
+)
+def test_refusals_name_the_field(served, fields, param, said):
+    with served.client() as http:
+        before = len(served.engine.calls)
+        reply = http.post(
+            "/v1/responses", content=json.dumps({"input": "dog", **fields}), headers={"Content-Type": "application/json"}
+        )
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, param) and said in error["message"], error
+    assert len(served.engine.calls) == before
+
+
+def test_what_the_engine_refuses_is_told_by_the_names_of_this_endpoint(says):
+    client, served = says("Hi.")
+    served.engine.refuse = ContextLengthError("max_tokens is 5000 and the prompt has 9 tokens", "max_tokens")
+    with pytest.raises(openai.BadRequestError, match="max_output_tokens is 5000") as refused:
+        ask(client, max_output_tokens=5000)
+    assert (refused.value.param, refused.value.code) == ("max_output_tokens", "context_length_exceeded")
+
+
+def test_stored_responses_are_not_streamed_or_cancelled(says):
+    client, served = says("Hi.")
+    answer = ask(client)
+    with pytest.raises(openai.BadRequestError, match="in the background"):
+        client.responses.cancel(answer.id)
+    with served.client() as http:
+        for query, param in {"stream=true": "stream", "starting_after=3": "starting_after"}.items():
+            reply = http.get(f"/v1/responses/{answer.id}?{query}")
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == param
+        for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_1"):
+            reply = http.get(f"/v1/responses/{answer.id}/input_items?{query}")
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == query.split("=")[0], reply.text
+
+
+def test_the_store_is_bounded(says):
+    client, _ = says("Hi.", response_store_count=3)
+    answers = [ask(client) for _ in range(5)]
+    for gone in answers[:2]:
+        lost(client, gone)
+    for kept in answers[2:]:
+        client.responses.retrieve(kept.id)
+    client, _ = says("Hi.", response_store_size=8192)
+    assert not ask(client, "dog " * 2000, truncation="disabled").store
+    assert ask(client).store
+
+
+def test_a_client_that_leaves_ends_its_response(serving, fake, until):
+    engine = fake.FakeEngine(step_seconds=0.01)
+    served = serving(engine)
+    with served.client() as http, http.stream("POST", "/v1/responses", json={"input": "dog", "stream": True}) as reply:
+        line = next(line for line in reply.iter_lines() if line.startswith("data: "))
+    until(lambda: engine.aborted and not engine.live)
+    with served.client() as http:
+        assert http.get(f"/v1/responses/{json.loads(line[6:])['response']['id']}").status_code == 404
