@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ class InstallError(Exception):
 
 def installed(client: Client, cache: Path) -> list[str]:
     """The command that runs a client's script, in an environment that holds its pinned packages. Raises InstallError."""
-    folder = cache / f"{client.name.strip('@').replace('/', '-')}-{client.version}"
+    folder = cache / f"{re.sub('[/ ]', '-', client.name.strip('@'))}-{client.version}"
     stamp = folder / ".installed"
     if client.npm:
         if not stamp.exists():

@@ -30,10 +30,14 @@ class Client(NamedTuple):
 
 CLIENTS = (
     Client("openai-python", ("openai==3.57.0",), "openai_python.py"),
+    Client("openai-python responses", ("openai==3.57.0",), "openai_responses_python.py"),
+    Client("openai-agents", ("openai-agents==0.24.0",), "openai_agents_python.py"),
     Client("openai-js", ("openai@7.59.0",), "openai_js.mjs"),
     Client("@ai-sdk/openai-compatible", ("@ai-sdk/openai-compatible@3.0.92", "ai@7.0.173", "zod@4.6.7"), "ai_sdk.mjs"),
+    Client("@ai-sdk/openai", ("@ai-sdk/openai@4.0.118", "ai@7.0.173", "zod@4.6.7"), "ai_sdk_openai.mjs"),
     Client("litellm", ("litellm==1.110.2",), "litellm_python.py"),
     Client("langchain-openai", ("langchain-openai==1.7.4",), "langchain_python.py"),
+    Client("langchain-openai responses", ("langchain-openai==1.7.4",), "langchain_responses_python.py"),
     Client("instructor", ("instructor==1.17.0",), "instructor_python.py"),
     Client("pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",), "pydantic_ai_python.py"),
     Client("smolagents", ("smolagents[openai]==1.26.0",), "smolagents_python.py"),
