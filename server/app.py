@@ -16,7 +16,7 @@ from kvloom.server.answers.choose import formats_of
 from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.hosts import HostMiddleware, guards_hosts
-from kvloom.server.limits import BodyLimitMiddleware
+from kvloom.server.limits import HELD_BODIES, BodyHall, BodyLimitMiddleware
 from kvloom.server.methods import HeadMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
@@ -33,8 +33,9 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     encoder = PromptEncoder(client.tokenizer, client.model.vocab_size, client.model.max_model_len, client.reserve)
     formats = formats_of(client.tokenizer, options.tool_call_parser, options.reasoning_parser)
     store = ResponseStore(options.response_store_size, options.response_store_count)
+    bodies = BodyHall(HELD_BODIES * options.max_body)
     tracing = None if options.otlp_traces_endpoint is None else Tracing(options.otlp_traces_endpoint)
-    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats, store, tracing)
+    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats, store, bodies, tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -64,7 +65,7 @@ def _guard(app: FastAPI, context: ServerContext) -> None:
     none of it."""
     refused, options = context.metrics.refused, context.options
     app.add_middleware(HeadMiddleware)
-    app.add_middleware(BodyLimitMiddleware, limit=options.max_body, refused=refused)
+    app.add_middleware(BodyLimitMiddleware, limit=options.max_body, refused=refused, hall=context.bodies)
     app.add_middleware(TenantMiddleware, proxies=options.proxies(), refused=refused)
     keys, admins = KeyRing(options.api_key, options.tenant_keys), KeyRing(options.admin_key)
     if keys or admins:

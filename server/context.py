@@ -15,6 +15,7 @@ from kvloom.engine.errors import ModelNotFoundError, OverloadedError
 from kvloom.engine.thread.questions import WAITING_OF_TENANT
 from kvloom.server.answers.choose import AnswerFormats
 from kvloom.server.errors import OperatorOnlyError
+from kvloom.server.limits import BodyHall
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
@@ -33,6 +34,7 @@ class ServerContext:
     prompts: PromptEncoder
     answers: AnswerFormats
     responses: ResponseStore
+    bodies: BodyHall
     tracing: Tracing | None = None
     """Where spans go, if they are wanted."""
     asking: Counter[str] = field(default_factory=Counter)

@@ -75,7 +75,8 @@ class BodyHall:
     def turn(self, tenant: str, body: bytes) -> float:
         """Seconds to wait before this body is parsed. The tenant's next waits until this has taken no more than its share.
 
-        Infinite if that would be too long: then the body does not take its turn.
+        Infinite if that would be too long: then the body does not take its turn. Stored items that a request continues are
+        parsed as its body is, and take a turn of their own.
         """
         if len(body) <= SMALL_BODY:
             return 0.0

@@ -11,11 +11,11 @@ A deleted response is found by nobody. What it held stays, and is counted, for a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-_OF_RESPONSE, _OF_ITEM = 2048, 512
+_OF_RESPONSE, _OF_ENTRY = 2048, 512
 """Bytes that are counted for Python's objects beside the JSON."""
 
 
@@ -27,16 +27,28 @@ class Owner(NamedTuple):
     """A digest of the API key; empty where none is needed."""
 
 
+class Entry(NamedTuple):
+    """An item as JSON: only those that are needed are ever read."""
+
+    id: str
+    data: bytes
+
+    @classmethod
+    def of(cls, item: Mapping[str, Any]) -> Entry:
+        """Write an item."""
+        return cls(str(item["id"]), _dumps(item))
+
+
 @dataclass(slots=True, eq=False)
 class Record:
     """A stored response."""
 
     id: str
-    items: bytes
-    """JSON of the list of its input's items."""
-    response: bytes
-    """JSON of the response."""
-    made: tuple[str, ...]
+    head: bytes
+    """JSON of the response but for its output."""
+    input: tuple[Entry, ...]
+    output: tuple[Entry, ...]
+    made: frozenset[str]
     """Ids of items that can be referred to."""
     parent: Record | None
     """What it continues."""
@@ -44,15 +56,19 @@ class Record:
     deleted: bool = False
 
     @property
-    def size(self) -> int:
-        """Bytes that it counts for."""
-        return _OF_RESPONSE + len(self.items) + len(self.response) + _OF_ITEM * len(self.made)
+    def entries(self) -> tuple[Entry, ...]:
+        """Input and output."""
+        return self.input + self.output
 
     @property
-    def own_items(self) -> list[dict[str, Any]]:
-        """Input and output."""
-        found: list[dict[str, Any]] = json.loads(self.items) + json.loads(self.response)["output"]
-        return found
+    def size(self) -> int:
+        """Bytes that it counts for."""
+        return _OF_RESPONSE + len(self.head) + sum(_OF_ENTRY + len(entry.data) for entry in self.entries)
+
+    @property
+    def response(self) -> bytes:
+        """JSON of the response."""
+        return self.head[:-1] + b',"output":' + listed(self.output) + b"}"
 
     def chain(self) -> Iterator[Record]:
         """It, what it continues, and so on."""
@@ -61,14 +77,18 @@ class Record:
             yield record
             record = record.parent
 
-    def conversation(self) -> list[dict[str, Any]]:
+    def conversation(self) -> list[Entry]:
         """All items up to its own output."""
-        return [item for record in reversed(list(self.chain())) for item in record.own_items]
+        return [entry for record in reversed(list(self.chain())) for entry in record.entries]
 
-    def input(self) -> list[dict[str, Any]]:
+    def whole_input(self) -> list[Entry]:
         """All items that it answered."""
-        before = [] if self.parent is None else self.parent.conversation()
-        return before + json.loads(self.items)
+        return [*([] if self.parent is None else self.parent.conversation()), *self.input]
+
+
+def listed(entries: Sequence[Entry]) -> bytes:
+    """JSON of a list of items."""
+    return b"[" + b",".join(entry.data for entry in entries) + b"]"
 
 
 @dataclass(slots=True)
@@ -77,8 +97,8 @@ class _Shelf:
 
     records: dict[str, Record] = field(default_factory=dict)
     """Least recently used first."""
-    makers: dict[str, Record] = field(default_factory=dict)
-    """By id of an item."""
+    items: dict[str, tuple[Record, Entry]] = field(default_factory=dict)
+    """By their ids."""
     size: int = 0
 
 
@@ -109,17 +129,17 @@ class ResponseStore:
         _use(shelf, record)
         return record
 
-    def find_item(self, owner: Owner, item_id: str) -> dict[str, Any] | None:
+    def find_item(self, owner: Owner, item_id: str) -> Entry | None:
         """An item that one of this owner's responses holds. Its response is used by that."""
         shelf = self._shelves.get(owner)
-        record = None if shelf is None else shelf.makers.get(item_id)
+        record, entry = (None, None) if shelf is None else shelf.items.get(item_id, (None, None))
         if shelf is None or record is None or record.deleted:
             return None
         _use(shelf, record)
-        return next(item for item in record.own_items if item["id"] == item_id)
+        return entry
 
-    def put(self, owner: Owner, response: dict[str, Any], items: Sequence[dict[str, Any]], made: Sequence[str],
-            parent: Record | None, before: Sequence[dict[str, Any]]) -> bool:  # fmt: skip
+    def put(self, owner: Owner, response: Mapping[str, Any], items: Sequence[Entry], made: Collection[str],
+            parent: Record | None, before: Sequence[Entry]) -> bool:  # fmt: skip
         """Store a response; whether it was.
 
         items: of its input. made: ids of those that this server named; the output's are, too. parent: what it continues, and
@@ -130,12 +150,14 @@ class ResponseStore:
         shelf = self._shelves.setdefault(owner, _Shelf())
         if parent is not None and shelf.records.get(parent.id) is not parent:
             parent, items = None, [*before, *items]
-        ids = (*made, *(item["id"] for item in response["output"]))
-        record = Record(response["id"], _dumps(items), _dumps(response), ids, parent)
+        head = _dumps({key: value for key, value in response.items() if key != "output"})
+        output = tuple(map(Entry.of, response["output"]))
+        names = frozenset(made) | {entry.id for entry in output}
+        record = Record(response["id"], head, tuple(items), output, names, parent)
         if parent is not None:
             parent.children += 1
         shelf.records[record.id] = record
-        shelf.makers.update(dict.fromkeys(ids, record))
+        shelf.items.update({entry.id: (record, entry) for entry in record.entries if entry.id in names})
         self._count(shelf, record.size)
         _use(shelf, record)
         while len(shelf.records) > self._most:
@@ -160,7 +182,7 @@ class ResponseStore:
         for owner, shelf in self._shelves.items():
             held = shelf.records.values()
             assert held and len(held) <= self._most and shelf.size == sum(record.size for record in held), owner
-            assert shelf.makers.keys() == {name for record in held for name in record.made}
+            assert shelf.items.keys() == {name for record in held for name in record.made}
             children = {record.id: 0 for record in held}
             for record in held:
                 if record.parent is not None:
@@ -181,7 +203,7 @@ class ResponseStore:
         while record is not None and not record.children and (record is last or record.deleted):
             del shelf.records[record.id]
             for name in record.made:
-                shelf.makers.pop(name, None)
+                del shelf.items[name]
             self._count(shelf, -record.size)
             record = record.parent
             if record is not None:

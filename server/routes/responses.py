@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from kvloom.engine.errors import InvalidRequestError
@@ -17,9 +19,10 @@ from kvloom.server.errors import NotStoredError
 from kvloom.server.respond import arrive, respond
 from kvloom.server.responses.answer import ResponseWriter
 from kvloom.server.responses.history import History
-from kvloom.server.responses.store import Record
+from kvloom.server.responses.store import Record, listed
 from kvloom.server.schema.items import MAX_ID
 from kvloom.server.schema.responses import ResponsesBody
+from kvloom.server.sse import ClientGoneError
 
 router = APIRouter(prefix="/v1/responses")
 
@@ -32,27 +35,31 @@ OWN_WORDS = {"max_tokens": "max_output_tokens", "messages": "input", "prompt": "
 @router.post("")
 async def create_response(body: ResponsesBody, request: Request) -> Response:
     """Answer what is given, and what was before in the response that it continues."""
-    context = context_of(request)
-    context.check_model(body.model)
-    arrival = arrive(request, "resp_")
-    history = History.of(context.responses, owner_of(request), body)
-    with own_words(body):
-        chat = checked_chat(body.chat(history.messages))
-        job = await chat_job(request, arrival, await fitted(request, chat) if body.truncation == "auto" else chat)
-        writer = ResponseWriter(body, job, history.keep)
-        return await respond(request, job, writer, writer.whole)
+    context_of(request).check_model(body.model)
+    arrival, history = arrive(request, "resp_"), History.of(request, body)
+    try:
+        with own_words(body):
+            chat = checked_chat(body.chat(await history.messages(request)))
+            job = await chat_job(request, arrival, await fitted(request, chat) if body.truncation == "auto" else chat)
+            writer = ResponseWriter(body, job, history.keep)
+            return await respond(request, job, writer, writer.whole)
+    except ClientGoneError:
+        return Response(status_code=499)  # nobody reads it
 
 
 @router.post("/input_tokens")
-async def count_input_tokens(body: ResponsesBody, request: Request) -> dict[str, Any]:
+async def count_input_tokens(body: ResponsesBody, request: Request) -> Response:
     """How many tokens a response would read. Nothing is generated or stored."""
     context = context_of(request)
     context.check_model(body.model)
-    history = History.of(context.responses, owner_of(request), body)
-    with own_words(body):
-        chat = checked_chat(body.chat(history.messages))
-        prompt = await context.prompts.chat(chat.conversation(chat.messages))
-    return {"object": "response.input_tokens", "input_tokens": len(prompt.tokens)}
+    history = History.of(request, body)
+    try:
+        with own_words(body):
+            chat = checked_chat(body.chat(await history.messages(request)))
+            prompt = await context.prompts.chat(chat.conversation(chat.messages))
+    except ClientGoneError:
+        return Response(status_code=499)
+    return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.tokens)})
 
 
 @router.get("/{response_id}")
@@ -88,20 +95,21 @@ async def list_input_items(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
     after: Annotated[str | None, Query(max_length=MAX_ID)] = None,
-) -> dict[str, Any]:
+) -> Response:
     """The items that a stored response answered, those of the responses before it included."""
-    items = _stored(request, response_id).input()
+    entries = _stored(request, response_id).whole_input()
     if order == "desc":
-        items.reverse()
+        entries.reverse()
     if after is not None:
         # The last of this id, so that pages come to an end even where a client gave an id twice.
-        place = max((index for index, item in enumerate(items) if item["id"] == after), default=None)
+        place = max((index for index, entry in enumerate(entries) if entry.id == after), default=None)
         if place is None:
             raise InvalidRequestError(f"after is {after[:80]!r}, which is no item of this response's input", "after")
-        items = items[place + 1 :]
-    page = items[:limit]
-    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
-    return {"object": "list", "data": page, **ends, "has_more": len(items) > limit}
+        entries = entries[place + 1 :]
+    page = entries[:limit]
+    ends = {"first_id": page[0].id if page else None, "last_id": page[-1].id if page else None}
+    told = json.dumps({"object": "list", **ends, "has_more": len(entries) > limit}).encode()
+    return Response(told[:-1] + b',"data":' + listed(page) + b"}", media_type="application/json")
 
 
 @contextmanager

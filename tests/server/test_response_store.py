@@ -4,14 +4,14 @@ import random
 
 import pytest
 
-from kvloom.server.responses.store import Owner, ResponseStore
+from kvloom.server.responses.store import Entry, Owner, ResponseStore
 
 ANN, BEN = Owner("ann", "k"), Owner("ben", "k")
 
 
 def put(store, owner, name, parent=None, text="x", before=()):
     """Store a response of one item and one answer."""
-    items = [{"id": f"in-{name}", "type": "message", "text": text}]
+    items = [Entry.of({"id": f"in-{name}", "type": "message", "text": text})]
     response = {"id": name, "output": [{"id": f"out-{name}", "type": "message", "text": text}]}
     return store.put(owner, response, items, [f"in-{name}"], parent, before)
 
@@ -24,9 +24,9 @@ def held(store, owner, *names):
 def test_a_chain_is_a_conversation():
     store = ResponseStore(1 << 20, 10)
     assert put(store, ANN, "a") and put(store, ANN, "b", store.find(ANN, "a"))
-    assert [item["id"] for item in store.find(ANN, "b").conversation()] == ["in-a", "out-a", "in-b", "out-b"]
-    assert [item["id"] for item in store.find(ANN, "b").input()] == ["in-a", "out-a", "in-b"]
-    assert store.find_item(ANN, "out-a")["text"] == "x" and store.find_item(ANN, "in-b")["text"] == "x"
+    assert [entry.id for entry in store.find(ANN, "b").conversation()] == ["in-a", "out-a", "in-b", "out-b"]
+    assert [entry.id for entry in store.find(ANN, "b").whole_input()] == ["in-a", "out-a", "in-b"]
+    assert store.find_item(ANN, "out-a").data == b'{"id":"out-a","type":"message","text":"x"}'
     assert store.find_item(ANN, "out-c") is None and store.find_item(BEN, "out-a") is None and store.find(BEN, "a") is None
     store.check()
 
@@ -83,7 +83,7 @@ def test_a_response_whose_parent_has_gone_keeps_the_conversation_itself():
     before = parent.conversation()
     store.delete(ANN, "a")
     assert put(store, ANN, "b", parent, before=before)
-    assert [item["id"] for item in store.find(ANN, "b").conversation()] == ["in-a", "out-a", "in-b", "out-b"]
+    assert [entry.id for entry in store.find(ANN, "b").conversation()] == ["in-a", "out-a", "in-b", "out-b"]
     store.check()
 
 
@@ -104,7 +104,7 @@ def test_whatever_is_done_counts_fit_and_chains_are_whole(seed):
                     store.delete(owner, parent.id)
                 owner = owner if parent is not None else draw.choice(owners)
                 if put(store, owner, name, parent, "x" * draw.choice((10, 500, 3000)), before):
-                    told[name] = [item["id"] for item in before] + [f"in-{name}", f"out-{name}"]
+                    told[name] = [entry.id for entry in before] + [f"in-{name}", f"out-{name}"]
                     of[name] = owner
             case 4:
                 store.delete(owner, known)
@@ -114,7 +114,7 @@ def test_whatever_is_done_counts_fit_and_chains_are_whole(seed):
                 record = store.find(owner, known)
                 assert record is None or owner == of[known]
                 read += record is not None and len(told[known]) > 2
-                assert record is None or [item["id"] for item in record.conversation()] == told[known]
+                assert record is None or [entry.id for entry in record.conversation()] == told[known]
         store.check()
     print(f"{len(store)} responses at the end; {read} conversations of several turns were read")
     assert len(store) > 5 and read > 20

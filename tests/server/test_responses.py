@@ -1,6 +1,7 @@
 """/v1/responses through openai-python: whole and streamed, items, continued conversations, the store's routes, refusals."""
 
 import json
+import math
 
 import openai
 import pytest
@@ -8,6 +9,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
 from kvloom.engine.errors import ContextLengthError
+from kvloom.server.limits import BodyHall
 
 EVENTS = TypeAdapter(ResponseStreamEvent)
 LOGPROBS = "message.output_text.logprobs"
@@ -451,6 +453,33 @@ def test_the_store_is_bounded(says):
     client, _ = says("Hi.", response_store_size=8192)
     assert not ask(client, "dog " * 2000, truncation="disabled").store
     assert ask(client).store
+
+
+def test_a_stored_conversation_is_no_longer_than_a_body(says):
+    client, _ = says("Hi.", max_body=4096)
+    text = "dog " * 500
+    first = ask(client, text)
+    second = ask(client, text, previous_response_id=first.id)
+    with pytest.raises(openai.BadRequestError, match="bytes; allowed: 4096, as in a body") as refused:
+        ask(client, "dog", previous_response_id=second.id)
+    assert refused.value.param == "previous_response_id"
+    with pytest.raises(openai.BadRequestError, match="as in a body"):
+        ask(client, [{"type": "item_reference", "id": first.output[0].id}] * 30)
+
+
+def test_long_conversations_wait_for_their_turn(says, monkeypatch):
+    client, _ = says("Hi.")
+    first, waited = ask(client), []
+
+    def turn(hall, tenant, data):
+        waited.append(data)
+        return math.inf if data.startswith(b"[") and len(waited) == 2 else 0.01
+
+    monkeypatch.setattr(BodyHall, "turn", turn)
+    with pytest.raises(openai.RateLimitError, match="long conversations"):
+        ask(client, previous_response_id=first.id)
+    assert json.loads(waited[1])[0]["content"][0]["text"] == "weather in Bonn?"
+    assert ask(client, previous_response_id=first.id).status == "completed"
 
 
 def test_a_client_that_leaves_ends_its_response(serving, fake, until):
