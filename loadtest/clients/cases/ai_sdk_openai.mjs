@@ -1,4 +1,4 @@
-// Vercel's AI SDK with @ai-sdk/openai, whose default model speaks of responses, and refers to stored items by their ids.
+// Vercel's AI SDK with @ai-sdk/openai, whose default model speaks of responses.
 import { createOpenAI } from "@ai-sdk/openai";
 import { casesOf } from "./ai_sdk_cases.mjs";
 import { MODEL, URL, run } from "./report.mjs";
