@@ -35,7 +35,10 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     store = ResponseStore(options.response_store_size, options.response_store_count)
     bodies = BodyHall(HELD_BODIES * options.max_body)
     tracing = None if options.otlp_traces_endpoint is None else Tracing(options.otlp_traces_endpoint)
-    context = ServerContext(client, options, Metrics(client, options.tenant_names), encoder, formats, store, bodies, tracing)
+    figures = Metrics(client, options.tenant_names)
+    figures.watch("stored_responses", "Responses that are stored.", lambda: len(store))
+    figures.watch("stored_response_bytes", "Bytes that stored responses count for.", lambda: store.size)
+    context = ServerContext(client, options, figures, encoder, formats, store, bodies, tracing)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -8,12 +8,12 @@ sends becomes a label.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any, Literal, cast, get_args
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -101,6 +101,11 @@ class Metrics:
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(PREFIX + name, text, [*self._labels, label], registry=self.registry)
+
+    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Tell a figure of the HTTP side's, read whenever Prometheus asks."""
+        gauge = Gauge(PREFIX + name, text, list(self._labels), registry=self.registry)
+        gauge.labels(**self._labels).set_function(read)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Any:
         histogram = Histogram(PREFIX + name, text, list(self._labels), buckets=buckets, registry=self.registry)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ async def ask(
     seconds: float = 60.0,
 ) -> Reply:  # fmt: skip
     """One request. leave_after: the client leaves once so many messages came, 0 for before the first. Raises HangError where
-    the application does not return in time."""
+    the application does not return in time, and says on stderr what every thread does."""
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     parts = urlsplit(url)
     given = {"host": "localhost", "content-type": "application/json", "content-length": str(len(data)), **headers}
@@ -72,6 +73,7 @@ async def ask(
     try:
         await asyncio.wait_for(app(scope, receive, send), seconds)
     except TimeoutError:
+        faulthandler.dump_traceback()
         raise HangError(f"{method} {url} does not end: {data[:300]!r}") from None
     reply.cut = gone.is_set()
     return reply

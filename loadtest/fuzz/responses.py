@@ -42,6 +42,13 @@ TEMPLATE = (
     "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.arguments }}</tool_call>{% endfor %}\n{% endfor %}"
 )
+ODD: tuple[Any, ...] = (
+    float("nan"), "\ud800", {"a": float("inf")}, {"\ud800": ["\ud800"]},
+    [{"type": "function", "name": "look", "parameters": {"type": "object", "x": "\ud800"}}],
+    {"type": "function", "name": "look", "x": float("nan")},
+    {"format": {"type": "json_schema", "schema": {"default": float("nan")}}},
+)  # fmt: skip
+"""What JSON cannot hold, and Python's reads."""
 PYTHON = ("Traceback", "Error(", "<class", "object at 0x", "NoneType", "site-packages", "pydantic")
 OUTER = ("input", "tools", "tool_choice", "text", "reasoning", "include", "metadata", "stream_options", "kv", "truncation",
          "top_logprobs", "max_output_tokens", "previous_response_id", "instructions", "store", "stream", "background", "n",
@@ -190,7 +197,7 @@ class Fuzzer:
             body["forced_tokens"] = tokens
             body["max_output_tokens"] = len(tokens) + draw.randrange(4)
         if draw.random() < 0.1:
-            body[draw.choice(OUTER)] = value(draw)
+            body[draw.choice(OUTER)] = draw.choice((value(draw), value(draw), *ODD))
         return body
 
 

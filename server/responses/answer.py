@@ -28,7 +28,7 @@ from kvloom.server.logprobs import chat_logprobs
 from kvloom.server.pieces import Choice, Finish, Part, Piece
 from kvloom.server.respond import Job
 from kvloom.server.schema.items import new_item_id
-from kvloom.server.schema.responses import AllowedTools, NamedFunction, ResponsesBody
+from kvloom.server.schema.responses import ResponsesBody
 from kvloom.server.sse import DONE
 from kvloom.server.usage import UsageTotals
 
@@ -222,7 +222,7 @@ class ResponseWriter:
             "store": body.store,
             "temperature": sampling.temperature,
             "text": {"format": {"type": "text"} if form is None else form.told(), "verbosity": "medium"},
-            "tool_choice": _choice_told(body.tool_choice),
+            "tool_choice": body.tool_choice if isinstance(body.tool_choice, str) else body.tool_choice.told(),
             "tools": [tool.told() for tool in body.tools],
             "top_logprobs": body.top_logprobs,
             "top_p": sampling.top_p,
@@ -243,10 +243,6 @@ def usage_of(usage: UsageTotals) -> dict[str, Any]:
         "total_tokens": body["total_tokens"],
     }
     return {**told, "kv": body["kv"]} if "kv" in body else told
-
-
-def _choice_told(choice: Any) -> Any:
-    return choice.model_dump() if isinstance(choice, AllowedTools | NamedFunction) else choice
 
 
 def _complete(choice: Choice) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -33,6 +34,15 @@ told openly, in the content of their item."""
 _ONLY_FUNCTIONS = 'only tools of type "function" are served'
 
 
+def _writable(value: Any, name: str) -> None:
+    """Raises a validation error unless an answer can repeat this."""
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        what = "leave NaN, infinities and halves of surrogate pairs out"
+        raise problem(name, f"{name} cannot be written as JSON; {what}") from None
+
+
 class _Closed(StrictBody):
     """An object with no other keys than its own."""
 
@@ -61,6 +71,11 @@ class ResponseTool(Function):
         unasked = ("allowed_callers", "defer_loading", "async", "output_schema")
         return {key: value for key, value in data.items() if key not in unasked}
 
+    @model_validator(mode="after")
+    def _repeatable(self) -> ResponseTool:
+        _writable(self.parameters, "parameters")
+        return self
+
     def for_chat(self) -> dict[str, Any]:
         """It, as a chat offers it."""
         function = {"name": self.name, "description": self.description, "parameters": self.parameters, "strict": self.strict}
@@ -78,6 +93,10 @@ class NamedFunction(StrictBody):
     type: Literal["function"]
     name: FunctionName
 
+    def told(self) -> dict[str, Any]:
+        """It, as the answer repeats it."""
+        return {"type": self.type, "name": self.name}
+
 
 class AllowedTools(_Closed):
     """Some of the tools, which alone are offered."""
@@ -85,6 +104,10 @@ class AllowedTools(_Closed):
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
     tools: list[NamedFunction] = Field(min_length=1, max_length=MAX_TOOLS)
+
+    def told(self) -> dict[str, Any]:
+        """It, as the answer repeats it."""
+        return {"type": self.type, "mode": self.mode, "tools": [tool.told() for tool in self.tools]}
 
 
 def _choice(value: Any) -> Any:
@@ -142,6 +165,7 @@ class TextFormat(_Closed):
         if (self.type == "json_schema") != (self.schema_ is not None):
             need = "needs a schema" if self.schema_ is None else "takes no schema; say json_schema"
             raise problem("schema", f"type {self.type} {need}")
+        _writable(self.schema_, "schema")
         return self
 
     def told(self) -> dict[str, Any]:

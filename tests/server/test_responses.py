@@ -365,6 +365,15 @@ def test_tools_that_are_allowed(says):
     assert answer.tool_choice.name == "list_all" and served.engine.calls[-1]["sampling"].structured is not None
 
 
+def test_what_an_answer_repeats_can_be_written(served):
+    odd = {"type": "function", "name": "look", "x": "\ud800", "y": math.nan}
+    body = {"input": "dog", "max_output_tokens": 1, "tools": [LOOK], "tool_choice": odd}
+    with served.client() as http:
+        reply = http.post("/v1/responses", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["tool_choice"] == {"type": "function", "name": "look"} and reply.json()["tools"] == [LOOK]
+
+
 IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
 
 
@@ -383,6 +392,8 @@ IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "data
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name", "required"),
         ({"tools": [LOOK, LOOK]}, "tools", "'look' twice"),
         ({"tools": [{**LOOK, "defer_loading": True}]}, "tools[0].defer_loading", "not supported"),
+        ({"tools": [{**LOOK, "parameters": {"type": "object", "x": "\ud800"}}]}, "tools[0].parameters", "surrogate"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"x": math.nan}}}}, "text.format.schema", "NaN"),
         ({"tool_choice": {"type": "mcp"}}, "tool_choice", "of type 'mcp'; allowed: function, allowed_tools"),
         ({"tool_choice": "required"}, "tool_choice", "no tools are given"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs a schema"),
@@ -450,9 +461,13 @@ def test_the_store_is_bounded(says):
         lost(client, gone)
     for kept in answers[2:]:
         client.responses.retrieve(kept.id)
-    client, _ = says("Hi.", response_store_size=8192)
+    client, served = says("Hi.", response_store_size=8192)
     assert not ask(client, "dog " * 2000, truncation="disabled").store
     assert ask(client).store
+    with served.client() as http:
+        figures = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if "stored_response" in line)
+    values = [float(value) for name, value in figures.items() if not name.startswith("#")]
+    assert len(values) == 2 and values[0] == 1 and 2048 < values[1] <= 8192
 
 
 def test_a_stored_conversation_is_no_longer_than_a_body(says):
