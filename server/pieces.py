@@ -29,13 +29,18 @@ class Part:
     """A stretch of an answer that is all of one kind."""
 
     kind: type[Content] | type[Reasoning] | type[CallStart]
-    text: str = ""
-    """Of a call, its arguments."""
     id: str = ""
     name: str = ""
     """Of a call, the function's."""
+    pieces: list[str] = field(default_factory=list)
+    """Of its text, as they came: joined once, since an answer may be long."""
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Of content, those of its tokens, where log-probabilities were asked for."""
+
+    @property
+    def text(self) -> str:
+        """Of a call, its arguments."""
+        return "".join(self.pieces)
 
     def call(self) -> dict[str, Any]:
         """One of the `tool_calls` of a chat."""
@@ -99,9 +104,9 @@ class Choice:
             case CallStart(_, call_id, name):
                 self.parts.append(Part(CallStart, id=call_id, name=name))
             case CallArguments(_, text):
-                self.parts[-1].text += text  # nothing comes between a call's start and its arguments
+                self.parts[-1].pieces.append(text)  # nothing comes between a call's start and its arguments
             case Content(text) | Reasoning(text):
                 kind = type(event)
                 if not self.parts or self.parts[-1].kind is not kind:
                     self.parts.append(Part(kind))
-                self.parts[-1].text += text
+                self.parts[-1].pieces.append(text)
