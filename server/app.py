@@ -17,13 +17,14 @@ from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.hosts import HostMiddleware, guards_hosts
 from kvloom.server.limits import HELD_BODIES, BodyHall, BodyLimitMiddleware
+from kvloom.server.message_errors import MessageErrorMiddleware
 from kvloom.server.methods import HeadMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions
 from kvloom.server.prompts import PromptEncoder
 from kvloom.server.request_ids import RequestIdMiddleware
 from kvloom.server.responses.store import ResponseStore
-from kvloom.server.routes import chat, completions, health, home, kv, metrics, models, responses, tokens
+from kvloom.server.routes import chat, completions, health, home, kv, messages, metrics, models, responses, tokens
 from kvloom.server.tracing import Tracing
 from kvloom.version import __version__
 
@@ -57,7 +58,7 @@ def create_app(client: EngineClient, options: ServerOptions) -> FastAPI:
     app.state.context = context
     errors.install(app)
     description.install(app)
-    for route in (home, chat, completions, responses, models, kv, tokens, health, metrics):
+    for route in (home, chat, completions, responses, messages, models, kv, tokens, health, metrics):
         app.include_router(route.router)
     _guard(app, context)
     return app
@@ -75,7 +76,8 @@ def _guard(app: FastAPI, context: ServerContext) -> None:
         app.add_middleware(AuthMiddleware, keys=keys, admins=admins, refused=refused)
     if options.cors:
         app.add_middleware(CORSMiddleware, allow_origins=list(options.cors), allow_methods=["GET", "POST", "DELETE"],
-                           allow_headers=["*"], expose_headers=["X-Request-Id", "Retry-After"])  # fmt: skip
+                           allow_headers=["*"], expose_headers=["X-Request-Id", "Request-Id", "Retry-After"])  # fmt: skip
     if guards_hosts(options):
         app.add_middleware(HostMiddleware, hosts=options.allowed_hosts, origins=options.cors, refused=refused)
+    app.add_middleware(MessageErrorMiddleware)
     app.add_middleware(RequestIdMiddleware, logs=options.access_log)

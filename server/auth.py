@@ -31,7 +31,7 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/ready"})
 TENANT_DIGITS = 12
 TENANT_HEADER = "X-KVLoom-Tenant"
 
-_MISSING = WireError(401, "no API key; send the header Authorization: Bearer KEY", code="invalid_api_key")
+_MISSING = WireError(401, "no API key; send the header Authorization: Bearer KEY, or X-API-Key: KEY", code="invalid_api_key")
 _WRONG = WireError(401, "the API key is not known here", code="invalid_api_key")
 
 
@@ -60,7 +60,7 @@ def _digest(key: str) -> bytes:
 
 
 class AuthMiddleware:
-    """Lets requests with a known bearer key through and notes their tenant, and a digest of the key, in the request's state."""
+    """Lets requests with a known key through and notes their tenant, and a digest of the key, in the request's state."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, admins: KeyRing, refused: Callable[[int], None]) -> None:
         """Without `keys` nobody needs one: only `admins` are told apart."""
@@ -71,7 +71,7 @@ class AuthMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            key = _bearer(scope)
+            key = _key(scope)
             admin = key is not None and self._admins.tenant(key) is not None
             tenant = "" if admin or not self._keys else None if key is None else self._keys.tenant(key)
             if tenant is None:
@@ -84,13 +84,17 @@ class AuthMiddleware:
         await self.app(scope, receive, send)
 
 
-def _bearer(scope: Scope) -> str | None:
+def _key(scope: Scope) -> str | None:
+    """The bearer token, or what Anthropic's clients send in X-API-Key; the first one where there are both."""
+    found = ""
     for name, value in scope["headers"]:
         if name == b"authorization":
             scheme, _, key = value.decode("latin-1").partition(" ")
             if scheme.lower() == "bearer" and key.strip():
                 return str(key.strip())
-    return None
+        elif name == b"x-api-key":
+            found = found or value.decode("latin-1").strip()
+    return found or None
 
 
 class TenantMiddleware:

@@ -15,8 +15,9 @@ from pydantic import ValidationError
 
 from kvloom.engine.errors import ContextLengthError, InvalidRequestError
 from kvloom.server.answers.choose import shown_tokens
-from kvloom.server.context import context_of
+from kvloom.server.context import ServerContext, context_of
 from kvloom.server.errors import validation_error
+from kvloom.server.prompts import ChatPrompt
 from kvloom.server.respond import Arrival, Job, make_job
 from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.chat_messages import Message
@@ -31,13 +32,19 @@ def checked_chat(fields: Mapping[str, Any]) -> ChatBody:
         raise InvalidRequestError(found.message, found.param) from None
 
 
+async def chat_prompt(context: ServerContext, body: ChatBody) -> ChatPrompt:
+    """A conversation written out and encoded, as every endpoint that counts or runs it does. Raises what `PromptEncoder.chat`
+    does."""
+    encoder = context.prompts.truncating(body.truncate_prompt_tokens, body.truncation_side, body.token_limit)
+    return await encoder.chat(body.conversation(body.messages))
+
+
 async def chat_job(request: Request, arrival: Arrival, body: ChatBody) -> Job:
     """A conversation, ready to run with `respond`. Raises InvalidRequestError for what cannot be served, and what
     `PromptEncoder.chat` does."""
     context = context_of(request)
     sampling = body.params(context.client.model.sampling)
-    encoder = context.prompts.truncating(body.truncate_prompt_tokens, body.truncation_side, body.token_limit)
-    prompt = await encoder.chat(body.conversation(body.messages))
+    prompt = await chat_prompt(context, body)
     expected = context.answers.expected(body, prompt.end)
     if expected is not None:
         tokenizer, asked = context.client.tokenizer, sampling.structured

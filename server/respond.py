@@ -28,13 +28,15 @@ from kvloom.server.pieces import Choice, Piece
 from kvloom.server.replies import ChunkWriter, Envelope, Format, LogprobWriter, whole_body
 from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.common import GenerationBody
-from kvloom.server.sse import ClientGoneError, EventStream, unless_gone
+from kvloom.server.sse import ClientGoneError, EventStream, unless_gone, with_silences
 from kvloom.server.token_ids import TokenIds
 from kvloom.server.trace import RequestTrace
 from kvloom.server.usage import UsageTotals
 
 Whole = Callable[[Sequence[Choice]], dict[str, Any]]
 """From finished choices to the body of an answer."""
+
+PING_SECONDS = 15.0
 
 log = logging.getLogger("kvloom.server")
 
@@ -149,16 +151,17 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
     )
 
 
-async def respond(request: Request, job: Job, writer: StreamWriter, whole: Whole) -> Response:
+async def respond(request: Request, job: Job, writer: StreamWriter, whole: Whole, ping: bytes = b"") -> Response:
     """Run a job and answer: a stream if the body asks for one, else the JSON that `whole` makes of the finished choices.
 
+    ping: what is written into a stream whenever nothing came for PING_SECONDS, before its first token, too; empty for nothing.
     A client that leaves ends its engine requests at once. Raises what `Job.pieces` raises before something is written.
     """
     try:
         if not job.body.stream:
             choices = await unless_gone(request.receive, _collect(job))
             return JSONResponse(whole(choices), headers=job.headers)
-        events = _events(job, writer)
+        events = _events(job, writer, ping)
         first = await unless_gone(request.receive, _first(events))
         return EventStream(first, events, job.headers)
     except ClientGoneError:
@@ -181,13 +184,14 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
         raise
 
 
-async def _events(job: Job, writer: StreamWriter) -> AsyncGenerator[bytes, None]:
+async def _events(job: Job, writer: StreamWriter, ping: bytes) -> AsyncGenerator[bytes, None]:
     """Events of a stream. An error before the first one is raised, a later one becomes an event."""
     begun = False
+    coming: AsyncGenerator[Piece | None, None] = with_silences(job.pieces(), PING_SECONDS) if ping else job.pieces()
     try:
-        async with aclosing(job.pieces()) as pieces:
+        async with aclosing(coming) as pieces:
             async for piece in pieces:
-                data = writer.write(piece)
+                data = ping if piece is None else writer.write(piece)
                 if data:
                     begun = True
                     yield data

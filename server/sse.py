@@ -46,6 +46,29 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
+async def with_silences(items: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T | None, None]:
+    """The items, and a None whenever none has come for so long. Closes `items` however it ends."""
+    waiting: asyncio.Future[T] | None = None
+    try:
+        while True:
+            waiting = waiting or asyncio.ensure_future(anext(items))
+            done, _ = await asyncio.wait((waiting,), timeout=seconds)
+            if not done:
+                yield None
+                continue
+            try:
+                item = waiting.result()
+            except StopAsyncIteration:
+                return
+            waiting = None
+            yield item
+    finally:
+        if waiting is not None:
+            waiting.cancel()
+            await asyncio.gather(waiting, return_exceptions=True)
+        await items.aclose()
+
+
 class EventStream(Response):
     """A stream that has begun: its first events are there, the rest comes. Closes `events` however it ends."""
 

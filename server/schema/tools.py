@@ -26,6 +26,17 @@ def _name(text: str) -> str:
 FunctionName = Annotated[Text, AfterValidator(_name)]
 
 
+def check_parameters(schema: dict[str, Any] | None, name: str) -> None:
+    """Raises a validation error that names the field unless a schema is one of objects and can be written as JSON."""
+    kind = (schema or {}).get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise problem(name, f'{name} describe something else than an object; allowed: {{"type": "object", ...}}')
+    try:
+        json.dumps(schema, allow_nan=False).encode()
+    except (ValueError, RecursionError):
+        raise problem(name, f"{name} cannot be written as JSON; leave NaN and infinities out") from None
+
+
 class Function(StrictBody):
     """A function that a model may call."""
 
@@ -38,13 +49,7 @@ class Function(StrictBody):
 
     @model_validator(mode="after")
     def _writable(self) -> Function:
-        kind = (self.parameters or {}).get("type", "object")
-        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-            raise problem("parameters", 'parameters describe something else than an object; allowed: {"type": "object", ...}')
-        try:
-            json.dumps(self.parameters, allow_nan=False).encode()
-        except (ValueError, RecursionError):
-            raise problem("parameters", "parameters cannot be written as JSON; leave NaN and infinities out") from None
+        check_parameters(self.parameters, "parameters")
         return self
 
 
