@@ -11,11 +11,13 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from kvloom.engine.errors import InvalidRequestError
 from kvloom.server.errors import WireError, wire_error
 
 PATH = "/v1/messages"
@@ -31,8 +33,19 @@ _KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_RENAMED = {"stop": "stop_sequences", "response_format": "output_config.format"}
-"""What a chat calls what these clients call otherwise."""
+
+
+@contextmanager
+def called(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of a chat in the terms of those who sent something else. names: a field of chats -> what they call it."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        field, *path = re.split(r"(?=[.\[])", error.param or "", maxsplit=1)
+        if field not in names:
+            raise
+        message = re.sub(rf"\b{field}\b", names[field], str(error), count=1)
+        raise type(error)(message, "".join((names[field], *path))) from None
 
 
 def message_error(error: Exception, request_id: str) -> dict[str, Any]:
@@ -51,10 +64,6 @@ def _message(error: Mapping[str, Any]) -> str:
     message, param = str(error["message"]), str(error["param"] or "")
     if error["code"] == "context_length_exceeded":
         return f"prompt is too long: {message}"  # by which clients know it
-    field = re.split(r"[.\[]", param)[0]
-    if field in _RENAMED:
-        message = re.sub(rf"\b{field}\b", _RENAMED[field], message, count=1)
-        param = _RENAMED[field] + param.removeprefix(field)
     return message if not param or param in message else f"{param}: {message}"
 
 

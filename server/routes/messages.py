@@ -11,6 +11,7 @@ from starlette.responses import Response
 from kvloom.server.context import ServerContext, context_of
 from kvloom.server.conversations import chat_job, chat_prompt
 from kvloom.server.message_chats import chat_body
+from kvloom.server.message_errors import called
 from kvloom.server.message_replies import PING, MessageWriter, whole_message
 from kvloom.server.pieces import Choice
 from kvloom.server.respond import arrive, respond
@@ -26,12 +27,13 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     """Continue a conversation, as Anthropic's API does."""
     context, arrival = context_of(request), arrive(request, ID_PREFIX)
     context.check_model(body.model)
-    job = await chat_job(request, arrival, _chat(context, body))
+    with called(body.names):
+        job = await chat_job(request, arrival, _chat(context, body))
 
-    def whole(choices: Sequence[Choice]) -> dict[str, Any]:
-        return whole_message(job, choices[0])
+        def whole(choices: Sequence[Choice]) -> dict[str, Any]:
+            return whole_message(job, choices[0])
 
-    return await respond(request, job, MessageWriter(job), whole, PING)
+        return await respond(request, job, MessageWriter(job), whole, PING)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -19,13 +19,9 @@ def _instead(name: str) -> Refusal:
 
 def _edits_nothing(value: Any) -> bool:
     """Whether context management keeps the conversation as it is."""
-    edits = value.get("edits") if isinstance(value, dict) else value
-    if edits in (None, []):
-        return value in (None, []) or isinstance(value, dict)
-    kept = ("all", {"type": "all"})
-    return isinstance(edits, list) and all(
-        isinstance(edit, dict) and edit.get("type") == "clear_thinking_20251015" and edit.get("keep") in kept for edit in edits
-    )
+    edits = value.get("edits") if isinstance(value, dict) and value.keys() <= {"edits"} else value
+    kept = [{"type": "clear_thinking_20251015", "keep": keep} for keep in ("all", {"type": "all"})]
+    return edits is None or (isinstance(edits, list) and all(edit in kept for edit in edits))
 
 
 _OWN_HINTS: Mapping[str, str] = {
@@ -40,6 +36,7 @@ _OWN_HINTS: Mapping[str, str] = {
     "stream_options": "usage is always told",
 }
 
+_CHATS = "use /v1/chat/completions"
 _PLACE = "answers here have no place for it; use /v1/chat/completions"
 _THINKING = "use thinking or output_config.effort"
 
@@ -57,13 +54,14 @@ MESSAGE_UNSUPPORTED: Mapping[str, Refusal] = {
     "parallel_tool_calls": Refusal(lambda value: value in (None, True), "use tool_choice.disable_parallel_tool_use"),
     "reasoning_effort": _empty(_THINKING),
     "include_reasoning": Refusal(lambda value: value in (None, True), "use thinking.display"),
-    "separate_reasoning": Refusal(lambda value: value in (None, True), _PLACE),
-    "reasoning_format": Refusal(lambda value: value in (None, "auto", "deepseek"), _PLACE),
+    "separate_reasoning": Refusal(lambda value: value in (None, True), _CHATS),
+    "reasoning_format": Refusal(lambda value: value in (None, "auto", "deepseek"), _CHATS),
     "continue_final_message": Refusal(lambda value: value is None, "an assistant's message at the end is continued"),
-    "add_generation_prompt": Refusal(lambda value: value in (None, True), _PLACE),
+    "add_generation_prompt": Refusal(lambda value: value in (None, True), _CHATS),
+    "add_special_tokens": _empty(_CHATS),
     **dict.fromkeys(
         ("logprobs", "top_logprobs", "logprob_token_ids", "prompt_logprobs", "return_token_ids",
-         "return_tokens_as_token_ids", "add_special_tokens"), _empty(_PLACE),
+         "return_tokens_as_token_ids"), _empty(_PLACE),
     ),
 }  # fmt: skip
 """Fields that are refused where they ask for something."""

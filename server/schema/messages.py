@@ -103,6 +103,12 @@ class MessagesFields(CommonBody):
         """What the answer must look like."""
         return self.output_config.format or self.output_format
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What these fields are in a chat -> what they are called here."""
+        wanted = "output_format" if self.output_config.format is None else "output_config.format"
+        return {"stop": "stop_sequences"} | ({} if self.wanted is None else {"response_format": wanted})
+
 
 class MessagesBody(MessagesFields):
     """A conversation to continue."""

@@ -77,14 +77,15 @@ def test_a_prompt_that_is_too_long_is_called_so(served, stream):
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_the_engine_refuses(serving, fake, stream):
     engine = fake.FakeEngine()
-    body = {**BODY, "stream": stream, "stop_sequences": ["x"]}
+    wanted = {"type": "json_schema", "schema": {}}
+    body = {**BODY, "stream": stream, "stop_sequences": ["x"], "output_config": {"format": wanted}}
     with serving(engine).client() as client:
         engine.refuse = OverloadedError("too much waits", retry_after=2.3)
         reply = client.post("/v1/messages", json=body)
         assert refusal(reply, 429, "rate_limit_error") == "too much waits" and reply.headers["retry-after"] == "3"
         engine.refuse, engine.fail_after = None, 0
         assert refusal(client.post("/v1/messages", json=body), 500, "api_error")
-        for blamed, told in (("response_format", "output_config.format"), ("stop", "stop_sequences"), ("tools", "tools")):
+        for blamed, told in (("response_format", "output_config.format"), ("stop[0]", "stop_sequences[0]"), ("tools", "tools")):
             engine.blame = blamed
             message = refusal(client.post("/v1/messages", json=body), 400, "invalid_request_error")
             assert message == f"{told}: the fake failed"
