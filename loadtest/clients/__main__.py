@@ -32,6 +32,8 @@ SCRIPTS = Path(__file__).with_name("cases")
 SECONDS = 600.0
 """For all cases of one client."""
 NAME = "model"
+KEY = "none"
+"""Of the server, so that it is seen how clients send theirs; `cases.report` has it, too."""
 
 
 class InstallError(Exception):
@@ -98,7 +100,8 @@ def merged(path: Path, rows: list[list[str]]) -> list[list[str]]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     made = argparse.ArgumentParser(prog="python -m kvloom.loadtest.clients", description=(__doc__ or "").split("\n")[0])
     made.add_argument("--model", default="smollm2", help="what to serve (default: %(default)s)")
-    made.add_argument("--url", help="a server that runs already, such as http://127.0.0.1:8000; its model is called --model")
+    made.add_argument("--url", help="a server that runs already with --api-key none, such as http://127.0.0.1:8000; "
+                      "its model is called --model")  # fmt: skip
     made.add_argument("--tool-choice", choices=("required", "auto"), default="required",
                       help="auto leaves it to the model whether it calls (default: %(default)s)")  # fmt: skip
     made.add_argument("--only", action="append", metavar="NAME", help="clients to run, all by default")
@@ -143,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.url:
         rows, passed = attempt(args, args.url.rstrip("/"), args.model)
     else:
-        command = f"{sys.executable} -m kvloom.server.cli serve {args.model} --served-model-name {NAME} --port {{port}}"
+        flags = f"--served-model-name {NAME} --api-key {KEY} --port {{port}}"
+        command = f"{sys.executable} -m kvloom.server.cli serve {args.model} {flags}"
         with tempfile.TemporaryDirectory() as logs, running(Server("kvloom", command), Path(logs)) as started:
             rows, passed = attempt(args, started.url, NAME)
     head = ["client", "version", *CASES]

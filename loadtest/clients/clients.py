@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-CASES = ("text", "stream", "tools", "tools streamed", "structured")
-"""What is tried of every client that has it. `structured` is each of its ways to ask for an object."""
+CASES = ("text", "stream", "tools", "tools streamed", "structured", "counts", "errors")
+"""What is tried of every client that has it. `structured` is each of its ways to ask for an object, `counts` how it counts the
+tokens of a prompt, `errors` those that it tells apart."""
 
 
 class Client(NamedTuple):
@@ -16,6 +17,8 @@ class Client(NamedTuple):
     """With their versions, for pip or npm; the first is the client's own."""
     script: str
     """In `cases`."""
+    release: str = ""
+    """Where the script imitates what that release sends, instead of running it."""
 
     @property
     def npm(self) -> bool:
@@ -24,8 +27,8 @@ class Client(NamedTuple):
 
     @property
     def version(self) -> str:
-        """Of the client's own package."""
-        return self.packages[0].replace("==", "@").rpartition("@")[2]
+        """Of the client's own package, or of what is imitated."""
+        return self.release or self.packages[0].replace("==", "@").rpartition("@")[2]
 
 
 CLIENTS = (
@@ -42,4 +45,6 @@ CLIENTS = (
     Client("pydantic-ai", ("pydantic-ai-slim[openai]==2.68.0",), "pydantic_ai_python.py"),
     Client("smolagents", ("smolagents[openai]==1.26.0",), "smolagents_python.py"),
     Client("llama-index", ("llama-index-llms-openai-like==0.8.1",), "llama_index_python.py"),
+    Client("anthropic", ("anthropic==2.14.0",), "anthropic_python.py"),
+    Client("open-webui", ("aiohttp==3.14.5",), "open_webui_python.py", release="0.12.4"),
 )

@@ -41,4 +41,16 @@ def structured():
     City.model_validate_json(reply.choices[0].message.content)
 
 
-run({"text": text, "stream": stream, "tools": tools, "tools streamed": tools_streamed, "structured": structured})
+def errors():
+    """A prompt beyond the context is what litellm falls back to a larger model for, on either API."""
+    anthropic = {**SAID, "model": f"anthropic/{MODEL}", "api_base": URL.removesuffix("/v1")}
+    for said in (SAID, anthropic):
+        try:
+            litellm.completion(messages=[{"role": "user", "content": "word " * 100_000}], **said)
+        except litellm.ContextWindowExceededError:
+            continue
+        raise AssertionError(f"{said['model']}: ContextWindowExceededError is not raised")
+
+
+run({"text": text, "stream": stream, "tools": tools, "tools streamed": tools_streamed, "structured": structured,
+     "errors": errors})  # fmt: skip
