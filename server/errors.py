@@ -32,6 +32,7 @@ from kvloom.engine.errors import (
 from kvloom.server.methods import methods_of
 from kvloom.server.refusals import Refusals
 from kvloom.server.schema.problem import KIND
+from kvloom.server.unserved import HEADERS, unserved
 
 log = logging.getLogger("kvloom.server")
 
@@ -50,7 +51,6 @@ _TYPES = {
 _BOUNDS = {"greater_than_equal": "ge", "less_than_equal": "le"}
 _WAYS = {"greater_than_equal": "more", "less_than_equal": "less"}
 """By pydantic's name of an error: where it says the bound, and which way allowed numbers lie."""
-_PHRASES = {404: "no such path", 405: "this path has no such method"}
 
 
 class GenerationError(KVLoomError):
@@ -159,11 +159,12 @@ async def _on_http(request: Request, error: Exception) -> Response:
     allowed = methods_of(request.app.routes, request.scope) if error.status_code == 405 else []
     if request.method == "OPTIONS" and allowed:
         return Response(status_code=204, headers={"Allow": ", ".join(allowed)})
+    if error.status_code == 404:
+        why = unserved(request.app.routes, request.scope)
+        return _answer(request, WireError(why.status, why.message, code=why.code), HEADERS if why.status == 501 else None)
     headers = {**(error.headers or {}), "Allow": ", ".join(allowed)} if allowed else error.headers
-    message = (
-        f"{_PHRASES[error.status_code]}: {request.method} {request.url.path}" if error.status_code in _PHRASES else error.detail
-    )
-    return _answer(request, WireError(error.status_code, str(message)), headers)
+    what = f"this path has no such method: {request.method} {request.url.path}" if allowed else error.detail
+    return _answer(request, WireError(error.status_code, str(what)), headers)
 
 
 async def _on_known(request: Request, error: Exception) -> JSONResponse:
