@@ -10,7 +10,7 @@
 # make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
 # make clients      real clients from the package indexes against a served process: text, streams, tools, structured output.
 #                     CLIENTS="--only litellm --publish docs/figures/client-libraries.json"
-# make fuzz         random chats with tools, random responses and their store, and random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
+# make fuzz         random chats with tools, random responses and their store, random messages that clients leave, and random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
 # make fuzz-api     schemathesis (installed into build/clients) over /openapi.json of a served process. FUZZ_API="--examples 1000 --seed 7"
 # make soak         500 clients that leave, 50 that stop reading, 1,000 streams at once, 10,000 requests: nothing lost, nobody hangs
 # make gpu-check    on a GPU, in under eight minutes: kernels, replays and whole steps, right and how fast. With the torch and triton
@@ -72,6 +72,7 @@ floods: setup
 fuzz: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz.chats
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz.responses
+	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz.messages
 	OMP_NUM_THREADS=1 $(BIN)/python -m kvloom.loadtest.fuzz $(if $(findstring -,$(FUZZ)),$(FUZZ),--requests $(or $(FUZZ),10000))
 
 fuzz-api: setup

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from kvloom.engine import LLM
+from kvloom.engine.core import EngineCore
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.request import Request, RequestOutput
 from kvloom.engine.reuse.kvshare.share import KVShare
@@ -121,22 +122,26 @@ class Fuzzer:
                 raise FuzzError(f"{output.id} ended with {output}")
 
     def _look(self) -> None:
-        core = self.llm.core
-        core.check()
-        share = core.feature(KVShare)
-        if share is not None:
-            share.store.check()
-        stats = core.stats()
-        self.tally.preemptions = stats.preemptions
-        if stats.internal_errors:
-            raise FuzzError(f"{stats.internal_errors} errors of the engine's own; the log has them")
-        held = {
-            "requests": len(core._holdings), "states": len(core.decoding._states),
-            "blocks": sum(group.in_use for group in stats.groups),
-            "tables": len(core.cache._tables), "matches": len(core.cache._matches), "queued tokens": core.queued_tokens,
-            "selectors": sum(len(entry.open) for entry in core._admission.selectors._entries.values()),
-            "sampler": len(core.decoding._sampler._seen), "grammars": len(core.decoding.constraints._open),
-            **({} if share is None else {"repairs": len(share._repairs), "plans": len(share._plans)}),
-        }  # fmt: skip
-        if any(held.values()):
-            raise FuzzError(f"nothing runs, but something is still held: {held}")
+        look(self.llm.core)
+        self.tally.preemptions = self.llm.core.stats().preemptions
+
+
+def look(core: EngineCore) -> None:
+    """Nothing runs: raises FuzzError if a block is lost, something had failed inside, or anything is still remembered."""
+    core.check()
+    share = core.feature(KVShare)
+    if share is not None:
+        share.store.check()
+    stats = core.stats()
+    if stats.internal_errors:
+        raise FuzzError(f"{stats.internal_errors} errors of the engine's own; the log has them")
+    held = {
+        "requests": len(core._holdings), "states": len(core.decoding._states),
+        "blocks": sum(group.in_use for group in stats.groups),
+        "tables": len(core.cache._tables), "matches": len(core.cache._matches), "queued tokens": core.queued_tokens,
+        "selectors": sum(len(entry.open) for entry in core._admission.selectors._entries.values()),
+        "sampler": len(core.decoding._sampler._seen), "grammars": len(core.decoding.constraints._open),
+        **({} if share is None else {"repairs": len(share._repairs), "plans": len(share._plans)}),
+    }  # fmt: skip
+    if any(held.values()):
+        raise FuzzError(f"nothing runs, but something is still held: {held}")

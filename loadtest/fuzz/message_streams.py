@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from pydantic_core import from_json
+
 
 def events_of(text: str) -> list[tuple[str, dict[str, Any]]]:
     """(name, data) of every event. Asserts that nothing else is there."""
@@ -34,7 +36,7 @@ def message_of(text: str) -> dict[str, Any]:
         assert opened is not None and data["index"] == len(message["content"]) - 1
         if data["type"] == "content_block_stop":
             if opened["type"] == "tool_use":
-                opened["input"] = json.loads(pieces or "{}")
+                opened["input"] = from_json(pieces or "{}", allow_partial=True)  # a call may be cut
             opened = None
             continue
         match data["delta"]:

@@ -77,8 +77,14 @@ def _kind_of(*served: str) -> Discriminator:
     return Discriminator(kind)
 
 
+def _string(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise ValueError("must be a string, or a list of blocks")
+    return value
+
+
 _FORM = Discriminator(lambda value: "<blocks>" if isinstance(value, list) else "<string>")
-_String = Annotated[Text, Tag("<string>")]
+_String = Annotated[Text, BeforeValidator(_string), Tag("<string>")]
 _Text = Annotated[TextBlock, Tag("<text>")]
 _TextOnly = Annotated[_Text | Refused, _kind_of("text")]
 TextContent = Annotated[_String | Annotated[list[_TextOnly], Field(max_length=MAX_BLOCKS), Tag("<blocks>")], _FORM]

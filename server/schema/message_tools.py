@@ -60,6 +60,13 @@ class MessageToolChoice(StrictBody):
     disable_parallel_tool_use: bool = False
     """Whether an answer holds one call at most."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _object(cls, data: Any) -> Any:
+        if isinstance(data, str):
+            raise ValueError('is a string; allowed: an object with a type, such as {"type": "auto"}')
+        return data
+
     @model_validator(mode="after")
     def _named(self) -> MessageToolChoice:
         if (self.name is None) == (self.type == "tool"):

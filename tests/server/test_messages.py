@@ -281,6 +281,8 @@ def test_what_is_required(asking, name):
     ({"messages": [{"role": "user", "content": []}]}, "content is empty"),
     ({"messages": [{"role": "user", "content": [7]}]}, "must be an object with a type"),
     ({"messages": []}, "messages"),
+    ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "must be a string, or a list of blocks"),
+    ({"tools": [LOOK], "tool_choice": "auto"}, '{"type": "auto"}'),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
     ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "input_schema"),
     ({"tools": [LOOK, LOOK]}, "twice"),
