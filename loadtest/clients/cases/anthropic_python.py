@@ -1,7 +1,9 @@
 """anthropic's SDK, which sends its key as x-api-key."""
 
+from typing import Literal
+
 import anthropic
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from report import KEY, MAX_TOKENS, MODEL, QUESTION, RESULT, TOOL_CHOICE, URL, WEATHER, require, run
 
 BASE = URL.removesuffix("/v1")
@@ -17,9 +19,11 @@ LOOK = {
 CHOICE = {"type": {"required": "any"}.get(TOOL_CHOICE, TOOL_CHOICE), "disable_parallel_tool_use": True}
 
 
-class City(BaseModel):
-    name: str = Field(max_length=40)
-    inhabitants: int = Field(ge=0, le=100_000_000)
+class Place(BaseModel):
+    """Without bounds, which the SDK takes out of a schema before it is sent."""
+
+    kind: Literal["city", "village"]
+    capital: bool
 
 
 def text():
@@ -66,8 +70,8 @@ def tools_streamed():
 
 def structured():
     asked = [{"role": "user", "content": "Describe the city of Bonn."}]
-    reply = client.messages.parse(messages=asked, output_format=City, **SAID)
-    require(isinstance(reply.parsed_output, City), "no object")
+    reply = client.messages.parse(messages=asked, output_format=Place, **SAID)
+    require(isinstance(reply.parsed_output, Place), "no object")
 
 
 def counts():
