@@ -39,11 +39,14 @@ async def chat_prompt(context: ServerContext, body: ChatBody) -> ChatPrompt:
     return await encoder.chat(body.conversation(body.messages))
 
 
-async def chat_job(request: Request, arrival: Arrival, body: ChatBody) -> Job:
-    """A conversation, ready to run with `respond`. Raises InvalidRequestError for what cannot be served, and what
-    `PromptEncoder.chat` does."""
+async def chat_job(request: Request, arrival: Arrival, body: ChatBody, most_tokens: int | None = None) -> Job:
+    """A conversation, ready to run with `respond`. most_tokens: of an answer without max_tokens, where the context has room for
+    so many. Raises InvalidRequestError for what cannot be served, and what `PromptEncoder.chat` does."""
     context = context_of(request)
-    sampling = body.params(context.client.model.sampling)
+    defaults = context.client.model.sampling
+    sampling = body.params(defaults)
+    if most_tokens is not None:
+        sampling = replace(sampling, default_tokens=defaults.limited(most_tokens))
     prompt = await chat_prompt(context, body)
     expected = context.answers.expected(body, prompt.end)
     if expected is not None:

@@ -38,7 +38,6 @@ def chat_body(body: MessagesFields, template: Collection[str], *, reasons: bool)
         said["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted.json_schema}}
     return ChatBody.model_validate({
         **said,
-        "max_tokens": body.max_tokens,
         "messages": [*_system(body), *_messages(body)],
         "tools": [tool.tool() for tool in body.tools],
         "tool_choice": body.tool_choice.choice(),

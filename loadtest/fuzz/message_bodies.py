@@ -75,7 +75,7 @@ def body(draw: random.Random) -> dict[str, Any]:
     """A whole request."""
     made: dict[str, Any] = {
         "messages": [turn(draw) for _ in range(draw.randint(1, 6))],
-        "max_tokens": draw.choice((1, 2, 5, 20, 60)),
+        "max_tokens": 10**6 if draw.random() < 0.01 else draw.choice((1, 2, 5, 20, 60)),
         "stream": draw.random() < 0.6,
     }
     if made["messages"][-1].get("role") == "assistant" and draw.random() < 0.7:

@@ -28,7 +28,7 @@ async def messages(body: MessagesBody, request: Request) -> Response:
     context, arrival = context_of(request), arrive(request, ID_PREFIX)
     context.check_model(body.model)
     with called(body.names):
-        job = await chat_job(request, arrival, _chat(context, body))
+        job = await chat_job(request, arrival, _chat(context, body), body.max_tokens)
 
         def whole(choices: Sequence[Choice]) -> dict[str, Any]:
             return whole_message(job, choices[0])

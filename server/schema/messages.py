@@ -114,3 +114,11 @@ class MessagesBody(MessagesFields):
     """A conversation to continue."""
 
     max_tokens: int = Field(ge=1, le=MAX_INT)
+    """Most tokens of the answer. More than the context has room for is no error: then its end ends the answer."""
+
+    @model_validator(mode="after")
+    def _least(self) -> Self:
+        for name, least in {"min_tokens": self.min_tokens, "forced_tokens": len(self.forced_tokens)}.items():
+            if least > self.max_tokens:
+                raise problem(name, f"{name} asks for {least} tokens, but max_tokens is {self.max_tokens}; raise max_tokens")
+        return self

@@ -1,11 +1,13 @@
 """A short run of the fuzzer of messages, and proof that it would see what goes wrong; `make fuzz` runs more."""
 
 import asyncio
+import json
 
 import pytest
 
 from kvloom.loadtest.fuzz import messages
 from kvloom.loadtest.fuzz.fuzzer import FuzzError
+from kvloom.loadtest.fuzz.in_process import serving
 from kvloom.loadtest.fuzz.message_streams import message_of
 from kvloom.server import message_replies
 
@@ -27,6 +29,20 @@ def test_a_wrong_count_is_seen(folder, monkeypatch):
     monkeypatch.setattr(message_replies, "usage_body", lambda usage: {**real(usage), "input_tokens": 1})
     with pytest.raises(FuzzError, match="is counted"):
         asyncio.run(messages.run(folder, seed=3, requests=48))
+
+
+def test_max_tokens_beyond_the_context_ends_with_it(folder):
+    """Claude Code asks for 32,000 tokens, whatever the context."""
+
+    async def ask():
+        said = {"messages": [{"role": "user", "content": "x" * 1900}], "max_tokens": 10**6, "ignore_eos": True}
+        async with serving(messages.engine(folder)) as application:
+            return (await application.post("/v1/messages", [json.dumps(said).encode()])).json()
+
+    message = asyncio.run(ask())
+    usage = message["usage"]
+    assert message["stop_reason"] == "model_context_window_exceeded"
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] + usage["output_tokens"] == messages.LONGEST
 
 
 @pytest.mark.parametrize("name", ["content_block_start", "content_block_stop", "message_delta", "message_stop"])

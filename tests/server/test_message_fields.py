@@ -18,7 +18,7 @@ EFFECTS = {
     "output_config": {"format": {"type": "json_schema", "schema": {}}}, "output_format": {"type": "json_schema", "schema": {}},
     "thinking": {"type": "enabled"}, "frequency_penalty": 0.5, "presence_penalty": 0.5, "repetition_penalty": 1.5,
     "logit_bias": {"5": 1.0}, "min_tokens": 1, "seed": 7, "stop_token_ids": [7], "min_p": 0.5, "allowed_token_ids": [5, 6],
-    "bad_words": ["fox"], "ignore_eos": True, "include_stop_str_in_output": True, "skip_special_tokens": False,
+    "bad_words": ["fox"], "ignore_eos": True,  "include_stop_str_in_output": True, "skip_special_tokens": False,
     "truncate_prompt_tokens": 2, "priority": 1, "cache_salt": "s", "response_format": {"type": "json_object"},
     "structured_outputs": {"regex": "a+"}, "guided_json": {}, "guided_json_object": True, "guided_regex": "a+",
     "guided_choice": ["a"], "guided_grammar": 'start: "a"', "guided_decoding": {"regex": "a+"}, "json_schema": {},

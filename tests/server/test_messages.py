@@ -239,7 +239,13 @@ def test_fields_of_kvloom_work_here_too(asking):
     call = asking.engine.calls[0]
     sampling = call["sampling"]
     assert (call["priority"], call["cache_salt"], call["kv"].explain, sampling.seed) == (3, "s", True, 7)
-    assert (sampling.top_k, sampling.top_p, sampling.min_p, sampling.temperature, sampling.max_tokens) == (4, 0.5, 0.5, 0.5, 3)
+    assert (sampling.top_k, sampling.top_p, sampling.min_p, sampling.temperature, sampling.default_tokens) == (
+        4,
+        0.5,
+        0.5,
+        0.5,
+        3,
+    )
     assert reply["usage"]["kv"]["explain"]["reason"] == "a fake"
 
 
@@ -294,6 +300,8 @@ def test_what_is_required(asking, name):
     ({"thinking": {"type": "between_tools"}}, "thinking.type"),
     ({"temperature": 1.5}, "temperature is 1.5"),
     ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"min_tokens": 9, "max_tokens": 8}, "min_tokens asks for 9 tokens"),
+    ({"forced_tokens": [5, 5], "max_tokens": 1}, "forced_tokens asks for 2 tokens"),
     ({"stop_sequences": ["x"] * 1000}, "stop_sequences"),
     ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
     ({"output_config": {"task_budget": 5}}, "output_config.task_budget"),
