@@ -35,22 +35,33 @@ _KINDS = {
 }
 
 
+Names = Mapping[str, str]
+"""Fields of a chat -> what those who sent something else call them."""
+
+
+def renamed(error: Exception, names: Names) -> Exception:
+    """The error in the terms of those who sent something else than a chat."""
+    if not isinstance(error, InvalidRequestError):
+        return error
+    field, *path = re.split(r"(?=[.\[])", error.param or "", maxsplit=1)
+    if field not in names:
+        return error
+    message = re.sub(rf"\b{field}\b", names[field], str(error), count=1)
+    return type(error)(message, "".join((names[field], *path)))
+
+
 @contextmanager
-def called(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of a chat in the terms of those who sent something else. names: a field of chats -> what they call it."""
+def called(names: Names) -> Iterator[None]:
+    """Raises errors in these terms."""
     try:
         yield
     except InvalidRequestError as error:
-        field, *path = re.split(r"(?=[.\[])", error.param or "", maxsplit=1)
-        if field not in names:
-            raise
-        message = re.sub(rf"\b{field}\b", names[field], str(error), count=1)
-        raise type(error)(message, "".join((names[field], *path))) from None
+        raise renamed(error, names) from None
 
 
-def message_error(error: Exception, request_id: str) -> dict[str, Any]:
+def message_error(error: Exception, names: Names, request_id: str) -> dict[str, Any]:
     """An error inside a stream."""
-    wire = wire_error(error)
+    wire = wire_error(renamed(error, names))
     return _translated(wire.status, wire.body()["error"], request_id)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic_core import from_json
 
 from kvloom.server.answers.events import CallArguments, CallStart, Content, Event, Reasoning
-from kvloom.server.message_errors import message_error
+from kvloom.server.message_errors import Names, message_error
 from kvloom.server.pieces import Choice, Finish, Part, Piece
 from kvloom.server.respond import Job
 from kvloom.server.usage import UsageTotals
@@ -119,8 +119,9 @@ def _opened(event: Event) -> dict[str, Any]:
 class MessageWriter:
     """The stream of one message."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, names: Names) -> None:
+        """names: of fields, in errors."""
+        self._job, self._names = job, names
         self._begun = False
         self._open: str | None = None
         """The type of the block that is being written."""
@@ -146,7 +147,7 @@ class MessageWriter:
 
     def error(self, error: Exception) -> bytes:
         """An error that ends a stream which has begun."""
-        return sse("error", _dumps(message_error(error, self._job.headers["X-Request-Id"]))).encode()
+        return sse("error", _dumps(message_error(error, self._names, self._job.headers["X-Request-Id"]))).encode()
 
     def _event(self, event: Event) -> str:
         kind, start = _kind(event), ""

@@ -28,15 +28,13 @@ from kvloom.server.pieces import Choice, Piece
 from kvloom.server.replies import ChunkWriter, Envelope, Format, LogprobWriter, whole_body
 from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.common import GenerationBody
-from kvloom.server.sse import ClientGoneError, EventStream, unless_gone, with_silences
+from kvloom.server.sse import ClientGoneError, EventStream, unless_gone, waiting_told
 from kvloom.server.token_ids import TokenIds
 from kvloom.server.trace import RequestTrace
 from kvloom.server.usage import UsageTotals
 
 Whole = Callable[[Sequence[Choice]], dict[str, Any]]
 """From finished choices to the body of an answer."""
-
-PING_SECONDS = 15.0
 
 log = logging.getLogger("kvloom.server")
 
@@ -163,7 +161,7 @@ async def respond(request: Request, job: Job, writer: StreamWriter, whole: Whole
             return JSONResponse(whole(choices), headers=job.headers)
         events = _events(job, writer, ping)
         first = await unless_gone(request.receive, _first(events))
-        return EventStream(first, events, job.headers)
+        return EventStream(first, events, job.headers, ping)
     except ClientGoneError:
         return Response(status_code=499)  # nobody reads it
 
@@ -187,7 +185,7 @@ async def _first(events: AsyncGenerator[bytes, None]) -> bytes:
 async def _events(job: Job, writer: StreamWriter, ping: bytes) -> AsyncGenerator[bytes, None]:
     """Events of a stream. An error before the first one is raised, a later one becomes an event."""
     begun = False
-    coming: AsyncGenerator[Piece | None, None] = with_silences(job.pieces(), PING_SECONDS) if ping else job.pieces()
+    coming: AsyncGenerator[Piece | None, None] = waiting_told(job.pieces()) if ping else job.pieces()
     try:
         async with aclosing(coming) as pieces:
             async for piece in pieces:

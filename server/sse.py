@@ -16,6 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 DONE = b"data: [DONE]\n\n"
+PING_SECONDS = 15.0
+"""Of silence, after which a ping is sent where the protocol has one; it may be twice as long."""
 
 log = logging.getLogger("kvloom.server")
 
@@ -46,39 +48,41 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def with_silences(items: AsyncGenerator[T, None], seconds: float) -> AsyncGenerator[T | None, None]:
-    """The items, and a None whenever none has come for so long. Closes `items` however it ends."""
-    waiting: asyncio.Future[T] | None = None
+async def waiting_told(items: AsyncGenerator[T, None]) -> AsyncGenerator[T | None, None]:
+    """The items, with a None in front if the first one has not come in PING_SECONDS. Closes `items` however it ends."""
+    first = asyncio.ensure_future(anext(items))
     try:
-        while True:
-            waiting = waiting or asyncio.ensure_future(anext(items))
-            done, _ = await asyncio.wait((waiting,), timeout=seconds)
-            if not done:
-                yield None
-                continue
-            try:
-                item = waiting.result()
-            except StopAsyncIteration:
-                return
-            waiting = None
+        if not (await asyncio.wait((first,), timeout=PING_SECONDS))[0]:
+            yield None
+        try:
+            yield await first
+        except StopAsyncIteration:
+            return
+        async for item in items:
             yield item
     finally:
-        if waiting is not None:
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
         await items.aclose()
 
 
 class EventStream(Response):
-    """A stream that has begun: its first events are there, the rest comes. Closes `events` however it ends."""
+    """A stream that has begun: its first events are there, the rest comes. Closes `events` however it ends.
+
+    ping: events to send whenever none came for PING_SECONDS; empty for nothing."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(
+        self, first: bytes, events: AsyncGenerator[bytes, None], headers: Mapping[str, str], ping: bytes = b""
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers})
         del self.headers["content-length"]
         self._first = first
         self._events = events
+        self._ping = ping
+        self._silent = False
+        """Whether nothing was sent since a ping was last thought of."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -91,7 +95,22 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
-        # Events that are ready together go out in one system call: no await below waits then, and uvloop joins the writes.
-        async for data in self._events:
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        pinging = asyncio.ensure_future(self._pings(send)) if self._ping else None
+        try:
+            # Events that are ready together go out in one system call: no await below waits then, and uvloop joins the writes.
+            async for data in self._events:
+                self._silent = False
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        finally:
+            if pinging is not None:
+                pinging.cancel()
+                await asyncio.gather(pinging, return_exceptions=True)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _pings(self, send: Send) -> None:
+        """Every message that is sent holds whole events, so a ping may stand between any two."""
+        while True:
+            self._silent = True
+            await asyncio.sleep(PING_SECONDS)
+            if self._silent:
+                await send({"type": "http.response.body", "body": self._ping, "more_body": True})

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from kvloom.engine import LLM
 from kvloom.loadtest.fuzz import chats
@@ -28,10 +29,13 @@ from kvloom.loadtest.fuzz.fuzzer import FuzzError
 from kvloom.loadtest.fuzz.in_process import Application, Reply, serving
 from kvloom.loadtest.fuzz.message_bodies import answer, body
 from kvloom.loadtest.fuzz.message_streams import events_of, message_of
+from kvloom.server import sse
 
 BATCH = 24
 """Requests at once."""
 LONGEST = 2048
+PING_SECONDS = 0.003
+"""So short that many streams have pings, before their first token, too."""
 TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
     "{{ m.content }}\n{% endfor %}"
@@ -135,17 +139,23 @@ def same(message: dict[str, Any], other: dict[str, Any] | str) -> None:
 
 async def run(folder: Path, seed: int, requests: int, until: float = float("inf")) -> Counter[str]:
     """So many requests, or until the monotonic clock says so; how they ended. Raises FuzzError that names the batch."""
-    llm, ends, done = engine(folder), Counter[str](), 0
-    async with serving(llm) as application:
-        while done < requests and time.monotonic() < until:
-            count = min(BATCH, requests - done)
-            draws = [random.Random(f"{seed} {done + number}") for number in range(count)]
-            try:
-                ends.update(await asyncio.gather(*(attempt(application, llm, draw) for draw in draws)))
-                await application.check()
-            except Exception as error:
-                raise FuzzError(f"requests {done} to {done + count} of seed {seed}: {type(error).__name__}: {error}") from error
-            done += count
+    llm = engine(folder)
+    with patch.object(sse, "PING_SECONDS", PING_SECONDS):
+        async with serving(llm) as application:
+            return await _batches(application, llm, seed, requests, until)
+
+
+async def _batches(application: Application, llm: LLM, seed: int, requests: int, until: float) -> Counter[str]:
+    ends, done = Counter[str](), 0
+    while done < requests and time.monotonic() < until:
+        count = min(BATCH, requests - done)
+        draws = [random.Random(f"{seed} {done + number}") for number in range(count)]
+        try:
+            ends.update(await asyncio.gather(*(attempt(application, llm, draw) for draw in draws)))
+            await application.check()
+        except Exception as error:
+            raise FuzzError(f"requests {done} to {done + count} of seed {seed}: {type(error).__name__}: {error}") from error
+        done += count
     return ends
 
 

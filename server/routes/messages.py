@@ -33,7 +33,7 @@ async def messages(body: MessagesBody, request: Request) -> Response:
         def whole(choices: Sequence[Choice]) -> dict[str, Any]:
             return whole_message(job, choices[0])
 
-        return await respond(request, job, MessageWriter(job), whole, PING)
+        return await respond(request, job, MessageWriter(job, body.names), whole, PING)
 
 
 @router.post("/v1/messages/count_tokens")

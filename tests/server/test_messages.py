@@ -7,7 +7,7 @@ import pytest
 
 from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.loadtest.fuzz.message_streams import events_of, message_of
-from kvloom.server import respond
+from kvloom.server import sse
 from kvloom.server.message_replies import input_of
 
 USER = {"role": "user", "content": "weather in Bonn?"}
@@ -318,7 +318,7 @@ def test_context_management_that_keeps_everything_passes(asking):
 
 
 def test_a_long_silence_has_pings(says, monkeypatch, until):
-    monkeypatch.setattr(respond, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.01)
     asking = says("Rain.")
     asking.engine.held = True
     body = {"max_tokens": 9, "messages": [USER], "stream": True}
@@ -331,8 +331,28 @@ def test_a_long_silence_has_pings(says, monkeypatch, until):
     assert message_of(text)["content"] == [{"type": "text", "text": "Rain."}]
 
 
+def test_pings_stand_between_tokens(says, monkeypatch):
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.01)
+    asking = says("Rain, and more of it.")
+    asking.engine.step_seconds = 0.05
+    text = asking.post(stream=True, max_tokens=4).text
+    names = [name for name, _ in events_of(text)]
+    assert "ping" in names[names.index("content_block_start") : -1] and names[-1] == "message_stop" and message_of(text)
+
+
+def test_a_refusal_after_a_ping_is_an_event(says, monkeypatch):
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.01)
+    asking = says("Rain.")
+    asking.engine.step_seconds, asking.engine.fail_after, asking.engine.blame = 0.1, 0, "stop"
+    reply = asking.post(stream=True)
+    assert reply.status_code == 200 and events_of(reply.text)[0][0] == "ping"
+    name, data = events_of(reply.text)[-1]
+    assert (name, data["error"]["type"]) == ("error", "invalid_request_error")
+    assert data["error"]["message"] == "stop_sequences: the fake failed"
+
+
 def test_a_client_that_leaves_in_a_silence_ends_its_request(says, monkeypatch, until):
-    monkeypatch.setattr(respond, "PING_SECONDS", 0.01)
+    monkeypatch.setattr(sse, "PING_SECONDS", 0.01)
     asking = says("Rain.")
     asking.engine.held = True
     with asking.client.stream("POST", "/v1/messages", json={"max_tokens": 9, "messages": [USER], "stream": True}) as stream:
