@@ -51,29 +51,20 @@ def usage_body(usage: UsageTotals) -> dict[str, Any]:
 
 def ending(job: Job, finish: Finish | None, reason: int | str | None) -> dict[str, Any]:
     """Why an answer ended, and with which of the stop sequences."""
-    kind = {"tool_calls": "tool_use", "length": "max_tokens"}.get(finish or "", "end_turn")
     if finish == "stop" and isinstance(reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": reason}
-    if finish == "length" and job.usage.prompt_tokens + job.usage.completion_tokens >= job.context.client.model.max_model_len:
-        kind = "model_context_window_exceeded"
-    return {"stop_reason": kind, "stop_sequence": None}
+    full = job.usage.completion_tokens < (job.work.sampling.default_tokens or 0)
+    cut = "model_context_window_exceeded" if full else "max_tokens"
+    return {"stop_reason": {"tool_calls": "tool_use", "length": cut}.get(finish or "", "end_turn"), "stop_sequence": None}
 
 
 def input_of(arguments: str) -> dict[str, Any]:
     """The input of a call. Of one that was cut, as much as came; numbers beyond all numbers become words."""
     try:
-        given = from_json(arguments, allow_partial=True)
-        return given if isinstance(given, dict) and _dumpable(given) else json.loads(_dumps(given), parse_constant=str)
+        given = json.loads(_dumps(from_json(arguments, allow_partial=True)), parse_constant=str)
     except ValueError:
         return {}
-
-
-def _dumpable(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except ValueError:
-        return False
-    return True
+    return given if isinstance(given, dict) else {}
 
 
 def _head(job: Job) -> dict[str, Any]:

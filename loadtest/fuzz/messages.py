@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import random
 import sys
 import tempfile
@@ -166,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--minutes", type=float, default=None, help="end after so many minutes")
     made.add_argument("--seed", type=int, default=0)
     args = made.parse_args(argv)
+    logging.basicConfig(level=logging.ERROR, format="%(name)s: %(message)s")
     most = args.requests or (sys.maxsize if args.minutes else 2000)
     until = time.monotonic() + args.minutes * 60 if args.minutes else float("inf")
     with tempfile.TemporaryDirectory() as folder:
