@@ -16,13 +16,16 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from kvloom.engine.errors import InvalidRequestError
+from kvloom.server.conversations import checked_chat
 from kvloom.server.schema.chat import ChatBody
-from kvloom.server.schema.chat_messages import Message, TextPart
+from kvloom.server.schema.chat_messages import Message
 from kvloom.server.schema.common import CommonBody
 from kvloom.server.schema.message_blocks import Block, TextBlock, ThinkingBlock, ToolResultBlock, ToolUseBlock, blocks_of
 from kvloom.server.schema.messages import MessagesFields
 from kvloom.server.schema.tools import CalledFunction, ToolCall
 
+# Messages are made without being checked again, which would take longer than reading the body. They get their tool_calls in any
+# case: pydantic looks long for who makes an empty list.
 _BILLING = re.compile(r"x-anthropic-billing-header:[^\n]*\n*")
 """A line that Claude Code puts in front of its system prompt. It is for Anthropic's bills and different every time: in front of
 a prompt, nothing of the prompt would ever be found in the cache."""
@@ -36,7 +39,7 @@ def chat_body(body: MessagesFields, template: Collection[str], *, reasons: bool)
     wanted = body.wanted
     if wanted is not None:
         said["response_format"] = {"type": "json_schema", "json_schema": {"schema": wanted.json_schema}}
-    return ChatBody.model_validate({
+    return checked_chat({
         **said,
         "messages": [*_system(body), *_messages(body)],
         "tools": [tool.tool() for tool in body.tools],
@@ -61,24 +64,24 @@ def _variables(body: MessagesFields, template: Collection[str], reasons: bool) -
 
 
 def _system(body: MessagesFields) -> Iterator[Message]:
-    texts = [block.text for block in body.system_blocks]
-    if texts and _BILLING.match(texts[0]):
-        texts[0] = _BILLING.sub("", texts[0], count=1)
-    texts = [text for text in texts if text]
-    if texts:
-        yield _texts("system", texts)
+    blocks = body.system_blocks
+    if blocks and _BILLING.match(blocks[0].text):
+        blocks = [TextBlock(type="text", text=_BILLING.sub("", blocks[0].text, count=1)), *blocks[1:]]
+    blocks = [block for block in blocks if block.text]
+    if blocks:
+        yield _texts("system", blocks)
 
 
-def _texts(role: str, texts: Sequence[str], **more: Any) -> Message:
-    """A message of one text, or of several that the chat template joins."""
-    content: Any = texts[0] if len(texts) == 1 else [TextPart(type="text", text=text) for text in texts]
-    return Message.model_validate({"role": role, "content": content, **more})
+def _texts(role: str, blocks: Sequence[TextBlock], **more: Any) -> Message:
+    """A message of one text, or of several that the chat template joins: to a chat, a block is a part of its content."""
+    content: Any = blocks[0].text if len(blocks) == 1 else blocks
+    return Message.model_construct(role=role, content=content, tool_calls=[], **more)
 
 
 def _messages(body: MessagesFields) -> Iterator[Message]:
     names: dict[str, str] = {}
-    for role, turns in itertools.groupby(body.messages, key=lambda turn: turn.role):
-        blocks = [block for turn in turns for block in turn.blocks]
+    for begin, blocks in body.runs:
+        role = body.messages[begin].role
         if role == "assistant":
             names |= {block.id: block.name for block in blocks if isinstance(block, ToolUseBlock)}
             yield _assistant(blocks)
@@ -90,21 +93,23 @@ def _assistant(blocks: Sequence[Block]) -> Message:
     """Its texts are one: what was written between calls came without a break."""
     thoughts = [block.thinking for block in blocks if isinstance(block, ThinkingBlock)]
     calls = [
-        ToolCall(id=block.id, function=CalledFunction(name=block.name, arguments=block.input))
+        ToolCall.model_construct(id=block.id, function=CalledFunction.model_construct(name=block.name, arguments=block.input))
         for block in blocks
         if isinstance(block, ToolUseBlock)
     ]
-    text = "".join(block.text for block in blocks if isinstance(block, TextBlock))
-    thought = "\n".join(thoughts) or None
-    said = {"role": "assistant", "content": text, "reasoning_content": thought, "tool_calls": calls}
-    return Message.model_validate(said)
+    return Message.model_construct(
+        role="assistant",
+        content="".join(block.text for block in blocks if isinstance(block, TextBlock)),
+        reasoning_content="\n".join(thoughts) or None,
+        tool_calls=calls,
+    )
 
 
 def _others(role: str, blocks: Sequence[Block], names: dict[str, str]) -> Iterator[Message]:
     """Results and texts, in the order in which they stand."""
     for result, run in itertools.groupby(blocks, key=lambda block: isinstance(block, ToolResultBlock)):
         if not result:
-            yield _texts(role, [block.text for block in run if isinstance(block, TextBlock)])
+            yield _texts(role, [block for block in run if isinstance(block, TextBlock)])
             continue
         for block in run:
             if isinstance(block, ToolResultBlock):
@@ -112,7 +117,7 @@ def _others(role: str, blocks: Sequence[Block], names: dict[str, str]) -> Iterat
 
 
 def _result(block: ToolResultBlock, name: str | None) -> Message:
-    texts = [part.text for part in blocks_of(block.content)] or [""]
-    if block.is_error and not texts[0].lstrip("<[ \n").lower().startswith(("error", "tool_use_error")):
-        texts[0] = f"Error: {texts[0]}"
-    return _texts("tool", texts, tool_call_id=block.tool_use_id, name=name)
+    blocks = blocks_of(block.content) or blocks_of("")
+    if block.is_error and not blocks[0].text.lstrip("<[ \n").lower().startswith(("error", "tool_use_error")):
+        blocks = [TextBlock(type="text", text=f"Error: {blocks[0].text}"), *blocks[1:]]
+    return _texts("tool", blocks, tool_call_id=block.tool_use_id, name=name)

@@ -42,7 +42,8 @@ def block(draw: random.Random, kind: str) -> Any:
             "type": "tool_result", "tool_use_id": name, "content": content(draw, "text"), "is_error": draw.random() < 0.3},
     }[kind]()  # fmt: skip
     if draw.random() < ODD:
-        made[draw.choice(("type", "text", "content", "input", "tool_use_id"))] = draw.choice((value(draw), "image", "document"))
+        name = draw.choice(("type", "text", "content", "input", "tool_use_id", "id", "name"))
+        made[name] = draw.choice((value(draw), "image", "document", "x" * 2000))
     return made
 
 
@@ -104,6 +105,8 @@ def body(draw: random.Random) -> dict[str, Any]:
             made[name] = given
     if made.get("tool_choice", {}).get("type") == "tool":
         made["tool_choice"]["name"] = draw.choice(NAMES)
+    if draw.random() < 0.01:
+        made["messages"] *= draw.choice((600, 1500, 5000))
     if draw.random() < 0.1:
         made[draw.choice((*maybe, "messages", "max_tokens", "stream"))] = value(draw)
     return made

@@ -100,7 +100,7 @@ async def attempt(application: Application, llm: LLM, draw: random.Random) -> st
 def refused(reply: Reply) -> str:
     """Checks an error."""
     told = reply.json()
-    if reply.status not in (400, 429) or told["type"] != "error" or not told["error"]["message"]:
+    if reply.status not in (400, 413, 429) or told["type"] != "error" or not told["error"]["message"]:
         raise FuzzError(f"{reply.status}: {reply.text[:500]}")
     if told["request_id"] != reply.headers["request-id"]:
         raise FuzzError(f"another request id than {reply.headers['request-id']}: {reply.text[:300]}")

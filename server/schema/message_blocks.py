@@ -10,7 +10,7 @@ from kvloom.server.schema.common import StrictBody, Text
 from kvloom.server.schema.problem import problem
 
 MAX_BLOCKS = 4096
-"""Of one turn, and of one result."""
+"""Of neighbouring turns of one role, which are read as one, and of one result."""
 
 
 class TextBlock(StrictBody):
@@ -40,7 +40,7 @@ class ToolUseBlock(StrictBody):
 
     type: Literal["tool_use"]
     id: Text = Field(min_length=1, max_length=1024)
-    name: Text = Field(min_length=1, max_length=1024)
+    name: Text = Field(min_length=1, max_length=256)
     input: dict[str, Any]
 
 

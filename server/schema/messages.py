@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,11 +11,20 @@ from pydantic import Field, field_validator, model_validator
 from kvloom.server.schema.chat_messages import MAX_MESSAGES
 from kvloom.server.schema.common import MAX_INT, CommonBody, StrictBody, Text
 from kvloom.server.schema.conversation import TemplateVariables
-from kvloom.server.schema.message_blocks import TextBlock, TextContent, ToolUseBlock, Turn, blocks_of
+from kvloom.server.schema.message_blocks import (
+    MAX_BLOCKS,
+    Block,
+    TextBlock,
+    TextContent,
+    ToolResultBlock,
+    ToolUseBlock,
+    Turn,
+    blocks_of,
+)
 from kvloom.server.schema.message_fields import MESSAGE_HINTS, MESSAGE_UNSUPPORTED
 from kvloom.server.schema.message_tools import MessageTool, MessageToolChoice
 from kvloom.server.schema.problem import problem
-from kvloom.server.schema.tools import MAX_TOOLS
+from kvloom.server.schema.tools import MAX_CALLS, MAX_TOOLS
 from kvloom.server.schema.unsupported import Refusal
 
 
@@ -86,12 +96,30 @@ class MessagesFields(CommonBody):
         if choice.name is not None and choice.name not in names:
             given = ", ".join(names)[:200] or "none are given"
             raise problem("tool_choice", f"tool_choice names {choice.name[:64]!r}, which is not among the tools: {given}")
+        results = 0
+        for i, run in self.runs:
+            results += sum(isinstance(block, ToolResultBlock) for block in run)
+            calls = sum(isinstance(block, ToolUseBlock) for block in run)
+            if len(run) > MAX_BLOCKS or calls > MAX_CALLS:
+                what = f"{len(run)} blocks stand there in one turn, {calls} of them calls"
+                raise problem(f"messages[{i}].content", f"{what}; allowed: {MAX_BLOCKS}, and {MAX_CALLS} calls")
+        if results + len(self.messages) > MAX_MESSAGES:
+            raise problem("messages", f"{results} results in {len(self.messages)} messages; allowed: {MAX_MESSAGES} together")
         last = self.messages[-1]
         if last.role == "assistant" and any(isinstance(block, ToolUseBlock) for block in last.blocks):
             raise problem("messages", "the last message calls tools; add a message with their results (tool_result)")
         if self.output_config.format is not None and self.output_format is not None:
             raise problem("output_format", "output_format and output_config.format say the same; give one")
         return self
+
+    @property
+    def runs(self) -> Iterator[tuple[int, list[Block]]]:
+        """Neighbouring messages of one role are one turn: where each begins, and its blocks."""
+        begin = 0
+        for _, turns in itertools.groupby(self.messages, key=lambda turn: turn.role):
+            joined = list(turns)
+            yield begin, [block for turn in joined for block in turn.blocks]
+            begin += len(joined)
 
     @property
     def system_blocks(self) -> list[TextBlock]:

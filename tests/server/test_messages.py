@@ -15,6 +15,9 @@ LOOK = {"name": "look", "description": "Looks.", "input_schema": {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
 LIST = {"name": "list_all", "input_schema": {"type": "object"}}
 CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Bonn"}}\n</tool_call>'
+TEXT = {"type": "text", "text": "a"}
+ANY_CALL = {"type": "tool_use", "id": "a", "name": "b", "input": {}}
+RESULT = {"type": "tool_result", "tool_use_id": "call_1", "content": "rain"}
 HISTORY = [
     USER,
     {"role": "assistant", "content": [
@@ -283,12 +286,16 @@ def test_what_is_required(asking, name):
     ({"messages": [*HISTORY[:2], {"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": "call_1", "content": [{"type": "image"}]}]}]}, "content[0].content[0]"),
     ({"messages": [{"role": "assistant", "content": [{"type": "server_tool_use"}]}]}, "run at the server"),
-    ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]}]}, "allowed there"),
+    ({"messages": [{"role": "user", "content": [ANY_CALL]}]}, "allowed there"),
     ({"messages": [{"role": "user", "content": []}]}, "content is empty"),
     ({"messages": [{"role": "user", "content": [7]}]}, "must be an object with a type"),
     ({"messages": []}, "messages"),
     ({"messages": [{"role": "user", "content": {"type": "text"}}]}, "must be a string, or a list of blocks"),
     ({"tools": [LOOK], "tool_choice": "auto"}, '{"type": "auto"}'),
+    ({"messages": [{"role": "user", "content": [TEXT] * 4096}, {"role": "user", "content": "a"}]}, "4097 blocks"),
+    ({"messages": [HISTORY[0], HISTORY[1], {"role": "user", "content": [RESULT] * 4095}]}, "4095 results in 3 messages"),
+    ({"messages": [{"role": "assistant", "content": [ANY_CALL] * 513}, USER]}, "513 of them calls"),
+    ({"messages": [{"role": "assistant", "content": [{**ANY_CALL, "name": "x" * 257}]}, USER]}, "at most 256"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
     ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "input_schema"),
     ({"tools": [LOOK, LOOK]}, "twice"),
