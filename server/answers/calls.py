@@ -147,7 +147,7 @@ def _arguments(calling: Calling) -> Reading:
             raise MalformedError from None
         if not isinstance(given, dict):
             raise MalformedError
-        calling.arguments(text)
+        calling.arguments(json_text.written(given) if "\\u" in text else text)
     elif char == "n":
         yield from source.require("null")
     else:
@@ -249,7 +249,7 @@ def _parameter(calling: Calling, types: frozenset[str]) -> Reading:
         raise CutError
     text = "".join(pieces)
     try:
-        calling.arguments(json.dumps(typed(text, types), ensure_ascii=False, allow_nan=False))
+        calling.arguments(json_text.written(typed(text, types)))
     except ValueError:  # a number beyond all numbers
         calling.arguments(json.dumps(text, ensure_ascii=False))
 
@@ -300,7 +300,7 @@ def python_calls(calling: Calling) -> Reading:
             end = yield from source.peek()
             if end not in (",", ")") or not end:
                 raise MalformedError if end else CutError
-            pair = json.dumps(key, ensure_ascii=False) + ": " + json.dumps(given, ensure_ascii=False)
+            pair = json.dumps(key, ensure_ascii=False) + ": " + json_text.written(given)
             calling.arguments((", " if opened else "{") + pair)
             opened = True
             yield from source.literal([","])

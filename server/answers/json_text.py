@@ -2,7 +2,7 @@
 
 Every piece is passed on as soon as it is certain, so that what is passed on is the beginning of JSON at any time. Small
 mistakes of small models are mended on the way, since they change no meaning: line ends and tabs inside strings, backslashes
-that escape nothing, and Python's True, False and None.
+that escape nothing, halves of surrogate pairs, and Python's True, False and None.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Generator
+from typing import Any
 
 from kvloom.server.answers.source import CutError, MalformedError, Reading, Source
 
@@ -21,6 +22,9 @@ _WORD = re.compile(r"[-+.\w]*")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?", re.ASCII)
 _WORDS = {"true": "true", "false": "false", "null": "null", "True": "true", "False": "false", "None": "null"}
 _HEX = re.compile(r"[0-9a-fA-F]{4}")
+_SURROGATE = re.compile(r"[dD][89a-fA-F][0-9a-fA-F]{2}")
+_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+_CUT_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}(\\(u([dD]([c-fC-F][0-9a-fA-F]?)?)?)?)?")
 _LONGEST_NUMBER = 400
 
 Emit = Callable[[str], None]
@@ -59,6 +63,12 @@ def value(source: Source, emit: Emit) -> Reading:
             break
         if not closers:
             return
+
+
+def written(value: Any) -> str:
+    """A value as JSON. Halves of surrogate pairs, which escapes can say, become one character together, and U+FFFD alone."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def string(source: Source) -> Generator[None, None, str]:
@@ -111,6 +121,9 @@ def _escape(source: Source, emit: Emit) -> Reading:
         raise CutError
     if two[1] == "u":
         six = yield from source.peek(6)
+        if _SURROGATE.fullmatch(six, 2):
+            yield from _pair(source, emit)
+            return
         if _HEX.fullmatch(six, 2):
             emit(source.take(6))
             return
@@ -122,6 +135,18 @@ def _escape(source: Source, emit: Emit) -> Reading:
     source.take(1)
     if two[1] != "'":
         emit("\\\\")
+
+
+def _pair(source: Source, emit: Emit) -> Reading:
+    """An escaped half of a surrogate pair, with the other half; alone it is no character, and no JSON for strict readers."""
+    both = yield from source.peek(12)
+    if _PAIR.fullmatch(both):
+        emit(source.take(12))
+        return
+    if len(both) < 12 and _CUT_PAIR.fullmatch(both):
+        raise CutError
+    source.take(6)
+    emit("\\ufffd")
 
 
 def _word(source: Source, emit: Emit) -> Reading:

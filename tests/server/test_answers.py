@@ -73,6 +73,14 @@ CASES = [
     ),
     ("pythonic", "<|python_start|>[look(city='a\\n\\u00e9')]<|python_end|>!", "!", [("look", {"city": "a\né"})]),
     ("pythonic", "[1, 2] is a list", "[1, 2] is a list", []),
+    *(
+        (form, text % "\\ud83e\\udd8a \\uD83E \\udd8a \\ud83e\\u0041", "", [("look", {name: "🦊 \ufffd \ufffd \ufffdA"})])
+        for form, name, text in (
+            ("hermes", "city", '<tool_call>{"name": "look", "arguments": {"city": "%s"}}</tool_call>'),
+            ("hermes", "city", '<tool_call>{"name": "look", "arguments": "{\\"city\\": \\"%s\\"}"}</tool_call>'),
+            ("qwen_coder", "any", '<tool_call><function=look><parameter=any>"%s"</parameter></function></tool_call>'),
+        )
+    ),
     ("pythonic", "[look(city=__import__('os'))]", "[look(city=__import__('os'))]", []),
     (
         "mistral",
