@@ -35,12 +35,12 @@ def _dumps(value: Any) -> str:
 
 
 def usage_body(usage: UsageTotals) -> dict[str, Any]:
-    """Token counts by Anthropic's arithmetic: a prompt is input_tokens and what was read from the cache, together. Nobody marks
-    what is written to it, so no tokens are counted as that."""
+    """Token counts by Anthropic's arithmetic: a prompt is what was read from the cache, what is written to it, and the rest,
+    input_tokens."""
     said = usage.body()
     body: dict[str, Any] = {
-        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
-        "cache_creation_input_tokens": 0,
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens - usage.written_tokens,
+        "cache_creation_input_tokens": usage.written_tokens,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
     }
