@@ -11,7 +11,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from kvloom.server.auth import OPEN_PATHS
-from kvloom.server.schema import answers
+from kvloom.server.message_errors import OVERLOADED, PATH
+from kvloom.server.schema import answers, message_answers
 
 _TEXT = {"type": "string"}
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
@@ -20,6 +21,15 @@ ERROR_SCHEMA: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
     "properties": {"error": {"type": "object", "required": list(_ERROR_FIELDS), "properties": _ERROR_FIELDS}},
+}
+MESSAGE_ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["type", "error", "request_id"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {"type": "object", "required": ["type", "message"], "properties": {"type": _TEXT, "message": _TEXT}},
+        "request_id": _TEXT,
+    },
 }
 ERRORS = {
     "400": "Bad request: `param` names the field",
@@ -53,6 +63,8 @@ class Described(NamedTuple):
 ANSWERS: Mapping[tuple[str, str], Described] = {
     ("post", "/v1/chat/completions"): Described(answers.ChatCompletion, answers.ChatChunk),
     ("post", "/v1/completions"): Described(answers.Completion, answers.Completion),
+    ("post", "/v1/messages"): Described(message_answers.MessageAnswer, message_answers.MessageEvent),
+    ("post", "/v1/messages/count_tokens"): Described(message_answers.TokenCount),
     ("get", "/v1/models"): Described(answers.ModelList),
     ("get", "/v1/models/{name}"): Described(answers.ModelCard),
     ("post", "/tokenize"): Described(answers.Tokenized),
@@ -88,7 +100,7 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
-    schemas |= {"Error": ERROR_SCHEMA, **_models()}
+    schemas |= {"Error": ERROR_SCHEMA, "MessageError": MESSAGE_ERROR_SCHEMA, **_models()}
     components["securitySchemes"] = {
         "key": {"type": "http", "scheme": "bearer", "description": "A key of --api-key or --admin-key"}
     }
@@ -96,31 +108,36 @@ def _describe(app: FastAPI) -> dict[str, Any]:
     schema["security"] = [{"key": []}] if options.asks_for_keys else [{}, {"key": []}]
     for path, operations in schema["paths"].items():
         for method, operation in operations.items():
-            _answer(operation, ANSWERS.get((method, path)))
+            _answer(operation, ANSWERS.get((method, path)), of_messages=path.startswith(PATH))
             if path in OPEN_PATHS:
                 operation["security"] = []
     return schema
 
 
-def _answer(operation: dict[str, Any], described: Described | None) -> None:
+def _answer(operation: dict[str, Any], described: Described | None, *, of_messages: bool) -> None:
     responses = operation["responses"]
     responses.pop("422", None)
     body = "requestBody" in operation
-    responses |= {status: _error(text) for status, text in ERRORS.items() if body or status not in _WITH_BODY}
+    errors = {status: text for status, text in ERRORS.items() if body or status not in _WITH_BODY}
+    if of_messages:
+        errors[str(OVERLOADED)] = errors.pop("503")
+    responses |= {status: _error(text, "MessageError" if of_messages else "Error") for status, text in errors.items()}
     if described is not None:
         content = {}
         if described.whole is not None:
             content["application/json"] = {"schema": {"$ref": _REF + described.whole.__name__}}
         if described.event is not None:
             text = f"Lines `data: ` with a {described.event.__name__} each, or an Error; at last `data: [DONE]`"
+            if of_messages:
+                text = f"Named events, each with a {described.event.__name__}, or a MessageError at the end"
             content["text/event-stream"] = {"schema": {"type": "string", "description": text}}
         if described.media:
             content[described.media] = {"schema": {"type": "string"}}
         responses["200"] = {"description": "Successful Response", **({"content": content} if content else {})}
 
 
-def _error(text: str) -> dict[str, Any]:
-    return {"description": text, "content": {"application/json": {"schema": {"$ref": _REF + "Error"}}}}
+def _error(text: str, schema: str) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": {"$ref": _REF + schema}}}}
 
 
 def _models() -> dict[str, Any]:

@@ -19,7 +19,7 @@ class Answer(BaseModel):
     model_config = ConfigDict(extra="forbid", json_schema_extra=lambda schema: schema.pop("additionalProperties", None))
 
 
-def _absent(text: str = "") -> Any:
+def absent(text: str = "") -> Any:
     """A field that is only there where it was asked for, or has something to tell. text: what it is."""
     return Field(default_factory=lambda: None, description=text or None)
 
@@ -50,7 +50,7 @@ class KVUsage(Answer):
     drafted_tokens: int
     accepted_tokens: int
     preemptions: int
-    explain: dict[str, Any] | list[dict[str, Any]] = _absent("With kv.explain: what was reused and why no more.")
+    explain: dict[str, Any] | list[dict[str, Any]] = absent("With kv.explain: what was reused and why no more.")
 
 
 class Usage(Answer):
@@ -60,8 +60,8 @@ class Usage(Answer):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails = _absent()
-    kv: KVUsage = _absent()
+    completion_tokens_details: CompletionTokensDetails = absent()
+    kv: KVUsage = absent()
 
 
 class Logprob(Answer):
@@ -109,16 +109,16 @@ PromptLogprobs = list[dict[str, RankedLogprob] | None]
 class CalledFunction(Answer):
     """In a stream, the name comes first and arguments piece by piece."""
 
-    name: str = _absent()
+    name: str = absent()
     arguments: str
 
 
 class ToolCall(Answer):
     """A call of a tool."""
 
-    index: int = _absent("Of the call among those of its choice, in streams.")
-    id: str = _absent()
-    type: Literal["function"] = _absent()
+    index: int = absent("Of the call among those of its choice, in streams.")
+    id: str = absent()
+    type: Literal["function"] = absent()
     function: CalledFunction
 
 
@@ -127,19 +127,19 @@ class ChatMessage(Answer):
 
     role: Literal["assistant"]
     content: str | None
-    reasoning_content: str = _absent()
-    reasoning: str = _absent("The same as `reasoning_content`, under its newer name.")
-    tool_calls: list[ToolCall] = _absent()
+    reasoning_content: str = absent()
+    reasoning: str = absent("The same as `reasoning_content`, under its newer name.")
+    tool_calls: list[ToolCall] = absent()
 
 
 class Delta(Answer):
     """What a chunk adds to a message."""
 
-    role: Literal["assistant"] = _absent()
-    content: str = _absent()
-    reasoning_content: str = _absent()
-    reasoning: str = _absent()
-    tool_calls: list[ToolCall] = _absent()
+    role: Literal["assistant"] = absent()
+    content: str = absent()
+    reasoning_content: str = absent()
+    reasoning: str = absent()
+    tool_calls: list[ToolCall] = absent()
 
 
 class ChatChoice(Answer):
@@ -150,7 +150,7 @@ class ChatChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
     stop_reason: int | str | None
-    token_ids: list[int] = _absent()
+    token_ids: list[int] = absent()
 
 
 class ChatChunkChoice(Answer):
@@ -161,7 +161,7 @@ class ChatChunkChoice(Answer):
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None = None
-    token_ids: list[int] = _absent()
+    token_ids: list[int] = absent()
 
 
 class ChatCompletion(Answer):
@@ -173,8 +173,8 @@ class ChatCompletion(Answer):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: PromptLogprobs = _absent()
-    prompt_token_ids: list[int] = _absent()
+    prompt_logprobs: PromptLogprobs = absent()
+    prompt_token_ids: list[int] = absent()
 
 
 class ChatChunk(Answer):
@@ -186,7 +186,7 @@ class ChatChunk(Answer):
     model: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-    prompt_token_ids: list[int] = _absent()
+    prompt_token_ids: list[int] = absent()
 
 
 class CompletionChoice(Answer):
@@ -197,9 +197,9 @@ class CompletionChoice(Answer):
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None = None
-    prompt_logprobs: PromptLogprobs = _absent()
-    token_ids: list[int] = _absent()
-    prompt_token_ids: list[int] = _absent()
+    prompt_logprobs: PromptLogprobs = absent()
+    token_ids: list[int] = absent()
+    prompt_token_ids: list[int] = absent()
 
 
 class Completion(Answer):
@@ -319,9 +319,9 @@ class Explanation(Answer):
 
     prompt_tokens: int
     cached_tokens: int
-    runs: list[Run] = _absent()
-    broken: list[Broken] = _absent()
-    dropped: list[Dropped] = _absent()
+    runs: list[Run] = absent()
+    broken: list[Broken] = absent()
+    dropped: list[Dropped] = absent()
 
 
 class Reset(Answer):
