@@ -33,12 +33,17 @@ async def kv(request: Request) -> dict[str, Any]:
 
 
 @router.post("/v1/kv/reset")
-@router.post("/reset_prefix_cache", include_in_schema=False)
 async def reset(request: Request) -> dict[str, Any]:
     """Forget all cached KV that no running request holds, of every tenant: prefixes, and segments of approximate reuse. For the
-    operator. The second path is vLLM's name of it."""
+    operator."""
     operator_only(request, "forgetting everybody's KV is")
     return {"object": "kv.reset", **await context_of(request).client.reset()}
+
+
+@router.post("/reset_prefix_cache", include_in_schema=False)
+async def reset_prefix_cache(request: Request) -> dict[str, Any]:
+    """The same, under vLLM's name and with its answer, which scripts look at."""
+    return {"success": True, **await reset(request)}
 
 
 def _own_body(stats: EngineStats, name: str, tenant: TenantStats) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def test_reset_is_for_the_operator(serving):
     paths = ("/v1/kv/reset", "/reset_prefix_cache")
     with serving().client() as alone:
         answers = [alone.post(path) for path in paths]
-    assert [answer.json() for answer in answers] == [{"object": "kv.reset", "blocks": 20, "segments": 4}] * 2
+    told = {"object": "kv.reset", "blocks": 20, "segments": 4}
+    assert [answer.json() for answer in answers] == [told, {"success": True, **told}]
     running = serving(api_key=("k",), admin_key=("root",))
     with running.client(Authorization="Bearer k") as tenant:
         for answer in (*map(tenant.post, paths), tenant.get("/load"), tenant.get("/metrics")):
