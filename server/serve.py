@@ -24,7 +24,7 @@ import uvicorn
 
 from kvloom.engine.client import EngineClient
 from kvloom.engine.config import EngineConfig
-from kvloom.engine.errors import KVLoomError
+from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.startup.aside import aside, load_torch_library
 from kvloom.engine.startup.catalog import at_hand, resolve
@@ -35,7 +35,7 @@ from kvloom.server.certificate import Certificate
 from kvloom.server.collector import no_collections
 from kvloom.server.connections import SURPLUS, ConnectionGuard, ConnectionLimits
 from kvloom.server.console import LoadingBars, banner
-from kvloom.server.exit_codes import ENGINE_DIED, INTERRUPTED
+from kvloom.server.exit_codes import ENGINE_DIED, FAILED, INTERRUPTED, USAGE_ERROR
 from kvloom.server.options import ServerOptions
 
 log = logging.getLogger("kvloom.server")
@@ -58,9 +58,19 @@ class StartError(KVLoomError):
 
 
 def serve(config: EngineConfig, options: ServerOptions) -> int:
-    """Load the model, serve until told to stop, and return the exit code. Raises KVLoomError if it cannot start."""
-    options = options.with_tenants(Tenants.read(config.tenants.tenants))
+    """Load the model, serve until told to stop, and return the exit code. Raises KVLoomError if it cannot start; with a log in
+    JSON that is a record of it, as everything else."""
     logs.set_up(options.log_level, options.log_format)
+    try:
+        return _serve(config, options.with_tenants(Tenants.read(config.tenants.tenants)))
+    except (KVLoomError, OSError) as error:
+        if options.log_format != "json":
+            raise
+        log.critical("%s", error)
+        return USAGE_ERROR if isinstance(error, ConfigError) else FAILED
+
+
+def _serve(config: EngineConfig, options: ServerOptions) -> int:
     allow_files(options.max_connections + SURPLUS + SPARE_FILES)
     with contextlib.closing(bind(options)) as listener:
         with LoadingBars(options.log_format) as progress:

@@ -70,3 +70,11 @@ def test_a_server_logs_nothing_but_json():
     assert (served["completion_tokens"], served["finish_reason"]) == (3, "length") and served["ttft_seconds"] >= 0
     assert (refused["status"], refused["error"], refused["path"]) == (400, "invalid_request_error", "/v1/completions")
     assert any(one["message"].startswith("shutting down") for one in told)
+
+
+def test_a_start_that_fails_is_a_record_too():
+    command = [sys.executable, str(SCRIPT), "0", "absent", "--port", "0", "--log-format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    (told,) = map(json.loads, done.stderr.splitlines())
+    assert told["level"] == "critical" and told["message"].startswith("there is no model")
