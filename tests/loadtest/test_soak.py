@@ -16,7 +16,7 @@ from kvloom.loadtest.fuzz.engines import write_model
 
 def test_a_small_soak_finds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "SETTLE_SECONDS", 0.1)
-    monkeypatch.setattr(soak, "ABORT_SECONDS", 2.0)
+    monkeypatch.setattr(soak, "ABORT_SECONDS", 4.0)
     monkeypatch.setattr(soak, "WORDS", ("a", "b"))  # the model's context is short
     write_model(tmp_path)
     template = tmp_path / "template.jinja"
