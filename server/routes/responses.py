@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import JSONResponse
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.responses import Response
 
 from kvloom.engine.errors import InvalidRequestError
@@ -24,6 +25,14 @@ from kvloom.server.schema.items import MAX_ID
 from kvloom.server.schema.responses import ResponsesBody
 from kvloom.server.sse import ClientGoneError
 
+
+class _IdConvertor(StringConvertor):
+    """Whatever may be an id: not the other paths of this module."""
+
+    regex = "(?!input_tokens$)[^/]+"
+
+
+register_url_convertor("response_id", _IdConvertor())
 router = APIRouter(prefix="/v1/responses")
 
 ResponseId = Annotated[str, Path(max_length=MAX_ID)]
@@ -62,7 +71,7 @@ async def count_input_tokens(body: ResponsesBody, request: Request) -> Response:
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.tokens)})
 
 
-@router.get("/{response_id}")
+@router.get("/{response_id:response_id}")
 async def retrieve_response(
     request: Request, response_id: ResponseId, stream: bool = False, starting_after: int | None = None
 ) -> Response:
@@ -73,7 +82,7 @@ async def retrieve_response(
     return Response(_stored(request, response_id).response, media_type="application/json")
 
 
-@router.delete("/{response_id}")
+@router.delete("/{response_id:response_id}")
 async def delete_response(request: Request, response_id: ResponseId) -> dict[str, Any]:
     """Forget a stored response."""
     if not context_of(request).responses.delete(owner_of(request), response_id):
@@ -81,14 +90,14 @@ async def delete_response(request: Request, response_id: ResponseId) -> dict[str
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-@router.post("/{response_id}/cancel")
+@router.post("/{response_id:response_id}/cancel")
 async def cancel_response(request: Request, response_id: ResponseId) -> Response:
     """Refused: see `NO_CANCEL`."""
     _stored(request, response_id)
     raise InvalidRequestError(NO_CANCEL, "response_id")
 
 
-@router.get("/{response_id}/input_items")
+@router.get("/{response_id:response_id}/input_items")
 async def list_input_items(
     request: Request,
     response_id: ResponseId,

@@ -354,6 +354,20 @@ def test_tokens_are_counted(says):
     assert counted.input_tokens == second.usage.input_tokens
 
 
+def test_paths_have_the_methods_that_they_tell(served):
+    with served.client() as http:
+        for path, methods in {
+            "input_tokens": "OPTIONS, POST",
+            "resp_1": "DELETE, GET, HEAD, OPTIONS",
+            "": "OPTIONS, POST",
+        }.items():
+            assert http.options(f"/v1/responses/{path}".rstrip("/")).headers["allow"] == methods
+        assert http.get("/v1/responses/input_tokens").status_code == 405
+        assert http.get("/v1/responses/input_tokens_of_mine").status_code == 404
+        described = http.get("/openapi.json").json()["paths"]
+    assert {"/v1/responses/{response_id}", "/v1/responses/input_tokens"} <= described.keys()
+
+
 def test_tools_that_are_allowed(says):
     client, served = says("Hi.", "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[-1].content }}")
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}
