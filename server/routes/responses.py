@@ -15,12 +15,13 @@ from starlette.responses import Response
 
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.server.context import context_of, owner_of
-from kvloom.server.conversations import chat_job, checked_chat, fitted
+from kvloom.server.conversations import chat_job, chat_prompt, checked_chat, fitted
 from kvloom.server.errors import NotStoredError
 from kvloom.server.respond import arrive, respond
 from kvloom.server.responses.answer import ResponseWriter
 from kvloom.server.responses.history import History
 from kvloom.server.responses.store import Record, listed
+from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.items import MAX_ID
 from kvloom.server.schema.responses import ResponsesBody
 from kvloom.server.sse import ClientGoneError
@@ -48,8 +49,7 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     arrival, history = arrive(request, "resp_"), History.of(request, body)
     try:
         with own_words(body):
-            chat = checked_chat(body.chat(await history.messages(request)))
-            job = await chat_job(request, arrival, await fitted(request, chat) if body.truncation == "auto" else chat)
+            job = await chat_job(request, arrival, await _chat(request, body, history))
             writer = ResponseWriter(body, job, history.keep)
             return await respond(request, job, writer, writer.whole)
     except ClientGoneError:
@@ -64,8 +64,8 @@ async def count_input_tokens(body: ResponsesBody, request: Request) -> Response:
     history = History.of(request, body)
     try:
         with own_words(body):
-            chat = checked_chat(body.chat(await history.messages(request)))
-            prompt = await context.prompts.chat(chat.conversation(chat.messages))
+            chat = await _chat(request, body, history)
+            prompt = await chat_prompt(context, chat)
     except ClientGoneError:
         return Response(status_code=499)
     return JSONResponse({"object": "response.input_tokens", "input_tokens": len(prompt.tokens)})
@@ -138,6 +138,12 @@ def own_words(body: ResponsesBody) -> Iterator[None]:
         if "response_format" in names:
             message = message.replace("response_format", names["response_format"])
         raise type(error)(message, param or None) from error
+
+
+async def _chat(request: Request, body: ResponsesBody, history: History) -> ChatBody:
+    """The chat that a request stands for."""
+    chat = checked_chat(body.chat(await history.messages(request)))
+    return await fitted(request, chat) if body.truncation == "auto" else chat
 
 
 def _stored(request: Request, response_id: str) -> Record:

@@ -349,6 +349,13 @@ def test_tokens_are_counted(says):
     first = ask(client, "dog", instructions="Be brief.", tools=[LOOK])
     counted = client.responses.input_tokens.count(model="echo-model", input="dog", instructions="Be brief.", tools=[LOOK])
     assert counted.input_tokens == first.usage.input_tokens
+    turns = [{"role": "user", "content": "dog " * 400}] * 9
+    shortened = {"model": "echo-model", "input": turns, "truncation": "auto"}
+    assert (
+        client.responses.input_tokens.count(**shortened).input_tokens == client.responses.create(**shortened).usage.input_tokens
+    )
+    cut = {"model": "echo-model", "input": "dog fox dog", "extra_body": {"truncate_prompt_tokens": 5}}
+    assert client.responses.input_tokens.count(**cut).input_tokens == 5
     second = ask(client, "fox", previous_response_id=first.id)
     counted = client.responses.input_tokens.count(model="echo-model", input="fox", previous_response_id=first.id)
     assert counted.input_tokens == second.usage.input_tokens
