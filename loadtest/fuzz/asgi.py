@@ -30,6 +30,11 @@ class Reply:
     cut: bool = False
     """Whether the client left before its end."""
 
+    @property
+    def text(self) -> str:
+        """The body; raises UnicodeDecodeError where it is none."""
+        return self.body.decode()
+
     def json(self) -> Any:
         """The body, read."""
         return json.loads(self.body)

@@ -37,7 +37,7 @@ def test_max_tokens_beyond_the_context_ends_with_it(folder):
     async def ask():
         said = {"messages": [{"role": "user", "content": "x" * 1900}], "max_tokens": 10**6, "ignore_eos": True}
         async with serving(messages.engine(folder)) as application:
-            return (await application.post("/v1/messages", [json.dumps(said).encode()])).json()
+            return (await application.post("/v1/messages", json.dumps(said).encode())).json()
 
     message = asyncio.run(ask())
     usage = message["usage"]
