@@ -189,6 +189,13 @@ class TenantOptions:
 
     tenants: FilePath | None = None
     """YAML file with the weight, quotas, group and API keys of each tenant; the default is equal weights, no quotas."""
+    tenant_replicas: Annotated[int, "N"] = 1
+    """Engines that serve the same tenants, 1 to 4096: quotas are for all of them together, and each allows its part. Set by
+    --replicas."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.tenant_replicas <= 4096:
+            raise ConfigError(f"tenant_replicas is {self.tenant_replicas}; allowed: 1 to 4096")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,8 @@ Hosts = Annotated[tuple[str, ...], "HOST"]
 Networks = Annotated[tuple[str, ...], "CIDR"]
 Origins = Annotated[tuple[str, ...], "ORIGIN"]
 Seconds = Annotated[float, "SECONDS"]
+MOST_REPLICAS = 64
+"""On one machine. A cluster has its own settings (`deploy.app`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +73,11 @@ class ServerOptions:
     """Seconds for a client to read what waits for it, and one more for every 16 KiB it reads; then its request is ended."""
     keep_alive: Seconds = 75.0
     """Seconds that a connection may stay open between two requests."""
+    replicas: Annotated[int, "N"] | None = None
+    """Engines that serve together behind this server, each a process with cores and memory of its own, 1 to 64 (needs
+    kvloom[ray]); --threads and --kv-memory are then of each. The default is one engine in this process."""
+    max_replicas: Annotated[int, "N"] | None = None
+    """With --replicas: begin with so few and have up to this many, by the prompt tokens that wait."""
     drain_seconds: Seconds = 10.0
     """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
     tool_call_parser: Annotated[str, "NAME"] = "auto"
@@ -107,6 +114,11 @@ class ServerOptions:
             raise ConfigError(f"drain_seconds is {self.drain_seconds}; allowed: 0 to 3600")
         if not 16 <= self.max_connections <= 65536:
             raise ConfigError(f"max_connections is {self.max_connections}; allowed: 16 to 65536")
+        for name in ("replicas", "max_replicas"):
+            if (count := getattr(self, name)) is not None and not 1 <= count <= MOST_REPLICAS:
+                raise ConfigError(f"{name} is {count}; allowed: 1 to {MOST_REPLICAS}")
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or MOST_REPLICAS + 1):
+            raise ConfigError(f"max_replicas is {self.max_replicas}; allowed: at least --replicas, which is {self.replicas}")
         for name in ("header_timeout", "body_timeout", "send_timeout", "keep_alive"):
             if not 0.1 <= getattr(self, name) <= 3600:
                 raise ConfigError(f"{name} is {getattr(self, name)}; allowed: 0.1 to 3600 seconds")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any, cast
 
 import uvicorn
 
@@ -73,6 +75,9 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
 def _serve(config: EngineConfig, options: ServerOptions) -> int:
     allow_files(options.max_connections + SURPLUS + SPARE_FILES)
     with contextlib.closing(bind(options)) as listener:
+        if options.replicas is not None:
+            with _replicas(config, options) as client:
+                return _run(client, options, listener)
         with LoadingBars(options.log_format) as progress:
             try:
                 client = _start_engine(config, progress)
@@ -95,6 +100,12 @@ def _start_engine(config: EngineConfig, progress: Progress) -> EngineClient:
         from kvloom.engine.thread.client import ThreadEngineClient
 
         return ThreadEngineClient.start(config, progress, prepared)
+
+
+def _replicas(config: EngineConfig, options: ServerOptions) -> contextlib.AbstractContextManager[EngineClient]:
+    """Engines in processes of their own: of a room above this one, which only `--replicas` opens."""
+    local: Any = importlib.import_module("kvloom.deploy.local")
+    return cast(contextlib.AbstractContextManager[EngineClient], local.replicas(config, options))
 
 
 def allow_files(needed: int) -> None:
@@ -190,7 +201,7 @@ class EngineServer(uvicorn.Server):
         """Called ten times a second. True ends the server."""
         if self._died is None:
             state = await self._client.health()
-            if not state.ok:
+            if not state.ok and not state.recovers:
                 log.critical("the engine is not healthy: %s; the process ends", state.reason)
                 self._died, self.exit_code = time.monotonic(), ENGINE_DIED
         elif time.monotonic() - self._died > DEATH_GRACE_SECONDS:

@@ -73,6 +73,8 @@ class UsageTotals:
                 for name in ("cached_tokens", "reused_tokens", "recomputed_tokens")
             }
             body["kv"] = {**reused, **totals}
+            if resumed := {usage.resumed for usage in self._latest} - {""}:
+                body["kv"]["resumed"] = "approximate" if "approximate" in resumed else "exact"
             told = [_explained(usage) for usage in self._latest[:: self._n] if usage.explanation is not None]
             if told:
                 body["kv"]["explain"] = told if len(self._latest) > self._n else told[0]

@@ -3,7 +3,8 @@
     evicted_blocks: int = counter("Cached blocks given up for other requests.", "kv_evicted_blocks", kv="evicted_blocks")
 
 `server.metrics` and `server.routes.kv` read the declarations and name no figure themselves. `merged` adds what two replicas
-tell; it is associative (floats up to rounding), and a dataclass made without arguments changes nothing.
+tell; it is associative (floats up to rounding), and a dataclass made without arguments changes nothing. `counted` is what is
+left of an engine that has ended.
 """
 
 from __future__ import annotations
@@ -59,6 +60,20 @@ def merged(a: T, b: T) -> T:
     kind: Any = a.__class__
     merges = [(field.name, field.metadata["figure"].merge) for field in dataclasses.fields(kind)]
     made: T = kind(**{name: merge(getattr(a, name), getattr(b, name)) for name, merge in merges})
+    return made
+
+
+def counted(stats: T) -> T:
+    """What remains of the figures of an engine that is no more: its counters."""
+    kind: Any = stats.__class__
+    kept = {}
+    for field in dataclasses.fields(kind):
+        figure, value = field.metadata["figure"], getattr(stats, field.name)
+        if figure.of is not None:
+            kept[field.name] = {key: counted(one) for key, one in value.items()} if figure.by else counted(value)
+        elif figure.kind != "gauge":
+            kept[field.name] = value
+    made: T = kind(**kept)
     return made
 
 

@@ -238,6 +238,8 @@ class Usage:
     preemptions: int = 0
     queue_seconds: float = 0.0
     """From submission to the first step that computed something of it."""
+    resumed: Literal["", "exact", "approximate"] = ""
+    """Whether another engine took it up where one was lost, and how the rest of it compares with what would have followed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

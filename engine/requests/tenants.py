@@ -47,6 +47,11 @@ class Tenant:
     publishes: bool = False
     """Whether its requests may share with `public`."""
 
+    def divided(self, engines: int) -> Tenant:
+        """Its claim on each of several engines."""
+        parts = [None if whole is None else whole // engines for whole in (self.cache_bytes, self.segment_bytes)]
+        return replace(self, cache_bytes=parts[0], segment_bytes=parts[1])
+
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
@@ -61,6 +66,11 @@ class Tenants:
         """The tenant of that name; with the default's settings if it is not known."""
         found = self.known.get(name)
         return replace(self.default, name=name) if found is None else found
+
+    def divided(self, engines: int) -> Tenants:
+        """The same for each of several engines, over which quotas are spread."""
+        return replace(self, known={name: one.divided(engines) for name, one in self.known.items()},
+                       default=self.default.divided(engines))  # fmt: skip
 
     @classmethod
     def read(cls, file: str | None) -> Tenants:

@@ -75,7 +75,8 @@ def build(config: EngineConfig, progress: Progress | None = None, prepared: Prep
 
 def _build(config: EngineConfig, placement: Placement, progress: Progress | None, prepared: Prepared | None) -> Built:
     """Raises torch.OutOfMemoryError where a device's memory runs out after the weights are there."""
-    tenants, secret = Tenants.read(config.tenants.tenants), config.cache.secret()
+    tenants = Tenants.read(config.tenants.tenants).divided(config.tenants.tenant_replicas)
+    secret = config.cache.secret()
     progress = progress or (lambda stage, done, total: None)
     threads = config.model.threads or processors().threads
     torch.set_num_threads(threads)

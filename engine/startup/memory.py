@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from kvloom.engine.device import CPU, memory_of
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.startup.cgroups import free_memory
+
+if TYPE_CHECKING:
+    import torch  # who only asks how much there is does without
 
 log = logging.getLogger("kvloom.engine")
 
@@ -47,12 +48,14 @@ def size(count: int) -> str:
     return f"{count / GIB:,.1f} GiB" if count >= GIB else f"{count / MIB:,.0f} MiB"
 
 
-def check_kv_memory(asked: int, segments: int, selection: int, device: torch.device = CPU, steps: int = 0) -> None:
+def check_kv_memory(asked: int, segments: int, selection: int, device: torch.device, steps: int = 0) -> None:
     """Compare a KV cache with what its device has left, the model being loaded; bytes.
 
     segments, selection, steps: most that approximate reuse, selection methods and steps may take beside it, as they come.
     Raises ConfigError if the cache alone does not fit, and warns if all of it does not.
     """
+    from kvloom.engine.device import memory_of
+
     free = available_memory() if device.type == "cpu" else memory_of(device).free
     total = asked + segments + selection + steps
     if total <= free:

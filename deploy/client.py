@@ -1,0 +1,435 @@
+"""`EngineClient` over replicas: what the HTTP side has where `--replicas` is given.
+
+    generate   the router's replica; taken up by another where one is lost (`deploy.resume`)
+    uploads    every replica, and those that come later: kept here, bounded
+    questions  of a prompt: the replica where `generate` would go; of tenants: all, answers folded as the protocol says
+    figures    as they came last over each replica's line, added up; counters of those that are gone stay in the sums
+
+Everything but the watcher runs on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import itertools
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.serve.exceptions import BackPressureError, RequestCancelledError
+from ray.serve.handle import DeploymentHandle
+
+from kvloom.deploy.presence import placement_of, watch
+from kvloom.deploy.resume import Received
+from kvloom.deploy.wire import Batch, Line, Order, Question, ReplicaLostError, packed
+from kvloom.engine.client import EngineStats, Health, ModelInfo, TenantStats, fold_of
+from kvloom.engine.errors import EngineDeadError, InternalError, KVLoomError, OverloadedError
+from kvloom.engine.requests.figures import counted
+from kvloom.engine.requests.request import KVOptions, RequestOutput
+from kvloom.engine.requests.sampling import SamplingParams
+from kvloom.engine.requests.tenants import Tenants
+from kvloom.engine.thread.backlog import Backlog
+from kvloom.engine.thread.queue_limit import QUEUED_CAPACITIES, Place, QueueLimit
+
+log = logging.getLogger("kvloom.server")
+
+MOST_TRIES = 4
+"""Replicas that may be lost under one request before it is given up."""
+UP_SECONDS = 60.0
+"""How long a request waits for a replica while there is none."""
+END_SECONDS = 10.0
+"""How long a last output may take after the call that made it has ended."""
+FIRST_SECONDS = 5.0
+"""How long the first question for figures waits for them."""
+RETRY_SECONDS = 0.5
+"""Between two tries to get a replica's line."""
+ASK_SECONDS = 30.0
+"""How long a replica may take to answer a question."""
+MOST_UPLOADED_TOKENS = 4 * 1024**2
+"""Of uploads that are kept for replicas that come later; the oldest go."""
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One that there is, or was until its requests have ended."""
+
+    line: asyncio.Task[None]
+    stats: EngineStats | None = None
+    health: Health = field(default_factory=Health)
+    told: bool = False
+    """Of the uploads."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Upload:
+    prompt: tuple[int, ...]
+    kv: KVOptions
+    tenant: str
+    cache_salt: str
+
+
+class ReplicaClient:
+    """Engines behind a handle of Ray Serve. See `client.EngineClient`."""
+
+    def __init__(self, handle: DeploymentHandle, application: str, model: ModelInfo, tokenizer: Any, tenants: Tenants,
+                 max_queued_tokens: int | None = None) -> None:  # fmt: skip
+        """handle: of the deployment of `replica.Replica` in that application. model: as a replica describes it.
+        max_queued_tokens: prompt tokens that may wait for each replica."""
+        self.model, self.tokenizer = replace(model, replica="0"), tokenizer
+        self._handle, self._application = handle, application
+        self._placement = placement_of(application)
+        self._front = secrets.token_hex(8)
+        self._keys = itertools.count()
+        self._streams: dict[str, Backlog] = {}
+        self._replicas: dict[str, _Replica] = {}
+        self._present: set[str] = set()
+        self._gone = EngineStats()
+        self._prompt_tokens = self._generated = 0
+        self._uploads: OrderedDict[int, _Upload] = OrderedDict()
+        self._per_replica = max_queued_tokens
+        self._queue = QueueLimit(max_queued_tokens or 1, lambda name: tenants.get(name).weight)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._changed: asyncio.Event | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._first = asyncio.Event()
+        self._closing = False
+        self._had_one = False
+
+    # Requests ------------------------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        kv: KVOptions = KVOptions(),
+        priority: int = 0,
+        tenant: str = "",
+        cache_salt: str = "",
+    ) -> AsyncIterator[RequestOutput]:
+        """See `EngineClient.generate`."""
+        self._start()
+        if sampling.seed is None:
+            sampling = replace(sampling, seed=secrets.randbits(63))
+        order = Order(front=self._front, key="", request_id=request_id, prompt=packed(prompt), sampling=sampling, kv=kv,
+                      priority=priority, tenant=tenant, cache_salt=cache_salt)  # fmt: skip
+        if kv.everywhere:
+            yield await self._upload(order, _Upload(tuple(prompt), kv, tenant, cache_salt))
+            return
+        place, received = self._queue.enter(tenant, len(prompt)), Received(sampling)
+        try:
+            while True:
+                asked = received.next_try()
+                try:
+                    async with aclosing(self._try(replace(order, sampling=asked))) as outputs:
+                        async for output in outputs:
+                            place.leave()
+                            new = received.new(output)
+                            if new is not None:
+                                if new.tokens and len(received.tokens) == len(new.tokens):
+                                    self._prompt_tokens += len(prompt)
+                                self._generated += len(new.tokens)
+                                yield new
+                    return
+                except ReplicaLostError as error:
+                    if self._closing or received.tries >= MOST_TRIES:
+                        raise EngineDeadError(f"{received.tries} replicas were lost while they answered") from error
+                    log.warning("%s goes on elsewhere after %d tokens: %s", request_id, len(received.tokens), error)
+        finally:
+            place.leave()
+
+    async def _try(self, order: Order) -> AsyncGenerator[RequestOutput, None]:
+        """One try. Raises ReplicaLostError if its replica is lost."""
+        await self._some()
+        order = replace(order, key=f"{order.request_id}#{next(self._keys)}")
+        response = self._handle.run.remote(order)
+        stream = self._streams[order.key] = Backlog(response.cancel)
+        watching = asyncio.ensure_future(self._watch(response, stream))
+        done = False
+        try:
+            while not done:
+                output = await stream.get()
+                if isinstance(output, KVLoomError):
+                    done = True
+                    raise output
+                if output.usage.completion_tokens or output.finish_reason is not None:
+                    self._placement.began(order.key, output.usage.cached_tokens)
+                done = output.finish_reason is not None
+                yield output
+        finally:
+            del self._streams[order.key]
+            self._placement.ended(order.key)
+            if done:
+                watching.cancel()
+            else:
+                response.cancel()
+            self._keep(watching)
+
+    async def _watch(self, response: Any, stream: Backlog) -> None:
+        """Tell a stream why it gets nothing more, where that is no output."""
+        try:
+            await _asked(response)
+            await asyncio.sleep(END_SECONDS)
+            stream.put_nowait(ReplicaLostError("its last output has not come"))
+        except KVLoomError as error:
+            stream.put_nowait(error)
+        except RequestCancelledError:
+            stream.put_nowait(ReplicaLostError("the call was ended"))
+
+    async def _some(self) -> None:
+        """Wait until there is a replica. Raises OverloadedError if that takes long."""
+        assert self._changed is not None
+        with suppress(TimeoutError):
+            async with asyncio.timeout(UP_SECONDS):
+                while not self._present:
+                    self._changed.clear()
+                    await self._changed.wait()
+                return
+        raise OverloadedError("no replica is up; one is being started; try again later", retry_after=5.0)
+
+    def reserve(self, tenant: str, tokens: int) -> Place:
+        """See `EngineClient.reserve`."""
+        return self._queue.enter(tenant, tokens)
+
+    async def abort(self, request_id: str) -> None:
+        """See `EngineClient.abort`."""
+        for key, stream in list(self._streams.items()):
+            if key.rpartition("#")[0] == request_id:
+                stream.put_nowait(EngineDeadError("the request was aborted"))
+
+    # Uploads -------------------------------------------------------------------------------------------------------------
+
+    async def _upload(self, order: Order, upload: _Upload) -> RequestOutput:
+        """Have every replica compile a text. Returns what the first of them says."""
+        await self._some()
+        answers = await asyncio.gather(*(self._compile(order, name) for name in self._present), return_exceptions=True)
+        outputs = [answer for answer in answers if isinstance(answer, RequestOutput)]
+        failures = [
+            answer for answer in answers if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLostError)
+        ]
+        if failures:
+            raise failures[0]
+        if not outputs:
+            raise EngineDeadError("every replica was lost while it compiled; try again")
+        self._uploads[next(self._keys)] = upload
+        while sum(len(one.prompt) for one in self._uploads.values()) > MOST_UPLOADED_TOKENS:
+            self._uploads.popitem(last=False)
+        return outputs[0]
+
+    async def _compile(self, order: Order, name: str) -> RequestOutput:
+        last = None
+        async with aclosing(self._try(replace(order, replica=name))) as outputs:
+            async for output in outputs:
+                last = output
+        assert last is not None
+        return last
+
+    async def _catch_up(self, name: str) -> None:
+        """Compile what was uploaded before this replica came."""
+        for number, upload in list(self._uploads.items()):
+            if number not in self._uploads:
+                continue  # purged in the meantime
+            order = Order(
+                front=self._front, key="", request_id=f"upload-{number}", prompt=packed(upload.prompt), kv=upload.kv,
+                sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, seed=0), priority=0,
+                tenant=upload.tenant, cache_salt=upload.cache_salt,
+            )  # fmt: skip
+            with suppress(KVLoomError):
+                await self._compile(order, name)
+                if number not in self._uploads:
+                    await self._ask_one(Question("purge", {"tenant": upload.tenant}, name))
+
+    # Questions -----------------------------------------------------------------------------------------------------------
+
+    async def explain(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> Mapping[str, Any]:
+        """See `EngineClient.explain`. Asks where the prompt would go, and names it."""
+        name, told = await self._ask_for("explain", prompt, tenant, cache_salt)
+        return {**told, "replica": name}
+
+    async def peek(self, prompt: Sequence[int], *, tenant: str = "", cache_salt: str = "") -> int:
+        """See `EngineClient.peek`. Asks where the prompt would go."""
+        _, found = await self._ask_for("peek", prompt, tenant, cache_salt)
+        return int(found)
+
+    async def purge(self, tenant: str) -> int:
+        """See `EngineClient.purge`. Of a replica that is lost all is gone."""
+        for number in [number for number, upload in self._uploads.items() if upload.tenant == tenant]:
+            del self._uploads[number]
+        return int(await self._ask_all("purge", {"tenant": tenant}))
+
+    async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
+        """See `EngineClient.tenants`."""
+        told: Mapping[str, TenantStats] = await self._ask_all("tenants", {"names": names})
+        return told
+
+    async def _ask_for(self, method: str, prompt: Sequence[int], tenant: str, cache_salt: str) -> tuple[str, Any]:
+        self._start()
+        await self._some()
+        return await self._ask_one(Question(method, {"prompt": tuple(prompt), "tenant": tenant, "cache_salt": cache_salt}))
+
+    async def _ask_all(self, method: str, arguments: Mapping[str, Any]) -> Any:
+        self._start()
+        await self._some()
+        questions = [self._ask_one(Question(method, arguments, name)) for name in self._present]
+        answers = await asyncio.gather(*questions, return_exceptions=True)
+        _raise_first(answers)
+        told = [one[1] for one in answers if not isinstance(one, BaseException)]
+        fold = fold_of(method)
+        if not told or fold is None:
+            raise EngineDeadError("no replica answered; try again")
+        return functools.reduce(fold, told)
+
+    async def _ask_one(self, question: Question) -> tuple[str, Any]:
+        response = self._handle.ask.remote(question)
+        try:
+            async with asyncio.timeout(ASK_SECONDS):
+                name, told = await _asked(response)
+                return name, told
+        except TimeoutError:
+            response.cancel()
+            raise ReplicaLostError(f"a replica did not answer in {ASK_SECONDS:g} s") from None
+
+    # Figures -------------------------------------------------------------------------------------------------------------
+
+    async def stats(self) -> EngineStats:
+        """See `EngineClient.stats`. Tokens are counted here, as they came: one that two replicas computed counts once."""
+        self._start()
+        if not self._first.is_set():  # this front has just begun to listen
+            with suppress(TimeoutError):
+                async with asyncio.timeout(FIRST_SECONDS):
+                    await self._first.wait()
+        total = functools.reduce(lambda a, b: a + b, (one.stats for one in self._replicas.values() if one.stats), self._gone)
+        return replace(total, prompt_tokens=self._prompt_tokens, generation_tokens=self._generated)
+
+    async def health(self) -> Health:
+        """See `EngineClient.health`. Well while one replica is; Ray brings back the others."""
+        self._start()
+        if any(one.health.ok for one in self._replicas.values()) or not self._had_one:
+            return Health()
+        return Health(ok=False, reason="no replica is up; one is being started", recovers=not self._closing)
+
+    # Replicas ------------------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Begin to listen to replicas, on the event loop that asks first."""
+        if self._loop is None:
+            self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
+            watch(self._application, self._watched)
+
+    def _watched(self, names: Sequence[str]) -> None:
+        """Called on a thread of Ray's."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._see, list(names))
+
+    def _see(self, names: Sequence[str]) -> None:
+        """These are the replicas that calls may go to now."""
+        self._present = set(names)
+        for name in self._present - self._replicas.keys():
+            if not self._closing:
+                self._replicas[name] = _Replica(asyncio.ensure_future(self._listen(name)))
+                self._had_one = True
+        self._settle()
+
+    def _settle(self) -> None:
+        most = self._per_replica
+        capacity = sum(one.stats.capacity_tokens for one in self._replicas.values() if one.stats)
+        self._queue.most_tokens = max(1, QUEUED_CAPACITIES * capacity if most is None else most * len(self._replicas))
+        if self._changed is not None:
+            self._changed.set()
+
+    async def _listen(self, name: str) -> None:
+        """A replica's line, for as long as it is there; after that for as long as it still sends."""
+        while True:
+            batches = self._handle.options(stream=True).outputs.remote(Line(self._front, name))
+            try:
+                async for batch in batches:
+                    self._take(name, batch)
+                    if name not in self._present and not batch.outputs and not self._busy(name):
+                        break
+            except (RayError, KVLoomError) as error:
+                log.info("the line to replica %s has ended: %s", name, error.__class__.__name__)
+            finally:
+                batches.cancel()
+            if name not in self._present or self._closing:
+                break
+            await asyncio.sleep(RETRY_SECONDS)
+        self._lose(name)
+
+    def _busy(self, name: str) -> bool:
+        stats = self._replicas[name].stats
+        return stats is not None and bool(stats.running or stats.waiting)
+
+    def _lose(self, name: str) -> None:
+        one = self._replicas.pop(name)
+        if one.stats is not None:
+            self._gone += counted(one.stats)
+        self._settle()
+        if name in self._present:  # it came back under its name
+            self._see(list(self._present))
+
+    def _take(self, name: str, batch: Batch) -> None:
+        one = self._replicas[name]
+        if batch.stats is not None:
+            one.stats = batch.stats
+            self._settle()
+            if all(one.stats is not None for one in self._replicas.values()):
+                self._first.set()
+        if batch.health is not None:
+            one.health = batch.health
+        if not one.told:
+            one.told = True
+            self._keep(asyncio.ensure_future(self._catch_up(name)))
+        for key, output in batch.outputs:
+            if (stream := self._streams.get(key)) is not None:
+                stream.put_nowait(output)
+
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Hold a task until it has ended: the loop itself does not."""
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        """See `EngineClient.close`. Ends the requests of this front; replicas are Ray's."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        for stream in self._streams.values():
+            stream.put_nowait(EngineDeadError("the server is shutting down"))
+        for one in self._replicas.values():
+            one.line.cancel()
+
+
+def _raise_first(answers: Sequence[Any]) -> None:
+    """Raise the first error among answers, but for replicas that are lost."""
+    for answer in answers:
+        if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLostError):
+            raise answer
+
+
+async def _asked(response: Any) -> Any:
+    """What a call returns. Raises what the replica raised, ReplicaLostError if there is none any more."""
+    try:
+        return await response
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, KVLoomError):
+            raise cause from None
+        log.error("a replica failed: %s", error)
+        raise InternalError("internal error; the server's log says more") from None
+    except BackPressureError:
+        raise OverloadedError("every replica has as many requests as it takes; try again later") from None
+    except RayActorError as error:
+        raise ReplicaLostError(f"replica lost: {error.__class__.__name__}") from None
+    except RayError as error:
+        raise ReplicaLostError(f"no answer: {error.__class__.__name__}") from None

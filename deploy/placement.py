@@ -1,0 +1,355 @@
+"""Which replica a prompt goes to: where the least has to be computed, unless too much waits there already.
+
+    key(i)    = H(key(i - 1), tokens[64 i : 64 (i + 1)])      H = keyed BLAKE2b, begun with tenant and salt
+    hit(r)    = 64 x the keys in front that replica r is thought to hold, and the segments of the prompt that it computed once
+    waits(r)  = prompt tokens that r has yet to compute + 32 for every sequence that it decodes
+
+    affinity  keep the replicas that hold nearly as much as the best one, if that is worth it
+    guard     unless four times what it saves waits there more than elsewhere: then all are candidates again
+    fallback  nobody holds enough: consistent hashing with bounded loads (Mirrokni et al., 2018, arXiv 1608.01350), so that
+              fronts that know nothing of each other bring prompts that begin alike together
+    choice    among candidates the least `prompt - hit + waits`; a draw among equals
+
+What a replica holds is approximate: what was sent there, the last of it that fits into its cache, corrected by what its answers
+say they found. Engines report nothing else, and need not: others measured that their events add little (smg: 28.9 against 27.5
+requests/s).
+
+Knows nothing of Ray: `deploy.router` asks it on the way of every request, `deploy.simulate` by the million.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import itertools
+import random
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+CHUNK = 64
+"""Tokens per key of a prefix."""
+ANCHOR, WINDOW = 64, 8
+"""A segment ends behind every WINDOW tokens whose hash is a multiple of ANCHOR: where text is cut depends on it alone."""
+MOST_SEGMENTS = 512
+"""Of one prompt, the first so many are looked at."""
+NEAR = 0.8
+"""Replicas that hold so much of what the best one holds count as holding it."""
+LEAST_HIT = 0.1
+"""Affinity decides where the best replica holds so much of the prompt, at least."""
+GUARD = 4.0
+"""How many times what affinity saves may wait more than where least waits."""
+DECODE_TOKENS = 32.0
+"""What a sequence that is decoded counts for, in prompt tokens that wait."""
+WRONG, FORGOTTEN = 0.5, 0.1
+"""An answer that found less than this share of what was thought corrects what is thought: this part is forgotten."""
+SPOTS = 64
+"""Places of each replica on the ring of consistent hashing."""
+DEFAULT_CAPACITY = 65536
+"""Tokens that a replica is thought to hold until it says how many."""
+MIXERS = np.array([0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(WINDOW)], np.uint64)
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as replicas are compared for it."""
+
+    tokens: int
+    prefixes: tuple[int, ...]
+    """Keys of its full chunks, each of all tokens up to its end."""
+    segments: tuple[tuple[int, int], ...] = ()
+    """(key, tokens) of its segments, wherever they stand; none where only an exact prefix may be reused."""
+
+
+@dataclass(slots=True)
+class Choice:
+    """Where a prompt goes."""
+
+    replica: str
+    hit: int
+    """Tokens of it that are thought to be held there."""
+    reason: str
+    """affinity, guard (too much waits where it is held) or hash (nobody holds enough)."""
+
+
+@dataclass(slots=True)
+class _Placed:
+    """A request on its way."""
+
+    slot: int
+    hit: int
+    """Tokens that were thought to be held there."""
+    waits: float
+    """What it counts for there."""
+
+
+@dataclass(slots=True)
+class _Replica:
+    name: str
+    held: OrderedDict[int, int] = field(default_factory=OrderedDict)
+    """Key -> tokens, the one used longest ago in front."""
+    tokens: int = 0
+    """Of all held keys."""
+    capacity: int = DEFAULT_CAPACITY
+    own: float = 0.0
+    """What waits there of requests that came from here."""
+    told: float = 0.0
+    """What waits there by its own account, those that came from other fronts among them."""
+
+
+class Placement:
+    """The choice, and what it is made from. Safe to use from several threads."""
+
+    def __init__(self, secret: bytes, seed: int | None = None) -> None:
+        """secret: of keys, the same in every front whose hashes shall agree; seed: of draws among equals, for tests."""
+        self._key = hashlib.blake2b(secret, digest_size=32).digest()
+        self._random = random.Random(seed)
+        self._lock = threading.Lock()
+        self._replicas: list[_Replica | None] = []
+        self._slots: dict[str, int] = {}
+        self._holders: dict[int, int] = {}  # key -> bit set of slots
+        self._waits: npt.NDArray[np.float64] = np.zeros(0)  # infinite where a slot is empty
+        self._ring: list[tuple[int, int]] = []  # (place, slot), sorted
+        self._placed: dict[str, _Placed] = {}
+
+    # What is asked about -------------------------------------------------------------------------------------------------
+
+    def prompt(self, tokens: Sequence[int], tenant: str = "", salt: str = "", *, segments: bool = False) -> Prompt:
+        """The keys of a prompt. Tenants and salts find only their own. segments: whether KV may come from any position."""
+        numbers = np.frombuffer(tokens, np.int32) if isinstance(tokens, bytes) else np.array(tokens, np.int32)
+        digest = hashlib.blake2b(f"{len(tenant)}:{tenant}{salt}".encode(), key=self._key, digest_size=16)
+        raw, keys = memoryview(numbers.tobytes()), array("Q")
+        for start in range(0, len(numbers) - CHUNK + 1, CHUNK):
+            digest.update(raw[4 * start : 4 * (start + CHUNK)])
+            keys.append(int.from_bytes(digest.digest()[:8], "little"))
+        return Prompt(len(numbers), tuple(keys), tuple(self._segments(numbers, raw, tenant)) if segments else ())
+
+    def _segments(self, numbers: npt.NDArray[np.int32], raw: memoryview, tenant: str) -> Iterable[tuple[int, int]]:
+        if len(numbers) < WINDOW:
+            return
+        windows = np.lib.stride_tricks.sliding_window_view(numbers, WINDOW).astype(np.uint64)
+        mixed = (windows * MIXERS).sum(axis=1, dtype=np.uint64)
+        mixed ^= mixed >> np.uint64(29)
+        ends = (np.flatnonzero(mixed % np.uint64(ANCHOR) == 0) + WINDOW).tolist()[:MOST_SEGMENTS]
+        owner = hashlib.blake2b(tenant.encode(), key=self._key, digest_size=16)
+        for start, end in itertools.pairwise(ends):
+            if end - start >= WINDOW:
+                digest = owner.copy()
+                digest.update(raw[4 * start : 4 * end])
+                yield int.from_bytes(digest.digest()[:8], "little"), end - start
+
+    # Who is there --------------------------------------------------------------------------------------------------------
+
+    def update(self, replicas: Mapping[str, int | None]) -> None:
+        """The replicas that there are now, with the tokens that their caches hold, where that is known. What was held by others
+        is forgotten."""
+        with self._lock:
+            for name in [name for name in self._slots if name not in replicas]:
+                self._remove(name)
+            for name in replicas:
+                if name not in self._slots:
+                    self._add(name)
+            for name, capacity in replicas.items():
+                replica = self._at(self._slots[name])
+                replica.capacity = capacity or replica.capacity
+                self._trim(replica, self._slots[name])
+
+    def report(self, name: str, waits: float) -> None:
+        """What a replica says that waits there: prompt tokens, and DECODE_TOKENS for every sequence."""
+        with self._lock:
+            if (slot := self._slots.get(name)) is not None:
+                self._at(slot).told = waits
+                self._weigh(slot)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the replicas."""
+        return list(self._slots)
+
+    # The way of a request ------------------------------------------------------------------------------------------------
+
+    def choose(self, prompt: Prompt, among: Iterable[str] | None = None) -> Choice | None:
+        """Where a prompt should go; changes nothing. among: only to one of these. None if there is no such replica."""
+        with self._lock:
+            return self._choose(prompt, among)
+
+    def placed(self, request: str, prompt: Prompt, name: str) -> None:
+        """A request goes to a replica: what it brings waits there until it `began`, and is held from now on. Said again of the
+        same replica it changes nothing."""
+        with self._lock:
+            slot, before = self._slots.get(name), self._placed.get(request)
+            if before is not None and before.slot == slot:
+                return
+            self._settle(request)
+            if slot is None:
+                return
+            hit = self._hits(prompt).get(slot, 0)
+            self._placed[request] = _Placed(slot, hit, float(prompt.tokens - hit))
+            self._change(slot, prompt.tokens - hit)
+            self._hold(slot, prompt)
+
+    def began(self, request: str, found: int) -> None:
+        """Its first token is there: it decodes now, and tells how many tokens of its prompt were found. Where that is far less
+        than was thought, less is held there than is thought: a tenth is forgotten, what was used longest ago."""
+        with self._lock:
+            if (placed := self._placed.get(request)) is None:
+                return
+            self._change(placed.slot, DECODE_TOKENS - placed.waits)
+            placed.waits = DECODE_TOKENS
+            if found < WRONG * placed.hit:
+                self._trim(self._at(placed.slot), placed.slot, 1 - FORGOTTEN)
+
+    def ended(self, request: str) -> None:
+        """It is over, however."""
+        with self._lock:
+            self._settle(request)
+
+    def forget(self, name: str | None = None) -> None:
+        """A replica, or every one, holds nothing any more."""
+        with self._lock:
+            for slot, replica in enumerate(self._replicas):
+                if replica is not None and name in (None, replica.name):
+                    for key in list(replica.held):
+                        self._drop(replica, slot, key)
+
+    # -------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def keys(self) -> int:
+        """Keys that are remembered, of all replicas."""
+        return sum(len(replica.held) for replica in self._replicas if replica is not None)
+
+    def waits(self, name: str) -> float:
+        """What is thought to wait at a replica."""
+        return float(self._waits[self._slots[name]])
+
+    def _at(self, slot: int) -> _Replica:
+        replica = self._replicas[slot]
+        assert replica is not None
+        return replica
+
+    def _add(self, name: str) -> None:
+        slot = next((i for i, replica in enumerate(self._replicas) if replica is None), len(self._replicas))
+        if slot == len(self._replicas):
+            self._replicas.append(None)
+            self._waits = np.append(self._waits, np.inf)
+        self._replicas[slot], self._slots[name], self._waits[slot] = _Replica(name), slot, 0.0
+        for spot in range(SPOTS):
+            bisect.insort(self._ring, (self._spot(f"{name} {spot}".encode()), slot))
+
+    def _remove(self, name: str) -> None:
+        slot = self._slots.pop(name)
+        replica = self._at(slot)
+        for key in list(replica.held):
+            self._drop(replica, slot, key)
+        self._replicas[slot], self._waits[slot] = None, np.inf
+        self._ring = [(place, owner) for place, owner in self._ring if owner != slot]
+        for request in [request for request, placed in self._placed.items() if placed.slot == slot]:
+            del self._placed[request]
+
+    def _spot(self, text: bytes) -> int:
+        return int.from_bytes(hashlib.blake2b(text, key=self._key, digest_size=8).digest(), "little")
+
+    def _choose(self, prompt: Prompt, among: Iterable[str] | None) -> Choice | None:
+        allowed = None if among is None else {self._slots[name] for name in among if name in self._slots}
+        slots = list(self._slots.values()) if allowed is None else list(allowed)
+        if not slots:
+            return None
+        hits = {slot: hit for slot, hit in self._hits(prompt).items() if allowed is None or slot in allowed}
+        least = float(self._waits.min() if allowed is None else min(self._waits[slot] for slot in slots))
+        best, reason = max(hits.values(), default=0), "hash"
+        if best and best >= LEAST_HIT * prompt.tokens:
+            near, reason = [slot for slot, hit in hits.items() if hit >= NEAR * best], "affinity"
+            if min(self._waits[slot] for slot in near) <= least + GUARD * best:
+                slots = near
+            else:
+                reason = "guard"
+        if reason == "hash":
+            slots = [self._hashed(prompt, least, allowed)]
+        costs = {slot: prompt.tokens - hits.get(slot, 0) + self._waits[slot] for slot in slots}
+        cheapest = min(costs.values())
+        slot = self._random.choice([slot for slot, cost in costs.items() if cost <= cheapest])
+        return Choice(self._at(slot).name, hits.get(slot, 0), reason)
+
+    def _hashed(self, prompt: Prompt, least: float, allowed: set[int] | None) -> int:
+        """The first replica behind the prompt's place on the ring where at most about this prompt waits more than where least
+        does."""
+        place = prompt.prefixes[min(3, len(prompt.prefixes) - 1)] if prompt.prefixes else self._random.getrandbits(64)
+        begin, bound = bisect.bisect(self._ring, (place, -1)), least + prompt.tokens
+        for i in range(len(self._ring)):
+            slot = self._ring[(begin + i) % len(self._ring)][1]
+            if self._waits[slot] <= bound and (allowed is None or slot in allowed):
+                return slot
+        raise AssertionError("somewhere least waits")
+
+    def _hits(self, prompt: Prompt) -> dict[int, int]:
+        """Slot -> tokens held there, of those that hold something."""
+        found: dict[int, int] = {}
+        alive, depth = -1, 0
+        for key in prompt.prefixes:
+            still = alive & self._holders.get(key, 0)
+            if alive != -1:
+                for slot in _bits(alive & ~still):
+                    found[slot] = depth * CHUNK
+            alive, depth = still, depth + 1
+            if not alive:
+                break
+        if alive not in (0, -1):
+            for slot in _bits(alive):
+                found[slot] = depth * CHUNK
+        for key, tokens in prompt.segments:
+            for slot in _bits(self._holders.get(key, 0)):
+                found[slot] = found.get(slot, 0) + tokens
+        if prompt.segments:  # what is in the prefix was counted twice
+            return {slot: min(hit, prompt.tokens) for slot, hit in found.items()}
+        return found
+
+    def _hold(self, slot: int, prompt: Prompt) -> None:
+        replica = self._at(slot)
+        prefixes = [(key, CHUNK) for key in reversed(prompt.prefixes)]  # the first is of use for longest: it is forgotten last
+        for key, tokens in (*prompt.segments, *prefixes):
+            if key in replica.held:
+                replica.held.move_to_end(key)
+            else:
+                replica.held[key] = tokens
+                replica.tokens += tokens
+                self._holders[key] = self._holders.get(key, 0) | 1 << slot
+        self._trim(replica, slot)
+
+    def _trim(self, replica: _Replica, slot: int, part: float = 1.0) -> None:
+        """Forget what fits into the cache no more, or all but a part of what is held."""
+        most = min(replica.capacity, part * replica.tokens)
+        while replica.tokens > most:
+            self._drop(replica, slot, next(iter(replica.held)))
+
+    def _drop(self, replica: _Replica, slot: int, key: int) -> None:
+        replica.tokens -= replica.held.pop(key)
+        if left := self._holders[key] & ~(1 << slot):
+            self._holders[key] = left
+        else:
+            del self._holders[key]
+
+    def _settle(self, request: str) -> None:
+        if (placed := self._placed.pop(request, None)) is not None:
+            self._change(placed.slot, -placed.waits)
+
+    def _change(self, slot: int, more: float) -> None:
+        self._at(slot).own = max(0.0, self._at(slot).own + more)
+        self._weigh(slot)
+
+    def _weigh(self, slot: int) -> None:
+        """What came from here is known at once, what came from elsewhere with the next report."""
+        replica = self._at(slot)
+        self._waits[slot] = max(replica.own, replica.told)
+
+
+def _bits(mask: int) -> Iterable[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
