@@ -25,6 +25,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from kvloom.deploy.placement import DEFAULT_CAPACITY
 from kvloom.deploy.presence import placement_of, watch
 from kvloom.deploy.resume import Received
 from kvloom.deploy.wire import Batch, Line, Order, Question, ReplicaLostError, packed
@@ -93,7 +94,9 @@ class ReplicaClient:
         self._prompt_tokens = self._generated = 0
         self._uploads: OrderedDict[int, _Upload] = OrderedDict()
         self._per_replica = max_queued_tokens
-        self._queue = QueueLimit(max_queued_tokens or 1, lambda name: tenants.get(name).weight)
+        self._queue = QueueLimit(
+            max_queued_tokens or QUEUED_CAPACITIES * DEFAULT_CAPACITY, lambda name: tenants.get(name).weight
+        )
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -340,7 +343,8 @@ class ReplicaClient:
     def _settle(self) -> None:
         most = self._per_replica
         capacity = sum(one.stats.capacity_tokens for one in self._replicas.values() if one.stats)
-        self._queue.most_tokens = max(1, QUEUED_CAPACITIES * capacity if most is None else most * len(self._replicas))
+        if self._replicas and (capacity or most is not None):  # until it is known, and while there is none, what was
+            self._queue.most_tokens = QUEUED_CAPACITIES * capacity if most is None else most * len(self._replicas)
         if self._changed is not None:
             self._changed.set()
 

@@ -12,9 +12,9 @@ import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
-from kvloom.engine.client import EngineClient
+from kvloom.engine.client import EngineClient, ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.engine.requests.tenants import Tenants
@@ -132,6 +132,8 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         from ray import serve
     except ImportError:
         raise ConfigError("--replicas needs Ray; run: pip install 'kvloom[ray]'") from None
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from kvloom.deploy.client import ReplicaClient
     from kvloom.deploy.replica import Replica
 
@@ -150,7 +152,7 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         )
         built = deployment.bind(made, share.threads if share.pinned else 0, options.log_level.upper())
         handle = serve.run(built, name=APPLICATION, route_prefix=None, blocking=False)
-        model = _described(handle)
+        model = described(handle)
         client = ReplicaClient(handle, APPLICATION, model, tokenizer_of(model), tenants, config.scheduler.max_queued_tokens)
         yield client
         client.close()
@@ -158,13 +160,9 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         ray.shutdown()  # all of it is ours: nobody else's requests need a drain
 
 
-def _described(handle: Any) -> Any:
+def described(handle: Any) -> ModelInfo:
     """The model, as a replica has it. Raises what kept it from being loaded."""
-    from ray.exceptions import RayTaskError
-
-    try:
-        return handle.describe.remote().result()
-    except RayTaskError as error:
-        if isinstance(error.cause, KVLoomError):
-            raise error.cause from None
-        raise
+    told = handle.describe.remote().result()
+    if isinstance(told, KVLoomError):
+        raise told
+    return cast(ModelInfo, told)

@@ -30,6 +30,8 @@ log = logging.getLogger("kvloom.engine")
 
 LINE_SECONDS = 30.0
 """How long a request may be here before the line of its front is."""
+TOLD_SECONDS = 20.0
+"""How long a replica that could not load stays, so that a front can be told why."""
 STATS_SECONDS = 0.5
 """How often a line carries figures."""
 MOST_OUTPUTS = 65536
@@ -79,6 +81,7 @@ class Replica:
         self._name = context.replica_id.unique_id
         if cores:
             _pin(context.rank.local_rank, cores)
+        self._began = time.monotonic()
         self._lines: dict[str, Outgoing] = {}
         self._opened: dict[str, asyncio.Event] = {}
         self._failed: KVLoomError | None = None
@@ -89,11 +92,9 @@ class Replica:
         except KVLoomError as error:  # told to whoever asks first: Ray would make a traceback of it, and try again
             self._failed = error
 
-    async def describe(self) -> ModelInfo:
-        """The model. Raises what kept it from being loaded."""
-        if self._failed is not None:
-            raise self._failed
-        return self._engine.model
+    async def describe(self) -> ModelInfo | KVLoomError:
+        """The model, or what kept it from being loaded: not raised, since Ray would log that as a failure of its own."""
+        return self._failed or self._engine.model
 
     async def run(self, order: Order) -> str:
         """Run a request to its end; its outputs go to its front. Returns this replica's name. Raises as `EngineClient.generate`
@@ -139,18 +140,24 @@ class Replica:
     async def check_health(self) -> None:
         """Called by Ray Serve. Raises if this replica is of no use any more: it is then replaced."""
         if self._failed is not None:
-            raise self._failed
+            if time.monotonic() - self._began > TOLD_SECONDS:
+                raise self._failed
+            return
         state = await self._engine.health()
         if not state.ok:
             raise EngineDeadError(state.reason)
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """Called by Ray Serve: what routers are told."""
+        if self._failed is not None:
+            return {}
         stats = await self._engine.stats()
         return {"waits": stats.queued_tokens + DECODE_TOKENS * stats.running, "capacity_tokens": stats.capacity_tokens}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve: what `deploy.scaling` decides by."""
+        if self._failed is not None:
+            return {}
         stats = await self._engine.stats()
         return {"queued_tokens": float(stats.queued_tokens), "running": float(stats.running)}
 

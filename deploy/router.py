@@ -11,7 +11,7 @@ from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, R
 
 from kvloom.deploy.placement import Prompt
 from kvloom.deploy.presence import placement_of, tell
-from kvloom.deploy.wire import Order, Question
+from kvloom.deploy.wire import Order, Question, ReplicaLostError
 
 
 class KVRouter(RequestRouter):
@@ -43,11 +43,16 @@ class KVRouter(RequestRouter):
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
         """Replicas to try, the best first, each rank on its own."""
-        asked = pending_request.args[0] if pending_request is not None and pending_request.args else None
+        if pending_request is None or not pending_request.args:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # without it Ray would ask again at once, and for ever
+        asked = pending_request.args[0]
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         named = getattr(asked, "replica", None)
+        if named is not None and named not in by_name and not pending_request.future.done():
+            pending_request.future.set_exception(ReplicaLostError(f"replica {named} is there no more"))
         if named is not None or not isinstance(asked, (Order, Question)):
-            return [[replica for name, replica in by_name.items() if named in (None, name)]]
+            return [[by_name[named]] if named in by_name else candidate_replicas]
         choice = self._placement.choose(self._prompt(asked), by_name)
         best = None if choice is None else by_name.get(choice.replica)
         if best is None:

@@ -152,7 +152,9 @@ class TenantFigures:
 class EngineStats:
     """A snapshot of the engine, or the sum of several, cheap to take however many tenants there are."""
 
-    replicas: tuple[str, ...] = note("The engines it is of, by their setting `replica`.", default=(), merge=operator.add)
+    replicas: tuple[str, ...] = note(
+        "The engines it is of, by their setting `replica`.", default=(), merge=operator.add, kv="replicas"
+    )
     running: int = gauge("Requests that the engine computes.", "num_requests_running", kv="requests.running")
     waiting: int = gauge("Requests that wait for their turn.", "num_requests_waiting", kv="requests.waiting")
     queued_tokens: int = gauge("Prompt tokens of waiting requests.", "num_prompt_tokens_waiting")
