@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
@@ -79,16 +79,15 @@ class Replica:
         logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
-        if cores:
-            _pin(context.rank.local_rank, cores)
         self._began = time.monotonic()
         self._lines: dict[str, Outgoing] = {}
         self._opened: dict[str, asyncio.Event] = {}
         self._failed: KVLoomError | None = None
         try:
-            from kvloom.engine.thread.client import ThreadEngineClient  # torch, once cores are chosen
+            from kvloom.engine.thread.client import ThreadEngineClient
 
-            self._engine = ThreadEngineClient.start(replace(config, model=replace(config.model, replica=self._name)))
+            with _on_own_cores(context.rank.local_rank, cores):
+                self._engine = ThreadEngineClient.start(replace(config, model=replace(config.model, replica=self._name)))
         except KVLoomError as error:  # told to whoever asks first: Ray would make a traceback of it, and try again
             self._failed = error
 
@@ -178,11 +177,19 @@ class Replica:
             engine.close()
 
 
-def _pin(rank: int, cores: int) -> None:
-    """Compute on this replica's own cores, if there are enough for its rank. Before any thread of the engine is made."""
-    there = sorted(os.sched_getaffinity(0))
-    mine = there[rank * cores : (rank + 1) * cores]
-    if len(mine) == cores:
-        os.sched_setaffinity(0, mine)
-    else:
+@contextlib.contextmanager
+def _on_own_cores(rank: int, cores: int) -> Iterator[None]:
+    """Threads that begin here, which are the engine's, keep to this replica's own cores, if there are enough for its rank; this
+    thread, which passes messages, may be anywhere."""
+    there = os.sched_getaffinity(0)
+    mine = sorted(there)[rank * cores : (rank + 1) * cores]
+    if cores and len(mine) < cores:
         log.warning("replica %d shares cores with others: there are %d", rank, len(there))
+    if not cores or len(mine) < cores:
+        yield
+        return
+    os.sched_setaffinity(0, mine)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, there)
