@@ -36,6 +36,7 @@ MEASUREMENTS = {
         "kernels": ("kvloom.loadtest.bench.kernels", "each kernel against the reference, and against what the device can do"),
         "builds": ("kvloom.loadtest.bench.builds", "ready-made native kernels beside those made for this processor"),
         "quota": ("kvloom.loadtest.bench.quota", "decode steps under a control group's quota, by threads"),
+        "replicas": ("kvloom.loadtest.bench.replicas", "two replicas beside one engine, and beside other routers"),
         "floods": ("kvloom.loadtest.bench.floods", "what a neighbour feels while somebody floods the server"),
         "soak": (
             "kvloom.loadtest.bench.soak",
