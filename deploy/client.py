@@ -32,7 +32,7 @@ from kvloom.deploy.wire import Batch, Line, Order, Question, ReplicaLostError, p
 from kvloom.engine.client import EngineStats, Health, ModelInfo, TenantStats, fold_of
 from kvloom.engine.errors import EngineDeadError, InternalError, KVLoomError, OverloadedError
 from kvloom.engine.requests.figures import counted
-from kvloom.engine.requests.request import KVOptions, RequestOutput
+from kvloom.engine.requests.request import KVOptions, RequestOutput, Usage
 from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.thread.backlog import Backlog
@@ -163,7 +163,7 @@ class ReplicaClient:
                     done = True
                     raise output
                 if output.usage.completion_tokens or output.finish_reason is not None:
-                    self._placement.began(order.key, output.usage.cached_tokens)
+                    self._placement.began(order.key, _found(output.usage))
                 done = output.finish_reason is not None
                 yield output
         finally:
@@ -412,6 +412,11 @@ class ReplicaClient:
             stream.put_nowait(EngineDeadError("the server is shutting down"))
         for one in self._replicas.values():
             one.line.cancel()
+
+
+def _found(usage: Usage) -> int:
+    """Prompt tokens that a replica had, wherever."""
+    return usage.cached_tokens + usage.reused_tokens + usage.recomputed_tokens
 
 
 def _raise_first(answers: Sequence[Any]) -> None:
