@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from kvloom.engine.client import EngineClient, ModelInfo
 from kvloom.engine.config import EngineConfig
@@ -152,7 +152,7 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         )
         built = deployment.bind(made, share.threads if share.pinned else 0, options.log_level.upper())
         handle = serve.run(built, name=APPLICATION, route_prefix=None, blocking=False)
-        model = described(handle)
+        model = _told(handle.describe.remote().result())
         client = ReplicaClient(handle, APPLICATION, model, tokenizer_of(model), tenants, config.scheduler.max_queued_tokens)
         yield client
         client.close()
@@ -160,9 +160,12 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         ray.shutdown()  # all of it is ours: nobody else's requests need a drain
 
 
-def described(handle: Any) -> ModelInfo:
+async def described(handle: Any) -> ModelInfo:
     """The model, as a replica has it. Raises what kept it from being loaded."""
-    told = handle.describe.remote().result()
+    return _told(await handle.describe.remote())
+
+
+def _told(told: ModelInfo | KVLoomError) -> ModelInfo:
     if isinstance(told, KVLoomError):
         raise told
-    return cast(ModelInfo, told)
+    return told

@@ -1,11 +1,11 @@
 """`kvloom bench replicas`: two replicas beside one engine of the same KV memory, and beside two engines behind other routers.
 
     right     answers that came whole; with rag, that also hold the fact that was asked for
-    found     prompt tokens whose KV was there: cached, or in segments of other prompts, those among them that were computed again
+    found     percent of prompt tokens whose KV was there: cached, or in segments of other prompts, repaired ones included
     TTFT      median and 99th percentile, ms
 
-All setups get the same two cores, the same KV memory in all and the same requests: shared_prefix with 12 prefixes of 1,024 tokens,
-more than one replica's cache holds, and rag, which shuffles documents. Routers that are not installed are left out (smg,
+All setups get the same two cores, the same KV memory in all and the same requests: shared_prefix with 12 prefixes of 1,024
+tokens, more than one replica's cache holds, and rag, which shuffles documents. Routers that are not named are left out (smg and
 vllm-router: programs of packages of these names).
 
     kvloom bench replicas --routers smg=./env/bin/smg,vllm-router=./env/bin/vllm-router

@@ -183,11 +183,11 @@ def test_a_stream_with_approximate_reuse_ends_and_says_so(server: Server) -> Non
 def test_what_is_counted_is_what_clients_got(server: Server) -> None:
     server.until(server.both)
     before = server.figures()
-    got = [server.stream({"prompt": [7 + i] * 40, "temperature": 0, "max_tokens": 300}, 20, server.kill_busy if i == 2 else None)
-           for i in range(4)]  # fmt: skip
+    bodies = [{"prompt": [7 + i] * 40, "temperature": 0, "max_tokens": 300} for i in range(4)]
+    got = [server.stream(body, 20, server.kill_busy if i == 2 else None) for i, body in enumerate(bodies)]
     after = server.figures()
-    counted = {name: after[f"kvloom:{name}"] - before[f"kvloom:{name}"] for name in
-               ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_prompt_tokens_sum")}  # fmt: skip
+    names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "request_prompt_tokens_sum")
+    counted = {name: after[f"kvloom:{name}"] - before[f"kvloom:{name}"] for name in names}
     tokens = sum(len(one["tokens"]) for one in got)
     assert counted == {"prompt_tokens_total": 160, "generation_tokens_total": tokens, "request_success_total": 4,
                        "request_prompt_tokens_sum": 160}  # fmt: skip
