@@ -48,6 +48,8 @@ END_SECONDS = 10.0
 """How long a last output may take after the call that made it has ended."""
 FIRST_SECONDS = 5.0
 """How long the first question for figures waits for them."""
+QUIET_BATCHES = 4
+"""Messages without outputs, each of an idle replica, until one that is to end is let go."""
 RETRY_SECONDS = 0.5
 """Between two tries to get a replica's line."""
 ASK_SECONDS = 30.0
@@ -178,9 +180,11 @@ class ReplicaClient:
     async def _watch(self, response: Any, stream: Backlog) -> None:
         """Tell a stream why it gets nothing more, where that is no output."""
         try:
-            await _asked(response)
-            await asyncio.sleep(END_SECONDS)
-            stream.put_nowait(ReplicaLostError("its last output has not come"))
+            error: KVLoomError | None = await _asked(response)
+            if error is None:
+                await asyncio.sleep(END_SECONDS)
+                error = ReplicaLostError("its last output has not come")
+            stream.put_nowait(error)
         except KVLoomError as error:
             stream.put_nowait(error)
         except RequestCancelledError:
@@ -294,10 +298,12 @@ class ReplicaClient:
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 name, told = await _asked(response)
-                return name, told
         except TimeoutError:
             response.cancel()
             raise ReplicaLostError(f"a replica did not answer in {ASK_SECONDS:g} s") from None
+        if isinstance(told, KVLoomError):
+            raise told
+        return name, told
 
     # Figures -------------------------------------------------------------------------------------------------------------
 
@@ -352,11 +358,13 @@ class ReplicaClient:
         """A replica's line, for as long as it is there; after that for as long as it still sends."""
         while True:
             batches = self._handle.options(stream=True).outputs.remote(Line(self._front, name))
+            quiet = 0
             try:
                 async for batch in batches:
                     self._take(name, batch)
-                    if name not in self._present and not batch.outputs and not self._busy(name):
-                        break
+                    quiet = 0 if name in self._present or batch.outputs or self._busy(name) else quiet + 1
+                    if quiet >= QUIET_BATCHES:
+                        break  # it drains, and nothing of ours is on its way there
             except (RayError, KVLoomError) as error:
                 log.info("the line to replica %s has ended: %s", name, error.__class__.__name__)
             finally:
@@ -427,13 +435,10 @@ def _raise_first(answers: Sequence[Any]) -> None:
 
 
 async def _asked(response: Any) -> Any:
-    """What a call returns. Raises what the replica raised, ReplicaLostError if there is none any more."""
+    """What a call returns. Raises ReplicaLostError if there is no replica any more, InternalError if it failed."""
     try:
         return await response
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, KVLoomError):
-            raise cause from None
         log.error("a replica failed: %s", error)
         raise InternalError("internal error; the server's log says more") from None
     except BackPressureError:

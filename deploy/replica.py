@@ -95,18 +95,21 @@ class Replica:
         """The model, or what kept it from being loaded: not raised, since Ray would log that as a failure of its own."""
         return self._failed or self._engine.model
 
-    async def run(self, order: Order) -> str:
-        """Run a request to its end; its outputs go to its front. Returns this replica's name. Raises as `EngineClient.generate`
-        does."""
-        line = await self._line(order.front)
-        stream = self._engine.generate(
-            unpacked(order.prompt), order.sampling, request_id=f"{order.front}/{order.key}", kv=order.kv,
-            priority=order.priority, tenant=order.tenant, cache_salt=order.cache_salt,
-        )  # fmt: skip
-        async with aclosing(cast(AsyncGenerator[RequestOutput, None], stream)) as outputs:
-            async for output in outputs:
-                line.put(order.key, output)
-        return self._name
+    async def run(self, order: Order) -> KVLoomError | None:
+        """Run a request to its end; its outputs go to its front. Returns what `EngineClient.generate` raises, since Ray would log
+        a traceback for everybody's bad request; ReplicaLostError if the front is gone."""
+        try:
+            line = await self._line(order.front)
+            stream = self._engine.generate(
+                unpacked(order.prompt), order.sampling, request_id=f"{order.front}/{order.key}", kv=order.kv,
+                priority=order.priority, tenant=order.tenant, cache_salt=order.cache_salt,
+            )  # fmt: skip
+            async with aclosing(cast(AsyncGenerator[RequestOutput, None], stream)) as outputs:
+                async for output in outputs:
+                    line.put(order.key, output)
+        except KVLoomError as error:
+            return error
+        return None
 
     async def outputs(self, line: Line) -> AsyncGenerator[Batch, None]:
         """The line of a front: outputs as they come, and figures. A front has one; a second one ends the first."""
@@ -129,12 +132,15 @@ class Replica:
             if self._lines.get(line.front) is mine:
                 del self._lines[line.front], self._opened[line.front]
 
-    async def ask(self, question: Question) -> Any:
-        """What a method of the engine's client answers, and who. Raises what it raises."""
+    async def ask(self, question: Question) -> tuple[str, Any]:
+        """This replica's name, and what a method of the engine's client answers, or the error that it raises."""
         if question.method not in ASKED:
             raise ValueError(f"method is {question.method!r}; allowed: {', '.join(ASKED)}")
         given: Mapping[str, Any] = question.arguments
-        return self._name, await getattr(self._engine, question.method)(**given)
+        try:
+            return self._name, await getattr(self._engine, question.method)(**given)
+        except KVLoomError as error:
+            return self._name, error
 
     async def check_health(self) -> None:
         """Called by Ray Serve. Raises if this replica is of no use any more: it is then replaced."""
