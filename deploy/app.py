@@ -21,7 +21,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from kvloom.deploy.client import ReplicaClient
-from kvloom.deploy.local import MOST_ONGOING, deployment_options, described
+from kvloom.deploy.local import MOST_ONGOING, deployment_options, described, hash_secret
 from kvloom.deploy.replica import Replica
 from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError
@@ -51,7 +51,7 @@ def app(arguments: dict[str, str]) -> Any:
     config = replace(
         config,
         model=replace(config.model, chat_template=read_template(config.model.chat_template)),
-        cache=replace(config.cache, hash_secret=config.cache.hash_secret or os.environ.get("KVLOOM_HASH_SECRET") or secret),
+        cache=replace(config.cache, hash_secret=hash_secret(config) or secret),
         tenants=replace(config.tenants, tenant_replicas=most),
     )
     takes = {"num_gpus": 1} if config.model.device == "cuda" else {"num_cpus": config.model.threads}

@@ -10,12 +10,12 @@ import contextlib
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kvloom.engine.client import EngineClient, ModelInfo
-from kvloom.engine.config import EngineConfig
+from kvloom.engine.config import SECRET_VARIABLE, EngineConfig
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.startup.memory import MIB, available_memory, default_kv_memory, size
@@ -37,7 +37,6 @@ RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # 15 by default: anything else on the machine would come first
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the engine has a thread of its own
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
 """What Ray reads of the environment, where the user has not said otherwise; but for the first line, which stays."""
@@ -47,17 +46,25 @@ RAY = {
 class Share:
     """What each replica gets of this machine."""
 
-    threads: int
-    kv_memory: int
-    pinned: bool
-    """Whether there are cores enough for every replica to have its own."""
+    threads: int | None
+    """None, as for memory: what an engine takes by itself, where each has a GPU."""
+    kv_memory: int | None
+    cores: int
+    """How many it has for itself; 0 where there are not enough for all."""
+    resources: Mapping[str, int]
+    """What Ray counts for it."""
 
 
-def shares(config: EngineConfig, replicas: int) -> Share:
-    """Threads and bytes for each of so many replicas: as they were given, or what one engine would take, divided.
+def shares(config: EngineConfig, replicas: int, gpus: int = 0) -> Share:
+    """What each of so many replicas gets: as it was given, or what one engine would take, divided. gpus: that there are; one
+    is each replica's, if they are enough.
 
     Raises ConfigError if what was given does not fit this machine so many times.
     """
+    if config.model.device == "cuda" and gpus < replicas:
+        raise ConfigError(f"{replicas} replicas on cuda need a GPU each, and there are {gpus}; give fewer --replicas")
+    if config.model.device != "cpu" and gpus >= replicas:
+        return Share(config.model.threads, config.cache.kv_memory, 0, {"num_gpus": 1, "num_cpus": 1})
     here = processors()
     threads = config.model.threads or max(1, here.threads // replicas)
     if config.model.threads is not None and threads * replicas > here.threads:
@@ -67,13 +74,13 @@ def shares(config: EngineConfig, replicas: int) -> Share:
         )
     memory = config.cache.kv_memory
     if memory is None:
-        return Share(threads, default_kv_memory() // replicas, threads * replicas <= here.cores)
-    if memory * replicas > (free := available_memory()):
+        memory = default_kv_memory() // replicas
+    elif memory * replicas > (free := available_memory()):
         raise ConfigError(
             f"{replicas} replicas of kv_memory {size(memory)} need {size(memory * replicas)}, and {size(free)} are free; give "
             f"about {max(1, free // replicas // MIB)}MiB, which each of them gets, or leave it out"
         )
-    return Share(threads, memory, threads * replicas <= here.cores)
+    return Share(threads, memory, threads if threads * replicas <= here.cores else 0, {"num_cpus": threads})
 
 
 def for_replicas(config: EngineConfig, share: Share, replicas: int, secret: str) -> EngineConfig:
@@ -82,9 +89,14 @@ def for_replicas(config: EngineConfig, share: Share, replicas: int, secret: str)
     return replace(
         config,
         model=replace(model, threads=share.threads, chat_template=read_template(model.chat_template)),
-        cache=replace(cache, kv_memory=share.kv_memory, hash_secret=cache.hash_secret or secret),
+        cache=replace(cache, kv_memory=share.kv_memory, hash_secret=hash_secret(config) or secret),
         tenants=replace(config.tenants, tenant_replicas=replicas),
     )
+
+
+def hash_secret(config: EngineConfig) -> str | None:
+    """The secret that the user gave, itself or the variable's: replicas may not see the variable."""
+    return config.cache.hash_secret or os.environ.get(SECRET_VARIABLE) or None
 
 
 def deployment_options(options: ServerOptions, config: EngineConfig, secret: str) -> dict[str, Any]:
@@ -123,8 +135,6 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
     Raises ConfigError if Ray is not installed or the settings do not fit, and what kept the replicas from loading.
     """
     most = options.max_replicas or options.replicas or 1
-    share = shares(config, most)
-    tenants = Tenants.read(config.tenants.tenants)
     os.environ.update({name: value for name, value in RAY.items() if name == "RAY_AUTH_MODE" or name not in os.environ})
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
@@ -137,10 +147,10 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
     from kvloom.deploy.client import ReplicaClient
     from kvloom.deploy.replica import Replica
 
+    tenants, share = Tenants.read(config.tenants.tenants), shares(config, most, _gpus())
     secret = secrets.token_hex(32)
-    cores = processors().cores
     ray.init(
-        address="local", include_dashboard=False, num_cpus=max(cores, most * share.threads) + 1, num_gpus=None,
+        address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
         _node_ip_address="127.0.0.1", object_store_memory=OBJECT_STORE, log_to_driver=True, configure_logging=False,
         logging_level=logging.ERROR, _temp_dir=None, namespace="kvloom",
     )  # fmt: skip
@@ -148,16 +158,25 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
         made = for_replicas(config, share, most, secret)
         deployment = serve.deployment(Replica).options(
-            **deployment_options(options, config, secret), ray_actor_options={"num_cpus": share.threads}
+            **deployment_options(options, config, secret), ray_actor_options=dict(share.resources)
         )
-        built = deployment.bind(made, share.threads if share.pinned else 0, options.log_level.upper())
+        built = deployment.bind(made, share.cores, options.log_level.upper())
         handle = serve.run(built, name=APPLICATION, route_prefix=None, blocking=False)
         model = _told(handle.describe.remote().result())
+        told = {name: value for name, value in model.settings.items() if name not in ("replica", "tenant_replicas")}
+        model = replace(model, settings={"replicas": options.replicas, **told})
         client = ReplicaClient(handle, APPLICATION, model, tokenizer_of(model), tenants, config.scheduler.max_queued_tokens)
         yield client
         client.close()
     finally:
         ray.shutdown()  # all of it is ours: nobody else's requests need a drain
+
+
+def _gpus() -> int:
+    """How many GPUs Ray will find here: torch is not asked, which this process does without."""
+    from ray._private.accelerators import NvidiaGPUAcceleratorManager
+
+    return int(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
 
 
 async def described(handle: Any) -> ModelInfo:

@@ -96,7 +96,7 @@ class Replica:
         return self._failed or self._engine.model
 
     async def run(self, order: Order) -> KVLoomError | None:
-        """Run a request to its end; its outputs go to its front. Returns what `EngineClient.generate` raises, since Ray would log
+        """Run a request to its end; its outputs go to its front. Returns what `EngineClient.generate` raises, as Ray would log
         a traceback for everybody's bad request; ReplicaLostError if the front is gone."""
         try:
             line = await self._line(order.front)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,15 @@ from kvloom.engine import LLM, SamplingParams
 MakeLLM = Callable[..., LLM]
 TENANTS = """
 tenants:
-  alice: {api_keys: [alice-key], publishes: true}
+  alice: {api_keys: [alice-key]}
   bob: {api_keys: [bob-key]}
+  carol: {api_keys: [carol-key], weight: 3}
+  dave: {api_keys: [dave-key], weight: 1, cache_bytes: 480KiB}
 """
-SETTINGS = ("--dtype", "fp32", "--kv-memory", "16MiB", "--served-model-name", "tiny", "--admin-key", "admin-key",
-            "--kvshare-options", '{"verified": true, "min_match": 32, "min_reusable": 32}')  # fmt: skip
+BLOCK = 12288
+"""Bytes of a block of the tiny model in fp32."""
+SETTINGS = ("--dtype", "fp32", "--kv-memory", "16MiB", "--max-num-seqs", "4", "--served-model-name", "tiny",
+            "--admin-key", "admin-key", "--kvshare-options", '{"verified": true, "min_match": 32, "min_reusable": 32}')  # fmt: skip
 ALICE, BOB = {"Authorization": "Bearer alice-key"}, {"Authorization": "Bearer bob-key"}
 ADMIN = {"Authorization": "Bearer admin-key"}
 TOKENS = 400
@@ -210,6 +215,33 @@ def test_an_upload_is_on_every_replica_also_on_one_that_comes_later(server: Serv
     server.until(lambda: server.client.get("/v1/kv", headers=BOB).json()["tenants"]["bob"]["segment_bytes"] == per_replica[0])
     assert server.client.delete("/v1/kv/segments", headers=BOB).json()["deleted"] == 2 * stored["segments"]
     assert server.client.get("/v1/kv", headers=BOB).json()["tenants"]["bob"]["segment_bytes"] == 0
+
+
+def test_a_quota_holds_over_both(server: Server) -> None:
+    server.until(server.both)
+    dave = {"Authorization": "Bearer dave-key"}
+    for i in range(24):
+        body = {"prompt": [5 + (i * 13 + 7 * j) % 300 for j in range(160)], "max_tokens": 2, "temperature": 0}
+        assert server.client.post("/v1/completions", json=body, headers=dave).status_code == 200
+    held = server.client.get("/v1/kv", headers=dave).json()["tenants"]["dave"]
+    assert 20 < held["cached_blocks"] <= 480 * 1024 // BLOCK, "more than one replica's part, and no more than the whole"
+
+
+def test_weights_hold_over_both(server: Server) -> None:
+    server.until(server.both)
+    ended: list[str] = []
+
+    def ask(name: str, number: int) -> None:
+        body = {"prompt": [5 + (len(name) + number * 17 + 3 * j) % 300 for j in range(64)], "max_tokens": 32,
+                "ignore_eos": True, "temperature": 0}  # fmt: skip
+        answer = server.client.post("/v1/completions", json=body, headers={"Authorization": f"Bearer {name}-key"})
+        assert answer.status_code == 200, answer.text
+        ended.append(name)
+
+    with ThreadPoolExecutor(96) as pool:
+        list(pool.map(lambda i: ask(("carol", "dave")[i % 2], i), range(96)))
+    behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # until then both have something waiting
+    assert 8 <= ended[:behind].count("dave") <= 18, ended
 
 
 def test_errors_are_those_of_one_engine(server: Server) -> None:
