@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,27 +150,28 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
 
     tenants, share = Tenants.read(config.tenants.tenants), shares(config, most, _gpus())
     secret = secrets.token_hex(32)
-    ray.init(
-        address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
+    with tempfile.TemporaryDirectory(prefix="kvloom-ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
         _node_ip_address="127.0.0.1", object_store_memory=OBJECT_STORE, log_to_driver=True, configure_logging=False,
-        logging_level=logging.ERROR, _temp_dir=None, namespace="kvloom",
+        logging_level=logging.ERROR, _temp_dir=folder, namespace="kvloom",
     )  # fmt: skip
-    try:
-        serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
-        made = for_replicas(config, share, most, secret)
-        deployment = serve.deployment(Replica).options(
-            **deployment_options(options, config, secret), ray_actor_options=dict(share.resources)
-        )
-        built = deployment.bind(made, share.cores, options.log_level.upper())
-        handle = serve.run(built, name=APPLICATION, route_prefix=None, blocking=False)
-        model = _told(handle.describe.remote().result())
-        told = {name: value for name, value in model.settings.items() if name not in ("replica", "tenant_replicas")}
-        model = replace(model, settings={"replicas": options.replicas, **told})
-        client = ReplicaClient(handle, APPLICATION, model, tokenizer_of(model), tenants, config.scheduler.max_queued_tokens)
-        yield client
-        client.close()
-    finally:
-        ray.shutdown()  # all of it is ours: nobody else's requests need a drain
+        try:
+            serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
+            made = for_replicas(config, share, most, secret)
+            deployment = serve.deployment(Replica).options(
+                **deployment_options(options, config, secret), ray_actor_options=dict(share.resources)
+            )
+            built = deployment.bind(made, share.cores, options.log_level.upper())
+            handle = serve.run(built, name=APPLICATION, route_prefix=None, blocking=False)
+            model = _told(handle.describe.remote().result())
+            told = {name: value for name, value in model.settings.items() if name not in ("replica", "tenant_replicas")}
+            model = replace(model, settings={"replicas": options.replicas, **told})
+            client = ReplicaClient(handle, APPLICATION, model, tokenizer_of(model), tenants, config.scheduler.max_queued_tokens)
+            yield client
+            client.close()
+        finally:
+            ray.shutdown()  # all of it is ours: nobody else's requests need a drain
 
 
 def _gpus() -> int:

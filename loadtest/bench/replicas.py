@@ -9,6 +9,7 @@ tokens, more than one replica's cache holds, and rag, which shuffles documents. 
 vllm-router: programs of packages of these names).
 
     kvloom bench replicas --routers smg=./env/bin/smg,vllm-router=./env/bin/vllm-router
+    kvloom bench replicas --overhead         time per output token: one replica beside one engine, a thread each, both at once
 """
 
 from __future__ import annotations
@@ -44,6 +45,31 @@ COLUMNS = (
 )  # fmt: skip
 
 
+OVERHEAD = (
+    Column("streams", "streams"), Column("in one process, ms", "inside", ".2f"), Column("behind Ray, ms", "replica", ".2f"),
+    Column("ratio", "ratio", ".3f"), Column("least", "least", ".3f"), Column("most", "most", ".3f"),
+)  # fmt: skip
+
+
+def overhead(model: str, rounds: int, logs: Path) -> list[Row]:
+    """What Ray adds to the time per output token, by streams; the two servers answer in turn."""
+    names = {"inside": "--threads 1", "replica": "--threads 1 --replicas 1"}
+    found = []
+    with contextlib.ExitStack() as stack:
+        urls = {
+            name: stack.enter_context(running(Server(name, serve(model, 512, more)), logs)).url for name, more in names.items()
+        }
+        for streams in (1, 8):
+            more = ["--input-len", "120", "--output-len", "96"]
+            runs = [{name: run(url, "random", streams, streams, seed, more)["p50_tpot_ms"] for name, url in urls.items()}
+                    for seed in range(rounds + 1)][1:]  # fmt: skip
+            ratios = sorted(one["replica"] / one["inside"] for one in runs)
+            medians = {name: statistics.median(one[name] for one in runs) for name in names}
+            found.append({"streams": str(streams), **medians, "ratio": statistics.median(ratios), "least": ratios[0],
+                          "most": ratios[-1]})  # fmt: skip
+    return found
+
+
 def serve(model: str, mebibytes: int, more: str) -> str:
     """A command that serves the model with so much KV memory on a {port}."""
     python = f"{sys.executable} -m kvloom.server.cli"
@@ -77,18 +103,24 @@ def setup(name: str, routers: dict[str, str], model: str, mebibytes: int, logs: 
         yield url
 
 
-def load(url: str, workload: str, requests: int, concurrency: int, seed: int) -> Row:
-    """What a load test of a server came to. Raises BenchError."""
+def run(url: str, workload: str, requests: int, concurrency: int, seed: int, more: Sequence[str]) -> Row:
+    """The summary of a load test of a server, and under `lines` what it wrote of every request. Raises BenchError."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "kvloom.server.cli", "bench", "serve", "--base-url", url, "--workload", workload,
                    "--num-requests", str(requests), "--concurrency", str(concurrency), "--seed", str(seed), "--out", folder,
-                   "--ready-timeout", "60", "--scrape-interval", "0", "--endpoint", "chat", *WORKLOADS[workload]]  # fmt: skip
+                   "--ready-timeout", "60", "--scrape-interval", "0", *more]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
         if done.returncode:
             raise BenchError(f"the load test ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-        told = json.loads((Path(folder) / "summary.json").read_text())
+        told: Row = json.loads((Path(folder) / "summary.json").read_text())
         lines = (Path(folder) / "requests.jsonl").read_text().splitlines()
-    kv = [json.loads(line).get("kv") or {} for line in lines]
+    return {**told, "lines": [json.loads(line) for line in lines]}
+
+
+def load(url: str, workload: str, requests: int, concurrency: int, seed: int) -> Row:
+    """What a load test came to. Raises BenchError."""
+    told = run(url, workload, requests, concurrency, seed, ["--endpoint", "chat", *WORKLOADS[workload]])
+    kv = [line.get("kv") or {} for line in told["lines"]]
     reused = sum(one.get("reused_tokens", 0) + one.get("recomputed_tokens", 0) for one in kv)
     return {
         "completed": told["completed"], "asked": requests, "correct": told["correct_rate"], "p50": told["p50_ttft_ms"],
@@ -115,11 +147,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--requests", type=count, default=72, help="in a run (default: %(default)s)")
     made.add_argument("--concurrency", type=count, default=6, help="requests under way (default: %(default)s)")
     made.add_argument("--rounds", type=count, default=3, help="runs of each, in turn (default: %(default)s)")
+    made.add_argument("--overhead", action="store_true", help="measure what Ray adds to the time per output token instead")
     add_outputs(made)
     args = made.parse_args(argv)
     routers = dict(pair.split("=", 1) for pair in args.routers.split(",") if "=" in pair)
     if unknown := set(routers) - set(POLICIES):
         raise BenchError(f"--routers names {', '.join(sorted(unknown))}; known: {', '.join(POLICIES)}")
+    if args.overhead:
+        with tempfile.TemporaryDirectory() as logs:
+            table = cells(OVERHEAD, overhead(args.model, args.rounds, Path(logs)))
+        console.print(console_table(*table, "Time per output token"))
+        if args.publish:
+            publish(
+                args.publish, *table, f"{args.model}, 120 tokens in, 96 out, a thread each; medians of {args.rounds} rounds."
+            )
+        return 0
     names = ["one engine", "kvloom", *(f"{router} {policy}" for router in routers for policy in POLICIES[router])]
     runs: dict[tuple[str, str], list[Row]] = {(workload, name): [] for workload in WORKLOADS for name in names}
     with tempfile.TemporaryDirectory() as logs:

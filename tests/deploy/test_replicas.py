@@ -31,8 +31,20 @@ tenants:
 """
 BLOCK = 12288
 """Bytes of a block of the tiny model in fp32."""
-SETTINGS = ("--dtype", "fp32", "--kv-memory", "16MiB", "--max-num-seqs", "4", "--served-model-name", "tiny",
-            "--admin-key", "admin-key", "--kvshare-options", '{"verified": true, "min_match": 32, "min_reusable": 32}')  # fmt: skip
+SETTINGS = (
+    "--dtype",
+    "fp32",
+    "--kv-memory",
+    "16MiB",
+    "--max-num-seqs",
+    "4",
+    "--served-model-name",
+    "tiny",
+    "--admin-key",
+    "admin-key",
+    "--kvshare-options",
+    '{"verified": true, "min_match": 32, "min_reusable": 32}',
+)
 ALICE, BOB = {"Authorization": "Bearer alice-key"}, {"Authorization": "Bearer bob-key"}
 ADMIN = {"Authorization": "Bearer admin-key"}
 TOKENS = 400
