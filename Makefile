@@ -13,6 +13,7 @@
 # make fuzz         random chats with tools, random responses and their store, random messages that clients leave, and random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
 # make fuzz-api     schemathesis (installed into build/clients) over /openapi.json of a served process. FUZZ_API="--examples 1000 --seed 7"
 # make soak         500 clients that leave, 50 that stop reading, 1,000 streams at once, 10,000 requests: nothing lost, nobody hangs
+# make replicas-check  two replicas with Ray, which make test does without: killed, drained, asked; then a minute of kills
 # make gpu-check    on a GPU, in under eight minutes: kernels, replays and whole steps, right and how fast. With the torch and triton
 #                     that are there, no network and no setup: GPU_PYTHON=python3 says whose; GPU_CHECK=--tiny runs it on a CPU
 #
@@ -23,7 +24,7 @@ GPU_PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: setup serve demo test lint types wheels figures-check bench-peers floods fuzz fuzz-api soak clients gpu-check clean
+.PHONY: setup serve demo test lint types wheels figures-check bench-peers floods fuzz fuzz-api soak clients replicas-check gpu-check clean
 
 setup: $(VENV)/.dev
 
@@ -31,7 +32,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp per set of extras: serving needs none, so it does not install what tests need.
-$(VENV)/.serve $(VENV)/.demo $(VENV)/.bench $(VENV)/.dev: pyproject.toml scripts/install.py | $(VENV)/bin/python
+$(VENV)/.serve $(VENV)/.demo $(VENV)/.bench $(VENV)/.ray $(VENV)/.dev: pyproject.toml scripts/install.py | $(VENV)/bin/python
 	$(BIN)/python scripts/install.py $(filter-out serve,$(subst .,,$(@F)))
 	$(BIN)/python -m kvloom.kernels
 	touch $@
@@ -83,6 +84,10 @@ soak: setup
 
 clients: setup
 	$(BIN)/python -m kvloom.loadtest.clients $(CLIENTS)
+
+replicas-check: $(VENV)/.dev $(VENV)/.ray
+	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m kvloom.loadtest.fuzz.replicas
 
 gpu-check:
 	$(GPU_PYTHON) -m kvloom.loadtest.gpu_check $(GPU_CHECK)

@@ -40,8 +40,8 @@ from kvloom.engine.thread.queue_limit import QUEUED_CAPACITIES, Place, QueueLimi
 
 log = logging.getLogger("kvloom.server")
 
-MOST_TRIES = 4
-"""Replicas that may be lost under one request before it is given up."""
+MOST_TRIES = 8
+"""How often a request is sent: one that loses so many replicas is given up, it may be what ends them."""
 UP_SECONDS = 60.0
 """How long a request waits for a replica while there is none."""
 END_SECONDS = 10.0
