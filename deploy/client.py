@@ -163,7 +163,11 @@ class ReplicaClient:
                 output = await stream.get()
                 if isinstance(output, KVLoomError):
                     done = True
-                    raise output
+                    lost = isinstance(output, EngineDeadError) and not self._closing
+                    raise ReplicaLostError(str(output)) if lost else output
+                if output.finish_reason == "abort":  # the replica ends before its requests have
+                    done = True
+                    raise ReplicaLostError("its replica was shut down")
                 if output.usage.completion_tokens or output.finish_reason is not None:
                     self._placement.began(order.key, _found(output.usage))
                 done = output.finish_reason is not None
@@ -189,6 +193,9 @@ class ReplicaClient:
             stream.put_nowait(error)
         except RequestCancelledError:
             stream.put_nowait(ReplicaLostError("the call was ended"))
+        except Exception:
+            log.exception("a call to a replica has failed")
+            stream.put_nowait(InternalError("internal error; the server's log says more"))
 
     async def _some(self) -> None:
         """Wait until there is a replica. Raises OverloadedError if that takes long."""
@@ -209,7 +216,7 @@ class ReplicaClient:
         """See `EngineClient.abort`."""
         for key, stream in list(self._streams.items()):
             if key.rpartition("#")[0] == request_id:
-                stream.put_nowait(EngineDeadError("the request was aborted"))
+                stream.put_nowait(InternalError("the request was aborted"))
 
     # Uploads -------------------------------------------------------------------------------------------------------------
 
@@ -367,6 +374,8 @@ class ReplicaClient:
                         break  # it drains, and nothing of ours is on its way there
             except (RayError, KVLoomError) as error:
                 log.info("the line to replica %s has ended: %s", name, error.__class__.__name__)
+            except Exception:
+                log.exception("the line to replica %s has failed", name)
             finally:
                 batches.cancel()
             if name not in self._present or self._closing:
