@@ -31,7 +31,7 @@ from kvloom.deploy.resume import Received
 from kvloom.deploy.wire import Batch, Line, Order, Question, ReplicaLostError, packed
 from kvloom.engine.client import EngineStats, Health, ModelInfo, TenantStats, fold_of
 from kvloom.engine.errors import EngineDeadError, InternalError, KVLoomError, OverloadedError
-from kvloom.engine.requests.figures import counted
+from kvloom.engine.requests.figures import counted, table
 from kvloom.engine.requests.request import KVOptions, RequestOutput, Usage
 from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.requests.tenants import Tenants
@@ -54,6 +54,10 @@ RETRY_SECONDS = 0.5
 """Between two tries to get a replica's line."""
 ASK_SECONDS = 30.0
 """How long a replica may take to answer a question."""
+TENANTS_SECONDS = 0.8
+"""How long replicas may take to tell what tenants hold: a scrape waits for it."""
+MOST_GONE_TENANTS = 4096
+"""Tenants whose counters on replicas that are gone are remembered."""
 MOST_UPLOADED_TOKENS = 4 * 1024**2
 """Of uploads that are kept for replicas that come later; the oldest go."""
 
@@ -67,6 +71,8 @@ class _Replica:
     health: Health = field(default_factory=Health)
     told: bool = False
     """Of the uploads."""
+    tenants: Mapping[str, TenantStats] = field(default_factory=dict)
+    """What it said of them last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class ReplicaClient:
         self._streams: dict[str, Backlog] = {}
         self._replicas: dict[str, _Replica] = {}
         self._present: set[str] = set()
-        self._gone = EngineStats()
+        self._gone, self._gone_tenants = EngineStats(), dict[str, TenantStats]()
         self._prompt_tokens = self._generated = 0
         self._uploads: OrderedDict[int, _Upload] = OrderedDict()
         self._per_replica = max_queued_tokens
@@ -280,8 +286,22 @@ class ReplicaClient:
 
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient.tenants`."""
-        told: Mapping[str, TenantStats] = await self._ask_all("tenants", {"names": names})
-        return told
+        self._start()
+        await self._some()
+        questions = {name: asyncio.ensure_future(self._ask_one(Question("tenants", {"names": names}, name)))
+                     for name in self._present if name in self._replicas}  # fmt: skip
+        await asyncio.wait(questions.values(), timeout=TENANTS_SECONDS)
+        told: list[Mapping[str, TenantStats]] = [self._gone_tenants]
+        for name, question in questions.items():
+            one = self._replicas.get(name)
+            if not question.done():
+                question.cancel()
+            elif question.exception() is None and one is not None:
+                one.tenants = {**one.tenants, **question.result()[1]}
+            if one is not None:
+                told.append(one.tenants)  # who has not answered in time is told of as it was before
+        total: Mapping[str, TenantStats] = functools.reduce(table, told)
+        return total if names is None else {name: total.get(name, TenantStats()) for name in names}
 
     async def _ask_for(self, method: str, prompt: Sequence[int], tenant: str, cache_salt: str) -> tuple[str, Any]:
         self._start()
@@ -391,6 +411,8 @@ class ReplicaClient:
         one = self._replicas.pop(name)
         if one.stats is not None:
             self._gone += counted(one.stats)
+        left = {tenant: counted(stats) for tenant, stats in one.tenants.items() if any(stats.tokens.values())}
+        self._gone_tenants = dict(itertools.islice(table(self._gone_tenants, left).items(), MOST_GONE_TENANTS))
         self._settle()
         if name in self._present:  # it came back under its name
             self._see(list(self._present))

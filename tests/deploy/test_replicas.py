@@ -250,7 +250,11 @@ def test_weights_hold_over_both(server: Server) -> None:
         assert answer.status_code == 200, answer.text
         ended.append(name)
 
-    with ThreadPoolExecutor(96) as pool:
+    with ThreadPoolExecutor(100) as pool:
+        slots = {"prompt": "hello", "max_tokens": 480, "ignore_eos": True, "n": 4}  # taken until all others wait
+        for _ in range(4):
+            pool.submit(server.client.post, "/v1/completions", json=slots, headers=ALICE)
+        server.until(lambda: server.client.get("/v1/kv", headers=ADMIN).json()["requests"]["waiting"])
         list(pool.map(lambda i: ask(("carol", "dave")[i % 2], i), range(96)))
     behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # until then both have something waiting
     assert 8 <= ended[:behind].count("dave") <= 18, ended
