@@ -71,7 +71,8 @@ class Front:
         model = await described(engine)
         tokenizer = await asyncio.to_thread(tokenizer_of, model)
         tenants = Tenants.read(config.tenants.tenants)
-        client = ReplicaClient(engine, engine.app_name, model, tokenizer, tenants, config.scheduler.max_queued_tokens)
+        queued, few = config.scheduler.max_queued_tokens, options.replicas or 1
+        client = ReplicaClient(engine, engine.app_name, model, tokenizer, tenants, queued, few)
         self._app = create_app(client, options)
 
     def __serve_build_asgi_app__(self) -> Any:

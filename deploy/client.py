@@ -87,9 +87,9 @@ class ReplicaClient:
     """Engines behind a handle of Ray Serve. See `client.EngineClient`."""
 
     def __init__(self, handle: DeploymentHandle, application: str, model: ModelInfo, tokenizer: Any, tenants: Tenants,
-                 max_queued_tokens: int | None = None) -> None:  # fmt: skip
+                 max_queued_tokens: int | None = None, wanted: int = 1) -> None:  # fmt: skip
         """handle: of the deployment of `replica.Replica` in that application. model: as a replica describes it.
-        max_queued_tokens: prompt tokens that may wait for each replica."""
+        max_queued_tokens: prompt tokens that may wait for each replica. wanted: how many there should be, at least."""
         self.model, self.tokenizer = replace(model, replica="0"), tokenizer
         self._handle, self._application = handle, application
         self._placement = placement_of(application)
@@ -99,6 +99,7 @@ class ReplicaClient:
         self._replicas: dict[str, _Replica] = {}
         self._present: set[str] = set()
         self._gone, self._gone_tenants = EngineStats(), dict[str, TenantStats]()
+        self._wanted, self._lost, self._resumed = wanted, 0, 0
         self._prompt_tokens = self._generated = 0
         self._uploads: OrderedDict[int, _Upload] = OrderedDict()
         self._per_replica = max_queued_tokens
@@ -152,6 +153,7 @@ class ReplicaClient:
                 except ReplicaLostError as error:
                     if self._closing or received.tries >= MOST_TRIES:
                         raise EngineDeadError(f"{received.tries} replicas were lost while they answered") from error
+                    self._resumed += 1
                     log.warning("%s goes on elsewhere after %d tokens: %s", request_id, len(received.tokens), error)
         finally:
             place.leave()
@@ -342,7 +344,10 @@ class ReplicaClient:
                 async with asyncio.timeout(FIRST_SECONDS):
                     await self._first.wait()
         total = functools.reduce(lambda a, b: a + b, (one.stats for one in self._replicas.values() if one.stats), self._gone)
-        return replace(total, prompt_tokens=self._prompt_tokens, generation_tokens=self._generated)
+        return replace(
+            total, prompt_tokens=self._prompt_tokens, generation_tokens=self._generated, replicas_wanted=self._wanted,
+            replicas_lost=self._lost, requests_resumed=self._resumed, routed=dict(self._placement.routed),
+        )  # fmt: skip
 
     async def health(self) -> Health:
         """See `EngineClient.health`. Well while one replica is; Ray brings back the others."""
@@ -383,16 +388,19 @@ class ReplicaClient:
 
     async def _listen(self, name: str) -> None:
         """A replica's line, for as long as it is there; after that for as long as it still sends."""
+        died = False
         while True:
             batches = self._handle.options(stream=True).outputs.remote(Line(self._front, name))
             quiet = 0
             try:
                 async for batch in batches:
+                    died = False
                     self._take(name, batch)
                     quiet = 0 if name in self._present or batch.outputs or self._busy(name) else quiet + 1
                     if quiet >= QUIET_BATCHES:
                         break  # it drains, and nothing of ours is on its way there
             except (RayError, KVLoomError) as error:
+                died |= isinstance(error, RayActorError)
                 log.info("the line to replica %s has ended: %s", name, error.__class__.__name__)
             except Exception:
                 log.exception("the line to replica %s has failed", name)
@@ -401,6 +409,7 @@ class ReplicaClient:
             if name not in self._present or self._closing:
                 break
             await asyncio.sleep(RETRY_SECONDS)
+        self._lost += died and not self._closing
         self._lose(name)
 
     def _busy(self, name: str) -> bool:

@@ -106,6 +106,17 @@ SERVING = {
         Panel("Engine", "short", (
             value("engine_up", "engine", "up"), rate("engine_internal_errors_total", "engine", "errors per second")), ""),
     ),
+    "Replicas": (
+        Panel("Replicas", "short", (
+            value("replicas_up", "engine", "up"), value("replicas_wanted", "engine", "wanted, at least")),
+            "One where the engine is in the server itself."),
+        Panel("Lost replicas", "short", (
+            Query("sum by (engine) (increase(kvloom:replicas_lost_total[10m]))", "lost"),
+            Query("sum by (engine) (increase(kvloom:requests_resumed_total[10m]))", "requests that another took up")),
+            "In ten minutes; those that were told to end are not among them."),
+        Panel("Requests per second, by why to that replica", "reqps", (rate("routed_total", "reason"),),
+              "It holds much of the prompt; too much waits where it is held; nobody holds enough.", True),
+    ),
 }  # fmt: skip
 CACHE = {
     "Cache": (

@@ -167,7 +167,8 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
             model = _told(handle.describe.remote().result())
             told = {name: value for name, value in model.settings.items() if name not in ("replica", "tenant_replicas")}
             model = replace(model, settings={"replicas": options.replicas, **told})
-            client = ReplicaClient(handle, APPLICATION, model, tokenizer_of(model), tenants, config.scheduler.max_queued_tokens)
+            queued, tokenizer = config.scheduler.max_queued_tokens, tokenizer_of(model)
+            client = ReplicaClient(handle, APPLICATION, model, tokenizer, tenants, queued, options.replicas or 1)
             yield client
             client.close()
         finally:

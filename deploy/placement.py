@@ -25,7 +25,7 @@ import itertools
 import random
 import threading
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -116,6 +116,8 @@ class Placement:
         self._waits: npt.NDArray[np.float64] = np.zeros(0)  # infinite where a slot is empty
         self._ring: list[tuple[int, int]] = []  # (place, slot), sorted
         self._placed: dict[str, _Placed] = {}
+        self.routed: Counter[str] = Counter()
+        """Requests by the reason of their choice."""
 
     # What is asked about -------------------------------------------------------------------------------------------------
 
@@ -178,11 +180,13 @@ class Placement:
         with self._lock:
             return self._choose(prompt, among)
 
-    def placed(self, request: str, prompt: Prompt, name: str) -> None:
+    def placed(self, request: str, prompt: Prompt, name: str, reason: str = "") -> None:
         """A request goes to a replica: what it brings waits there until it `began`, and is held from now on. Said again of the
-        same replica it changes nothing."""
+        same replica it changes nothing. reason: of its choice, counted the first time."""
         with self._lock:
             slot, before = self._slots.get(name), self._placed.get(request)
+            if before is None and reason:
+                self.routed[reason] += 1
             if before is not None and before.slot == slot:
                 return
             self._settle(request)

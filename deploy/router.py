@@ -55,10 +55,10 @@ class KVRouter(RequestRouter):
             return [[by_name[named]] if named in by_name else candidate_replicas]
         choice = self._placement.choose(self._prompt(asked), by_name)
         best = None if choice is None else by_name.get(choice.replica)
-        if best is None:
+        if choice is None or best is None:
             return [candidate_replicas]
         if isinstance(asked, Order):  # others are chosen for before this one is on its way
-            self._placement.placed(asked.key, self._prompt(asked), best.replica_id.unique_id)
+            self._placement.placed(asked.key, self._prompt(asked), choice.replica, choice.reason)
         return [[best], [replica for replica in candidate_replicas if replica is not best]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:

@@ -87,7 +87,7 @@ class Health:
 
     ok: bool = gauge("1 while the engine runs.", "engine_up", default=True, merge=min)
     reason: str = note("Why not.", merge=lambda a, b: a or b)
-    recovers: bool = note("Whether it is being brought back.", default=False, merge=lambda a, b: a and b)
+    recovers: bool = note("Whether it is being brought back.", default=False, merge=lambda a, b: a or b)
     __add__ = merged
 
 

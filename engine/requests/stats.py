@@ -23,6 +23,8 @@ KINDS = ("prefix", "stale", "boundary", "ranked", "rejected", "fresh")
 that was far off); never reused."""
 CHECKS = ("passed", "recomputes more", "off")
 """What shadow checks of a tenant's requests may have come to, the worst last."""
+ROUTED = ("affinity", "guard", "hash")
+"""Why a request was sent to a replica: it holds much of the prompt; too much waits where it is held; nobody holds enough."""
 OTHERS = "(other)"
 """In place of tenants that have not been here for long: their counts together."""
 
@@ -155,6 +157,14 @@ class EngineStats:
     replicas: tuple[str, ...] = note(
         "The engines it is of, by their setting `replica`.", default=(), merge=operator.add, kv="replicas"
     )
+    replicas_up = derived("gauge", "Engines that these figures are of.", lambda s: len(s.replicas))
+    replicas_wanted: int = gauge("Engines that there should be, at least.", default=1, merge=max)
+    replicas_lost: int = counter("Replicas that ended before they had drained: killed, crashed or hanging.")
+    requests_resumed: int = counter("Times that another replica took up a request whose own was lost.")
+    routed: Mapping[str, int] = counter(
+        "Requests sent to a replica, by why to that one.", default=dict, by=("reason",), keys=ROUTED
+    )
+    """By the reasons of `deploy.placement.Choice`. These four are counted in front of replicas, and by no engine."""
     running: int = gauge("Requests that the engine computes.", "num_requests_running", kv="requests.running")
     waiting: int = gauge("Requests that wait for their turn.", "num_requests_waiting", kv="requests.waiting")
     queued_tokens: int = gauge("Prompt tokens of waiting requests.", "num_prompt_tokens_waiting")

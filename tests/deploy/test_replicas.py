@@ -211,7 +211,14 @@ def test_what_is_counted_is_what_clients_got(server: Server) -> None:
                        "request_prompt_tokens_sum": 160}  # fmt: skip
     for name, value in before.items():  # nothing that is counted falls when an engine dies
         assert not name.endswith("_total") or after[name] >= value, name
+    server.until(lambda: server.figures()["kvloom:replicas_lost_total"] == before["kvloom:replicas_lost_total"] + 1)
     server.until(server.both)
+    after = server.figures()
+    assert after["kvloom:replicas_up"] == after["kvloom:replicas_wanted"] == 2
+    resumed, routed = (
+        after[f"kvloom:{name}_total"] - before[f"kvloom:{name}_total"] for name in ("requests_resumed", "routed")
+    )
+    assert routed == 4 + resumed and resumed in (0, 1)  # the answer may have been over before the kill
     held = server.client.get("/v1/kv", headers=ADMIN).json()
     assert all(group["in_use"] == 0 and group["free"] + group["cached"] == group["total"] for group in held["blocks"].values())
 

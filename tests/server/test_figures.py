@@ -34,7 +34,8 @@ METRICS = {
     "kvshare_segment_evictions": "", "kvshare_segments": "", "kvshare_shadow_agreeing_tokens": "", "kvshare_shadow_checks": "",
     "kvshare_shadow_kl_sum": "", "kvshare_shadow_tokens": "", "kvshare_stale_left_tokens": "", "kvshare_tokens": "kind",
     "num_preemptions": "", "num_prompt_tokens_waiting": "", "num_requests_running": "", "num_requests_waiting": "",
-    "prefix_cache_hits": "", "prefix_cache_queries": "", "prompt_tokens": "", "replayed_tokens": "",
+    "prefix_cache_hits": "", "prefix_cache_queries": "", "prompt_tokens": "", "replayed_tokens": "", "replicas_lost": "",
+    "replicas_up": "", "replicas_wanted": "", "requests_resumed": "", "routed": "reason",
     "selection_attended": "method", "selection_decode_rows": "method", "selection_held": "method", "selection_mass": "method",
     "selection_mass_samples": "method", "selection_refreshes": "method", "selection_reused": "method",
     "selection_selections": "method", "selection_state_bytes": "", "selection_state_capacity_bytes": "",
@@ -43,7 +44,7 @@ METRICS = {
 """What the engine tells on /metrics, and the labels beside the model's: names that dashboards hold, not to be changed."""
 PLACES = {
     "": "ahead_steps block_size blocks capacity_tokens drafts evicted_blocks graph_failures graph_steps hit_rate "
-        "kvshare prefix read_bytes requests selection selection_state settings tenants usage",
+        "kvshare prefix read_bytes replicas requests selection selection_state settings tenants usage",
     "blocks.full": "cached free in_use total", "drafts": "accepted_tokens drafted_tokens made",
     "prefix": "hit_tokens query_tokens",
     "kvshare": "deviation enabled errands identity_failures left recomputed_share refreshed_tokens rejected_runs requests runs "
@@ -111,7 +112,8 @@ def values(cls: Any) -> Any:
         "failed_tenants": st.dictionaries(names, st.sampled_from(["more", "off"])),
         "reuse_checks": st.sampled_from(CHECKS), "replicas": st.lists(names, max_size=2).map(tuple), "enabled": st.booleans(),
         "requests": st.dictionaries(st.tuples(names, names), counts, max_size=2).map(Counter), "ok": st.booleans(),
-        "reason": names, "block_size": st.just(16),
+        "recovers": st.booleans(),
+        "reason": names, "block_size": st.just(16), "replicas_wanted": st.integers(1, 64),
     }  # fmt: skip
     made = {}
     for name, figure in declared(cls).items():
@@ -119,7 +121,7 @@ def values(cls: Any) -> Any:
             continue
         if figure.kind == "histogram":
             default = st.lists(counts, min_size=len(figure.bounds), max_size=len(figure.bounds))
-        elif name in ("tokens", "runs", "kv_bytes", "graph_steps"):
+        elif name in ("tokens", "runs", "kv_bytes", "graph_steps", "routed"):
             made_of = Counter if name in ("tokens", "runs") else dict
             default = st.dictionaries(st.sampled_from(KINDS), counts, max_size=3).map(made_of)
         else:
