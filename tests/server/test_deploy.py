@@ -1,6 +1,7 @@
 """What lies in deploy/: it parses, fits its schemas, and names metrics that the server has."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -63,11 +64,27 @@ def test_panels_and_alerts_name_metrics_and_labels_that_the_server_has(serving, 
 
 
 def test_every_check_of_files_can_fail(monkeypatch, tmp_path):
-    broken = tmp_path / "broken.yaml"
+    broken, text = tmp_path / "broken.yaml", check.RAY_MANIFEST.read_text()
     broken.write_text("kind: Deployment\napiVersion: apps/v1\nmetadata: {name: x}\nspec: {replicas: many}\n")
-    monkeypatch.setattr(check, "MANIFESTS", (broken,))
+    monkeypatch.setattr(check, "MANIFEST", broken)
     with pytest.raises(check.Wrong, match="many"):
         check.kubernetes()
+    monkeypatch.setattr(check, "RAY_MANIFEST", broken)
+    for good, bad, told in (
+        ("mode: token", "mode: disabled", "may run anything"),
+        ("maxReplicas: 8", "maxReplicas: 4", "no such workers"),
+        ("periodSeconds: 2\n", "periodSeconds: soon\n", "soon"),
+    ):
+        broken.write_text(text.replace(good, bad))
+        with pytest.raises(check.Wrong, match=told):
+            check.kuberay()
+    broken.write_text(text)
+    definition = tmp_path / "crd.yaml"
+    spec = {"properties": {name: {} for name in ("serveConfigV2", "upgradeStrategy", "rayClusterDeletionDelaySeconds")}}
+    schema = {"properties": {"apiVersion": {}, "kind": {}, "metadata": {}, "spec": spec}}
+    definition.write_text(json.dumps({"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]}}))
+    with pytest.raises(check.Wrong, match="'rayClusterConfig' was unexpected"):
+        check.crd(definition)
     broken.write_text("services: {server: {image: x, ports: ['0.0.0.0:1:1'], security_opt: ['no-new-privileges:true']}}\n")
     monkeypatch.setattr(check, "COMPOSE", (broken,))
     with pytest.raises(check.Wrong, match="published to all"):
