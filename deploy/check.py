@@ -77,7 +77,7 @@ def dockerfile() -> str:
 def composed() -> dict[str, Any]:
     """The services as compose reads them, with all profiles."""
     files = [word for file in COMPOSE for word in ("-f", file)]
-    words = (*files, "--profile", "bench", "--profile", "webui", "config", "--format", "json")
+    words = (*files, *(f"--profile={name}" for name in ("ray", "bench", "webui")), "config", "--format", "json")
     found: dict[str, Any] = json.loads(call(compose_program(), *words, env={"COMPOSE_DISABLE_ENV_FILE": "1"}))
     return found
 
