@@ -72,9 +72,14 @@ class Front:
         tokenizer = await asyncio.to_thread(tokenizer_of, model)
         tenants = Tenants.read(config.tenants.tenants)
         queued, few = config.scheduler.max_queued_tokens, options.replicas or 1
-        client = ReplicaClient(engine, engine.app_name, model, tokenizer, tenants, queued, few)
-        self._app = create_app(client, options)
+        self._client = ReplicaClient(engine, engine.app_name, model, tokenizer, tenants, queued, few)
+        self._app = create_app(self._client, options)
 
     def __serve_build_asgi_app__(self) -> Any:
         """Called by Ray Serve once this is made."""
         return self._app
+
+    def __del__(self) -> None:
+        """Called by Ray Serve once requests have drained. Ends the lines to replicas, which wait for them to end."""
+        if (client := getattr(self, "_client", None)) is not None:
+            client.close()
