@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,12 @@ def kuberay() -> str:
     )
     if importlib.util.find_spec("ray") is None:
         return f"{len(others)} objects and the pods fit Kubernetes; no Ray here, which checks the rest"
-    from ray.serve.schema import ServeDeploySchema
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray's own, of how it uses pydantic
+        from ray.serve.schema import ServeDeploySchema
 
-    from kvloom.deploy.app import settings
-    from kvloom.engine.errors import ConfigError
+        from kvloom.deploy.app import settings
+        from kvloom.engine.errors import ConfigError
 
     try:
         ServeDeploySchema.model_validate(config)

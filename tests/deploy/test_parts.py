@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvloom.deploy import local
+from kvloom.deploy.placement import Placement
 from kvloom.deploy.resume import Received
 from kvloom.deploy.scaling import QUEUED_TOKENS, policy, wanted
 from kvloom.deploy.wire import Batch, Order, packed, unpacked
@@ -19,7 +20,7 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.figures import counted
 from kvloom.engine.requests.request import KVOptions, RequestOutput, TokenLogprob, Usage
 from kvloom.engine.requests.sampling import SamplingParams
-from kvloom.engine.requests.stats import EngineStats, GroupStats
+from kvloom.engine.requests.stats import ROUTED, EngineStats, GroupStats
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.startup.processors import Processors
 from kvloom.server.options import ServerOptions
@@ -155,3 +156,15 @@ def test_replicas_follow_what_waits() -> None:
     context = SimpleNamespace(aggregated_metrics=told, capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=4,
                               current_num_replicas=2)  # fmt: skip
     assert policy(context)[0] == 3
+
+
+def test_a_choice_is_counted_once_by_its_reason() -> None:
+    placement = Placement(b"secret", seed=1)
+    placement.update({"a": None, "b": None})
+    prompt = placement.prompt(range(256))
+    for request, reason in (("first", "hash"), ("second", "affinity")):
+        choice = placement.choose(prompt)
+        assert choice is not None and choice.reason == reason
+        for _ in range(2):  # the router says it when it has chosen, and when the replica has taken it
+            placement.placed(request, prompt, choice.replica, choice.reason)
+    assert placement.routed == {"hash": 1, "affinity": 1} and set(placement.routed) <= set(ROUTED)
