@@ -286,6 +286,13 @@ class ReplicaClient:
             del self._uploads[number]
         return int(await self._ask_all("purge", {"tenant": tenant}))
 
+    async def reset(self) -> Mapping[str, int]:
+        """See `EngineClient.reset`. Uploads are forgotten with the rest, and so is where prompts were."""
+        self._uploads.clear()
+        told: Mapping[str, int] = await self._ask_all("reset", {})
+        self._placement.forget()
+        return told
+
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient.tenants`."""
         self._start()

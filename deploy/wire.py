@@ -12,7 +12,7 @@ from kvloom.engine.errors import KVLoomError
 from kvloom.engine.requests.request import KVOptions, RequestOutput
 from kvloom.engine.requests.sampling import SamplingParams
 
-ASKED = ("explain", "peek", "purge", "tenants")
+ASKED = ("explain", "peek", "purge", "reset", "tenants")
 """Methods of `EngineClient` that a front may have a replica call."""
 
 

@@ -285,6 +285,18 @@ def test_who_leaves_ends_the_request_there(server: Server) -> None:
     server.until(lambda: server.client.get("/v1/kv", headers=ADMIN).json()["requests"]["running"] == 0)
 
 
+def test_a_reset_reaches_both(server: Server) -> None:
+    server.until(server.both)
+    for i in range(6):
+        server.stream({"prompt": [5 + (11 * i + 3 * j) % 300 for j in range(100)], "max_tokens": 2})
+    blocks = [group["cached"] for group in server.client.get("/v1/kv", headers=ADMIN).json()["blocks"].values()]
+    told = server.client.post("/v1/kv/reset", headers=ADMIN).json()
+    assert told["blocks"] >= sum(blocks) > 30
+    server.until(
+        lambda: not any(group["cached"] for group in server.client.get("/v1/kv", headers=ADMIN).json()["blocks"].values())
+    )
+
+
 def test_explain_names_the_replica_where_the_prompt_would_go(server: Server) -> None:
     prompt = [5 + 3 * i % 300 for i in range(256)]
     server.stream({"prompt": prompt, "max_tokens": 2})
