@@ -87,7 +87,7 @@ def sees_all(request: Request) -> bool:
 def operator_only(request: Request, what: str) -> None:
     """Raises OperatorOnlyError unless the caller may see everybody's figures; `what` begins its sentence."""
     if not sees_all(request):
-        raise OperatorOnlyError(what)
+        raise OperatorOnlyError(f"{what} for the operator; send an admin key (set with --admin-key) as the bearer token")
 
 
 def new_id() -> str:

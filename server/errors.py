@@ -64,10 +64,6 @@ class ServerClosingError(KVLoomError):
 class OperatorOnlyError(KVLoomError):
     """What is asked for concerns all tenants, and the caller is one of them."""
 
-    def __init__(self, what: str) -> None:
-        """what: what it is, as the beginning of a sentence."""
-        super().__init__(f"{what} for the operator; send an admin key (set with --admin-key) as the bearer token")
-
 
 class NotStoredError(KVLoomError):
     """No response of this id is stored for whoever asks. `param` names the field that held the id."""
