@@ -49,7 +49,7 @@ VALUES = st.one_of(
     st.builds(
         ModelInfo, name=TEXT, root=TEXT, source=TEXT, replica=TEXT, max_model_len=COUNTS, vocab_size=COUNTS, dtype=TEXT,
         weights=TEXT, backend=TEXT, created=COUNTS, settings=JSON,
-        sampling=st.builds(SamplingDefaults, st.floats(0, 2), st.floats(0, 1)),
+        sampling=st.builds(SamplingDefaults, st.floats(0, 2), st.floats(0, 1), COUNTS, *[st.floats(-2, 2)] * 4),  # without NaN
     ),
     st.builds(Health, ok=st.booleans(), reason=TEXT),
 )  # fmt: skip
