@@ -151,11 +151,8 @@ class Placement:
         """The replicas that there are now, with the tokens that their caches hold, where that is known. What was held by others
         is forgotten."""
         with self._lock:
-            for name in [name for name in self._slots if name not in replicas]:
-                self._remove(name)
-            for name in replicas:
-                if name not in self._slots:
-                    self._add(name)
+            self._remove([name for name in self._slots if name not in replicas])
+            self._add([name for name in replicas if name not in self._slots])
             for name, capacity in replicas.items():
                 replica = self._at(self._slots[name])
                 replica.capacity = capacity or replica.capacity
@@ -192,7 +189,7 @@ class Placement:
             self._settle(request)
             if slot is None:
                 return
-            hit = self._hits(prompt).get(slot, 0)
+            hit = self._hit(prompt, self._at(slot))
             self._placed[request] = _Placed(slot, hit, float(prompt.tokens - hit))
             self._change(slot, prompt.tokens - hit)
             self._hold(slot, prompt)
@@ -237,81 +234,89 @@ class Placement:
         assert replica is not None
         return replica
 
-    def _add(self, name: str) -> None:
-        slot = next((i for i, replica in enumerate(self._replicas) if replica is None), len(self._replicas))
-        if slot == len(self._replicas):
-            self._replicas.append(None)
-            self._waits = np.append(self._waits, np.inf)
-        self._replicas[slot], self._slots[name], self._waits[slot] = _Replica(name), slot, 0.0
-        for spot in range(SPOTS):
-            bisect.insort(self._ring, (self._spot(f"{name} {spot}".encode()), slot))
+    def _add(self, names: Sequence[str]) -> None:
+        empty = [slot for slot, replica in enumerate(self._replicas) if replica is None]
+        more = max(0, len(names) - len(empty))
+        empty += range(len(self._replicas), len(self._replicas) + more)
+        self._replicas += [None] * more
+        self._waits = np.append(self._waits, np.full(more, np.inf))
+        for name, slot in zip(names, empty):
+            self._replicas[slot], self._slots[name], self._waits[slot] = _Replica(name), slot, 0.0
+            self._ring += [(self._spot(f"{name} {spot}".encode()), slot) for spot in range(SPOTS)]
+        self._ring.sort()
 
-    def _remove(self, name: str) -> None:
-        slot = self._slots.pop(name)
-        replica = self._at(slot)
-        for key in list(replica.held):
-            self._drop(replica, slot, key)
-        self._replicas[slot], self._waits[slot] = None, np.inf
-        self._ring = [(place, owner) for place, owner in self._ring if owner != slot]
-        for request in [request for request, placed in self._placed.items() if placed.slot == slot]:
-            del self._placed[request]
+    def _remove(self, names: Sequence[str]) -> None:
+        gone = {self._slots.pop(name) for name in names}
+        for slot in gone:
+            replica = self._at(slot)
+            for key in list(replica.held):
+                self._drop(replica, slot, key)
+            self._replicas[slot], self._waits[slot] = None, np.inf
+        if gone:
+            self._ring = [spot for spot in self._ring if spot[1] not in gone]
+            self._placed = {request: placed for request, placed in self._placed.items() if placed.slot not in gone}
 
     def _spot(self, text: bytes) -> int:
         return int.from_bytes(hashlib.blake2b(text, key=self._key, digest_size=8).digest(), "little")
 
     def _choose(self, prompt: Prompt, among: Iterable[str] | None) -> Choice | None:
-        allowed = None if among is None else {self._slots[name] for name in among if name in self._slots}
-        slots = list(self._slots.values()) if allowed is None else list(allowed)
-        if not slots:
+        hits, waits = self._hits(prompt), self._waits
+        if among is not None and not self._slots.keys() <= (names := set(among)):
+            inside = [self._slots[name] for name in names if name in self._slots]
+            waits = np.full_like(waits, np.inf)
+            waits[inside] = self._waits[inside]
+            hits[waits == np.inf] = 0
+        least = float(waits.min(initial=np.inf))
+        if least == np.inf:
             return None
-        hits = {slot: hit for slot, hit in self._hits(prompt).items() if allowed is None or slot in allowed}
-        least = float(self._waits.min() if allowed is None else min(self._waits[slot] for slot in slots))
-        best, reason = max(hits.values(), default=0), "hash"
+        best, reason = float(hits.max()), "hash"
+        slots = np.flatnonzero(waits < np.inf)
         if best and best >= LEAST_HIT * prompt.tokens:
-            near, reason = [slot for slot, hit in hits.items() if hit >= NEAR * best], "affinity"
-            if min(self._waits[slot] for slot in near) <= least + GUARD * best:
+            near, reason = np.flatnonzero(hits >= NEAR * best), "affinity"
+            if waits[near].min() <= least + GUARD * best:
                 slots = near
             else:
                 reason = "guard"
         if reason == "hash":
-            slots = [self._hashed(prompt, least, allowed)]
-        costs = {slot: prompt.tokens - hits.get(slot, 0) + self._waits[slot] for slot in slots}
-        cheapest = min(costs.values())
-        slot = self._random.choice([slot for slot, cost in costs.items() if cost <= cheapest])
-        return Choice(self._at(slot).name, hits.get(slot, 0), reason)
+            slots = np.array([self._hashed(prompt, waits, least)])
+        costs = waits[slots] - hits[slots]  # and the prompt's tokens, everywhere the same
+        slot = int(self._random.choice(slots[costs == costs.min()]))
+        return Choice(self._at(slot).name, int(hits[slot]), reason)
 
-    def _hashed(self, prompt: Prompt, least: float, allowed: set[int] | None) -> int:
+    def _hashed(self, prompt: Prompt, waits: npt.NDArray[np.float64], least: float) -> int:
         """The first replica behind the prompt's place on the ring where at most about this prompt waits more than where least
         does."""
         place = prompt.prefixes[min(3, len(prompt.prefixes) - 1)] if prompt.prefixes else self._random.getrandbits(64)
-        begin, bound = bisect.bisect(self._ring, (place, -1)), least + prompt.tokens
+        begin, fits = bisect.bisect(self._ring, (place, -1)), waits <= least + prompt.tokens
         for i in range(len(self._ring)):
             slot = self._ring[(begin + i) % len(self._ring)][1]
-            if self._waits[slot] <= bound and (allowed is None or slot in allowed):
+            if fits[slot]:
                 return slot
         raise AssertionError("somewhere least waits")
 
-    def _hits(self, prompt: Prompt) -> dict[int, int]:
-        """Slot -> tokens held there, of those that hold something."""
-        found: dict[int, int] = {}
+    def _hits(self, prompt: Prompt) -> npt.NDArray[np.float64]:
+        """Tokens held, by slot."""
+        found = np.zeros(len(self._replicas))
         alive, depth = -1, 0
         for key in prompt.prefixes:
             still = alive & self._holders.get(key, 0)
-            if alive != -1:
-                for slot in _bits(alive & ~still):
-                    found[slot] = depth * CHUNK
+            if alive not in (-1, still):
+                found[_members(alive & ~still)] = depth * CHUNK
             alive, depth = still, depth + 1
             if not alive:
                 break
         if alive not in (0, -1):
-            for slot in _bits(alive):
-                found[slot] = depth * CHUNK
+            found[_members(alive)] = depth * CHUNK
         for key, tokens in prompt.segments:
-            for slot in _bits(self._holders.get(key, 0)):
-                found[slot] = found.get(slot, 0) + tokens
-        if prompt.segments:  # what is in the prefix was counted twice
-            return {slot: min(hit, prompt.tokens) for slot, hit in found.items()}
-        return found
+            if holders := self._holders.get(key):
+                found[_members(holders)] += tokens
+        return np.minimum(found, prompt.tokens)  # what is in the prefix and in a segment was counted twice
+
+    def _hit(self, prompt: Prompt, replica: _Replica) -> int:
+        """Tokens held by one, the same."""
+        held = replica.held
+        prefix = CHUNK * sum(1 for _ in itertools.takewhile(held.__contains__, prompt.prefixes))
+        return min(prefix + sum(tokens for key, tokens in prompt.segments if key in held), prompt.tokens)
 
     def _hold(self, slot: int, prompt: Prompt) -> None:
         replica = self._at(slot)
@@ -352,8 +357,7 @@ class Placement:
         self._waits[slot] = max(replica.own, replica.told)
 
 
-def _bits(mask: int) -> Iterable[int]:
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+def _members(mask: int) -> npt.NDArray[np.intp]:
+    """The numbers of the bits that are set, ascending."""
+    octets = np.frombuffer(mask.to_bytes(mask.bit_length() // 8 + 1, "little"), np.uint8)
+    return np.flatnonzero(np.unpackbits(octets, bitorder="little"))
