@@ -3,9 +3,10 @@
     key(i)    = H(key(i - 1), tokens[64 i : 64 (i + 1)])      H = keyed BLAKE2b, begun with tenant and salt
     hit(r)    = 64 x the keys in front that replica r is thought to hold, and the segments of the prompt that it computed once
     waits(r)  = prompt tokens that r has yet to compute + 32 for every sequence that it decodes
+              = own + others + (fronts - 1) x (own - own at the last report)
 
     affinity  keep the replicas that hold nearly as much as the best one, if that is worth it
-    guard     unless four times what it saves waits there more than elsewhere: then all are candidates again
+    guard     unless four times what it saves waits there more than on average: then all are candidates again
     fallback  nobody holds enough: consistent hashing with bounded loads (Mirrokni et al., 2018, arXiv 1608.01350), so that
               fronts that know nothing of each other bring prompts that begin alike together
     choice    among candidates the least `prompt - hit + waits`; a draw among equals
@@ -13,6 +14,10 @@
 What a replica holds is approximate: what was sent there, the last of it that fits into its cache, corrected by what its answers
 say they found. Engines report nothing else, and need not: others measured that their events add little (smg: 28.9 against 27.5
 requests/s).
+
+What waits there of one's own is known at once, of other fronts' with a report that may be a second old. Until the next one a
+front takes it that the others do as it does. Else all of them would send all they get, for as long, to what was idle when
+it was asked (`docs/scale.md` has what that costs). Guard and bound compare with the mean: of many replicas one is always idle.
 
 Knows nothing of Ray: `deploy.router` asks it on the way of every request, `deploy.simulate` by the million.
 """
@@ -43,7 +48,7 @@ NEAR = 0.8
 LEAST_HIT = 0.1
 """Affinity decides where the best replica holds so much of the prompt, at least."""
 GUARD = 4.0
-"""How many times what affinity saves may wait more than where least waits."""
+"""How many times what affinity saves may wait more than waits on average."""
 DECODE_TOKENS = 32.0
 """What a sequence that is decoded counts for, in prompt tokens that wait."""
 WRONG, FORGOTTEN = 0.5, 0.1
@@ -86,6 +91,8 @@ class _Placed:
     """Tokens that were thought to be held there."""
     waits: float
     """What it counts for there."""
+    tells: float
+    """What the replica counts it for when it reports: a whole prompt, or DECODE_TOKENS."""
 
 
 @dataclass(slots=True)
@@ -98,8 +105,14 @@ class _Replica:
     capacity: int = DEFAULT_CAPACITY
     own: float = 0.0
     """What waits there of requests that came from here."""
-    told: float = 0.0
-    """What waits there by its own account, those that came from other fronts among them."""
+    tells: float = 0.0
+    """The same as the replica counts it."""
+    others: float = 0.0
+    """What waited there of other fronts' requests, at its last report,"""
+    seen: float = 0.0
+    """and of own ones."""
+    fronts: int = 1
+    """That send there."""
 
 
 class Placement:
@@ -158,11 +171,14 @@ class Placement:
                 replica.capacity = capacity or replica.capacity
                 self._trim(replica, self._slots[name])
 
-    def report(self, name: str, waits: float) -> None:
-        """What a replica says that waits there: prompt tokens, and DECODE_TOKENS for every sequence."""
+    def report(self, name: str, waits: float, fronts: int = 1) -> None:
+        """What a replica says that waits there: tokens of whole prompts, and DECODE_TOKENS for every sequence. fronts: how many
+        send there."""
         with self._lock:
             if (slot := self._slots.get(name)) is not None:
-                self._at(slot).told = waits
+                replica = self._at(slot)
+                replica.others, replica.seen = max(0.0, waits - replica.tells), replica.own
+                replica.fronts = max(1, fronts)
                 self._weigh(slot)
 
     @property
@@ -190,8 +206,8 @@ class Placement:
             if slot is None:
                 return
             hit = self._hit(prompt, self._at(slot))
-            self._placed[request] = _Placed(slot, hit, float(prompt.tokens - hit))
-            self._change(slot, prompt.tokens - hit)
+            placed = self._placed[request] = _Placed(slot, hit, 0.0, 0.0)
+            self._change(placed, prompt.tokens - hit, prompt.tokens)
             self._hold(slot, prompt)
 
     def began(self, request: str, found: int) -> None:
@@ -200,8 +216,7 @@ class Placement:
         with self._lock:
             if (placed := self._placed.get(request)) is None:
                 return
-            self._change(placed.slot, DECODE_TOKENS - placed.waits)
-            placed.waits = DECODE_TOKENS
+            self._change(placed, DECODE_TOKENS, DECODE_TOKENS)
             if found < WRONG * placed.hit:
                 self._trim(self._at(placed.slot), placed.slot, 1 - FORGOTTEN)
 
@@ -266,33 +281,31 @@ class Placement:
             waits = np.full_like(waits, np.inf)
             waits[inside] = self._waits[inside]
             hits[waits == np.inf] = 0
-        least = float(waits.min(initial=np.inf))
-        if least == np.inf:
-            return None
-        best, reason = float(hits.max()), "hash"
         slots = np.flatnonzero(waits < np.inf)
+        if not len(slots):
+            return None
+        usual, best, reason = float(waits[slots].mean()), float(hits.max()), "hash"
         if best and best >= LEAST_HIT * prompt.tokens:
             near, reason = np.flatnonzero(hits >= NEAR * best), "affinity"
-            if waits[near].min() <= least + GUARD * best:
+            if waits[near].min() <= usual + GUARD * best:
                 slots = near
             else:
                 reason = "guard"
         if reason == "hash":
-            slots = np.array([self._hashed(prompt, waits, least)])
+            slots = np.array([self._hashed(prompt, waits, usual)])
         costs = waits[slots] - hits[slots]  # and the prompt's tokens, everywhere the same
         slot = int(self._random.choice(slots[costs == costs.min()]))
         return Choice(self._at(slot).name, int(hits[slot]), reason)
 
-    def _hashed(self, prompt: Prompt, waits: npt.NDArray[np.float64], least: float) -> int:
-        """The first replica behind the prompt's place on the ring where at most about this prompt waits more than where least
-        does."""
+    def _hashed(self, prompt: Prompt, waits: npt.NDArray[np.float64], usual: float) -> int:
+        """The first replica behind the prompt's place on the ring where at most about this prompt waits more than usual."""
         place = prompt.prefixes[min(3, len(prompt.prefixes) - 1)] if prompt.prefixes else self._random.getrandbits(64)
-        begin, fits = bisect.bisect(self._ring, (place, -1)), waits <= least + prompt.tokens
+        begin, fits = bisect.bisect(self._ring, (place, -1)), waits <= usual + prompt.tokens
         for i in range(len(self._ring)):
             slot = self._ring[(begin + i) % len(self._ring)][1]
             if fits[slot]:
                 return slot
-        raise AssertionError("somewhere least waits")
+        raise AssertionError("somewhere no more waits than on average")
 
     def _hits(self, prompt: Prompt) -> npt.NDArray[np.float64]:
         """Tokens held, by slot."""
@@ -345,16 +358,20 @@ class Placement:
 
     def _settle(self, request: str) -> None:
         if (placed := self._placed.pop(request, None)) is not None:
-            self._change(placed.slot, -placed.waits)
+            self._change(placed, 0.0, 0.0)
 
-    def _change(self, slot: int, more: float) -> None:
-        self._at(slot).own = max(0.0, self._at(slot).own + more)
-        self._weigh(slot)
+    def _change(self, placed: _Placed, waits: float, tells: float) -> None:
+        """A request counts for something else where it is."""
+        replica = self._at(placed.slot)
+        replica.own += waits - placed.waits
+        replica.tells += tells - placed.tells
+        placed.waits, placed.tells = waits, tells
+        self._weigh(placed.slot)
 
     def _weigh(self, slot: int) -> None:
-        """What came from here is known at once, what came from elsewhere with the next report."""
         replica = self._at(slot)
-        self._waits[slot] = max(replica.own, replica.told)
+        more = replica.others + (replica.fronts - 1) * (replica.own - replica.seen)
+        self._waits[slot] = replica.own + max(0.0, more)
 
 
 def _members(mask: int) -> npt.NDArray[np.intp]:

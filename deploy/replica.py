@@ -157,7 +157,8 @@ class Replica:
         if self._failed is not None:
             return {}
         stats = await self._engine.stats()
-        return {"waits": stats.queued_tokens + DECODE_TOKENS * stats.running, "capacity_tokens": stats.capacity_tokens}
+        waits = stats.queued_tokens + DECODE_TOKENS * stats.running
+        return {"waits": waits, "fronts": len(self._lines), "capacity_tokens": stats.capacity_tokens}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Ray Serve: what `deploy.scaling` decides by."""

@@ -30,7 +30,7 @@ class KVRouter(RequestRouter):
         stats = {replica.replica_id.unique_id: replica.routing_stats or {} for replica in replicas}
         self._placement.update({name: told.get("capacity_tokens") for name, told in stats.items()})
         for name, told in stats.items():
-            self._placement.report(name, float(told.get("waits", 0.0)))
+            self._placement.report(name, float(told.get("waits", 0.0)), int(told.get("fronts", 1)))
         self._tell()
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:

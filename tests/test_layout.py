@@ -16,7 +16,10 @@ MAY_IMPORT = {
     "engine": {"engine", "kernels"},
     "server": {"server", "engine", "version"},
     "loadtest": {"loadtest", "server", "engine", "kernels", "version"},
+    "deploy": {"deploy", "loadtest", "server", "engine", "version"},
 }
+RAY = {"router", "replica", "client", "local", "scaling", "app"}
+"""Modules of `deploy/` that may import Ray."""
 
 
 FLOORS = (
@@ -136,6 +139,21 @@ def test_every_room_is_linked() -> None:
         assert link.is_symlink() and link.resolve() == ROOT / room
 
 
-def test_the_serving_path_imports_no_transformers() -> None:
-    code = "import sys, kvloom.engine.thread.client, kvloom.server.app; sys.exit('transformers' in sys.modules)"
+def test_the_serving_path_imports_neither_transformers_nor_ray() -> None:
+    code = "import sys, kvloom.engine.thread.client, kvloom.server.app, kvloom.server.serve; "
+    code += (
+        "found = {'transformers', 'ray'} & {name.split('.')[0] for name in sys.modules}; sys.exit(str(found) if found else 0)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_ray_is_imported_by_modules_of_deploy_alone() -> None:
+    found = set()
+    for room in MAY_IMPORT:
+        for path in (ROOT / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+                found |= {str(path.relative_to(ROOT)) for name in names if name.split(".")[0] == "ray"}
+    assert "deploy/router.py" in found
+    assert found <= {f"deploy/{name}.py" for name in RAY}
