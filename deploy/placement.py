@@ -54,7 +54,7 @@ DECODE_TOKENS = 32.0
 WRONG, FORGOTTEN = 0.5, 0.1
 """An answer that found less than this share of what was thought corrects what is thought: this part is forgotten."""
 SPOTS = 64
-"""Places of each replica on the ring of consistent hashing."""
+"""Places of each replica on the ring of consistent hashing, a multiple of 8."""
 DEFAULT_CAPACITY = 65536
 """Tokens that a replica is thought to hold until it says how many."""
 MIXERS = np.array([0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(WINDOW)], np.uint64)
@@ -98,6 +98,8 @@ class _Placed:
 @dataclass(slots=True)
 class _Replica:
     name: str
+    spots: npt.NDArray[np.uint64]
+    """On the ring."""
     held: OrderedDict[int, int] = field(default_factory=OrderedDict)
     """Key -> tokens, the one used longest ago in front."""
     tokens: int = 0
@@ -127,7 +129,7 @@ class Placement:
         self._slots: dict[str, int] = {}
         self._holders: dict[int, int] = {}  # key -> bit set of slots
         self._waits: npt.NDArray[np.float64] = np.zeros(0)  # infinite where a slot is empty
-        self._ring: list[tuple[int, int]] = []  # (place, slot), sorted
+        self._ring, self._owners = array("Q"), array("Q")  # places, sorted, and the slots that they belong to
         self._placed: dict[str, _Placed] = {}
         self.routed: Counter[str] = Counter()
         """Requests by the reason of their choice."""
@@ -164,8 +166,12 @@ class Placement:
         """The replicas that there are now, with the tokens that their caches hold, where that is known. What was held by others
         is forgotten."""
         with self._lock:
-            self._remove([name for name in self._slots if name not in replicas])
-            self._add([name for name in replicas if name not in self._slots])
+            gone = [name for name in self._slots if name not in replicas]
+            new = [name for name in replicas if name not in self._slots]
+            self._remove(gone)
+            self._add(new)
+            if gone or new:
+                self._arrange()
             for name, capacity in replicas.items():
                 replica = self._at(self._slots[name])
                 replica.capacity = capacity or replica.capacity
@@ -255,10 +261,10 @@ class Placement:
         empty += range(len(self._replicas), len(self._replicas) + more)
         self._replicas += [None] * more
         self._waits = np.append(self._waits, np.full(more, np.inf))
+        fronts = max((replica.fronts for replica in self._replicas if replica is not None), default=1)  # until it says
         for name, slot in zip(names, empty):
-            self._replicas[slot], self._slots[name], self._waits[slot] = _Replica(name), slot, 0.0
-            self._ring += [(self._spot(f"{name} {spot}".encode()), slot) for spot in range(SPOTS)]
-        self._ring.sort()
+            self._replicas[slot] = _Replica(name, self._spots(name), fronts=fronts)
+            self._slots[name], self._waits[slot] = slot, 0.0
 
     def _remove(self, names: Sequence[str]) -> None:
         gone = {self._slots.pop(name) for name in names}
@@ -268,11 +274,19 @@ class Placement:
                 self._drop(replica, slot, key)
             self._replicas[slot], self._waits[slot] = None, np.inf
         if gone:
-            self._ring = [spot for spot in self._ring if spot[1] not in gone]
             self._placed = {request: placed for request, placed in self._placed.items() if placed.slot not in gone}
 
-    def _spot(self, text: bytes) -> int:
-        return int.from_bytes(hashlib.blake2b(text, key=self._key, digest_size=8).digest(), "little")
+    def _spots(self, name: str) -> npt.NDArray[np.uint64]:
+        digests = (hashlib.blake2b(f"{name} {i}".encode(), key=self._key).digest() for i in range(SPOTS // 8))
+        return np.frombuffer(b"".join(digests), np.uint64)
+
+    def _arrange(self) -> None:
+        """Make the ring anew."""
+        slots = list(self._slots.values())
+        places = np.concatenate([np.zeros(0, np.uint64), *(self._at(slot).spots for slot in slots)])
+        order = places.argsort()
+        self._ring = array("Q", places[order].tobytes())
+        self._owners = array("Q", np.repeat(np.array(slots, np.uint64), SPOTS)[order].tobytes())
 
     def _choose(self, prompt: Prompt, among: Iterable[str] | None) -> Choice | None:
         hits, waits = self._hits(prompt), self._waits
@@ -300,9 +314,9 @@ class Placement:
     def _hashed(self, prompt: Prompt, waits: npt.NDArray[np.float64], usual: float) -> int:
         """The first replica behind the prompt's place on the ring where at most about this prompt waits more than usual."""
         place = prompt.prefixes[min(3, len(prompt.prefixes) - 1)] if prompt.prefixes else self._random.getrandbits(64)
-        begin, fits = bisect.bisect(self._ring, (place, -1)), waits <= usual + prompt.tokens
+        begin, fits = bisect.bisect_left(self._ring, place), waits <= usual + prompt.tokens
         for i in range(len(self._ring)):
-            slot = self._ring[(begin + i) % len(self._ring)][1]
+            slot = self._owners[(begin + i) % len(self._ring)]
             if fits[slot]:
                 return slot
         raise AssertionError("somewhere no more waits than on average")

@@ -102,7 +102,7 @@ class Anything(RuleBasedStateMachine):
     def is_bounded_and_agrees(self) -> None:
         made = self.placement
         assert set(made.names) == self.capacities.keys()
-        assert {slot for _, slot in made._ring} == set(made._slots.values())
+        assert set(made._owners) == set(made._slots.values()) and len(made._owners) == len(made._ring)
         assert all(placed.slot in made._slots.values() for placed in made._placed.values())
         held: dict[int, int] = {}
         hits = made._hits(self.last)
@@ -220,6 +220,9 @@ def test_other_fronts_are_taken_to_do_as_this_one_until_the_next_report(fronts: 
     assert made.waits("a") == DECODE_TOKENS
     made.ended("x")
     assert made.waits("a") == 0
+    made.update(dict.fromkeys("abc"))
+    made.placed("y", made.prompt(tokens(640)), "c")
+    assert made.waits("c") == counts, "a new one has as many fronts as the others"
 
 
 def test_an_idle_replica_is_not_where_all_fronts_send_all() -> None:
