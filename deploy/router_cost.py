@@ -18,6 +18,9 @@ COST_COLUMNS = (
     Column("what", "what"), Column("microseconds", "micros", ",.1f"), Column("cores for the rate", "cores", ".1f"),
     Column("MB", "megabytes", ",.0f"),
 )  # fmt: skip
+COST_NOTE = (
+    "Processor time on one core, medians of five rounds; all replicas are thought to be full. Memory as Python allocates it."
+)
 ROUNDS, CALLS = 5, 200
 SHORT, LONG = 1024, 8192
 """Tokens of prompts that keys are made of."""

@@ -21,22 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from kvloom.deploy.router_cost import COST_COLUMNS, costs
+from kvloom.deploy.router_cost import COST_COLUMNS, COST_NOTE, costs
 from kvloom.deploy.simulated_load import LOADS, Scale
-from kvloom.deploy.simulation import (
-    RESTART_SECONDS,
-    Cache,
-    Call,
-    Failure,
-    Fleet,
-    Hashing,
-    Placing,
-    RoundRobin,
-    Router,
-    TwoChoices,
-    constants,
-    loads,
-)
+from kvloom.deploy.simulated_routers import Hashing, Placing, RoundRobin, TwoChoices, constants
+from kvloom.deploy.simulation import RESTART_SECONDS, Cache, Call, Failure, Fleet, Router, loads
 from kvloom.engine.errors import ConfigError
 from kvloom.loadtest.figures import publish, without_outputs
 from kvloom.loadtest.simulate_scheduler import Machine
@@ -256,9 +244,12 @@ PARTS: dict[str, tuple[Callable[..., Iterator[Row]], Sequence[Column], Any]] = {
 }
 
 
+LIMITS = {"replicas": 10_000, "fronts": 1000, "capacity": 2**31, "rate": 1e7, "seconds": 600.0, "speed": 1e6}
+
+
 def positive(text: str) -> float:
-    """A number above 0 and at most 1e7, for argparse. Raises ValueError."""
-    if not 0 < (number := float(text)) <= 1e7:
+    """A number above 0, for argparse. Raises ValueError."""
+    if not 0 < (number := float(text)) < math.inf:
         raise ValueError
     return number
 
@@ -279,6 +270,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     scale = Scale(args.replicas, args.rate, args.seconds, args.fronts, args.seed)
     machine = faster(MEASURED, args.speed)
     try:
+        for name, most in LIMITS.items():
+            if getattr(args, name) > most:
+                raise ConfigError(f"--{name} is {getattr(args, name):,}; allowed: up to {most:,}")
         if scale.rate * scale.seconds < 100:
             raise ConfigError(f"{scale.rate:g} calls/s for {scale.seconds:g} s are too few; allowed: 100 calls or more")
         if args.plot and plot is None:
@@ -293,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return complain(error, USAGE_ERROR)
     finally:
         gc.enable()
-    note = inputs(scale, machine, args.capacity, args.speed)
+    note = COST_NOTE if args.part == "cost" else inputs(scale, machine, args.capacity, args.speed)
     console.print(console_table(*cells(columns, rows)), note, sep="\n", soft_wrap=True)
     if args.plot:
         plot(args.plot, shown or rows)

@@ -2,7 +2,7 @@
 
     Call      a request: its keys, its front, what has become of it
     Engine    one replica: a first-come queue, steps that take what they were measured to take, a cache of keys
-    Routers   `Placing` asks one real `Placement` per front, the others are what it is compared with
+    Router    who chooses (`simulated_routers`)
     Fleet     all of it, event by event: arrivals, ends of steps, what replicas tell once a second, failures
 
 A step takes a fixed time, so much per computed row and so much per sequence that decodes (`simulate_scheduler.Machine`).
@@ -17,12 +17,11 @@ import math
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvloom.deploy import placement
-from kvloom.deploy.placement import CHUNK, Placement, Prompt
+from kvloom.deploy.placement import CHUNK, Prompt
 from kvloom.loadtest.simulate_scheduler import Machine
 
 LOST_SECONDS = 0.07
@@ -169,7 +168,7 @@ class Engine:
         decoding = machine.step_seconds + self._streams * machine.stream_seconds
         most = machine.max_tokens - self._streams
         if self._streams:
-            most = min(most, int(max(machine.longest_step - decoding, decoding) * machine.rows_per_second) + 1)
+            most = int(min(most, max(machine.longest_step - decoding, decoding) * machine.rows_per_second + 1))
         rows, self._finishing = 0, []
         while self._waiting and rows < most:
             call = self._waiting[0]
@@ -218,108 +217,6 @@ class Router(Protocol):
 
     def report(self, name: str, waits: float) -> None:
         """What a replica tells all fronts."""
-
-
-class Placing:
-    """The router that serves: a `Placement` for every front, all with the same secret."""
-
-    def __init__(self, fronts: int, capacity: int, seed: int = 0) -> None:
-        self.fronts = [Placement(b"simulation", seed=seed + i) for i in range(fronts)]
-        self._capacity = capacity
-
-    def present(self, names: Sequence[str]) -> None:
-        for front in self.fronts:
-            front.update(dict.fromkeys(names, self._capacity))
-
-    def pick(self, call: Call) -> str:
-        front = self.fronts[call.front]
-        choice = front.choose(call.prompt)
-        assert choice is not None
-        front.placed(call.key, call.prompt, choice.replica)
-        return choice.replica
-
-    def began(self, call: Call) -> None:
-        self.fronts[call.front].began(call.key, call.found)
-
-    def ended(self, call: Call) -> None:
-        self.fronts[call.front].ended(call.key)
-
-    def report(self, name: str, waits: float) -> None:
-        for front in self.fronts:
-            front.report(name, waits, len(self.fronts))
-
-
-class Forgetful:
-    """A router that remembers nothing of calls."""
-
-    def __init__(self, seed: int) -> None:
-        self.names: Sequence[str] = ()
-        self.random = random.Random(seed)
-
-    def present(self, names: Sequence[str]) -> None:
-        self.names = names
-
-    def began(self, call: Call) -> None:
-        pass
-
-    def ended(self, call: Call) -> None:
-        pass
-
-    def report(self, name: str, waits: float) -> None:
-        pass
-
-
-class RoundRobin(Forgetful):
-    """Every front sends to one after another, and begins anywhere."""
-
-    def __init__(self, fronts: int, seed: int = 0) -> None:
-        super().__init__(seed)
-        self._next = [self.random.randrange(2**30) for _ in range(fronts)]
-
-    def pick(self, call: Call) -> str:
-        self._next[call.front] += 1
-        return self.names[self._next[call.front] % len(self.names)]
-
-
-class TwoChoices(Forgetful):
-    """Power of two choices: of two drawn replicas the one with fewer requests, which it knows exactly and at once."""
-
-    def __init__(self, fleet: Callable[[], Fleet], seed: int = 0) -> None:
-        super().__init__(seed)
-        self._fleet = fleet
-
-    def pick(self, call: Call) -> str:
-        engines = self._fleet().engines
-        return min(self.random.sample(self.names, 2), key=lambda name: len(engines[name].calls))
-
-
-class Hashing(Forgetful):
-    """Consistent hashing alone: the ring of a `Placement` that is never told of any load."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed)
-        self._ring = Placement(b"simulation", seed=seed)
-
-    def present(self, names: Sequence[str]) -> None:
-        self._ring.update(dict.fromkeys(names))
-
-    def pick(self, call: Call) -> str:
-        choice = self._ring.choose(call.prompt)
-        assert choice is not None
-        return choice.replica
-
-
-@contextmanager
-def constants(**values: float) -> Iterator[None]:
-    """`deploy.placement` with other numbers, such as GUARD=8.0."""
-    before = {name: getattr(placement, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(placement, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(placement, name, value)
 
 
 @dataclass(slots=True)
