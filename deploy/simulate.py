@@ -45,6 +45,8 @@ ROUTERS: dict[str, Callable[[Scale, int], Router | None]] = {
     "two choices": lambda scale, capacity: None,
     "round robin": lambda scale, capacity: RoundRobin(scale.fronts, scale.seed),
 }
+UNAWARE = "others' calls unknown"
+"""A `Placement` that takes it that it is the only front, but for what replicas tell."""
 CONSTANTS = {"kvloom without guard": {"GUARD": math.inf}, "hashing, bounded loads": {"LEAST_HIT": math.inf}}
 """Of `deploy.placement`, that make another router of it."""
 SWEEP: tuple[tuple[str, Sequence[float]], ...] = (
@@ -54,7 +56,6 @@ SWEEP: tuple[tuple[str, Sequence[float]], ...] = (
     ("GUARD", (1.0, 2.0, 8.0, 16.0)),
     ("DECODE_TOKENS", (8.0, 128.0)),
 )
-SWEPT = ("shared", "chats", "chats/own", "documents")
 AFTER_SECONDS = 1.0
 """Of the failure: what is measured behind the restart."""
 SLOT_SECONDS = 0.25
@@ -96,7 +97,10 @@ def simulated(load: str, name: str, scale: Scale, machine: Machine, capacity: in
               failure: Failure | None = None, numbers: Mapping[str, float] | None = None) -> Fleet:  # fmt: skip
     """One router under one load, to the end; work is measured from `begin` on. numbers: of `deploy.placement`."""
     fleet = Fleet(RoundRobin(1), machine, scale.replicas, capacity, (begin, scale.seconds))
-    fleet.router = ROUTERS[name](scale, capacity) or TwoChoices(lambda: fleet, scale.seed)
+    if name == UNAWARE:
+        fleet.router = Placing(scale.fronts, capacity, scale.seed, told=1)
+    else:
+        fleet.router = ROUTERS[name](scale, capacity) or TwoChoices(lambda: fleet, scale.seed)
     with constants(**CONSTANTS.get(name, {}), **(numbers or {})):
         fleet.run(LOADS[load](scale), failure)
     return fleet
@@ -133,14 +137,15 @@ def routers(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row],
 def sweep(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row], None]) -> Iterator[Row]:
     """The router's numbers, one at a time beside those that it has."""
     begin = scale.seconds / 2
-    for load in SWEPT:
-        for setting, values in (("as it is", (0.0,)), *SWEEP):
+    for load in LOADS:
+        for setting, values in (("as it is", (0.0,)), (UNAWARE, (0.0,)), *SWEEP):
             for value in values:
                 here = scale._replace(fronts=int(value)) if setting == "fronts" else scale
                 numbers = {setting: value} if setting.isupper() else {}
                 best = one_cache(LOADS[load](here), here.replicas * capacity, begin)
-                found = outcome(simulated(load, "kvloom", here, machine, capacity, begin, numbers=numbers), begin, best)
-                named = setting if setting == "as it is" else f"{setting} {value:g}"
+                name = setting if setting == UNAWARE else "kvloom"
+                found = outcome(simulated(load, name, here, machine, capacity, begin, numbers=numbers), begin, best)
+                named = f"{setting} {value:g}" if value else setting
                 yield {"load": load, "setting": named, **found}
 
 
@@ -214,18 +219,6 @@ def plot_failure(path: Path, shown: Sequence[Row]) -> None:
             ax.set_ylim(0)
 
 
-def plot_sweep(path: Path, rows: Sequence[Row]) -> None:
-    """Hit rate against time, a panel for each load."""
-    with picture(path, 1, len(SWEPT), (4.4 * len(SWEPT), 4.2)) as (_, axes):
-        for ax, load in zip(axes[0], SWEPT):
-            for row in (row for row in rows if row["load"] == load):
-                ax.plot(row["p95"] * 1e3, row["hit"], "s" if row["setting"] == "as it is" else ".", color="black")
-                ax.annotate(row["setting"], (row["p95"] * 1e3, row["hit"]), fontsize=7)
-            ax.set_title(load)
-            ax.set_xlabel("TTFT p95, ms")
-        axes[0, 0].set_ylabel("hit rate")
-
-
 def inputs(scale: Scale, machine: Machine, capacity: int, speed: float) -> str:
     """What a run was made from, in words."""
     return (
@@ -239,7 +232,7 @@ def inputs(scale: Scale, machine: Machine, capacity: int, speed: float) -> str:
 PARTS: dict[str, tuple[Callable[..., Iterator[Row]], Sequence[Column], Any]] = {
     "routers": (routers, ROUTER_COLUMNS, plot_routers),
     "failure": (failure, FAILURE_COLUMNS, plot_failure),
-    "sweep": (sweep, SWEEP_COLUMNS, plot_sweep),
+    "sweep": (sweep, SWEEP_COLUMNS, None),
     "cost": (costs, COST_COLUMNS, None),
 }
 

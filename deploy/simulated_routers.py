@@ -14,7 +14,9 @@ from kvloom.deploy.simulation import Call, Fleet
 class Placing:
     """The router that serves: a `Placement` for every front, all with the same secret."""
 
-    def __init__(self, fronts: int, capacity: int, seed: int = 0) -> None:
+    def __init__(self, fronts: int, capacity: int, seed: int = 0, told: int | None = None) -> None:
+        """told: how many fronts replicas say there are, all of them by default."""
+        self._told = told or fronts
         self.fronts = [Placement(b"simulation", seed=seed + i) for i in range(fronts)]
         self._capacity = capacity
 
@@ -37,7 +39,7 @@ class Placing:
 
     def report(self, name: str, waits: float) -> None:
         for front in self.fronts:
-            front.report(name, waits, len(self.fronts))
+            front.report(name, waits, self._told)
 
 
 class Forgetful:

@@ -131,7 +131,7 @@ def test_constants_are_those_of_the_published_measurement() -> None:
         assert 1e3 * (MEASURED.step_seconds + streams * MEASURED.stream_seconds) == pytest.approx(measured, rel=0.08)
 
 
-@pytest.mark.parametrize("part", ["routers", "failure", "cost"])
+@pytest.mark.parametrize("part", ["routers", "sweep", "failure", "cost"])
 def test_the_command_publishes_a_table_that_says_how_it_was_made(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
