@@ -40,14 +40,13 @@ The rest is the server's defaults."""
 ROUTERS: dict[str, Callable[[Scale, int], Router | None]] = {
     "kvloom": lambda scale, capacity: Placing(scale.fronts, capacity, scale.seed),
     "kvloom without guard": lambda scale, capacity: Placing(scale.fronts, capacity, scale.seed),
-    "hashing, bounded loads": lambda scale, capacity: Placing(scale.fronts, capacity, scale.seed),
     "hashing": lambda scale, capacity: Hashing(scale.seed),
     "two choices": lambda scale, capacity: None,
     "round robin": lambda scale, capacity: RoundRobin(scale.fronts, scale.seed),
 }
 UNAWARE = "others' calls unknown"
 """A `Placement` that takes it that it is the only front, but for what replicas tell."""
-CONSTANTS = {"kvloom without guard": {"GUARD": math.inf}, "hashing, bounded loads": {"LEAST_HIT": math.inf}}
+CONSTANTS = {"kvloom without guard": {"GUARD": math.inf}}
 """Of `deploy.placement`, that make another router of it."""
 SWEEP: tuple[tuple[str, Sequence[float]], ...] = (
     ("fronts", (1, 3, 30)),
@@ -189,9 +188,9 @@ def plot_routers(path: Path, rows: Sequence[Row]) -> None:
             for i, name in enumerate(ROUTERS):
                 found = [row for row in rows if row["router"] == name]
                 ax.bar(
-                    np.array([list(LOADS).index(row["load"]) for row in found]) + (i - 2.5) * 0.13,
+                    np.array([list(LOADS).index(row["load"]) for row in found]) + (i - 2) * 0.16,
                     [row[key] * factor for row in found],
-                    0.13,
+                    0.16,
                     label=name,
                 )
             best = [row["hit"] for row in rows if "cache" in row["router"]]
@@ -270,11 +269,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{scale.rate:g} calls/s for {scale.seconds:g} s are too few; allowed: 100 calls or more")
         if args.plot and plot is None:
             raise ConfigError(f"there is no picture of {args.part}; leave out --plot")
-        gc.disable()  # nothing here is a circle, and millions of calls would be looked at again and again
+        gc.disable()  # or millions of calls would be looked at again and again
         shown: list[Row] = []
         rows = []
         for row in run(scale, machine, args.capacity, shown.append):
             rows.append(row)
+            gc.collect()  # a fleet and its engines know each other
             console.print(*cells(columns, [row])[1][0], sep="  ", soft_wrap=True)
     except ConfigError as error:
         return complain(error, USAGE_ERROR)
