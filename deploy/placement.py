@@ -2,11 +2,11 @@
 
     key(i)    = H(key(i - 1), tokens[64 i : 64 (i + 1)])      H = keyed BLAKE2b, begun with tenant and salt
     hit(r)    = 64 x the keys in front that replica r is thought to hold, and the segments of the prompt that it computed once
-    waits(r)  = prompt tokens that r has yet to compute + 32 for every sequence that it decodes
+    waits(r)  = prompt tokens that r has yet to compute + 32 for every sequence, which it decodes or will
               = own + others + (fronts - 1) x (own - own at the last report)
 
     affinity  keep the replicas that hold nearly as much as the best one, if that is worth it
-    guard     unless four times what it saves waits there more than on average: then all are candidates again
+    guard     unless four times what it saves waits there more than elsewhere: then all are candidates again
     fallback  nobody holds enough: consistent hashing with bounded loads (Mirrokni et al., 2018, arXiv 1608.01350), so that
               fronts that know nothing of each other bring prompts that begin alike together
     choice    among candidates the least `prompt - hit + waits`; a draw among equals
@@ -48,9 +48,9 @@ NEAR = 0.8
 LEAST_HIT = 0.1
 """Affinity decides where the best replica holds so much of the prompt, at least."""
 GUARD = 4.0
-"""How many times what affinity saves may wait more than waits on average."""
+"""How many times what affinity saves may wait more than waits on average elsewhere."""
 DECODE_TOKENS = 32.0
-"""What a sequence that is decoded counts for, in prompt tokens that wait."""
+"""What a sequence counts for that is decoded, or will be, in prompt tokens that wait."""
 WRONG, FORGOTTEN = 0.5, 0.1
 """An answer that found less than this share of what was thought corrects what is thought: this part is forgotten."""
 SPOTS = 64
@@ -92,7 +92,7 @@ class _Placed:
     waits: float
     """What it counts for there."""
     tells: float
-    """What the replica counts it for when it reports: a whole prompt, or DECODE_TOKENS."""
+    """What the replica counts it for when it reports: while it waits there, all of its prompt."""
 
 
 @dataclass(slots=True)
@@ -178,8 +178,8 @@ class Placement:
                 self._trim(replica, self._slots[name])
 
     def report(self, name: str, waits: float, fronts: int = 1) -> None:
-        """What a replica says that waits there: tokens of whole prompts, and DECODE_TOKENS for every sequence. fronts: how many
-        send there."""
+        """What a replica says that waits there: tokens of whole prompts that it has not begun, and DECODE_TOKENS for every
+        sequence, those of waiting prompts too. fronts: how many send there."""
         with self._lock:
             if (slot := self._slots.get(name)) is not None:
                 replica = self._at(slot)
@@ -213,7 +213,7 @@ class Placement:
                 return
             hit = self._hit(prompt, self._at(slot))
             placed = self._placed[request] = _Placed(slot, hit, 0.0, 0.0)
-            self._change(placed, prompt.tokens - hit, prompt.tokens)
+            self._change(placed, DECODE_TOKENS + prompt.tokens - hit, DECODE_TOKENS + prompt.tokens)
             self._hold(slot, prompt)
 
     def began(self, request: str, found: int) -> None:
@@ -301,7 +301,8 @@ class Placement:
         usual, best, reason = float(waits[slots].mean()), float(hits.max()), "hash"
         if best and best >= LEAST_HIT * prompt.tokens:
             near, reason = np.flatnonzero(hits >= NEAR * best), "affinity"
-            if waits[near].min() <= usual + GUARD * best:
+            elsewhere = np.setdiff1d(slots, near, assume_unique=True)
+            if not len(elsewhere) or waits[near].min() <= waits[elsewhere].mean() + GUARD * best:
                 slots = near
             else:
                 reason = "guard"

@@ -157,7 +157,7 @@ class Replica:
         if self._failed is not None:
             return {}
         stats = await self._engine.stats()
-        waits = stats.queued_tokens + DECODE_TOKENS * stats.running
+        waits = stats.queued_tokens + DECODE_TOKENS * (stats.waiting + stats.running)
         return {"waits": waits, "fronts": len(self._lines), "capacity_tokens": stats.capacity_tokens}
 
     async def record_autoscaling_stats(self) -> dict[str, float]:

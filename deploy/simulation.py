@@ -114,8 +114,8 @@ class Engine:
 
     @property
     def waits(self) -> float:
-        """What it tells, as `Replica.record_routing_stats` does: whole prompts that wait, and something for each that runs."""
-        return self._queued + placement.DECODE_TOKENS * self._running
+        """What it tells, as `Replica.record_routing_stats` does: whole prompts that wait, and something for each sequence."""
+        return self._queued + placement.DECODE_TOKENS * len(self.calls)
 
     def arrive(self, call: Call, now: float) -> None:
         """A call comes."""

@@ -159,12 +159,22 @@ def test_what_is_held_is_where_a_prompt_goes_and_the_guard_spills() -> None:
     made.placed("first", prompt, NAMES[2])
     made.ended("first")
     assert chosen(made, prompt) == (NAMES[2], "affinity")
-    mean_allows = GUARD * 640 * len(NAMES) / (len(NAMES) - 1)  # what waits there counts in the mean, too
-    made.report(NAMES[2], mean_allows)
+    made.report(NAMES[2], GUARD * 640)
     assert chosen(made, prompt) == (NAMES[2], "affinity")
-    made.report(NAMES[2], mean_allows + len(NAMES))
+    made.report(NAMES[2], GUARD * 640 + 1)
     name, reason = chosen(made, prompt)
     assert reason == "guard" and name != NAMES[2]
+
+
+def test_prompts_that_are_held_whole_do_not_queue_up_where_they_are_while_others_idle() -> None:
+    made = placement("a", "b")
+    prompt = made.prompt(tokens(640))
+    went = []
+    for number in range(200):
+        went.append(chosen(made, prompt)[0])
+        made.placed(str(number), prompt, went[-1])
+    assert went[:40] == 40 * went[:1]
+    assert went.count(went[0]) < 150
 
 
 def test_a_small_hit_does_not_decide() -> None:
@@ -207,15 +217,15 @@ def test_hashing_passes_by_what_is_loaded() -> None:
     assert second == chosen(placement(*[name for name in NAMES if name != first]), prompt)[0]
 
 
-@pytest.mark.parametrize(("fronts", "counts"), [(1, 640), (10, 6400)])
+@pytest.mark.parametrize(("fronts", "counts"), [(1, 672), (10, 6720)])
 def test_other_fronts_are_taken_to_do_as_this_one_until_the_next_report(fronts: int, counts: int) -> None:
     made = placement("a", "b")
     made.report("a", 1000, fronts)
     assert made.waits("a") == 1000
     made.placed("x", made.prompt(tokens(640)), "a")
     assert made.waits("a") == 1000 + counts
-    made.report("a", 640, fronts)  # that was ours: nothing is left of the others
-    assert made.waits("a") == 640
+    made.report("a", 672, fronts)  # that was ours: nothing is left of the others
+    assert made.waits("a") == 672
     made.began("x", 0)
     assert made.waits("a") == DECODE_TOKENS
     made.ended("x")
