@@ -300,10 +300,10 @@ class Placement:
             return None
         usual, best, reason = float(waits[slots].mean()), float(hits.max()), "hash"
         if best and best >= LEAST_HIT * prompt.tokens:
-            near, reason = np.flatnonzero(hits >= NEAR * best), "affinity"
-            elsewhere = np.setdiff1d(slots, near, assume_unique=True)
-            if not len(elsewhere) or waits[near].min() <= waits[elsewhere].mean() + GUARD * best:
-                slots = near
+            holds = hits >= NEAR * best
+            near, elsewhere = np.flatnonzero(holds), waits[~holds & (waits < np.inf)]
+            if not len(elsewhere) or waits[near].min() <= elsewhere.mean() + GUARD * best:
+                slots, reason = near, "affinity"
             else:
                 reason = "guard"
         if reason == "hash":
