@@ -59,7 +59,7 @@ AFTER_SECONDS = 1.0
 """Of the failure: what is measured behind the restart."""
 SLOT_SECONDS = 0.25
 RECOVERED_HIT, RECOVERED_TTFT = 0.01, 1.5
-"""Recovered: hits within so much of those before, and the 95th percentile of times within so many times that before."""
+"""Recovered: hits within so much of those undisturbed, the 95th percentile of times within so many times that."""
 
 OUTCOME = (
     Column("hit rate", "hit", ".1%"), Column("of one cache", "share", ".1%"), Column("work", "work", ".2f"),
@@ -69,9 +69,10 @@ OUTCOME = (
 ROUTER_COLUMNS = (Column("load", "load"), Column("router", "router"), *OUTCOME)
 SWEEP_COLUMNS = (Column("load", "load"), Column("setting", "setting"), *OUTCOME)
 FAILURE_COLUMNS = (
-    Column("when", "when"), Column("hit rate", "hit", ".1%"),
+    Column("when", "when"), Column("hit rate", "hit", ".1%"), Column("hit rate undisturbed", "calm_hit", ".1%"),
     Column("TTFT p50, ms", "p50", ",.1f", 1e3), Column("p95", "p95", ",.1f", 1e3), Column("p99", "p99", ",.1f", 1e3),
-    Column("calls sent again", "again"), Column("recovered after, s", "recovered", ".2f"),
+    Column("p95 undisturbed", "calm_p95", ",.1f", 1e3), Column("calls sent again", "again"),
+    Column("recovered after, s", "recovered", ".2f"),
 )  # fmt: skip
 
 
@@ -149,20 +150,20 @@ def sweep(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row], N
 
 
 def failure(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row], None]) -> Iterator[Row]:
-    """A tenth dies at the end of the time, which then goes on; others are up `RESTART_SECONDS` later."""
+    """A tenth dies at the end of the time, which then goes on, and is back `RESTART_SECONDS` later. Undisturbed beside it."""
     at = scale.seconds
     longer = scale._replace(seconds=at + RESTART_SECONDS + AFTER_SECONDS)
+    calm = simulated("shared", "kvloom", longer, machine, capacity).done
     fleet = simulated("shared", "kvloom", longer, machine, capacity, failure=Failure(at))
-    slots = by_slot(fleet.done, longer.seconds)
-    show({"slots": slots, "at": at})
-    before = summed([call for call in fleet.done if at / 2 <= call.at < at])
-    yield {"when": f"{at / 2:g} s before", **before}
-    for when, begin, end in (("first half second", 0.0, 0.5), ("from then to the restart", 0.5, RESTART_SECONDS),
-                             ("after the restart", RESTART_SECONDS, math.inf)):  # fmt: skip
-        row = summed([call for call in fleet.done if at + begin <= call.at < at + end])
-        first = when.startswith("first")
-        yield {"when": when, **row, "again": fleet.retried if first else None,
-               "recovered": recovered(slots, before, at) if first else None}  # fmt: skip
+    slots, usual = by_slot(fleet.done, longer.seconds), by_slot(calm, longer.seconds)
+    show({"slots": slots, "usual": usual, "at": at})
+    ends = {"a second before": (-1.0, 0.0), "first half second": (0.0, 0.5), "from then to the restart": (0.5, RESTART_SECONDS),
+            "a second after the restart": (RESTART_SECONDS, RESTART_SECONDS + AFTER_SECONDS)}  # fmt: skip
+    for when, (begin, end) in ends.items():
+        row, other = (summed([call for call in calls if begin <= call.at - at < end]) for calls in (fleet.done, calm))
+        first = begin == 0.0
+        row |= {"when": when, "calm_hit": other["hit"], "calm_p95": other["p95"]}
+        yield row | ({"again": fleet.retried, "recovered": recovered(slots, usual, at)} if first else {})
 
 
 def by_slot(calls: Sequence[Call], seconds: float) -> list[Row]:
@@ -173,11 +174,17 @@ def by_slot(calls: Sequence[Call], seconds: float) -> list[Row]:
     return [{"begin": i * SLOT_SECONDS, **summed(found)} for i, found in enumerate(slots) if found]
 
 
-def recovered(slots: Sequence[Row], before: Row, at: float) -> float:
-    """Seconds from a failure until all is as before, for good until the restart; infinite if it never is."""
-    worst = [slot["begin"] + SLOT_SECONDS - at for slot in slots if at - SLOT_SECONDS < slot["begin"] < at + RESTART_SECONDS and
-             (slot["hit"] < before["hit"] - RECOVERED_HIT or slot["p95"] > RECOVERED_TTFT * before["p95"])]  # fmt: skip
-    return max(worst, default=0.0) if not worst or worst[-1] < RESTART_SECONDS - SLOT_SECONDS else math.inf
+def recovered(slots: Sequence[Row], usual: Sequence[Row], at: float) -> float:
+    """Seconds from a failure until hits and times are as without it, for good; infinite if they are not in the last slot."""
+    worse = [
+        slot["begin"] + SLOT_SECONDS - at
+        for slot, calm in zip(slots, usual, strict=True)
+        if slot["begin"] + SLOT_SECONDS > at
+        and (slot["hit"] < calm["hit"] - RECOVERED_HIT or slot["p95"] > RECOVERED_TTFT * calm["p95"])
+    ]
+    if worse and worse[-1] == slots[-1]["begin"] + SLOT_SECONDS - at:
+        return math.inf
+    return max(worse, default=0.0)
 
 
 def plot_routers(path: Path, rows: Sequence[Row]) -> None:
@@ -207,15 +214,19 @@ def plot_routers(path: Path, rows: Sequence[Row]) -> None:
 
 def plot_failure(path: Path, shown: Sequence[Row]) -> None:
     """Hit rate and time over seconds from the failure."""
-    ((slots, at),) = [(one["slots"], one["at"]) for one in shown]
+    one, at = shown[0], shown[0]["at"]
     with picture(path, 1, 2, (12, 4)) as (_, axes):
         for ax, (key, title, factor) in zip(axes[0], (("hit", "hit rate", 1.0), ("p95", "TTFT p95, ms", 1e3))):
-            ax.plot([slot["begin"] - at for slot in slots], [slot[key] * factor for slot in slots], drawstyle="steps-post")
+            for slots, label in ((one["usual"], "undisturbed"), (one["slots"], "a tenth dies")):
+                ax.step(
+                    [slot["begin"] - at for slot in slots], [slot[key] * factor for slot in slots], where="post", label=label
+                )
             for when in (0.0, RESTART_SECONDS):
                 ax.axvline(when, color="grey", lw=0.8, ls=":")
             ax.set_title(title)
             ax.set_xlabel("seconds from the failure")
             ax.set_ylim(0)
+        axes[0, 0].legend(frameon=False, loc="lower right")
 
 
 def inputs(scale: Scale, machine: Machine, capacity: int, speed: float) -> str:
@@ -253,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("part", choices=PARTS, help="what is looked at")
     add(made, ("replicas", 1000, "engines"), ("fronts", 100, "HTTP processes, each with its own router"),
         ("capacity", 65536, "tokens that a replica's cache holds"), ("seed", 1, "of the calls"))  # fmt: skip
-    add(made, ("rate", 100_000.0, "calls per second"), ("seconds", 1.5, "that calls come for"),
+    add(made, ("rate", 100_000.0, "calls per second"), ("seconds", 1.0, "that calls come for"),
         ("speed", 16.0, "of a replica, times that of the two cores that were measured"), kind=positive)  # fmt: skip
     made.add_argument("--plot", type=Path, help="draw a picture into this file")
     add_publish(made)

@@ -109,13 +109,15 @@ def test_a_failure_loses_no_call_and_is_made_up_for() -> None:
 
 
 def test_when_it_is_recovered() -> None:
-    before = {"hit": 0.8, "p95": 0.1}
-    slots = [{"begin": 0.25 * i, "hit": 0.8, "p95": 0.1} for i in range(40)]
-    assert recovered(slots, before, 2.0) == 0
+    usual = [{"begin": 0.25 * i, "hit": 0.8, "p95": 0.1} for i in range(40)]
+    slots = [dict(slot) for slot in usual]
+    assert recovered(slots, usual, 2.0) == 0
     slots[8]["hit"] = slots[10]["p95"] = 0.5
-    assert recovered(slots, before, 2.0) == 0.75
+    assert recovered(slots, usual, 2.0) == 0.75
     slots[4]["hit"] = 0.0
-    assert recovered(slots, before, 2.0) == 0.75, "that was before"
+    assert recovered(slots, usual, 2.0) == 0.75, "that was before"
+    slots[-1]["hit"] = 0.0
+    assert recovered(slots, usual, 2.0) == math.inf
 
 
 def test_constants_are_those_of_the_published_measurement() -> None:
