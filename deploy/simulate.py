@@ -125,8 +125,8 @@ def outcome(fleet: Fleet, begin: float, best: float) -> Row:
 def routers(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row], None]) -> Iterator[Row]:
     """Every router under every load; the second half of the time is what counts."""
     begin = scale.seconds / 2
-    for load, make in LOADS.items():
-        best = one_cache(make(scale), scale.replicas * capacity, begin)
+    for load in scale.loads:
+        best = one_cache(LOADS[load](scale), scale.replicas * capacity, begin)
         yield {"load": load, "router": "one cache of all memory", "hit": best}
         for name in [
             name for name in ROUTERS if best or name not in CONSTANTS
@@ -137,7 +137,7 @@ def routers(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row],
 def sweep(scale: Scale, machine: Machine, capacity: int, show: Callable[[Row], None]) -> Iterator[Row]:
     """The router's numbers, one at a time beside those that it has."""
     begin = scale.seconds / 2
-    for load in LOADS:
+    for load in scale.loads:
         for setting, values in (("as it is", (0.0,)), (UNAWARE, (0.0,)), *SWEEP):
             for value in values:
                 here = scale._replace(fronts=int(value)) if setting == "fronts" else scale
@@ -189,13 +189,14 @@ def recovered(slots: Sequence[Row], usual: Sequence[Row], at: float) -> float:
 
 def plot_routers(path: Path, rows: Sequence[Row]) -> None:
     """Hit rates, balance and times, by load and router."""
+    names = list(dict.fromkeys(row["load"] for row in rows))
     panels = (("hit", "hit rate", 1.0), ("most", "most loaded / mean work", 1.0), ("p95", "TTFT p95, ms", 1e3))
     with picture(path, 1, len(panels), (15, 4.2)) as (figure, axes):
         for ax, (key, title, factor) in zip(axes[0], panels):
             for i, name in enumerate(ROUTERS):
                 found = [row for row in rows if row["router"] == name]
                 ax.bar(
-                    np.array([list(LOADS).index(row["load"]) for row in found]) + (i - 2) * 0.16,
+                    np.array([names.index(row["load"]) for row in found]) + (i - 2) * 0.16,
                     [row[key] * factor for row in found],
                     0.16,
                     label=name,
@@ -205,7 +206,7 @@ def plot_routers(path: Path, rows: Sequence[Row]) -> None:
                 ax.hlines(
                     best, np.arange(len(best)) - 0.42, np.arange(len(best)) + 0.42, color="black", lw=1, label="one cache"
                 )
-            ax.set_xticks(np.arange(len(LOADS)), list(LOADS))
+            ax.set_xticks(np.arange(len(names)), names)
             ax.set_title(title)
             if key == "p95":
                 ax.set_yscale("log")
@@ -266,11 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("capacity", 65536, "tokens that a replica's cache holds"), ("seed", 1, "of the calls"))  # fmt: skip
     add(made, ("rate", 100_000.0, "calls per second"), ("seconds", 1.0, "that calls come for"),
         ("speed", 16.0, "of a replica, times that of the two cores that were measured"), kind=positive)  # fmt: skip
+    made.add_argument("--load", choices=LOADS, action="append", help="only this one, or these (routers, sweep; default: all)")
     made.add_argument("--plot", type=Path, help="draw a picture into this file")
     add_publish(made)
     args = made.parse_args(words)
     run, columns, plot = PARTS[args.part]
-    scale = Scale(args.replicas, args.rate, args.seconds, args.fronts, args.seed)
+    scale = Scale(args.replicas, args.rate, args.seconds, args.fronts, tuple(args.load or LOADS), args.seed)
     machine = faster(MEASURED, args.speed)
     try:
         for name, most in LIMITS.items():

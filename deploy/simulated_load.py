@@ -31,6 +31,8 @@ class Scale(NamedTuple):
     """Calls per second, of all fronts."""
     seconds: float
     fronts: int
+    loads: tuple[str, ...] = ()
+    """Which are simulated, one after another."""
     seed: int = 0
 
 
