@@ -138,7 +138,7 @@ def test_the_command_publishes_a_table_that_says_how_it_was_made(
     part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "result.json"
-    words = f"{part} --replicas 4 --rate 200 --fronts 2 --seconds 0.5 --capacity 4096".split()
+    words = f"{part} --replicas 4 --rate 200 --fronts 2 --seconds 0.5 --capacity 4096 --load chats".split()
     assert main([*words, "--publish", str(path)]) == 0
     result = json.loads(path.read_text())
     assert result["command"] == "python -m kvloom.deploy.simulate " + " ".join(words)
