@@ -19,7 +19,7 @@ from kvloom.engine.client import EngineClient, ModelInfo
 from kvloom.engine.config import SECRET_VARIABLE, EngineConfig
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.engine.requests.tenants import Tenants
-from kvloom.engine.startup.memory import MIB, available_memory, default_kv_memory, size
+from kvloom.engine.startup.available import MIB, available_memory, default_kv_memory, size
 from kvloom.engine.startup.prepare import read_template, tokenizer_of
 from kvloom.engine.startup.processors import processors
 from kvloom.server.options import ServerOptions

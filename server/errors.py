@@ -68,7 +68,7 @@ class OperatorOnlyError(KVLoomError):
 class NotStoredError(KVLoomError):
     """No response of this id is stored for whoever asks. `param` names the field that held the id."""
 
-    def __init__(self, message: str, param: str, code: str) -> None:
+    def __init__(self, message: str, param: str = "", code: str = "") -> None:
         super().__init__(message)
         self.param, self.code = param, code
 

@@ -77,7 +77,7 @@ class ServerOptions:
     """Engines that serve together behind this server, each a process with cores and memory of its own, 1 to 64 (needs
     kvloom[ray]); --threads and --kv-memory are then of each. The default is one engine in this process."""
     max_replicas: Annotated[int, "N"] | None = None
-    """With --replicas: begin with so few and have up to this many, by the prompt tokens that wait."""
+    """Begin with --replicas, or one, and have up to this many, by the prompt tokens that wait."""
     drain_seconds: Seconds = 10.0
     """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
     tool_call_parser: Annotated[str, "NAME"] = "auto"
@@ -117,7 +117,7 @@ class ServerOptions:
         for name in ("replicas", "max_replicas"):
             if (count := getattr(self, name)) is not None and not 1 <= count <= MOST_REPLICAS:
                 raise ConfigError(f"{name} is {count}; allowed: 1 to {MOST_REPLICAS}")
-        if self.max_replicas is not None and self.max_replicas < (self.replicas or MOST_REPLICAS + 1):
+        if self.max_replicas is not None and self.max_replicas < (self.replicas or 1):
             raise ConfigError(f"max_replicas is {self.max_replicas}; allowed: at least --replicas, which is {self.replicas}")
         for name in ("header_timeout", "body_timeout", "send_timeout", "keep_alive"):
             if not 0.1 <= getattr(self, name) <= 3600:

@@ -71,7 +71,7 @@ def _memory(config: EngineConfig, given: str | None, path: Path) -> Memory:
     from kvloom.engine.device import Placement, memory_of, settle
     from kvloom.engine.model.load import TORCH_DTYPES, fingerprint_of
     from kvloom.engine.startup import gpu_memory, sizing
-    from kvloom.engine.startup.memory import available_memory, size
+    from kvloom.engine.startup.available import available_memory, size
 
     named = Placement(torch.device("cuda")) if given and config.model.device == "cuda" else None  # it need not be here
     device, note = named or settle(config.model.device)

@@ -75,7 +75,7 @@ def serve(config: EngineConfig, options: ServerOptions) -> int:
 def _serve(config: EngineConfig, options: ServerOptions) -> int:
     allow_files(options.max_connections + SURPLUS + SPARE_FILES)
     with contextlib.closing(bind(options)) as listener:
-        if options.replicas is not None:
+        if options.replicas is not None or options.max_replicas is not None:
             with _replicas(config, options) as client:
                 return _run(client, options, listener)
         with LoadingBars(options.log_format) as progress:

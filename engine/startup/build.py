@@ -36,9 +36,9 @@ from kvloom.engine.selection import SELECTIONS, Geometry
 from kvloom.engine.selection.base import extrapolates
 from kvloom.engine.selection.policies import Defaults, Selectors
 from kvloom.engine.startup.assemble import assemble
+from kvloom.engine.startup.available import size
 from kvloom.engine.startup.catalog import ModelFiles, packed_folder, resolve
 from kvloom.engine.startup.gpu_memory import SMALLER_STEPS, fewer_bits, fitting
-from kvloom.engine.startup.memory import size
 from kvloom.engine.startup.prepare import Prepared, read_template
 from kvloom.engine.startup.processors import processors
 from kvloom.engine.startup.recommended import sampling_defaults

@@ -23,8 +23,8 @@ from kvloom.engine.device import memory_of, out_of_memory
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.load import open_checkpoint
+from kvloom.engine.startup.available import MIB, size
 from kvloom.engine.startup.capacity import weight_bytes
-from kvloom.engine.startup.memory import MIB, size
 
 log = logging.getLogger("kvloom.engine")
 

@@ -20,8 +20,9 @@ from kvloom.engine.model.load import LoadedModel
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.retention import Retention
 from kvloom.engine.reuse.kvshare.options import GATE, ShareOptions
+from kvloom.engine.startup.available import MIB, default_kv_memory
 from kvloom.engine.startup.gpu_memory import UTILIZATION, kv_memory, step_memory
-from kvloom.engine.startup.memory import MIB, SEGMENT_PART, STATE_PART, check_kv_memory, default_kv_memory
+from kvloom.engine.startup.memory import SEGMENT_PART, STATE_PART, check_kv_memory
 
 
 def make_cache(

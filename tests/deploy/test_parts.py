@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused(machine: None, settings: dict[str, object]
         local.shares(config(**settings), 2, gpus)
 
 
-@pytest.mark.parametrize("given", [{"replicas": 0}, {"replicas": 65}, {"max_replicas": 2}, {"replicas": 3, "max_replicas": 2}])
+@pytest.mark.parametrize("given", [{"replicas": 0}, {"replicas": 65}, {"max_replicas": 0}, {"replicas": 3, "max_replicas": 2}])
 def test_numbers_of_replicas_have_a_range(given: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=r"replicas is .*; allowed"):
         ServerOptions(**given)

@@ -16,7 +16,7 @@ from kvloom.engine.reuse import REUSE
 from kvloom.engine.scheduling import ORDERS
 from kvloom.engine.selection import SELECTIONS
 from kvloom.engine.settings.options import parse_bytes
-from kvloom.engine.startup import memory
+from kvloom.engine.startup import available
 
 
 def test_every_setting_is_described() -> None:
@@ -84,9 +84,9 @@ def test_what_was_changed_is_told_by_flat_names() -> None:
 
 @pytest.mark.parametrize(("system", "group", "cache"), [(8000, math.inf, 2000), (8000, 2000.0, 500), (8000, 0.0, 0)])
 def test_memory_respects_the_control_group(monkeypatch: pytest.MonkeyPatch, system: int, group: float, cache: int) -> None:
-    monkeypatch.setattr(memory, "_system", lambda: system)
-    monkeypatch.setattr(memory, "free_memory", lambda: group)
-    assert memory.default_kv_memory() == cache
+    monkeypatch.setattr(available, "_system", lambda: system)
+    monkeypatch.setattr(available, "free_memory", lambda: group)
+    assert available.default_kv_memory() == cache
 
 
 def test_a_former_back_end_means_the_one_in_its_place(caplog: pytest.LogCaptureFixture) -> None:

@@ -17,8 +17,8 @@ from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.load import open_checkpoint
 from kvloom.engine.requests.request import Request
 from kvloom.engine.startup import gpu_memory
+from kvloom.engine.startup.available import MIB
 from kvloom.engine.startup.gpu_memory import FIXED, largest, step_memory
-from kvloom.engine.startup.memory import MIB
 from kvloom.loadtest.bench.roofline import SHAPES
 from kvloom.loadtest.gpu_check import random_model
 from kvloom.server.cli import main

@@ -10,7 +10,8 @@ import pytest
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.startup import memory
-from kvloom.engine.startup.memory import GIB, MIB, check_kv_memory, size
+from kvloom.engine.startup.available import GIB, MIB, size
+from kvloom.engine.startup.memory import check_kv_memory
 
 
 def test_more_than_the_machine_has_is_refused_with_the_sum(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

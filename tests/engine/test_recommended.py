@@ -79,7 +79,7 @@ def test_the_built_in_models_card_comes_first(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("values", "said"), [
     ({"temperature": "hot"}, "temperature is 'hot'; allowed: 0 to 100"), ({"top_p": 1.5}, "top_p is 1.5"),
     ({"top_k": 2.5}, "top_k is 2.5; allowed: a whole number"), ({"max_new_tokens": 0}, "max_new_tokens is 0"),
-    ({"repetition_penalty": 0}, "repetition_penalty is 0"), ({"min_p": True}, "min_p is True"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0"), ({"min_p": True}, "min_p is true"),
 ])  # fmt: skip
 def test_values_out_of_range_are_told_with_the_way_out(tmp_path: Path, values: dict[str, Any], said: str) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(values))

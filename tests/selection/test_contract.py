@@ -182,7 +182,7 @@ def test_drafted_kv_is_exact_and_published(make_llm: Make) -> None:
         (KVOptions(selection="sink_window", budget=4), "kv.sink_window.sinks is 4; allowed: less than the budget of 4"),
         (KVOptions(selection="sink_window", options={"sink": 4}), "kv.sink_window.sink is not an option; allowed: sinks"),
         (KVOptions(selection="sink_window", options={"sinks": 1.5}), "kv.sink_window.sinks is 1.5"),
-        (KVOptions(selection="sink_window", options={"sinks": True}), "kv.sink_window.sinks is True"),
+        (KVOptions(selection="sink_window", options={"sinks": True}), "kv.sink_window.sinks is true"),
         (KVOptions(selection="sink_window", draft_tokens=3), "set draft to true"),
         (KVOptions(selection="sink_window", draft=True, draft_tokens=17), "kv.draft_tokens is 17; allowed: 1 to 16"),
     ],

@@ -353,7 +353,7 @@ def test_defaults_work_for_any_budget(make: Make, budget: int) -> None:
         ({"layers": (1, 7)}, "layers is [1, 7]; allowed: 0 to 6"),
         ({"layers": None, "selections": 4}, "selections is 4; allowed: none: this model has no calibration"),
         ({"selections": 2}, "selections or layers, not both"),
-        ({"head_map": True}, "head_map is True; allowed: false or null"),
+        ({"head_map": True}, "head_map is true; allowed: false or null"),
         ({"sinks": 20, "recent": 10}, "kv.budget is 24; allowed: with 20 sinks and 10 recent tokens, at least 31"),
         ({"sinks": -1}, "sinks is -1"),
         ({"recent": 0}, "recent is 0"),
