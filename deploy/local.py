@@ -20,6 +20,7 @@ from kvloom.engine.config import SECRET_VARIABLE, EngineConfig
 from kvloom.engine.errors import ConfigError, KVLoomError
 from kvloom.engine.requests.tenants import Tenants
 from kvloom.engine.startup.available import MIB, available_memory, default_kv_memory, size
+from kvloom.engine.startup.catalog import resolve
 from kvloom.engine.startup.prepare import read_template, tokenizer_of
 from kvloom.engine.startup.processors import processors
 from kvloom.server.options import ServerOptions
@@ -27,6 +28,8 @@ from kvloom.server.options import ServerOptions
 APPLICATION, DEPLOYMENT = "kvloom", "engine"
 OBJECT_STORE = 256 * MIB
 """Ray's own memory for large objects: what crosses here is small."""
+REPLICA_BYTES = 512 * MIB
+"""What a replica takes beside its KV cache, at least: with a small model."""
 MOST_ONGOING = 16384
 """Requests that a replica takes; what it has room for is decided by tokens."""
 
@@ -39,6 +42,7 @@ RAY = {
     "RAY_worker_niceness": "0",  # 15 by default: anything else on the machine would come first
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the engine has a thread of its own
     "RAY_DEDUP_LOGS": "0",
+    "RAY_COLOR_PREFIX": "0",
 }
 """What Ray reads of the environment, where the user has not said otherwise; but for the first line, which stays."""
 
@@ -73,13 +77,13 @@ def shares(config: EngineConfig, replicas: int, gpus: int = 0) -> Share:
             f"{replicas} replicas of {threads} threads need {threads * replicas} cores, and there are {here}; give "
             f"--threads {max(1, here.threads // replicas)}, fewer --replicas, or leave --threads out"
         )
-    memory = config.cache.kv_memory
-    if memory is None:
-        memory = default_kv_memory() // replicas
-    elif memory * replicas > (free := available_memory()):
+    memory, free = config.cache.kv_memory or default_kv_memory() // replicas, available_memory()
+    if (memory + REPLICA_BYTES) * replicas > free:
+        most = free // replicas - REPLICA_BYTES
         raise ConfigError(
-            f"{replicas} replicas of kv_memory {size(memory)} need {size(memory * replicas)}, and {size(free)} are free; give "
-            f"about {max(1, free // replicas // MIB)}MiB, which each of them gets, or leave it out"
+            f"{replicas} replicas of kv_memory {size(memory)}, and {size(REPLICA_BYTES)} of their own, need "
+            f"{size((memory + REPLICA_BYTES) * replicas)}, and {size(free)} are free; give fewer --replicas"
+            + (f", or about {most // MIB}MiB, which each of them gets" if most > MIB else "")
         )
     return Share(threads, memory, threads if threads * replicas <= here.cores else 0, {"num_cpus": threads})
 
@@ -135,7 +139,7 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
 
     Raises ConfigError if Ray is not installed or the settings do not fit, and what kept the replicas from loading.
     """
-    most = options.max_replicas or options.replicas or 1
+    few, most = options.replicas or 1, options.max_replicas or options.replicas or 1
     os.environ.update({name: value for name, value in RAY.items() if name == "RAY_AUTH_MODE" or name not in os.environ})
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
@@ -143,20 +147,23 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
         from ray import serve
     except ImportError:
         raise ConfigError("--replicas needs Ray; run: pip install 'kvloom[ray]'") from None
+    _keep_signals(ray)
     logging.getLogger("ray").setLevel(logging.WARNING)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     from kvloom.deploy.client import ReplicaClient
     from kvloom.deploy.replica import Replica
 
     tenants, share = Tenants.read(config.tenants.tenants), shares(config, most, _gpus())
+    resolve(config.model.model)  # what is not there is told before Ray is started, and fetched once
+    log.info("starting Ray and %d replica%s", few, "s" * (few > 1))
     secret = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="kvloom-ray-", ignore_cleanup_errors=True) as folder:
-        ray.init(
-            address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
-        _node_ip_address="127.0.0.1", object_store_memory=OBJECT_STORE, log_to_driver=True, configure_logging=False,
-        logging_level=logging.ERROR, _temp_dir=folder, namespace="kvloom",
-    )  # fmt: skip
         try:
+            ray.init(
+                address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
+                _node_ip_address="127.0.0.1", object_store_memory=OBJECT_STORE, log_to_driver=options.log_format == "text",
+                configure_logging=False, logging_level=logging.ERROR, _temp_dir=folder, namespace="kvloom",
+            )  # fmt: skip
             serve.start(proxy_location="Disabled", logging_config={"log_level": "WARNING", "enable_access_log": False})
             made = for_replicas(config, share, most, secret)
             deployment = serve.deployment(Replica).options(
@@ -166,13 +173,18 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
             handle = serve.run(built, name=APPLICATION, route_prefix=None, blocking=False)
             model = _told(handle.describe.remote().result())
             told = {name: value for name, value in model.settings.items() if name not in ("replica", "tenant_replicas")}
-            model = replace(model, settings={"replicas": options.replicas, **told})
+            model = replace(model, settings={"replicas": few, **told}, threads=f"{model.threads}, in each replica")
             queued, tokenizer = config.scheduler.max_queued_tokens, tokenizer_of(model)
-            client = ReplicaClient(handle, APPLICATION, model, tokenizer, tenants, queued, options.replicas or 1)
+            client = ReplicaClient(handle, APPLICATION, model, tokenizer, tenants, queued, few)
             yield client
             client.close()
         finally:
             ray.shutdown()  # all of it is ours: nobody else's requests need a drain
+
+
+def _keep_signals(ray: Any) -> None:
+    """Ray puts handlers of its own in the place of ours: SIGTERM would drain a cluster of nobody else's for half a minute."""
+    ray._private.utils.set_sigterm_handler = lambda handler: None
 
 
 def _gpus() -> int:

@@ -113,17 +113,22 @@ def test_a_machine_is_divided(machine: None) -> None:
     assert (share.threads, share.kv_memory, share.cores) == (2, 1 << 30, 2)
     crowded = local.shares(config(), 5)
     assert (crowded.threads, crowded.cores) == (1, 0), "more replicas than cores: nobody has one for itself"
-    given = local.shares(config(threads=1, kv_memory="4GiB"), 2)
-    assert (given.threads, given.kv_memory, given.cores) == (1, 4 << 30, 1)
+    given = local.shares(config(threads=1, kv_memory="3GiB"), 2)
+    assert (given.threads, given.kv_memory, given.cores) == (1, 3 << 30, 1)
     on_gpus = local.shares(config(), 2, gpus=2)
     assert (on_gpus.threads, on_gpus.kv_memory, on_gpus.resources["num_gpus"]) == (None, None, 1)
+
+
+def test_more_replicas_than_fit_are_refused(machine: None) -> None:
+    with pytest.raises(ConfigError, match=r"40 replicas of .* need .*; give fewer --replicas$"):
+        local.shares(config(), 40)
 
 
 @pytest.mark.parametrize(
     ("settings", "gpus", "says"),
     [
         ({"threads": 3}, 0, "give --threads 2"),
-        ({"kv_memory": "5GiB"}, 0, "give about 4096MiB"),
+        ({"kv_memory": "5GiB"}, 0, "about 3584MiB"),
         ({"device": "cuda"}, 1, "need a GPU each, and there are 1"),
     ],
 )
