@@ -262,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Simulate and print a table; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     made = parser("deploy.simulate", __doc__)
+    made.prog = "python -m kvloom.deploy.simulate"
     made.add_argument("part", choices=PARTS, help="what is looked at")
     add(made, ("replicas", 1000, "engines"), ("fronts", 100, "HTTP processes, each with its own router"),
         ("capacity", 65536, "tokens that a replica's cache holds"), ("seed", 1, "of the calls"))  # fmt: skip
