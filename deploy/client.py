@@ -15,7 +15,7 @@ import functools
 import itertools
 import logging
 import secrets
-from collections import OrderedDict
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from kvloom.deploy.placement import DEFAULT_CAPACITY
 from kvloom.deploy.presence import placement_of, watch
 from kvloom.deploy.resume import Received
+from kvloom.deploy.uploads import Upload, Uploads
 from kvloom.deploy.wire import Batch, Line, Order, Question, ReplicaLostError, packed
 from kvloom.engine.client import EngineStats, Health, ModelInfo, TenantStats, fold_of
 from kvloom.engine.errors import EngineDeadError, InternalError, KVLoomError, OverloadedError
@@ -58,8 +59,13 @@ TENANTS_SECONDS = 0.8
 """How long replicas may take to tell what tenants hold: a scrape waits for it."""
 MOST_GONE_TENANTS = 4096
 """Tenants whose counters on replicas that are gone are remembered."""
-MOST_UPLOADED_TOKENS = 4 * 1024**2
-"""Of uploads that are kept for replicas that come later; the oldest go."""
+CATCH_UP_TRIES, CATCH_UP_SECONDS = 20, 0.5
+"""How often a text is brought to a replica that is too busy for it, and the pause before the next try."""
+SILENT_SECONDS, LOOK_SECONDS = 15.0, 1.0
+"""After so long without a word (its line speaks twice a second) a replica counts as lost, until it is heard of again; how often
+that is looked at."""
+MOST_LEFT = 64
+"""Replicas that are gone and may come back under their name."""
 
 
 @dataclass(slots=True)
@@ -73,14 +79,8 @@ class _Replica:
     """Of the uploads."""
     tenants: Mapping[str, TenantStats] = field(default_factory=dict)
     """What it said of them last."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Upload:
-    prompt: tuple[int, ...]
-    kv: KVOptions
-    tenant: str
-    cache_salt: str
+    heard: float = field(default_factory=time.monotonic)
+    """When it was heard of last."""
 
 
 class ReplicaClient:
@@ -99,9 +99,10 @@ class ReplicaClient:
         self._replicas: dict[str, _Replica] = {}
         self._present: set[str] = set()
         self._gone, self._gone_tenants = EngineStats(), dict[str, TenantStats]()
+        self._left: dict[str, EngineStats] = {}
         self._wanted, self._lost, self._resumed = wanted, 0, 0
         self._prompt_tokens = self._generated = 0
-        self._uploads: OrderedDict[int, _Upload] = OrderedDict()
+        self._uploads = Uploads()
         self._per_replica = max_queued_tokens
         self._queue = QueueLimit(
             max_queued_tokens or QUEUED_CAPACITIES * DEFAULT_CAPACITY, lambda name: tenants.get(name).weight
@@ -133,14 +134,14 @@ class ReplicaClient:
         order = Order(front=self._front, key="", request_id=request_id, prompt=packed(prompt), sampling=sampling, kv=kv,
                       priority=priority, tenant=tenant, cache_salt=cache_salt)  # fmt: skip
         if kv.everywhere:
-            yield await self._upload(order, _Upload(tuple(prompt), kv, tenant, cache_salt))
+            yield await self._upload(order)
             return
-        place, received = self._queue.enter(tenant, len(prompt)), Received(sampling)
+        place, received, lost = self._queue.enter(tenant, len(prompt)), Received(sampling), list[str]()
         try:
             while True:
                 asked = received.next_try()
                 try:
-                    async with aclosing(self._try(replace(order, sampling=asked))) as outputs:
+                    async with aclosing(self._try(replace(order, sampling=asked, avoid=tuple(lost)), lost)) as outputs:
                         async for output in outputs:
                             place.leave()
                             new = received.new(output)
@@ -158,10 +159,11 @@ class ReplicaClient:
         finally:
             place.leave()
 
-    async def _try(self, order: Order) -> AsyncGenerator[RequestOutput, None]:
-        """One try. Raises ReplicaLostError if its replica is lost."""
+    async def _try(self, order: Order, lost: list[str]) -> AsyncGenerator[RequestOutput, None]:
+        """One try. Raises ReplicaLostError if its replica is lost, whose name `lost` then ends with."""
         await self._some()
         order = replace(order, key=f"{order.request_id}#{next(self._keys)}")
+        self._placement.announce(order.key)
         response = self._handle.run.remote(order)
         stream = self._streams[order.key] = Backlog(response.cancel)
         watching = asyncio.ensure_future(self._watch(response, stream))
@@ -171,8 +173,8 @@ class ReplicaClient:
                 output = await stream.get()
                 if isinstance(output, KVLoomError):
                     done = True
-                    lost = isinstance(output, EngineDeadError) and not self._closing
-                    raise ReplicaLostError(str(output)) if lost else output
+                    dead = isinstance(output, EngineDeadError) and not self._closing
+                    raise ReplicaLostError(str(output)) if dead else output
                 if output.finish_reason == "abort":  # the replica ends before its requests have
                     done = True
                     raise ReplicaLostError("its replica was shut down")
@@ -180,6 +182,10 @@ class ReplicaClient:
                     self._placement.began(order.key, _found(output.usage))
                 done = output.finish_reason is not None
                 yield output
+        except ReplicaLostError:
+            if (name := self._placement.where(order.key)) is not None:
+                lost.append(name)
+            raise
         finally:
             del self._streams[order.key]
             self._placement.ended(order.key)
@@ -228,26 +234,25 @@ class ReplicaClient:
 
     # Uploads -------------------------------------------------------------------------------------------------------------
 
-    async def _upload(self, order: Order, upload: _Upload) -> RequestOutput:
+    async def _upload(self, order: Order) -> RequestOutput:
         """Have every replica compile a text. Returns what the first of them says."""
         await self._some()
+        upload = Upload(order.prompt, order.kv, order.tenant, order.cache_salt)
+        self._uploads.add(upload)  # at once: one that joins while it is compiled is to have it, too
         answers = await asyncio.gather(*(self._compile(order, name) for name in self._present), return_exceptions=True)
         outputs = [answer for answer in answers if isinstance(answer, RequestOutput)]
-        failures = [
-            answer for answer in answers if isinstance(answer, BaseException) and not isinstance(answer, ReplicaLostError)
-        ]
-        if failures:
-            raise failures[0]
+        try:
+            _raise_first(answers)
+        except BaseException:
+            self._uploads.discard(upload)
+            raise
         if not outputs:
             raise EngineDeadError("every replica was lost while it compiled; try again")
-        self._uploads[next(self._keys)] = upload
-        while sum(len(one.prompt) for one in self._uploads.values()) > MOST_UPLOADED_TOKENS:
-            self._uploads.popitem(last=False)
         return outputs[0]
 
     async def _compile(self, order: Order, name: str) -> RequestOutput:
         last = None
-        async with aclosing(self._try(replace(order, replica=name))) as outputs:
+        async with aclosing(self._try(replace(order, replica=name), [])) as outputs:
             async for output in outputs:
                 last = output
         assert last is not None
@@ -255,18 +260,25 @@ class ReplicaClient:
 
     async def _catch_up(self, name: str) -> None:
         """Compile what was uploaded before this replica came."""
-        for number, upload in list(self._uploads.items()):
-            if number not in self._uploads:
-                continue  # purged in the meantime
+        for upload in self._uploads:
             order = Order(
-                front=self._front, key="", request_id=f"upload-{number}", prompt=packed(upload.prompt), kv=upload.kv,
-                sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, seed=0), priority=0,
-                tenant=upload.tenant, cache_salt=upload.cache_salt,
+                front=self._front, key="", request_id="upload", prompt=upload.prompt, kv=upload.kv, priority=0,
+                sampling=SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, seed=0), tenant=upload.tenant,
+                cache_salt=upload.cache_salt,
             )  # fmt: skip
-            with suppress(KVLoomError):
-                await self._compile(order, name)
-                if number not in self._uploads:
-                    await self._ask_one(Question("purge", {"tenant": upload.tenant}, name))
+            for tried in range(CATCH_UP_TRIES):
+                if upload not in self._uploads or name not in self._present:
+                    break  # purged in the meantime, or gone
+                try:
+                    await self._compile(order, name)
+                    if upload not in self._uploads:
+                        await self._ask_one(Question("purge", {"tenant": upload.tenant}, name))
+                    break
+                except OverloadedError:
+                    await asyncio.sleep(CATCH_UP_SECONDS * (tried + 1))
+                except KVLoomError as error:
+                    log.warning("replica %s has not got an upload: %s", name, error)
+                    break
 
     # Questions -----------------------------------------------------------------------------------------------------------
 
@@ -282,8 +294,7 @@ class ReplicaClient:
 
     async def purge(self, tenant: str) -> int:
         """See `EngineClient.purge`. Of a replica that is lost all is gone."""
-        for number in [number for number, upload in self._uploads.items() if upload.tenant == tenant]:
-            del self._uploads[number]
+        self._uploads.purge(tenant)
         return int(await self._ask_all("purge", {"tenant": tenant}))
 
     async def reset(self) -> Mapping[str, int]:
@@ -299,14 +310,16 @@ class ReplicaClient:
         await self._some()
         questions = {name: asyncio.ensure_future(self._ask_one(Question("tenants", {"names": names}, name)))
                      for name in self._present if name in self._replicas}  # fmt: skip
-        await asyncio.wait(questions.values(), timeout=TENANTS_SECONDS)
+        if questions:
+            await asyncio.wait(questions.values(), timeout=TENANTS_SECONDS)
         told: list[Mapping[str, TenantStats]] = [self._gone_tenants]
         for name, question in questions.items():
             one = self._replicas.get(name)
             if not question.done():
                 question.cancel()
             elif question.exception() is None and one is not None:
-                one.tenants = {**one.tenants, **question.result()[1]}
+                told_now = question.result()[1]
+                one.tenants = told_now if names is None else {**one.tenants, **told_now}
             if one is not None:
                 told.append(one.tenants)  # who has not answered in time is told of as it was before
         total: Mapping[str, TenantStats] = functools.reduce(table, told)
@@ -350,7 +363,8 @@ class ReplicaClient:
             with suppress(TimeoutError):
                 async with asyncio.timeout(FIRST_SECONDS):
                     await self._first.wait()
-        total = functools.reduce(lambda a, b: a + b, (one.stats for one in self._replicas.values() if one.stats), self._gone)
+        parts = (*self._left.values(), *(one.stats for one in self._replicas.values() if one.stats))
+        total = functools.reduce(lambda a, b: a + b, parts, self._gone)
         return replace(
             total, prompt_tokens=self._prompt_tokens, generation_tokens=self._generated, replicas_wanted=self._wanted,
             replicas_lost=self._lost, requests_resumed=self._resumed, routed=dict(self._placement.routed),
@@ -370,6 +384,7 @@ class ReplicaClient:
         if self._loop is None:
             self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
             watch(self._application, self._watched)
+            self._keep(asyncio.ensure_future(self._look()))
 
     def _watched(self, names: Sequence[str]) -> None:
         """Called on a thread of Ray's."""
@@ -382,6 +397,7 @@ class ReplicaClient:
         for name in self._present - self._replicas.keys():
             if not self._closing:
                 self._replicas[name] = _Replica(asyncio.ensure_future(self._listen(name)))
+                self._left.pop(name, None)  # it tells of all that it counted
                 self._had_one = True
         self._settle()
 
@@ -419,6 +435,19 @@ class ReplicaClient:
         self._lost += died and not self._closing
         self._lose(name)
 
+    async def _look(self) -> None:
+        """Give up replicas that hang: what runs there goes on elsewhere, and nothing goes there until they are heard of."""
+        while not self._closing:
+            before = time.monotonic()
+            await asyncio.sleep(LOOK_SECONDS)
+            if time.monotonic() - before > LOOK_SECONDS + SILENT_SECONDS / 2:
+                continue  # it is this process that stood still
+            silent = {name for name, one in self._replicas.items() if time.monotonic() - one.heard > SILENT_SECONDS}
+            self._placement.shun(silent)
+            for key, stream in list(self._streams.items()) if silent else ():
+                if self._placement.where(key) in silent:
+                    stream.put_nowait(ReplicaLostError(f"nothing was heard of its replica for {SILENT_SECONDS:g} s"))
+
     def _busy(self, name: str) -> bool:
         stats = self._replicas[name].stats
         return stats is not None and bool(stats.running or stats.waiting)
@@ -426,7 +455,9 @@ class ReplicaClient:
     def _lose(self, name: str) -> None:
         one = self._replicas.pop(name)
         if one.stats is not None:
-            self._gone += counted(one.stats)
+            self._left[name] = counted(one.stats)
+            if len(self._left) > MOST_LEFT:
+                self._gone += self._left.pop(next(iter(self._left)))
         left = {tenant: counted(stats) for tenant, stats in one.tenants.items() if any(stats.tokens.values())}
         self._gone_tenants = dict(itertools.islice(table(self._gone_tenants, left).items(), MOST_GONE_TENANTS))
         self._settle()
@@ -435,6 +466,7 @@ class ReplicaClient:
 
     def _take(self, name: str, batch: Batch) -> None:
         one = self._replicas[name]
+        one.heard = time.monotonic()
         if batch.stats is not None:
             one.stats = batch.stats
             self._settle()
@@ -467,6 +499,8 @@ class ReplicaClient:
             stream.put_nowait(EngineDeadError("the server is shutting down"))
         for one in self._replicas.values():
             one.line.cancel()
+        for task in self._tasks:
+            task.cancel()
 
 
 def _found(usage: Usage) -> int:

@@ -159,8 +159,8 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
     secret = secrets.token_hex(32)
     with tempfile.TemporaryDirectory(prefix="kvloom-ray-", ignore_cleanup_errors=True) as folder:
         try:
-            ray.init(
-                address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
+            _begin(
+                ray, address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
                 _node_ip_address="127.0.0.1", object_store_memory=OBJECT_STORE, log_to_driver=options.log_format == "text",
                 configure_logging=False, logging_level=logging.ERROR, _temp_dir=folder, namespace="kvloom",
             )  # fmt: skip
@@ -180,6 +180,16 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
             client.close()
         finally:
             ray.shutdown()  # all of it is ours: nobody else's requests need a drain
+
+
+def _begin(ray: Any, **settings: Any) -> None:
+    """Start Ray. Raises KVLoomError with what it says if it does not start."""
+    try:
+        ray.init(**settings)
+    except Exception as error:  # of no class of its own
+        raise KVLoomError(
+            f"Ray does not start: {str(error).strip().splitlines()[0]}; try again, or serve without --replicas"
+        ) from error
 
 
 def _keep_signals(ray: Any) -> None:

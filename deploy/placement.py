@@ -120,8 +120,11 @@ class _Replica:
 class Placement:
     """The choice, and what it is made from. Safe to use from several threads."""
 
-    def __init__(self, secret: bytes, seed: int | None = None) -> None:
-        """secret: of keys, the same in every front whose hashes shall agree; seed: of draws among equals, for tests."""
+    def __init__(self, secret: bytes, seed: int | None = None, *, announced: bool = False) -> None:
+        """secret: of keys, the same in every front whose hashes shall agree; seed: of draws among equals, for tests. announced:
+        whether only requests that are announced can be placed, where they end on another thread than they are placed on."""
+        self._announced: set[str] | None = set() if announced else None
+        self._shunned: frozenset[str] = frozenset()
         self._key = hashlib.blake2b(secret, digest_size=32).digest()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -194,15 +197,37 @@ class Placement:
 
     # The way of a request ------------------------------------------------------------------------------------------------
 
-    def choose(self, prompt: Prompt, among: Iterable[str] | None = None) -> Choice | None:
-        """Where a prompt should go; changes nothing. among: only to one of these. None if there is no such replica."""
+    def choose(self, prompt: Prompt, among: Iterable[str] | None = None, avoid: Iterable[str] = ()) -> Choice | None:
+        """Where a prompt should go; changes nothing. among: only to these; avoid: to these, or to those that are shunned,
+        only where there are no others. None if there is no such replica."""
         with self._lock:
+            if bad := self._shunned.union(avoid):
+                good = [name for name in (self._slots if among is None else among) if name not in bad]
+                among = good or among
             return self._choose(prompt, among)
+
+    def shun(self, names: Iterable[str]) -> None:
+        """Choose these replicas, of which nothing is heard, only where there is no other; no others are shunned any more."""
+        self._shunned = frozenset(names)
+
+    def announce(self, request: str) -> None:
+        """A request begins: until it has `ended` it can be placed."""
+        with self._lock:
+            if self._announced is not None:
+                self._announced.add(request)
+
+    def where(self, request: str) -> str | None:
+        """The replica that a request was placed on, while it is there."""
+        with self._lock:
+            placed = self._placed.get(request)
+            return None if placed is None else self._at(placed.slot).name
 
     def placed(self, request: str, prompt: Prompt, name: str, reason: str = "") -> None:
         """A request goes to a replica: what it brings waits there until it `began`, and is held from now on. Said again of the
         same replica it changes nothing. reason: of its choice, counted the first time."""
         with self._lock:
+            if self._announced is not None and request not in self._announced:
+                return  # it has ended before Ray said where it went
             slot, before = self._slots.get(name), self._placed.get(request)
             if before is None and reason:
                 self.routed[reason] += 1
@@ -230,6 +255,8 @@ class Placement:
         """It is over, however."""
         with self._lock:
             self._settle(request)
+            if self._announced is not None:
+                self._announced.discard(request)
 
     def forget(self, name: str | None = None) -> None:
         """A replica, or every one, holds nothing any more."""

@@ -23,7 +23,7 @@ def placement_of(application: str, secret: bytes = b"") -> Placement:
     """The placement of an application in this process; secret: of its keys, where it is made by this call."""
     with _lock:
         if application not in _placements:
-            _placements[application] = Placement(secret)
+            _placements[application] = Placement(secret, announced=True)
         return _placements[application]
 
 
@@ -31,15 +31,13 @@ def watch(application: str, watcher: Watcher) -> None:
     """Have a front told which replicas there are, now and at every change; called on a thread of Ray's."""
     with _lock:
         _watchers[application] = watcher
-        present = _present.get(application)
-    if present is not None:
-        watcher(present)
+        if (present := _present.get(application)) is not None:
+            watcher(present)  # inside: a newer list comes later
 
 
 def tell(application: str, names: Sequence[str]) -> None:
     """These are the replicas now."""
     with _lock:
         _present[application] = names
-        watcher = _watchers.get(application)
-    if watcher is not None:
-        watcher(names)
+        if (watcher := _watchers.get(application)) is not None:
+            watcher(names)

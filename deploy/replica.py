@@ -30,6 +30,8 @@ log = logging.getLogger("kvloom.engine")
 
 LINE_SECONDS = 30.0
 """How long a request may be here before the line of its front is."""
+ENDING_SECONDS = 0.3
+"""How long a replica whose engine has ended still tells its fronts."""
 TOLD_SECONDS = 20.0
 """How long a replica that could not load stays, so that a front can be told why."""
 STATS_SECONDS = 0.5
@@ -83,6 +85,7 @@ class Replica:
         self._lines: dict[str, Outgoing] = {}
         self._opened: dict[str, asyncio.Event] = {}
         self._failed: KVLoomError | None = None
+        self._ending = False
         try:
             from kvloom.engine.thread.client import ThreadEngineClient
 
@@ -108,6 +111,8 @@ class Replica:
                 async for output in outputs:
                     line.put(order.key, output)
         except KVLoomError as error:
+            if isinstance(error, EngineDeadError):
+                self._end()
             return error
         return None
 
@@ -123,8 +128,10 @@ class Replica:
                 outputs = await mine.take(STATS_SECONDS)
                 now = time.monotonic()
                 if now - told >= STATS_SECONDS or any(output.finish_reason for _, output in outputs):
-                    told = now
-                    yield Batch(outputs, await self._engine.stats(), await self._engine.health())
+                    told, health = now, await self._engine.health()
+                    yield Batch(outputs, await self._engine.stats(), health)
+                    if not health.ok:
+                        self._end()
                 else:
                     yield Batch(outputs)
         finally:
@@ -176,8 +183,17 @@ class Replica:
             except TimeoutError:
                 self._opened.pop(front, None)
                 raise ReplicaLostError("the front has not asked for its outputs") from None
-            line = self._lines[front]
+            line = self._lines.get(front)
+            if line is None:
+                raise ReplicaLostError("the line to the front has ended")
         return line
+
+    def _end(self) -> None:
+        """End this process, so that Ray starts another in its place at once: the engine does not come back."""
+        if not self._ending:
+            self._ending = True
+            log.critical("the engine of replica %s has ended; so does the replica", self._name)
+            asyncio.get_running_loop().call_later(ENDING_SECONDS, os._exit, 1)
 
     def __del__(self) -> None:
         if (engine := getattr(self, "_engine", None)) is not None:

@@ -53,7 +53,7 @@ class KVRouter(RequestRouter):
             pending_request.future.set_exception(ReplicaLostError(f"replica {named} is there no more"))
         if named is not None or not isinstance(asked, (Order, Question)):
             return [[by_name[named]] if named in by_name else candidate_replicas]
-        choice = self._placement.choose(self._prompt(asked), by_name)
+        choice = self._placement.choose(self._prompt(asked), by_name, getattr(asked, "avoid", ()))
         best = None if choice is None else by_name.get(choice.replica)
         if choice is None or best is None:
             return [candidate_replicas]

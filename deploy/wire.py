@@ -30,6 +30,8 @@ class Order:
     """Of this try: a request that is taken up by another replica gets another."""
     replica: str | None = None
     """The only one that may take it; None for the one that the router chooses."""
+    avoid: tuple[str, ...] = ()
+    """Those that were lost under it: not again, where there are others."""
     request_id: str
     prompt: bytes
     """Token ids, 4 bytes each."""

@@ -14,6 +14,7 @@ from kvloom.deploy import local
 from kvloom.deploy.placement import Placement
 from kvloom.deploy.resume import Received
 from kvloom.deploy.scaling import QUEUED_TOKENS, policy, wanted
+from kvloom.deploy.uploads import Upload, Uploads
 from kvloom.deploy.wire import Batch, Order, packed, unpacked
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import ConfigError
@@ -173,3 +174,54 @@ def test_a_choice_is_counted_once_by_its_reason() -> None:
         for _ in range(2):  # the router says it when it has chosen, and when the replica has taken it
             placement.placed(request, prompt, choice.replica, choice.reason)
     assert placement.routed == {"hash": 1, "affinity": 1} and set(placement.routed) <= set(ROUTED)
+
+
+def test_uploads_are_kept_once_and_no_tenants_at_the_cost_of_others() -> None:
+    kept = Uploads(most_tokens=100)
+
+    def upload(tenant: str, number: int, tokens: int = 30) -> Upload:
+        return Upload(packed([number] * tokens), KVOptions(segment="tenant"), tenant, "")
+
+    for _ in range(5):
+        kept.add(upload("a", 1))
+    kept.add(upload("b", 1))
+    assert len(list(kept)) == 2 and upload("a", 1) in kept
+    for number in range(2, 9):
+        kept.add(upload("a", number))
+    assert [one.tenant for one in kept] == ["b", "a", "a"] and upload("a", 8) in kept and upload("b", 1) in kept
+    kept.purge("a")
+    assert [one.tenant for one in kept] == ["b"]
+    kept.add(upload("b", 9, tokens=101))
+    assert list(kept) == [], "one that is more than there is room for is not kept, nor what was before"
+
+
+def test_who_has_ended_is_not_placed_any_more() -> None:
+    placement = Placement(b"x", seed=1, announced=True)
+    placement.update({"a": 1000, "b": 1000})
+    prompt = placement.prompt(range(128))
+    placement.announce("one")
+    placement.placed("one", prompt, "a")
+    assert placement.where("one") == "a" and placement.waits("a") > 0
+    placement.ended("one")
+    placement.placed("one", prompt, "a")  # Ray's thread comes too late
+    placement.placed("never announced", prompt, "a")
+    assert placement.where("one") is None and placement.waits("a") == placement.waits("b") == 0
+
+
+def test_what_was_lost_or_hangs_is_avoided_where_there_are_others() -> None:
+    placement = Placement(b"x", seed=1)
+    placement.update({"a": 10000, "b": 10000})
+    prompt = placement.prompt(range(640))
+    placement.placed("one", prompt, "a")
+    placement.ended("one")
+
+    def chosen(**how: object) -> str:
+        choice = placement.choose(prompt, **how)  # type: ignore[arg-type]
+        assert choice is not None
+        return choice.replica
+
+    assert chosen() == "a" and chosen(avoid=["a"]) == "b" and chosen(among=["a"], avoid=["a"]) == "a"
+    placement.shun(["a"])
+    assert chosen() == "b" and chosen(avoid=["b"]) == "a"
+    placement.shun([])
+    assert chosen() == "a"

@@ -103,13 +103,17 @@ class Server:
 
     def kill_busy(self) -> None:
         """SIGKILL for the replica that computes."""
+        os.kill(self.busy(), signal.SIGKILL)
+
+    def busy(self) -> int:
+        """The replica that computes."""
 
         def used(pid: int) -> int:
             return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
         before = {pid: used(pid) for pid in self.replicas()}
         time.sleep(0.04)
-        os.kill(max(before, key=lambda pid: used(pid) - before[pid]), signal.SIGKILL)
+        return max(before, key=lambda pid: used(pid) - before[pid])
 
     def stream(self, body: dict[str, Any], at: int = 0, act: Callable[[], None] | None = None) -> dict[str, Any]:
         """The whole of a streamed completion; at so many tokens `act` is called."""
@@ -188,14 +192,28 @@ def test_a_stream_outlives_its_replica(server: Server, way: dict[str, Any]) -> N
 def test_a_stream_with_approximate_reuse_ends_and_says_so(server: Server) -> None:
     passage = [5 + 7 * i % 300 for i in range(150)]
     for begin in ([11, 12, 13], [21, 22, 23]):
-        prompt = [*begin, *passage, 9, 8]
-        kv = {"kv": {"reuse": "approx", "kvshare": {"ratio": 0.2}}, "prompt": prompt, "temperature": 0}
+        body = {"kv": {"reuse": "approx", "kvshare": {"ratio": 0.2}}, "prompt": [*begin, *passage, 9, 8], "temperature": 0}
         server.until(server.both)
-        found = server.stream({**kv, "max_tokens": 300}, at=20, act=server.kill_busy if begin[0] == 21 else None)
-    assert (
-        len(found["tokens"]) == 300 and found["usage"]["kv"]["reused_tokens"] + found["usage"]["kv"]["recomputed_tokens"] >= 0
-    )
-    assert found["usage"]["kv"]["resumed"] in ("approximate", "exact")
+        found = server.stream({**body, "max_tokens": 300}, at=20, act=server.kill_busy if begin[0] == 21 else None)
+    assert len(found["tokens"]) == 300 and found["usage"]["kv"]["resumed"] == "approximate"
+
+
+def test_a_hung_replica_is_given_up(server: Server) -> None:
+    server.until(server.both)
+    undisturbed = server.stream({"temperature": 0})
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.append(server.busy())
+        os.kill(stopped[0], signal.SIGSTOP)
+
+    try:
+        found = server.stream({"temperature": 0}, at=20, act=stop)
+        assert found["tokens"] == undisturbed["tokens"] and found["usage"]["kv"]["resumed"] == "exact"
+        assert server.stream({"temperature": 0})["tokens"] == undisturbed["tokens"], "and nothing goes there"
+    finally:
+        for pid in stopped:
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_what_is_counted_is_what_clients_got(server: Server) -> None:
