@@ -14,9 +14,11 @@ import asyncio
 import functools
 import itertools
 import logging
+import os
 import secrets
+import signal
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -64,6 +66,8 @@ CATCH_UP_TRIES, CATCH_UP_SECONDS = 20, 0.5
 SILENT_SECONDS, LOOK_SECONDS = 15.0, 1.0
 """After so long without a word (its line speaks twice a second) a replica counts as lost, until it is heard of again; how often
 that is looked at."""
+KILL_SECONDS = 30.0
+"""After so long its process is killed, where it is on this machine: Ray would keep its memory, and its core, for ever."""
 MOST_LEFT = 64
 """Replicas that are gone and may come back under their name."""
 
@@ -81,17 +85,20 @@ class _Replica:
     """What it said of them last."""
     heard: float = field(default_factory=time.monotonic)
     """When it was heard of last."""
+    process: int = 0
 
 
 class ReplicaClient:
     """Engines behind a handle of Ray Serve. See `client.EngineClient`."""
 
     def __init__(self, handle: DeploymentHandle, application: str, model: ModelInfo, tokenizer: Any, tenants: Tenants,
-                 max_queued_tokens: int | None = None, wanted: int = 1) -> None:  # fmt: skip
+                 max_queued_tokens: int | None = None, wanted: int = 1,
+                 broken: Callable[[], str] | None = None) -> None:  # fmt: skip
         """handle: of the deployment of `replica.Replica` in that application. model: as a replica describes it.
-        max_queued_tokens: prompt tokens that may wait for each replica. wanted: how many there should be, at least."""
+        max_queued_tokens: prompt tokens that may wait for each replica. wanted: how many there should be, at least.
+        broken: where all of it is ours and on this machine, says what has ended that replicas need, or nothing."""
         self.model, self.tokenizer = replace(model, replica="0"), tokenizer
-        self._handle, self._application = handle, application
+        self._handle, self._application, self._broken = handle, application, broken
         self._placement = placement_of(application)
         self._front = secrets.token_hex(8)
         self._keys = itertools.count()
@@ -318,7 +325,7 @@ class ReplicaClient:
             if not question.done():
                 question.cancel()
             elif question.exception() is None and one is not None:
-                told_now = question.result()[1]
+                told_now = {name: held for name, held in question.result()[1].items() if _holds(held)}
                 one.tenants = told_now if names is None else {**one.tenants, **told_now}
             if one is not None:
                 told.append(one.tenants)  # who has not answered in time is told of as it was before
@@ -373,6 +380,8 @@ class ReplicaClient:
     async def health(self) -> Health:
         """See `EngineClient.health`. Well while one replica is; Ray brings back the others."""
         self._start()
+        if self._broken is not None and (reason := self._broken()):
+            return Health(ok=False, reason=reason)
         if any(one.health.ok for one in self._replicas.values()) or not self._had_one:
             return Health()
         return Health(ok=False, reason="no replica is up; one is being started", recovers=not self._closing)
@@ -444,6 +453,13 @@ class ReplicaClient:
                 continue  # it is this process that stood still
             silent = {name for name, one in self._replicas.items() if time.monotonic() - one.heard > SILENT_SECONDS}
             self._placement.shun(silent)
+            for name in silent:
+                one = self._replicas[name]
+                if self._broken is not None and one.process and time.monotonic() - one.heard > KILL_SECONDS:
+                    log.warning("replica %s hangs; its process is killed, so that another can take its place", name)
+                    with suppress(OSError):
+                        os.kill(one.process, signal.SIGKILL)
+                    one.process = 0
             for key, stream in list(self._streams.items()) if silent else ():
                 if self._placement.where(key) in silent:
                     stream.put_nowait(ReplicaLostError(f"nothing was heard of its replica for {SILENT_SECONDS:g} s"))
@@ -473,7 +489,7 @@ class ReplicaClient:
             if all(one.stats is not None for one in self._replicas.values()):
                 self._first.set()
         if batch.health is not None:
-            one.health = batch.health
+            one.health, one.process = batch.health, batch.process
         if not one.told:
             one.told = True
             self._keep(asyncio.ensure_future(self._catch_up(name)))
@@ -501,6 +517,11 @@ class ReplicaClient:
             one.line.cancel()
         for task in self._tasks:
             task.cancel()
+
+
+def _holds(tenant: TenantStats) -> bool:
+    """Whether there is anything to tell of it."""
+    return bool(tenant.in_use_blocks or tenant.cached_blocks or tenant.segment_bytes or any(tenant.tokens.values()))
 
 
 def _found(usage: Usage) -> int:

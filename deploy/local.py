@@ -10,9 +10,11 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from kvloom.engine.client import EngineClient, ModelInfo
@@ -26,6 +28,8 @@ from kvloom.engine.startup.processors import processors
 from kvloom.server.options import ServerOptions
 
 APPLICATION, DEPLOYMENT = "kvloom", "engine"
+FOLDERS = "kvloom-ray-"
+"""Ray's files are in a folder of this name, the server's process id and more, where temporary files go."""
 OBJECT_STORE = 256 * MIB
 """Ray's own memory for large objects: what crosses here is small."""
 REPLICA_BYTES = 512 * MIB
@@ -157,7 +161,8 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
     resolve(config.model.model)  # what is not there is told before Ray is started, and fetched once
     log.info("starting Ray and %d replica%s", few, "s" * (few > 1))
     secret = secrets.token_hex(32)
-    with tempfile.TemporaryDirectory(prefix="kvloom-ray-", ignore_cleanup_errors=True) as folder:
+    _sweep()
+    with tempfile.TemporaryDirectory(prefix=f"{FOLDERS}{os.getpid()}-", ignore_cleanup_errors=True) as folder:
         try:
             _begin(
                 ray, address="local", include_dashboard=False, num_cpus=most * share.resources["num_cpus"] + 1,
@@ -175,7 +180,7 @@ def replicas(config: EngineConfig, options: ServerOptions) -> Iterator[EngineCli
             told = {name: value for name, value in model.settings.items() if name not in ("replica", "tenant_replicas")}
             model = replace(model, settings={"replicas": few, **told}, threads=f"{model.threads}, in each replica")
             queued, tokenizer = config.scheduler.max_queued_tokens, tokenizer_of(model)
-            client = ReplicaClient(handle, APPLICATION, model, tokenizer, tenants, queued, few)
+            client = ReplicaClient(handle, APPLICATION, model, tokenizer, tenants, queued, few, _ended(ray))
             yield client
             client.close()
         finally:
@@ -190,6 +195,25 @@ def _begin(ray: Any, **settings: Any) -> None:
         raise KVLoomError(
             f"Ray does not start: {str(error).strip().splitlines()[0]}; try again, or serve without --replicas"
         ) from error
+
+
+def _sweep() -> None:
+    """Remove what servers left behind that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{FOLDERS}*"):
+        process = folder.name.removeprefix(FOLDERS).split("-")[0]
+        if process.isdigit() and not Path("/proc", process).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _ended(ray: Any) -> Callable[[], str]:
+    """Says which of Ray's own processes has ended, if one has that nobody brings back."""
+    node = ray._private.worker._global_node
+
+    def said() -> str:
+        ended = [name for name, _ in node.dead_processes() if name in ("raylet", "gcs_server")]
+        return f"Ray's {ended[0]} has ended" if ended else ""
+
+    return said
 
 
 def _keep_signals(ray: Any) -> None:

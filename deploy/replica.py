@@ -129,7 +129,7 @@ class Replica:
                 now = time.monotonic()
                 if now - told >= STATS_SECONDS or any(output.finish_reason for _, output in outputs):
                     told, health = now, await self._engine.health()
-                    yield Batch(outputs, await self._engine.stats(), health)
+                    yield Batch(outputs, await self._engine.stats(), health, os.getpid())
                     if not health.ok:
                         self._end()
                 else:

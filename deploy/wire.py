@@ -67,6 +67,8 @@ class Batch(NamedTuple):
     """Now and then, and with the last message,"""
     health: Health | None = None
     """the same."""
+    process: int = 0
+    """With them: the replica's process id, on its machine."""
 
 
 def packed(prompt: Sequence[int]) -> bytes:
