@@ -281,8 +281,8 @@ def test_weights_hold_over_both(server: Server) -> None:
         blockers = [pool.submit(server.client.post, "/v1/completions", json=slots, headers=ALICE) for _ in range(12)]
         list(pool.map(lambda i: ask(("carol", "dave")[i % 2], i), range(96)))
         assert all(blocker.result().status_code == 200 for blocker in blockers)
-    behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # until then both wait; one engine lets 19 through
-    assert 8 <= ended[:behind].count("dave") <= 23, " ".join(name[0] for name in ended)
+    behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # until then both wait: 36 without weights, 19 on one engine
+    assert 8 <= ended[:behind].count("dave") <= 28, " ".join(name[0] for name in ended)
 
 
 def test_errors_are_those_of_one_engine(server: Server) -> None:
