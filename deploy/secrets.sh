@@ -1,10 +1,11 @@
 #!/bin/sh
 # Draws the keys and the password of compose.yaml, those that are not there yet: secrets.sh [FOLDER]
+# FOLDER is KVLOOM_SECRETS, as in compose.yaml, or else secrets/ beside this file.
 #
 # Nobody but their owner gets into the folder. The files themselves can be read by all, as containers with another user see
 # nothing else of it.
 set -eu
-folder=${1:-$(dirname "$0")/secrets}
+folder=${1:-${KVLOOM_SECRETS:-$(dirname "$0")/secrets}}
 umask 022
 mkdir -p "$folder"
 chmod 700 "$folder"

@@ -98,7 +98,7 @@ def test_every_check_of_files_can_fail(monkeypatch, tmp_path):
         check.dockerfile()
 
 
-def test_keys_are_drawn_once_and_lie_in_a_folder_of_their_owner(tmp_path):
+def test_keys_are_drawn_once_and_lie_in_a_folder_of_their_owner(tmp_path, monkeypatch):
     folder = tmp_path / "secrets"
     check.call("sh", ROOT / "deploy" / "secrets.sh", folder)
     before = {file.name: file.read_text() for file in folder.iterdir()}
@@ -106,4 +106,7 @@ def test_keys_are_drawn_once_and_lie_in_a_folder_of_their_owner(tmp_path):
     assert before == {file.name: file.read_text() for file in folder.iterdir()}
     assert len({before[name] for name in ("api_key", "admin_key", "grafana_password")}) == 3
     assert all(re.fullmatch(r"[0-9a-f]{48}", before[name]) for name in ("api_key", "admin_key", "grafana_password"))
+    monkeypatch.setenv("KVLOOM_SECRETS", str(tmp_path / "elsewhere"))
+    check.call("sh", ROOT / "deploy" / "secrets.sh")
+    assert {file.name for file in (tmp_path / "elsewhere").iterdir()} == before.keys()
     assert folder.stat().st_mode & 0o777 == 0o700 and all(file.stat().st_mode & 0o022 == 0 for file in folder.iterdir())
