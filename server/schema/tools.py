@@ -30,7 +30,7 @@ def check_parameters(schema: dict[str, Any] | None, name: str) -> None:
     """Raises a validation error that names the field unless a schema is one of objects and can be written as JSON."""
     kind = (schema or {}).get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise problem(name, f'{name} describe something else than an object; allowed: {{"type": "object", ...}}')
+        raise problem(name, f'{name} must be of type object; allowed: {{"type": "object", ...}}')
     try:
         json.dumps(schema, allow_nan=False).encode()
     except (ValueError, RecursionError):

@@ -297,7 +297,7 @@ def test_what_is_required(asking, name):
     ({"messages": [{"role": "assistant", "content": [ANY_CALL] * 513}, USER]}, "513 of them calls"),
     ({"messages": [{"role": "assistant", "content": [{**ANY_CALL, "name": "x" * 257}]}, USER]}, "at most 256"),
     ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
-    ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "input_schema"),
+    ({"tools": [{"name": "a", "input_schema": {"type": "string"}}]}, "input_schema must be of type object"),
     ({"tools": [LOOK, LOOK]}, "twice"),
     ({"tools": [{**LOOK, "defer_loading": True}]}, "defer_loading"),
     ({"tools": [{**LOOK, "allowed_callers": ["code_execution_20260120"]}]}, "allowed_callers"),
