@@ -86,10 +86,12 @@ class WireError(NamedTuple):
     param: str | None = None
     code: str | None = None
     retry_after: float | None = None
+    kind: str | None = None
+    """Its type, where that is not the one of its status."""
 
     def body(self) -> dict[str, Any]:
         """The JSON object, without its status. It can be encoded whatever the client sent."""
-        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        kind = self.kind or _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         message = self.message if len(self.message) <= MAX_MESSAGE else self.message[: MAX_MESSAGE - 3] + "..."
         param = None if self.param is None else _encodable(self.param[:MAX_PARAM])
         return {"error": {"message": _encodable(message), "type": kind, "param": param, "code": self.code}}
@@ -112,7 +114,7 @@ def wire_error(error: BaseException) -> WireError:
         case OperatorOnlyError():
             return WireError(403, str(error), code="admin_only")
         case ModelNotFoundError():
-            return WireError(404, str(error), "model", "model_not_found")
+            return WireError(404, str(error), "model", "model_not_found", kind="invalid_request_error")
         case NotStoredError():
             return WireError(404, str(error), error.param, error.code)
         case OverloadedError():

@@ -164,9 +164,15 @@ def test_long_prompt_is_encoded_off_the_loop(served):
 
 def test_typed_errors(served):
     client = served.openai()
-    with pytest.raises(openai.NotFoundError) as missing:
-        client.chat.completions.create(model="gpt-5", messages=MESSAGES)
-    assert missing.value.code == "model_not_found" and missing.value.param == "model"
+    for create, given in (
+        (client.chat.completions.create, {"messages": MESSAGES}),
+        (client.completions.create, {"prompt": "a"}),
+        (client.responses.create, {"input": "a"}),
+    ):
+        with pytest.raises(openai.NotFoundError) as missing:
+            create(model="gpt-5", **given)
+        assert missing.value.code == "model_not_found" and missing.value.param == "model"
+        assert missing.value.type == "invalid_request_error"
     with pytest.raises(openai.BadRequestError) as long:
         client.chat.completions.create(model="echo-model", messages=[{"role": "user", "content": "the " * 9000}])
     assert long.value.code == "context_length_exceeded"
