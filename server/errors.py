@@ -66,11 +66,12 @@ class OperatorOnlyError(KVLoomError):
 
 
 class NotStoredError(KVLoomError):
-    """No response of this id is stored for whoever asks. `param` names the field that held the id."""
+    """No response of this id is stored for whoever asks. `param` names the field that held the id; `status` is 404, or 400
+    where OpenAI says so."""
 
-    def __init__(self, message: str, param: str = "", code: str = "") -> None:
+    def __init__(self, message: str, param: str = "", code: str = "", status: int = 404) -> None:
         super().__init__(message)
-        self.param, self.code = param, code
+        self.param, self.code, self.status = param, code, status
 
 
 def _encodable(text: str) -> str:
@@ -116,7 +117,7 @@ def wire_error(error: BaseException) -> WireError:
         case ModelNotFoundError():
             return WireError(404, str(error), "model", "model_not_found", kind="invalid_request_error")
         case NotStoredError():
-            return WireError(404, str(error), error.param, error.code)
+            return WireError(error.status, str(error), error.param, error.code)
         case OverloadedError():
             return WireError(429, str(error), code="overloaded", retry_after=error.retry_after)
         case EngineDeadError():

@@ -42,7 +42,7 @@ class History:
         store, name = context.responses, body.previous_response_id
         parent = None if name is None else store.find(owner, name)
         if name is not None and parent is None:
-            raise _missing("response", name, "previous_response_id", "previous_response_not_found")
+            raise _missing("response", name, "previous_response_id", "previous_response_not_found", 400)
         before = [] if parent is None else parent.conversation()
         given: list[Item | Entry] = []
         for index, item in enumerate(body.input):
@@ -92,5 +92,5 @@ class History:
         return self.context.responses.put(self.owner, response, items, made, self.parent, self.before)
 
 
-def _missing(kind: str, name: str, param: str, code: str) -> NotStoredError:
-    return NotStoredError(f"no {kind} {name[:80]!r} is stored for this key; send the items themselves", param, code)
+def _missing(kind: str, name: str, param: str, code: str, status: int = 404) -> NotStoredError:
+    return NotStoredError(f"no {kind} {name[:80]!r} is stored for this key; send the items themselves", param, code, status)

@@ -258,18 +258,23 @@ def test_a_conversation_goes_on(says):
 
 
 def lost(client, answer):
-    """Every way to a response and to its items is a 404."""
+    """Every way to a response and to its items is a 404; continuing it is a 400, as at OpenAI's."""
     ways = (
         lambda: client.responses.retrieve(answer.id),
         lambda: client.responses.delete(answer.id),
         lambda: client.responses.cancel(answer.id),
         lambda: client.responses.input_items.list(answer.id),
-        lambda: ask(client, previous_response_id=answer.id),
         lambda: ask(client, [{"type": "item_reference", "id": answer.output[0].id}]),
     )
     for way in ways:
         with pytest.raises(openai.NotFoundError, match="is stored for this key"):
             way()
+    for continued in (client.responses.create, client.responses.input_tokens.count):
+        with pytest.raises(openai.BadRequestError, match="is stored for this key") as refused:
+            continued(model="echo-model", input="dog", previous_response_id=answer.id)
+        error = refused.value
+        assert (error.type, error.param) == ("invalid_request_error", "previous_response_id")
+        assert error.code == "previous_response_not_found"
 
 
 def test_what_is_not_stored(says):
