@@ -29,6 +29,8 @@ UNSERVED: Mapping[str, str] = {
     **dict.fromkeys(("/v1/edits", "/api/chat"), _CHATS),
     **dict.fromkeys(("/v1/engines", "/generate", "/completion", "/infill", "/api/generate", "/inference/v1/generate"), _TEXT),
     "/v1/complete": "use /v1/messages",
+    "/v1/messages/batches": "jobs are not stored here; use /v1/messages for each request",
+    "/v1/responses/compact": "nothing is compacted; use truncation in /v1/responses",
 }  # fmt: skip
 """Path, with all beneath it -> why not, or what instead."""
 

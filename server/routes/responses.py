@@ -28,9 +28,9 @@ from kvloom.server.sse import ClientGoneError
 
 
 class _IdConvertor(StringConvertor):
-    """Whatever may be an id: not the other paths of this module."""
+    """Whatever may be an id: not the other paths of this module, and none that is OpenAI's and not served."""
 
-    regex = "(?!input_tokens$)[^/]+"
+    regex = "(?!(?:input_tokens|compact)$)[^/]+"
 
 
 register_url_convertor("response_id", _IdConvertor())

@@ -50,7 +50,7 @@ def test_layers_in_front_of_the_route(serving):
         assert "trusted proxy" in refusal(named, 400, "invalid_request_error")
         assert "JSON" in refusal(client.post("/v1/messages", content=b"{"), 400, "invalid_request_error")
         refusal(client.get("/v1/messages"), 405, "not_found_error")
-        refusal(client.post("/v1/messages/batches", json={}), 404, "not_found_error")
+        refusal(client.post("/v1/messages/count", json={}), 404, "not_found_error")
         head = client.head("/v1/messages")
         assert head.status_code == 405 and not head.content and head.headers["request-id"]
         assert client.options("/v1/messages").headers["allow"] == "OPTIONS, POST"
