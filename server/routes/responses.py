@@ -117,7 +117,7 @@ async def list_input_items(
         entries = entries[place + 1 :]
     page = entries[:limit]
     ends = {"first_id": page[0].id if page else None, "last_id": page[-1].id if page else None}
-    told = json.dumps({"object": "list", **ends, "has_more": len(entries) > limit}).encode()
+    told = json.dumps({"object": "list", **ends, "has_more": len(entries) > limit}, separators=(",", ":")).encode()
     return Response(told[:-1] + b',"data":' + listed(page) + b"}", media_type="application/json")
 
 
