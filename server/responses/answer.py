@@ -209,7 +209,7 @@ class ResponseWriter:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "max_tool_calls": None,
+            **body.echoed,
             "metadata": body.metadata,
             "model": job.envelope.model,
             "output": output,

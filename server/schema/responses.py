@@ -18,6 +18,8 @@ from kvloom.server.schema.problem import problem
 from kvloom.server.schema.tools import MAX_TOOLS, Function, FunctionName
 from kvloom.server.schema.unsupported import OF_RESPONSES, UNSUPPORTED, Refusal
 
+MAX_LABEL = 1024
+"""Characters of the names that the answer repeats."""
 LOGPROBS = "message.output_text.logprobs"
 Includable = Literal[
     "message.output_text.logprobs",
@@ -221,12 +223,15 @@ class PromptCacheOptions(_Closed):
         return self
 
 
+ECHOED = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "user")
+"""Fields that the answer repeats, and that change nothing else of it."""
+
+
 class ResponsesBody(CommonBody):
     """A response to create."""
 
     hints: ClassVar[Mapping[str, str]] = {
-        **{name: why for name, why in HINTS.items() if name not in ("store", "metadata", "parallel_tool_calls")},
-        "max_tool_calls": "counts calls of built-in tools, of which there are none",
+        **{name: why for name, why in HINTS.items() if name not in ("store", "metadata", "parallel_tool_calls", *ECHOED)},
         "image": "of images and sound, of which there are none",
     }
     unsupported: ClassVar[Mapping[str, Refusal]] = {**UNSUPPORTED, **OF_RESPONSES}
@@ -258,6 +263,16 @@ class ResponsesBody(CommonBody):
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=16)
     stream_options: ResponseStreamOptions | None = None
     prompt_cache_options: PromptCacheOptions | None = None
+    max_tool_calls: int | None = Field(None, ge=0, le=MAX_INT)
+    """Of built-in tools, of which there are none."""
+    prompt_cache_key: Text | None = Field(None, max_length=MAX_LABEL)
+    safety_identifier: Text | None = Field(None, max_length=MAX_LABEL)
+    user: Text | None = Field(None, max_length=MAX_LABEL)
+
+    @property
+    def echoed(self) -> dict[str, Any]:
+        """What the answer repeats as it was sent."""
+        return {name: getattr(self, name) for name in ECHOED}
 
     @model_validator(mode="after")
     def _together(self) -> ResponsesBody:

@@ -34,6 +34,7 @@ EFFECTS = {
     "guided_regex": "a+", "guided_choice": ["a"], "guided_grammar": 'start: "a"', "guided_decoding": {"regex": "a+"},
     "input": "dog", "instructions": "be brief", "store": False, "metadata": {"a": "b"}, "max_output_tokens": 2,
     "include": ["message.output_text.logprobs"], "previous_response_id": "resp_1", "text": {"format": {"type": "json_object"}},
+    "max_tool_calls": 2, "prompt_cache_key": "k", "safety_identifier": "s", "user": "u",
     "truncation": "auto", "json_schema": {}, "grammar": 'root ::= "a"', "regex": "a+", "ebnf": 'root ::= "a"',
 }  # fmt: skip
 """Values with which a request of a fake engine is asked, or answered, otherwise than without."""

@@ -248,6 +248,10 @@ def test_a_conversation_goes_on(says):
     assert [item.type for item in items] == ["message", "reasoning", "message", "function_call", "function_call_output"]
     assert list(client.responses.input_items.list(second.id, limit=1)) == items[::-1]
     assert list(client.responses.input_items.list(second.id, after=items[2].id)) == items[1::-1]
+    with served.client() as http:
+        for path in (first.id, f"{second.id}/input_items"):
+            text = http.get(f"/v1/responses/{path}").text
+            assert text == json.dumps(json.loads(text), separators=(",", ":"))
     third = ask(client, "And tomorrow?", previous_response_id=second.id)
     assert prompt(served).index("rain") < prompt(served).index("Rain.") < prompt(served).index("And tomorrow?")
     client.responses.delete(second.id)
@@ -389,6 +393,15 @@ def test_tools_that_are_allowed(says):
     assert served.engine.calls[-1]["sampling"].structured is not None
     answer = ask(client, tools=[LOOK, LIST], tool_choice={"type": "function", "name": "list_all"})
     assert answer.tool_choice.name == "list_all" and served.engine.calls[-1]["sampling"].structured is not None
+
+
+def test_an_answer_repeats_what_names_its_user_and_its_prompt(says):
+    _, served = says("Hi.")
+    said = {"max_tool_calls": 3, "prompt_cache_key": "key", "safety_identifier": "someone", "user": "me"}
+    assert events(served, **said)[-1]["response"].items() >= said.items()
+    with served.client() as http:
+        assert http.post("/v1/responses", json={"input": "dog", **said}).json().items() >= said.items()
+        assert http.post("/v1/responses", json={"input": "dog"}).json().items() >= dict.fromkeys(said).items()
 
 
 def test_what_an_answer_repeats_can_be_written(served):
