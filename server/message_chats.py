@@ -47,7 +47,6 @@ def chat_body(body: MessagesFields, template: Collection[str], *, reasons: bool)
         "parallel_tool_calls": not body.tool_choice.disable_parallel_tool_use,
         "stop": body.stop_sequences,
         "continue_final_message": body.messages[-1].role == "assistant",
-        "include_reasoning": body.thinking.display != "omitted",
         "chat_template_kwargs": {**_variables(body, template, reasons), **body.chat_template_kwargs},
     })  # fmt: skip
 

@@ -27,6 +27,7 @@ def sse(name: str, data: str) -> str:
     return f"event: {name}\ndata: {data}\n\n"
 
 
+INPUT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 PING = sse("ping", '{"type":"ping"}').encode()
 
 
@@ -71,18 +72,19 @@ def _head(job: Job) -> dict[str, Any]:
     return {"id": job.envelope.id, "type": "message", "role": "assistant", "model": job.envelope.model}
 
 
-def whole_message(job: Job, choice: Choice) -> dict[str, Any]:
-    """The body of an answer that is not streamed."""
+def whole_message(job: Job, choice: Choice, *, omits: bool = False) -> dict[str, Any]:
+    """The body of an answer that is not streamed. omits: whether blocks of thoughts are empty."""
     end = ending(job, choice.finish_reason, choice.stop_reason)
-    return {**_head(job), "content": [*map(_block, choice.parts)], **end, "usage": usage_body(job.usage)}
+    content = [_block(part, omits) for part in choice.parts]
+    return {**_head(job), "content": content, **end, "usage": usage_body(job.usage)}
 
 
-def _block(part: Part) -> dict[str, Any]:
+def _block(part: Part, omits: bool) -> dict[str, Any]:
     """A content block, complete."""
     if part.kind is CallStart:
         return {"type": "tool_use", "id": part.id, "name": part.name, "input": input_of(part.text or "{}")}
     if part.kind is Reasoning:
-        return {"type": "thinking", "thinking": part.text, "signature": SIGNATURE}
+        return {"type": "thinking", "thinking": "" if omits else part.text, "signature": SIGNATURE}
     return {"type": "text", "text": part.text}
 
 
@@ -110,9 +112,11 @@ def _opened(event: Event) -> dict[str, Any]:
 class MessageWriter:
     """The stream of one message."""
 
-    def __init__(self, job: Job, names: Names) -> None:
-        """names: of fields, in errors."""
-        self._job, self._names = job, names
+    def __init__(self, job: Job, names: Names, *, omits: bool = False) -> None:
+        """names: of fields, in errors; omits: whether blocks of thoughts are empty."""
+        self._job, self._names, self._omits = job, names, omits
+        self._input: dict[str, Any] = {}
+        """Counts of the prompt as they were first told: where another engine takes a request up, they would change."""
         self._begun = False
         self._open: str | None = None
         """The type of the block that is being written."""
@@ -129,7 +133,7 @@ class MessageWriter:
             events.insert(0, self._start())
         if finish is not None:
             end = ending(self._job, finish, piece.output.stop_reason)
-            events += [self._close(), self._data("message_delta", delta=end, usage=usage_body(self._job.usage))]
+            events += [self._close(), self._data("message_delta", delta=end, usage=self._usage())]
         return "".join(events).encode()
 
     def end(self) -> bytes:
@@ -146,7 +150,9 @@ class MessageWriter:
             start = self._close()
             self._open, self._index = kind, self._index + 1
             start += self._data("content_block_start", index=self._index, content_block=_opened(event))
-        return start if isinstance(event, CallStart) else start + self._delta(_DELTAS[kind] + quote(event.text))
+        if isinstance(event, CallStart) or (self._omits and kind == "thinking"):
+            return start
+        return start + self._delta(_DELTAS[kind] + quote(event.text))
 
     def _close(self) -> str:
         if self._open is None:
@@ -161,8 +167,12 @@ class MessageWriter:
 
     def _start(self) -> str:
         end = {"stop_reason": None, "stop_sequence": None}
-        usage = usage_body(self._job.usage)
-        return self._data("message_start", message={**_head(self._job), "content": [], **end, "usage": usage})
+        return self._data("message_start", message={**_head(self._job), "content": [], **end, "usage": self._usage()})
+
+    def _usage(self) -> dict[str, Any]:
+        told = usage_body(self._job.usage)
+        self._input = self._input or {name: told[name] for name in INPUT_COUNTS}
+        return told | self._input
 
     def _data(self, name: str, **more: Any) -> str:
         return sse(name, _dumps({"type": name, **more}))

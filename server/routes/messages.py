@@ -31,9 +31,10 @@ async def messages(body: MessagesBody, request: Request) -> Response:
         job = await chat_job(request, arrival, _chat(context, body), body.max_tokens)
 
         def whole(choices: Sequence[Choice]) -> dict[str, Any]:
-            return whole_message(job, choices[0])
+            return whole_message(job, choices[0], omits=body.omits_thoughts)
 
-        return await respond(request, job, MessageWriter(job, body.names), whole, PING)
+        writer = MessageWriter(job, body.names, omits=body.omits_thoughts)
+        return await respond(request, job, writer, whole, PING)
 
 
 @router.post("/v1/messages/count_tokens")

@@ -36,7 +36,7 @@ class Thinking(StrictBody):
     budget_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     """For chat templates that read a thinking_budget; others leave it to the model how long it thinks."""
     display: Literal["summarized", "omitted"] = "summarized"
-    """Whether the answer tells its thoughts, in full, or leaves them out."""
+    """Whether the answer tells its thoughts, in full, or that there were some: in empty blocks."""
 
 
 class OutputFormat(StrictBody):
@@ -120,6 +120,11 @@ class MessagesFields(CommonBody):
             joined = list(turns)
             yield begin, [block for turn in joined for block in turn.blocks]
             begin += len(joined)
+
+    @property
+    def omits_thoughts(self) -> bool:
+        """Whether the answer only tells that there were thoughts."""
+        return self.thinking.display == "omitted"
 
     @property
     def system_blocks(self) -> list[TextBlock]:

@@ -8,7 +8,7 @@ import pytest
 from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.loadtest.fuzz.message_streams import events_of, message_of
 from kvloom.server import sse
-from kvloom.server.message_replies import input_of
+from kvloom.server.message_replies import INPUT_COUNTS, SIGNATURE, input_of
 
 USER = {"role": "user", "content": "weather in Bonn?"}
 LOOK = {"name": "look", "description": "Looks.", "input_schema": {
@@ -200,8 +200,36 @@ def test_thinking_as_the_template_allows(says, fields, told):
 
 
 def test_thoughts_that_are_not_told(says):
-    message = says("<think>hm</think>Rain.", THINKING).message(thinking={"type": "adaptive", "display": "omitted"})
-    assert message["content"] == [{"type": "text", "text": "Rain."}]
+    asking, omitted = says("<think>hm, well</think>Rain.", THINKING), {"type": "adaptive", "display": "omitted"}
+    message = asking.message(thinking=omitted)
+    empty = {"type": "thinking", "thinking": "", "signature": SIGNATURE}
+    assert message["content"] == [empty, {"type": "text", "text": "Rain."}]
+    assert message["usage"]["output_tokens_details"]["thinking_tokens"] > 2
+    found = [data for _, data in events_of(asking.post(stream=True, thinking=omitted).text) if data.get("index") == 0]
+    assert [data["type"].removeprefix("content_block_") for data in found] == ["start", "delta", "stop"]
+    assert found[0]["content_block"] == {**empty, "signature": ""}
+    assert found[1]["delta"] == {"type": "signature_delta", "signature": SIGNATURE}
+    asking.post(messages=[USER, {"role": "assistant", "content": message["content"]}, USER])  # as clients send it back
+    assert "<think>" not in asking.prompt() and "Rain.<|im_end|>" in asking.prompt()
+
+
+def test_counts_of_the_prompt_stay_as_they_were_told(says, monkeypatch):
+    """A request that another engine takes up has another cache there."""
+    asking = says("Rain, and more of it.")
+    steps = asking.engine._steps
+
+    async def resumed(*args):
+        number = 0
+        async for output in steps(*args):
+            number += 1
+            usage = output.usage if number < 3 else replace(output.usage, cached_tokens=0, written_tokens=0)
+            yield replace(output, usage=usage)
+
+    monkeypatch.setattr(asking.engine, "_steps", resumed)
+    found = dict(events_of(asking.post(stream=True).text))
+    first, last = found["message_start"]["message"]["usage"], found["message_delta"]["usage"]
+    assert first["cache_read_input_tokens"] > 0 and first["output_tokens"] < last["output_tokens"]
+    assert all(first[name] == last[name] for name in INPUT_COUNTS)
 
 
 def test_thinking_of_a_model_that_does_not(says):
