@@ -60,7 +60,8 @@ class RequestIdMiddleware:
                 status = message["status"]
                 headers = list(message.get("headers", ()))
                 own = next((value for key, value in headers if key.lower() == HEADER), None)
-                if own is None:  # generation names its answers itself, as their ids
+                if own is None:
+                    name = scope["state"]["request_id"]  # generation has given it that of its answer
                     message = {**message, "headers": [*headers, (HEADER, name.encode())]}
                 else:
                     name = own.decode()

@@ -110,10 +110,10 @@ class Arrival(NamedTuple):
 
 
 def arrive(request: Request, id_prefix: str) -> Arrival:
-    """Give a request its id and start its clock."""
+    """Give a request its id and start its clock. From now on it goes by that name, also where it fails."""
     context, work_id = context_of(request), new_id()
     public_id = id_prefix + work_id
-    name = client_request_id(request, public_id)
+    name = request.state.request_id = client_request_id(request, public_id)
     record = None if context.tracing is None else context.tracing.arrived(request.scope, id_prefix, context.client.model.name)
     trace = RequestTrace(context.metrics, name, access_log=context.options.access_log, record=record)
     return Arrival(work_id, public_id, name, trace)

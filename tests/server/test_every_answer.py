@@ -1,5 +1,7 @@
 """What every answer has: an id, and a line in the log if it is a refusal, without anything that the client wrote."""
 
+from dataclasses import replace
+
 import pytest
 
 from kvloom.engine.errors import OverloadedError
@@ -66,6 +68,32 @@ def test_an_internal_error_has_an_id(serving, fake):
     with serving(engine).client() as client:
         answer = client.post(COMPLETION, json=BODY, headers={"X-Request-Id": "mine-2"})
     assert answer.status_code == 500 and answer.headers["x-request-id"] == "mine-2" and "confidential" not in answer.text
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "messages", "responses"])
+def test_a_whole_answer_that_fails_has_one_id(serving, fake, caplog, monkeypatch, path):
+    """In the answer, in the line of its generation and in that of the refusal."""
+    caplog.set_level("INFO", "kvloom.access")
+    engine = fake.FakeEngine()
+    steps = engine._steps
+
+    async def ended(*args):
+        async for output in steps(*args):
+            yield output
+            yield replace(output, finish_reason="abort", tokens=())
+            return
+
+    monkeypatch.setattr(engine, "_steps", ended)
+    messages = [{"role": "user", "content": "hello"}]
+    body = {"prompt": "a"} if path == "completions" else {"input": "a"} if path == "responses" else {"messages": messages}
+    with serving(engine).client() as client:
+        answer = client.post(f"/v1/{path}", json={**body, **({"max_tokens": 5} if path == "messages" else {})})
+    name = answer.headers["x-request-id"]
+    assert answer.status_code in (503, 529) and answer.json().get("request_id", name) == name
+    generation, refusal = caplog.messages
+    assert generation.startswith(f"{name} prompt=") and "ServerClosingError" in generation
+    told = "overloaded_error" if path == "messages" else "shutting_down"
+    assert refusal == f"{name} POST /v1/{path} status={answer.status_code} error={told}"
 
 
 def test_a_refusal_for_load_has_an_id_and_a_line(serving, fake, caplog):
