@@ -2,7 +2,8 @@
 
     {"type": "error", "error": {"type": ..., "message": ...}, "request_id": ...}
 
-Whoever refuses a request, be it a route or a layer in front of all routes, does so in the one shape of `errors`; here it is
+These are the paths of messages, and those of models for whoever sends anthropic-version, as Anthropic's clients do. Whoever
+refuses a request, be it a route or a layer in front of all routes, does so in the one shape of `errors`; here it is
 translated on its way out, and every answer gets the header request-id.
 """
 
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.server.errors import WireError, wire_error
 
-PATH = "/v1/messages"
+PATH, MODELS = "/v1/messages", "/v1/models"
 OVERLOADED = 529
 """Anthropic's status for a server that cannot answer anybody for now; 503 elsewhere."""
 _KINDS = {
@@ -85,7 +86,7 @@ class MessageErrorMiddleware:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not (scope["path"] == PATH or scope["path"].startswith(PATH + "/")):
+        if scope["type"] != "http" or not _asks_as_anthropic(scope):
             await self.app(scope, receive, send)
             return
         translator = _Translator(send, scope.setdefault("state", {}))
@@ -95,6 +96,14 @@ class MessageErrorMiddleware:
             if not translator.begun:
                 await translator.response(wire_error(error))
             raise  # to be counted and logged
+
+
+def _asks_as_anthropic(scope: Scope) -> bool:
+    """Whether the client reads errors as Anthropic writes them."""
+    paths = [PATH]
+    if any(name == b"anthropic-version" for name, _ in scope["headers"]):
+        paths.append(MODELS)
+    return any(scope["path"] == path or scope["path"].startswith(path + "/") for path in paths)
 
 
 class _Translator:

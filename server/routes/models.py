@@ -1,7 +1,8 @@
-"""GET /v1/models and /v1/models/{id}."""
+"""GET /v1/models and /v1/models/{id}, with the fields that OpenAI's clients read beside those that Anthropic's read."""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -16,7 +17,8 @@ router = APIRouter()
 async def list_models(request: Request) -> dict[str, Any]:
     """The served model, once for each of its names."""
     model = context_of(request).client.model
-    return {"object": "list", "data": [_card(model, name) for name in model.names]}
+    cards = [_card(model, name) for name in model.names]
+    return {"object": "list", "data": cards, "first_id": cards[0]["id"], "last_id": cards[-1]["id"], "has_more": False}
 
 
 @router.get("/v1/models/{name:path}")
@@ -31,7 +33,11 @@ def _card(model: ModelInfo, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
+        "type": "model",
+        "display_name": name,
         "created": model.created,
+        "created_at": datetime.fromtimestamp(model.created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "lifecycle": "active",
         "owned_by": "kvloom",
         "root": model.root,
         "max_model_len": model.max_model_len,

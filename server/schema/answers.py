@@ -218,7 +218,11 @@ class ModelCard(Answer):
 
     id: str
     object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
     created: int
+    created_at: str
+    lifecycle: Literal["active"]
     owned_by: str
     root: str
     max_model_len: int
@@ -230,6 +234,9 @@ class ModelList(Answer):
 
     object: Literal["list"]
     data: list[ModelCard]
+    first_id: str
+    last_id: str
+    has_more: Literal[False]
 
 
 class Tokenized(Answer):

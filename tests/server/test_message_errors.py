@@ -1,5 +1,7 @@
 """Errors of /v1/messages: whoever refuses, in the one shape that Anthropic's clients read, with the name of the request."""
 
+from datetime import datetime
+
 import pytest
 
 from kvloom.engine.errors import OverloadedError
@@ -62,6 +64,23 @@ def test_the_model(served):
     with served.client() as client:
         reply = client.post("/v1/messages", json={**BODY, "model": "claude-x"})
         assert "echo-model" in refusal(reply, 404, "not_found_error")
+
+
+def test_models_of_whoever_asks_as_anthropics_clients_do(serving):
+    with serving(api_key=("first",)).client(**{"anthropic-version": "2023-06-01", "X-API-Key": "first"}) as client:
+        reply = client.get("/v1/models?limit=20")
+        listed = reply.json()
+        assert reply.headers["request-id"] == reply.headers["x-request-id"]
+        assert (listed["first_id"], listed["last_id"], listed["has_more"]) == ("echo-model", "echo-model", False)
+        card = client.get("/v1/models/echo-model").json()
+        assert listed["data"] == [card] and (card["type"], card["display_name"]) == ("model", "echo-model")
+        assert datetime.fromisoformat(card["created_at"]).timestamp() == card["created"] == 1700000000
+        assert "echo-model" in refusal(client.get("/v1/models/claude-x"), 404, "not_found_error")
+        refusal(client.post("/v1/models"), 405, "not_found_error")
+        refusal(client.get("/v1/models", headers={"X-API-Key": "second"}), 401, "authentication_error")
+        del client.headers["anthropic-version"]
+        other = client.get("/v1/models/claude-x")
+        assert other.json()["error"]["code"] == "model_not_found" and "request-id" not in other.headers
 
 
 @pytest.mark.parametrize("stream", [False, True])
