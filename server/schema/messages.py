@@ -80,6 +80,13 @@ class MessagesFields(CommonBody):
     chat_template_kwargs: TemplateVariables = Field(default_factory=dict, max_length=16)
     """Variables of the model's chat template: kvloom's own."""
 
+    @field_validator("max_tokens", mode="before")
+    @classmethod
+    def _one_at_least(cls, value: Any) -> Any:
+        if type(value) is int and value == 0:  # asks Anthropic to put the prompt into its cache
+            raise ValueError("is 0; allowed: 1 or more; ask for one token to have the prompt in the cache")
+        return value
+
     @field_validator("tools")
     @classmethod
     def _different(cls, value: list[MessageTool]) -> list[MessageTool]:

@@ -334,7 +334,7 @@ def test_what_is_required(asking, name):
     ({"tools": [LOOK], "tool_choice": {"type": "tool"}}, "which tool must be called"),
     ({"thinking": {"type": "between_tools"}}, "thinking.type"),
     ({"temperature": 1.5}, "temperature is 1.5"),
-    ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"max_tokens": 0}, "max_tokens is 0; allowed: 1 or more; ask for one token"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens asks for 9 tokens"),
     ({"forced_tokens": [5, 5], "max_tokens": 1}, "forced_tokens asks for 2 tokens"),
     ({"stop_sequences": ["x"] * 1000}, "stop_sequences"),
