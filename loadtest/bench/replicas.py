@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made.add_argument("--requests", type=count, default=48, help="in a run (default: %(default)s)")
     made.add_argument("--concurrency", type=count, default=6, help="requests under way (default: %(default)s)")
     made.add_argument(
-        "--rounds", type=count, default=2, help="runs of each, in turn; 4 times as many with --overhead (default: %(default)s)"
+        "--rounds", type=count, default=2, help="runs of each; four times as many for --overhead (default: %(default)s)"
     )
     made.add_argument("--overhead", action="store_true", help="measure what Ray adds to the time per output token instead")
     add_outputs(made)

@@ -281,7 +281,7 @@ def test_weights_hold_over_both(server: Server) -> None:
         blockers = [pool.submit(server.client.post, "/v1/completions", json=slots, headers=ALICE) for _ in range(12)]
         list(pool.map(lambda i: ask(("carol", "dave")[i % 2], i), range(96)))
         assert all(blocker.result().status_code == 200 for blocker in blockers)
-    behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # until then both wait: 36 without weights, 19 on one engine
+    behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # both wait: 36 without weights, one engine 19
     assert 8 <= ended[:behind].count("dave") <= 28, " ".join(name[0] for name in ended)
 
 
