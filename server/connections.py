@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -34,6 +34,7 @@ from uvicorn.server import ServerState
 from kvloom.server.auth import OPEN_PATHS
 from kvloom.server.errors import WireError
 from kvloom.server.limits import LINGER_BYTES
+from kvloom.server.message_errors import MessageErrorMiddleware
 from kvloom.server.options import ServerOptions
 from kvloom.server.raw_http import BegunTransport, raw_answer, without_chunks
 from kvloom.server.request_ids import RequestIdMiddleware
@@ -208,13 +209,13 @@ def _out_of_descriptors() -> bool:
     return False
 
 
-def _refusing(error: WireError) -> RequestIdMiddleware:
+def _refusing(error: WireError) -> ASGIApp:
     """An application that answers so, whatever is asked."""
 
     async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
         await error.response({"Connection": "close"})(scope, receive, send)
 
-    return RequestIdMiddleware(refuse, logs=False)
+    return RequestIdMiddleware(MessageErrorMiddleware(refuse), logs=False)
 
 
 _HEADERS_TOO_LARGE = WireError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes", code="headers_too_large")

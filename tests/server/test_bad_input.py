@@ -257,6 +257,17 @@ def test_expect_continue_is_not_waited_for(served):
         assert connection.recv(4096).startswith(b"HTTP/1.1 413")
 
 
+def test_headers_too_large_for_messages_are_told_as_anthropic_does(served):
+    head = b"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-Long: " + b"a" * 100_000 + b"\r\nContent-Length: 2\r\n\r\n{}"
+    with served.connect() as connection:
+        connection.sendall(head)
+        answer = b""
+        while piece := connection.recv(65536):
+            answer += piece
+    assert answer.startswith(b"HTTP/1.1 431") and b"\r\nrequest-id: " in answer.lower()
+    assert b'"type":"error"' in answer
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "without end"])
 def test_headers_too_large(served, whole):
     with served.connect() as connection:
