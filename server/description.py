@@ -12,7 +12,7 @@ from pydantic.json_schema import models_json_schema
 
 from kvloom.server.auth import OPEN_PATHS
 from kvloom.server.message_errors import OVERLOADED, PATH
-from kvloom.server.schema import answers, message_answers
+from kvloom.server.schema import answers, message_answers, response_answers
 
 _TEXT = {"type": "string"}
 _TEXT_OR_NULL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
@@ -65,6 +65,11 @@ ANSWERS: Mapping[tuple[str, str], Described] = {
     ("post", "/v1/completions"): Described(answers.Completion, answers.Completion),
     ("post", "/v1/messages"): Described(message_answers.MessageAnswer, message_answers.MessageEvent),
     ("post", "/v1/messages/count_tokens"): Described(message_answers.TokenCount),
+    ("post", "/v1/responses"): Described(response_answers.ModelResponse, response_answers.ResponseEvent),
+    ("post", "/v1/responses/input_tokens"): Described(response_answers.InputTokens),
+    ("get", "/v1/responses/{response_id}"): Described(response_answers.ModelResponse),
+    ("delete", "/v1/responses/{response_id}"): Described(response_answers.ResponseDeleted),
+    ("get", "/v1/responses/{response_id}/input_items"): Described(response_answers.ResponseItems),
     ("get", "/v1/models"): Described(answers.ModelList),
     ("get", "/v1/models/{name}"): Described(answers.ModelCard),
     ("post", "/tokenize"): Described(answers.Tokenized),

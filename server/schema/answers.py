@@ -51,6 +51,9 @@ class KVUsage(Answer):
     accepted_tokens: int
     preemptions: int
     explain: dict[str, Any] | list[dict[str, Any]] = absent("With kv.explain: what was reused and why no more.")
+    resumed: Literal["exact", "approximate"] = absent(
+        "Where a replica took it up from one that was lost: how the rest compares."
+    )
 
 
 class Usage(Answer):
@@ -329,6 +332,7 @@ class Explanation(Answer):
     runs: list[Run] = absent()
     broken: list[Broken] = absent()
     dropped: list[Dropped] = absent()
+    replica: str = absent("With several: the one where the prompt would go, which was asked.")
 
 
 class Reset(Answer):
