@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
-from pydantic.json_schema import models_json_schema
+from pydantic import BaseModel
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from kvloom.server.auth import OPEN_PATHS
 from kvloom.server.message_errors import OVERLOADED, PATH
@@ -148,6 +149,8 @@ def _error(text: str, schema: str) -> dict[str, Any]:
 def _models() -> dict[str, Any]:
     """Schemas of all answers, by name."""
     used = {model for described in ANSWERS.values() for model in (described.whole, described.event) if model is not None}
-    pairs = [(model, "validation") for model in sorted(used, key=lambda model: model.__name__)]
-    made = models_json_schema(pairs, ref_template=_REF + "{model}")[1]  # type: ignore[arg-type]
+    pairs: list[tuple[type[BaseModel], JsonSchemaMode]] = [
+        (model, "validation") for model in sorted(used, key=lambda model: model.__name__)
+    ]
+    made = models_json_schema(pairs, ref_template=_REF + "{model}")[1]
     return dict(made["$defs"])

@@ -10,16 +10,14 @@ translated on its way out, and every answer gets the header request-id.
 from __future__ import annotations
 
 import json
-import re
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvloom.engine.errors import InvalidRequestError
 from kvloom.server.errors import WireError, wire_error
+from kvloom.server.field_names import Names, renamed
 
 PATH, MODELS = "/v1/messages", "/v1/models"
 OVERLOADED = 529
@@ -34,30 +32,6 @@ _KINDS = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-
-
-Names = Mapping[str, str]
-"""Fields of a chat -> what those who sent something else call them."""
-
-
-def renamed(error: Exception, names: Names) -> Exception:
-    """The error in the terms of those who sent something else than a chat."""
-    if not isinstance(error, InvalidRequestError):
-        return error
-    field, *path = re.split(r"(?=[.\[])", error.param or "", maxsplit=1)
-    if field not in names:
-        return error
-    message = re.sub(rf"\b{field}\b", names[field], str(error), count=1)
-    return type(error)(message, "".join((names[field], *path)))
-
-
-@contextmanager
-def called(names: Names) -> Iterator[None]:
-    """Raises errors in these terms."""
-    try:
-        yield
-    except InvalidRequestError as error:
-        raise renamed(error, names) from None
 
 
 def message_error(error: Exception, names: Names, request_id: str) -> dict[str, Any]:

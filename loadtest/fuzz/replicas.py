@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,11 @@ async def killing(draw: random.Random, tally: Counter[str], ended: asyncio.Event
 
 async def figures(session: aiohttp.ClientSession) -> dict[str, float]:
     """/metrics, without labels: added up."""
-    found: Counter[str] = Counter()
+    found: defaultdict[str, float] = defaultdict(float)
     for line in (await (await session.get("/metrics")).text()).splitlines():
         if not line.startswith("#"):
             name, _, value = line.rpartition(" ")
-            found[name.partition("{")[0]] += float(value)  # type: ignore[assignment]
+            found[name.partition("{")[0]] += float(value)
     return dict(found)
 
 

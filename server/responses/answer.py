@@ -24,6 +24,7 @@ from typing import Any
 from kvloom.engine.requests.request import TokenLogprob
 from kvloom.server.answers.events import CallArguments, CallStart, Content, Event, Reasoning
 from kvloom.server.errors import wire_error
+from kvloom.server.field_names import renamed
 from kvloom.server.logprobs import chat_logprobs
 from kvloom.server.pieces import Choice, Finish, Part, Piece
 from kvloom.server.respond import Job
@@ -81,7 +82,7 @@ class ResponseWriter:
 
     def error(self, error: Exception) -> bytes:
         """What ends a stream that failed. What there is of the response is not stored."""
-        told = wire_error(error)
+        told = wire_error(renamed(error, self._body.names))
         self._event("error", code=told.code, message=told.message, param=told.param)
         output = [self._item(self._choice, index) for index in range(len(self._ids))]
         problem = {"code": _CODES.get(told.status, "server_error"), "message": told.message}

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request
@@ -17,6 +14,7 @@ from kvloom.engine.errors import InvalidRequestError
 from kvloom.server.context import context_of, owner_of
 from kvloom.server.conversations import chat_job, chat_prompt, checked_chat, fitted
 from kvloom.server.errors import NotStoredError
+from kvloom.server.field_names import called
 from kvloom.server.respond import arrive, respond
 from kvloom.server.responses.answer import ResponseWriter
 from kvloom.server.responses.history import History
@@ -38,8 +36,6 @@ router = APIRouter(prefix="/v1/responses")
 
 ResponseId = Annotated[str, Path(max_length=MAX_ID)]
 NO_CANCEL = "only responses in the background can be cancelled, of which there are none: close the connection to end one"
-OWN_WORDS = {"max_tokens": "max_output_tokens", "messages": "input", "prompt": "input", "response_format": "text.format",
-             "reasoning_effort": "reasoning.effort"}  # fmt: skip
 
 
 @router.post("")
@@ -48,7 +44,7 @@ async def create_response(body: ResponsesBody, request: Request) -> Response:
     context_of(request).check_model(body.model)
     arrival, history = arrive(request, "resp_"), History.of(request, body)
     try:
-        with own_words(body):
+        with called(body.names):
             job = await chat_job(request, arrival, await _chat(request, body, history))
             writer = ResponseWriter(body, job, history.keep)
             return await respond(request, job, writer, writer.whole)
@@ -63,7 +59,7 @@ async def count_input_tokens(body: ResponsesBody, request: Request) -> Response:
     context.check_model(body.model)
     history = History.of(request, body)
     try:
-        with own_words(body):
+        with called(body.names):
             chat = await _chat(request, body, history)
             prompt = await chat_prompt(context, chat)
     except ClientGoneError:
@@ -119,25 +115,6 @@ async def list_input_items(
     ends = {"first_id": page[0].id if page else None, "last_id": page[-1].id if page else None}
     told = json.dumps({"object": "list", **ends, "has_more": len(entries) > limit}, separators=(",", ":")).encode()
     return Response(told[:-1] + b',"data":' + listed(page) + b"}", media_type="application/json")
-
-
-@contextmanager
-def own_words(body: ResponsesBody) -> Iterator[None]:
-    """Tells of errors in a chat's fields by the names that they have here."""
-    names = {
-        name: own for name, own in OWN_WORDS.items() if not (name == "response_format" and body.response_format is not None)
-    }
-    try:
-        yield
-    except InvalidRequestError as error:
-        param, message = error.param or "", str(error)
-        name = re.split(r"[.[]", param)[0]
-        if name in names:  # messages[3].content is no place in the input
-            own = names[name] if name == "messages" else names[name] + param.removeprefix(name).replace(".json_schema", "", 1)
-            param, message = own, message.replace(param, own, 1)
-        if "response_format" in names:
-            message = message.replace("response_format", names["response_format"])
-        raise type(error)(message, param or None) from error
 
 
 async def _chat(request: Request, body: ResponsesBody, history: History) -> ChatBody:

@@ -10,6 +10,7 @@ item_reference          an item that the store holds, by its id
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
@@ -73,23 +74,19 @@ def _for_chat(content: str | Sequence[TextPart]) -> str | list[dict[str, str]]:
     return "".join(texts) if len(texts) < 2 else [{"type": "text", "text": text} for text in texts]
 
 
-class ItemBase(StrictBody):
+class ItemBase(StrictBody, ABC):
     """What items have in common. `status` is told, and asks for nothing."""
 
+    type: str
     id: Id | None = None
 
-    @property
-    def kind(self) -> str:
-        """Its type, also where that was left out."""
-        return str(getattr(self, "type"))  # noqa: B009 every class below has one
-
+    @abstractmethod
     def written(self) -> dict[str, Any]:
         """Its own fields, as the server writes them."""
-        raise NotImplementedError
 
     def listed(self) -> dict[str, Any]:
         """It, as it is stored and listed: complete, and with an id."""
-        return {"id": self.id or new_item_id(self.kind), "type": self.kind, **self.written()}
+        return {"id": self.id or new_item_id(self.type), "type": self.type, **self.written()}
 
 
 class MessageItem(ItemBase):
@@ -170,6 +167,10 @@ class ItemReference(ItemBase):
 
     type: Literal["item_reference"] = "item_reference"
     id: Id
+
+    def written(self) -> dict[str, Any]:
+        """See `ItemBase`."""
+        return {}
 
 
 Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem | ItemReference

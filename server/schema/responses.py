@@ -227,6 +227,10 @@ ECHOED = ("max_tool_calls", "prompt_cache_key", "safety_identifier", "user")
 """Fields that the answer repeats, and that change nothing else of it."""
 
 
+CHAT_NAMES = {"max_tokens": "max_output_tokens", "messages": "input", "prompt": "input", "response_format": "text.format",
+              "reasoning_effort": "reasoning.effort"}  # fmt: skip
+
+
 class ResponsesBody(CommonBody):
     """A response to create."""
 
@@ -302,6 +306,12 @@ class ResponsesBody(CommonBody):
     def format(self) -> TextFormat | None:
         """What the text must look like, if that is said here."""
         return None if self.text is None else self.text.format
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What fields of a chat are called here, but for a response_format that was given as such."""
+        given = self.response_format is not None
+        return {name: own for name, own in CHAT_NAMES.items() if not (given and name == "response_format")}
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Fields of the same request as a chat that continues these messages."""

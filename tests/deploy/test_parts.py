@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Iterable
 from types import SimpleNamespace
 
 import pytest
@@ -215,8 +216,8 @@ def test_what_was_lost_or_hangs_is_avoided_where_there_are_others() -> None:
     placement.placed("one", prompt, "a")
     placement.ended("one")
 
-    def chosen(**how: object) -> str:
-        choice = placement.choose(prompt, **how)  # type: ignore[arg-type]
+    def chosen(**how: Iterable[str]) -> str:
+        choice = placement.choose(prompt, **how)
         assert choice is not None
         return choice.replica
 
