@@ -3,9 +3,9 @@
     generate   the router's replica; taken up by another where one is lost (`deploy.resume`)
     uploads    every replica, and those that come later: kept here, bounded
     questions  of a prompt: the replica where `generate` would go; of tenants: all, answers folded as the protocol says
-    figures    as they came last over each replica's line, added up; counters of those that are gone stay in the sums
+    figures    as `deploy.fleet` heard them last
 
-Everything but the watcher runs on one event loop.
+Everything runs on one event loop.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ import asyncio
 import functools
 import itertools
 import logging
-import os
 import secrets
-import signal
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import dataclass, field, replace
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 
+from kvloom.deploy.fleet import Fleet, Owner
 from kvloom.deploy.placement import DEFAULT_CAPACITY
-from kvloom.deploy.presence import placement_of, watch
+from kvloom.deploy.presence import placement_of
 from kvloom.deploy.resume import Received
 from kvloom.deploy.uploads import Upload, Uploads
-from kvloom.deploy.wire import Batch, Line, Order, Question, ReplicaLostError, packed
+from kvloom.deploy.wire import Order, Question, ReplicaLostError, packed
 from kvloom.engine.client import EngineStats, Health, ModelInfo, TenantStats, fold_of
 from kvloom.engine.errors import EngineDeadError, InternalError, KVLoomError, OverloadedError
-from kvloom.engine.requests.figures import counted, table
 from kvloom.engine.requests.request import KVOptions, RequestOutput, Usage
 from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.requests.tenants import Tenants
@@ -45,47 +42,14 @@ log = logging.getLogger("kvloom.server")
 
 MOST_TRIES = 8
 """How often a request is sent: one that loses so many replicas is given up, it may be what ends them."""
-UP_SECONDS = 60.0
-"""How long a request waits for a replica while there is none."""
 END_SECONDS = 10.0
 """How long a last output may take after the call that made it has ended."""
-FIRST_SECONDS = 5.0
-"""How long the first question for figures waits for them."""
-QUIET_BATCHES = 4
-"""Messages without outputs, each of an idle replica, until one that is to end is let go."""
-RETRY_SECONDS = 0.5
-"""Between two tries to get a replica's line."""
 ASK_SECONDS = 30.0
 """How long a replica may take to answer a question."""
 TENANTS_SECONDS = 0.8
 """How long replicas may take to tell what tenants hold: a scrape waits for it."""
-MOST_GONE_TENANTS = 4096
-"""Tenants whose counters on replicas that are gone are remembered."""
 CATCH_UP_TRIES, CATCH_UP_SECONDS = 20, 0.5
 """How often a text is brought to a replica that is too busy for it, and the pause before the next try."""
-SILENT_SECONDS, LOOK_SECONDS = 15.0, 1.0
-"""After so long without a word (its line speaks twice a second) a replica counts as lost, until it is heard of again; how often
-that is looked at."""
-KILL_SECONDS = 30.0
-"""After so long its process is killed, where it is on this machine: Ray would keep its memory, and its core, for ever."""
-MOST_LEFT = 64
-"""Replicas that are gone and may come back under their name."""
-
-
-@dataclass(slots=True)
-class _Replica:
-    """One that there is, or was until its requests have ended."""
-
-    line: asyncio.Task[None]
-    stats: EngineStats | None = None
-    health: Health = field(default_factory=Health)
-    told: bool = False
-    """Of the uploads."""
-    tenants: Mapping[str, TenantStats] = field(default_factory=dict)
-    """What it said of them last."""
-    heard: float = field(default_factory=time.monotonic)
-    """When it was heard of last."""
-    process: int = 0
 
 
 class ReplicaClient:
@@ -98,28 +62,21 @@ class ReplicaClient:
         max_queued_tokens: prompt tokens that may wait for each replica. wanted: how many there should be, at least.
         broken: where all of it is ours and on this machine, says what has ended that replicas need, or nothing."""
         self.model, self.tokenizer = replace(model, replica="0"), tokenizer
-        self._handle, self._application, self._broken = handle, application, broken
+        self._handle, self._broken = handle, broken
         self._placement = placement_of(application)
         self._front = secrets.token_hex(8)
+        owner = Owner(took=self._took, joined=self._catch_up, hang=self._hang, holds=self._holds)
+        self._fleet = Fleet(handle, application, self._front, owner, ours=broken is not None)
         self._keys = itertools.count()
         self._streams: dict[str, Backlog] = {}
-        self._replicas: dict[str, _Replica] = {}
-        self._present: set[str] = set()
-        self._gone, self._gone_tenants = EngineStats(), dict[str, TenantStats]()
-        self._left: dict[str, EngineStats] = {}
-        self._wanted, self._lost, self._resumed = wanted, 0, 0
-        self._prompt_tokens = self._generated = 0
         self._uploads = Uploads()
+        self._wanted, self._resumed, self._prompt_tokens, self._generated = wanted, 0, 0, 0
         self._per_replica = max_queued_tokens
         self._queue = QueueLimit(
             max_queued_tokens or QUEUED_CAPACITIES * DEFAULT_CAPACITY, lambda name: tenants.get(name).weight
         )
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._changed: asyncio.Event | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._first = asyncio.Event()
         self._closing = False
-        self._had_one = False
 
     # Requests ------------------------------------------------------------------------------------------------------------
 
@@ -168,12 +125,12 @@ class ReplicaClient:
 
     async def _try(self, order: Order, lost: list[str]) -> AsyncGenerator[RequestOutput, None]:
         """One try. Raises ReplicaLostError if its replica is lost, whose name `lost` then ends with."""
-        await self._some()
+        await self._fleet.some()
         order = replace(order, key=f"{order.request_id}#{next(self._keys)}")
         self._placement.announce(order.key)
         response = self._handle.run.remote(order)
         stream = self._streams[order.key] = Backlog(response.cancel)
-        watching = asyncio.ensure_future(self._watch(response, stream))
+        watching = self._fleet.keep(self._watch(response, stream))
         done = False
         try:
             while not done:
@@ -200,7 +157,6 @@ class ReplicaClient:
                 watching.cancel()
             else:
                 response.cancel()
-            self._keep(watching)
 
     async def _watch(self, response: Any, stream: Backlog) -> None:
         """Tell a stream why it gets nothing more, where that is no output."""
@@ -218,17 +174,6 @@ class ReplicaClient:
             log.exception("a call to a replica has failed")
             stream.put_nowait(InternalError("internal error; the server's log says more"))
 
-    async def _some(self) -> None:
-        """Wait until there is a replica. Raises OverloadedError if that takes long."""
-        assert self._changed is not None
-        with suppress(TimeoutError):
-            async with asyncio.timeout(UP_SECONDS):
-                while not self._present:
-                    self._changed.clear()
-                    await self._changed.wait()
-                return
-        raise OverloadedError("no replica is up; one is being started; try again later", retry_after=5.0)
-
     def reserve(self, tenant: str, tokens: int) -> Place:
         """See `EngineClient.reserve`."""
         return self._queue.enter(tenant, tokens)
@@ -243,10 +188,10 @@ class ReplicaClient:
 
     async def _upload(self, order: Order) -> RequestOutput:
         """Have every replica compile a text. Returns what the first of them says."""
-        await self._some()
+        await self._fleet.some()
         upload = Upload(order.prompt, order.kv, order.tenant, order.cache_salt)
         self._uploads.add(upload)  # at once: one that joins while it is compiled is to have it, too
-        answers = await asyncio.gather(*(self._compile(order, name) for name in self._present), return_exceptions=True)
+        answers = await asyncio.gather(*(self._compile(order, name) for name in self._fleet.present), return_exceptions=True)
         outputs = [answer for answer in answers if isinstance(answer, RequestOutput)]
         try:
             _raise_first(answers)
@@ -274,7 +219,7 @@ class ReplicaClient:
                 cache_salt=upload.cache_salt,
             )  # fmt: skip
             for tried in range(CATCH_UP_TRIES):
-                if upload not in self._uploads or name not in self._present:
+                if upload not in self._uploads or name not in self._fleet.present:
                     break  # purged in the meantime, or gone
                 try:
                     await self._compile(order, name)
@@ -314,33 +259,27 @@ class ReplicaClient:
     async def tenants(self, names: Sequence[str] | None = None) -> Mapping[str, TenantStats]:
         """See `EngineClient.tenants`."""
         self._start()
-        await self._some()
+        await self._fleet.some()
         questions = {name: asyncio.ensure_future(self._ask_one(Question("tenants", {"names": names}, name)))
-                     for name in self._present if name in self._replicas}  # fmt: skip
-        if questions:
-            await asyncio.wait(questions.values(), timeout=TENANTS_SECONDS)
-        told: list[Mapping[str, TenantStats]] = [self._gone_tenants]
+                     for name in self._fleet.present}  # fmt: skip
+        await asyncio.wait(questions.values(), timeout=TENANTS_SECONDS)
         for name, question in questions.items():
-            one = self._replicas.get(name)
             if not question.done():
-                question.cancel()
-            elif question.exception() is None and one is not None:
-                told_now = {name: held for name, held in question.result()[1].items() if _holds(held)}
-                one.tenants = told_now if names is None else {**one.tenants, **told_now}
-            if one is not None:
-                told.append(one.tenants)  # who has not answered in time is told of as it was before
-        total: Mapping[str, TenantStats] = functools.reduce(table, told)
-        return total if names is None else {name: total.get(name, TenantStats()) for name in names}
+                question.cancel()  # it is told of as it was before
+            elif question.exception() is None:
+                self._fleet.note_tenants(name, question.result()[1], whole=names is None)
+        found = self._fleet.tenants()
+        return found if names is None else {name: found.get(name, TenantStats()) for name in names}
 
     async def _ask_for(self, method: str, prompt: Sequence[int], tenant: str, cache_salt: str) -> tuple[str, Any]:
         self._start()
-        await self._some()
+        await self._fleet.some()
         return await self._ask_one(Question(method, {"prompt": tuple(prompt), "tenant": tenant, "cache_salt": cache_salt}))
 
     async def _ask_all(self, method: str, arguments: Mapping[str, Any]) -> Any:
         self._start()
-        await self._some()
-        questions = [self._ask_one(Question(method, arguments, name)) for name in self._present]
+        await self._fleet.some()
+        questions = [self._ask_one(Question(method, arguments, name)) for name in self._fleet.present]
         answers = await asyncio.gather(*questions, return_exceptions=True)
         _raise_first(answers)
         told = [one[1] for one in answers if not isinstance(one, BaseException)]
@@ -366,15 +305,10 @@ class ReplicaClient:
     async def stats(self) -> EngineStats:
         """See `EngineClient.stats`. Tokens are counted here, as they came: one that two replicas computed counts once."""
         self._start()
-        if not self._first.is_set():  # this front has just begun to listen
-            with suppress(TimeoutError):
-                async with asyncio.timeout(FIRST_SECONDS):
-                    await self._first.wait()
-        parts = (*self._left.values(), *(one.stats for one in self._replicas.values() if one.stats))
-        total = functools.reduce(lambda a, b: a + b, parts, self._gone)
         return replace(
-            total, prompt_tokens=self._prompt_tokens, generation_tokens=self._generated, replicas_wanted=self._wanted,
-            replicas_lost=self._lost, requests_resumed=self._resumed, routed=dict(self._placement.routed),
+            await self._fleet.stats(), prompt_tokens=self._prompt_tokens, generation_tokens=self._generated,
+            replicas_wanted=self._wanted, replicas_lost=self._fleet.lost, requests_resumed=self._resumed,
+            routed=dict(self._placement.routed),
         )  # fmt: skip
 
     async def health(self) -> Health:
@@ -382,125 +316,32 @@ class ReplicaClient:
         self._start()
         if self._broken is not None and (reason := self._broken()):
             return Health(ok=False, reason=reason)
-        if any(one.health.ok for one in self._replicas.values()) or not self._had_one:
-            return Health()
-        return Health(ok=False, reason="no replica is up; one is being started", recovers=not self._closing)
+        return self._fleet.health
 
-    # Replicas ------------------------------------------------------------------------------------------------------------
+    # What the fleet hears ------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
         """Begin to listen to replicas, on the event loop that asks first."""
         if self._loop is None:
-            self._loop, self._changed = asyncio.get_running_loop(), asyncio.Event()
-            watch(self._application, self._watched)
-            self._keep(asyncio.ensure_future(self._look()))
+            self._loop = asyncio.get_running_loop()
+            self._fleet.start()
 
-    def _watched(self, names: Sequence[str]) -> None:
-        """Called on a thread of Ray's."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._see, list(names))
+    def _took(self, key: str, output: RequestOutput) -> None:
+        if (stream := self._streams.get(key)) is not None:
+            stream.put_nowait(output)
 
-    def _see(self, names: Sequence[str]) -> None:
-        """These are the replicas that calls may go to now."""
-        self._present = set(names)
-        for name in self._present - self._replicas.keys():
-            if not self._closing:
-                self._replicas[name] = _Replica(asyncio.ensure_future(self._listen(name)))
-                self._left.pop(name, None)  # it tells of all that it counted
-                self._had_one = True
-        self._settle()
+    def _hang(self, silent: set[str]) -> None:
+        """What runs on these goes on elsewhere, and nothing goes there until they are heard of."""
+        self._placement.shun(silent)
+        for key, stream in list(self._streams.items()) if silent else ():
+            if self._placement.where(key) in silent:
+                stream.put_nowait(ReplicaLostError("nothing is heard of its replica"))
 
-    def _settle(self) -> None:
+    def _holds(self, tokens: int, replicas: int) -> None:
+        """As much may wait, in all."""
         most = self._per_replica
-        capacity = sum(one.stats.capacity_tokens for one in self._replicas.values() if one.stats)
-        if self._replicas and (capacity or most is not None):  # until it is known, and while there is none, what was
-            self._queue.most_tokens = QUEUED_CAPACITIES * capacity if most is None else most * len(self._replicas)
-        if self._changed is not None:
-            self._changed.set()
-
-    async def _listen(self, name: str) -> None:
-        """A replica's line, for as long as it is there; after that for as long as it still sends."""
-        died = False
-        while True:
-            batches = self._handle.options(stream=True).outputs.remote(Line(self._front, name))
-            quiet = 0
-            try:
-                async for batch in batches:
-                    died = False
-                    self._take(name, batch)
-                    quiet = 0 if name in self._present or batch.outputs or self._busy(name) else quiet + 1
-                    if quiet >= QUIET_BATCHES:
-                        break  # it drains, and nothing of ours is on its way there
-            except (RayError, KVLoomError) as error:
-                died |= isinstance(error, RayActorError)
-                log.info("the line to replica %s has ended: %s", name, error.__class__.__name__)
-            except Exception:
-                log.exception("the line to replica %s has failed", name)
-            finally:
-                batches.cancel()
-            if name not in self._present or self._closing:
-                break
-            await asyncio.sleep(RETRY_SECONDS)
-        self._lost += died and not self._closing
-        self._lose(name)
-
-    async def _look(self) -> None:
-        """Give up replicas that hang: what runs there goes on elsewhere, and nothing goes there until they are heard of."""
-        while not self._closing:
-            before = time.monotonic()
-            await asyncio.sleep(LOOK_SECONDS)
-            if time.monotonic() - before > LOOK_SECONDS + SILENT_SECONDS / 2:
-                continue  # it is this process that stood still
-            silent = {name for name, one in self._replicas.items() if time.monotonic() - one.heard > SILENT_SECONDS}
-            self._placement.shun(silent)
-            for name in silent:
-                one = self._replicas[name]
-                if self._broken is not None and one.process and time.monotonic() - one.heard > KILL_SECONDS:
-                    log.warning("replica %s hangs; its process is killed, so that another can take its place", name)
-                    with suppress(OSError):
-                        os.kill(one.process, signal.SIGKILL)
-                    one.process = 0
-            for key, stream in list(self._streams.items()) if silent else ():
-                if self._placement.where(key) in silent:
-                    stream.put_nowait(ReplicaLostError(f"nothing was heard of its replica for {SILENT_SECONDS:g} s"))
-
-    def _busy(self, name: str) -> bool:
-        stats = self._replicas[name].stats
-        return stats is not None and bool(stats.running or stats.waiting)
-
-    def _lose(self, name: str) -> None:
-        one = self._replicas.pop(name)
-        if one.stats is not None:
-            self._left[name] = counted(one.stats)
-            if len(self._left) > MOST_LEFT:
-                self._gone += self._left.pop(next(iter(self._left)))
-        left = {tenant: counted(stats) for tenant, stats in one.tenants.items() if any(stats.tokens.values())}
-        self._gone_tenants = dict(itertools.islice(table(self._gone_tenants, left).items(), MOST_GONE_TENANTS))
-        self._settle()
-        if name in self._present:  # it came back under its name
-            self._see(list(self._present))
-
-    def _take(self, name: str, batch: Batch) -> None:
-        one = self._replicas[name]
-        one.heard = time.monotonic()
-        if batch.stats is not None:
-            one.stats = batch.stats
-            self._settle()
-            if all(one.stats is not None for one in self._replicas.values()):
-                self._first.set()
-        if batch.health is not None:
-            one.health, one.process = batch.health, batch.process
-        if not one.told:
-            one.told = True
-            self._keep(asyncio.ensure_future(self._catch_up(name)))
-        for key, output in batch.outputs:
-            if (stream := self._streams.get(key)) is not None:
-                stream.put_nowait(output)
-
-    def _keep(self, task: asyncio.Task[Any]) -> None:
-        """Hold a task until it has ended: the loop itself does not."""
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        if replicas and (tokens or most is not None):  # until it is known, and while there is none, what was
+            self._queue.most_tokens = QUEUED_CAPACITIES * tokens if most is None else most * replicas
 
     def close(self) -> None:
         """See `EngineClient.close`. Ends the requests of this front; replicas are Ray's."""
@@ -513,15 +354,7 @@ class ReplicaClient:
     def _end(self) -> None:
         for stream in self._streams.values():
             stream.put_nowait(EngineDeadError("the server is shutting down"))
-        for one in self._replicas.values():
-            one.line.cancel()
-        for task in self._tasks:
-            task.cancel()
-
-
-def _holds(tenant: TenantStats) -> bool:
-    """Whether there is anything to tell of it."""
-    return bool(tenant.in_use_blocks or tenant.cached_blocks or tenant.segment_bytes or any(tenant.tokens.values()))
+        self._fleet.close()
 
 
 def _found(usage: Usage) -> int:

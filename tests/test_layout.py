@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "loadtest": {"loadtest", "server", "engine", "kernels", "version"},
     "deploy": {"deploy", "loadtest", "server", "engine", "version"},
 }
-RAY = {"router", "replica", "client", "local", "scaling", "app", "check"}
+RAY = {"router", "replica", "client", "fleet", "local", "scaling", "app", "check"}
 """Modules of `deploy/` that may import Ray."""
 
 

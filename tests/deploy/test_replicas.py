@@ -115,12 +115,13 @@ class Server:
         time.sleep(0.04)
         return max(before, key=lambda pid: used(pid) - before[pid])
 
-    def stream(self, body: dict[str, Any], at: int = 0, act: Callable[[], None] | None = None) -> dict[str, Any]:
+    def stream(self, body: dict[str, Any], at: int = 0, act: Callable[[], None] | None = None,
+               who: dict[str, str] | None = None) -> dict[str, Any]:  # fmt: skip
         """The whole of a streamed completion; at so many tokens `act` is called."""
         whole: dict[str, Any] = {"tokens": [], "text": "", "logprobs": [], "finish": None}
         asked = {"prompt": "hello world", "max_tokens": TOKENS, "ignore_eos": True, "stream": True, "return_token_ids": True,
                  "stream_options": {"include_usage": True}, "kv": {}, **body}  # fmt: skip
-        with self.client.stream("POST", "/v1/completions", json=asked, headers=ALICE) as response:
+        with self.client.stream("POST", "/v1/completions", json=asked, headers=who or ALICE) as response:
             assert response.status_code == 200, response.read()
             for line in response.iter_lines():
                 if not line.startswith("data: {"):
@@ -246,13 +247,24 @@ def test_an_upload_is_on_every_replica_also_on_one_that_comes_later(server: Serv
     passage = [3 + 11 * i % 300 for i in range(200)]
     stored = server.client.post("/v1/kv/segments", json={"tokens": passage, "scope": "tenant"}, headers=BOB).json()
     assert stored["tokens"] > 150
-    per_replica = [held["bob"]["segment_bytes"] for held in [server.client.get("/v1/kv", headers=BOB).json()["tenants"]]]
+
+    def held() -> int:
+        return int(server.client.get("/v1/kv", headers=BOB).json()["tenants"]["bob"]["segment_bytes"])
+
+    on_both, body = held(), {"prompt": [7, 8, *passage, 9, 6], "max_tokens": 300, "temperature": 0, "kv": {"reuse": "approx"}}
+    first = server.stream({**body, "max_tokens": 1}, who=BOB)["usage"]["kv"]
+    assert first["reused_tokens"] + first["recomputed_tokens"] > 100
+    found = server.stream(body, at=20, act=server.kill_busy, who=BOB)["usage"]["kv"]
+    assert "resumed" in found and found["reused_tokens"] + found["recomputed_tokens"] > 100, "the other has it, too"
+    server.client.delete("/v1/kv/segments", headers=BOB)  # what the request itself left, too
+    server.until(server.both)
+    server.client.post("/v1/kv/segments", json={"tokens": passage, "scope": "tenant"}, headers=BOB)
     os.kill(server.replicas()[0], signal.SIGKILL)
     server.until(lambda: not server.both())
     server.until(server.both)
-    server.until(lambda: server.client.get("/v1/kv", headers=BOB).json()["tenants"]["bob"]["segment_bytes"] == per_replica[0])
+    server.until(lambda: held() == on_both)
     assert server.client.delete("/v1/kv/segments", headers=BOB).json()["deleted"] == 2 * stored["segments"]
-    assert server.client.get("/v1/kv", headers=BOB).json()["tenants"]["bob"]["segment_bytes"] == 0
+    assert held() == 0
 
 
 def test_a_quota_holds_over_both(server: Server) -> None:
