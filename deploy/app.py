@@ -14,19 +14,18 @@ import asyncio
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from kvloom.deploy.client import ReplicaClient
-from kvloom.deploy.local import MOST_ONGOING, deployment_options, described, hash_secret
+from kvloom.deploy.local import MOST_ONGOING, Share, deployment_options, described, for_replicas
 from kvloom.deploy.replica import Replica
 from kvloom.engine.config import EngineConfig, all_options
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.requests.tenants import Tenants
-from kvloom.engine.startup.prepare import read_template, tokenizer_of
+from kvloom.engine.startup.prepare import tokenizer_of
 from kvloom.server import environment
 from kvloom.server.app import create_app
 from kvloom.server.options import ServerOptions, server_options
@@ -47,27 +46,23 @@ def app(arguments: dict[str, str]) -> Any:
     """Called by `serve run` and `serve build` with what stands behind the import path. Raises ConfigError."""
     config, options = settings(arguments, os.environ)
     secret = secrets.token_hex(32)
-    most = options.max_replicas or options.replicas or 1
-    config = replace(
-        config,
-        model=replace(config.model, chat_template=read_template(config.model.chat_template)),
-        cache=replace(config.cache, hash_secret=hash_secret(config) or secret),
-        tenants=replace(config.tenants, tenant_replicas=most),
-    )
-    takes = {"num_gpus": 1} if config.model.device == "cuda" else {"num_cpus": config.model.threads}
+    takes = {"num_gpus": 1} if config.model.device == "cuda" else {"num_cpus": config.model.threads or 1}
+    share = Share(config.model.threads, config.cache.kv_memory, 0, takes)
+    each = for_replicas(config, share, options.max_replicas or options.replicas or 1, secret)
     engine: Any = serve.deployment(Replica)
     engine = engine.options(**deployment_options(options, config, secret), ray_actor_options=takes)
     front: Any = serve.deployment(serve.ingress()(Front))
     front = front.options(
         name="front", max_ongoing_requests=MOST_ONGOING, graceful_shutdown_timeout_s=options.drain_seconds + 10
     )
-    return front.bind(engine.bind(config, 0, options.log_level.upper()), config, options)
+    return front.bind(engine.bind(each, 0, options.log_level.upper()), config, options)
 
 
 class Front:
     """The HTTP side."""
 
     async def __init__(self, engine: DeploymentHandle, config: EngineConfig, options: ServerOptions) -> None:  # type: ignore[misc]
+        # Ray Serve awaits an asynchronous constructor; Python's types have none.
         model = await described(engine)
         tokenizer = await asyncio.to_thread(tokenizer_of, model)
         tenants = Tenants.read(config.tenants.tenants)

@@ -133,7 +133,7 @@ def deployment_options(options: ServerOptions, config: EngineConfig, secret: str
     if most > few:
         from kvloom.deploy.scaling import autoscaling
 
-        return told | {"autoscaling_config": autoscaling(few, most, config)}
+        return told | {"autoscaling_config": autoscaling(few, most)}
     return told | {"num_replicas": few}
 
 

@@ -1,7 +1,7 @@
 """Which replica a prompt goes to: where the least has to be computed, unless too much waits there already.
 
-    key(i)    = H(key(i - 1), tokens[64 i : 64 (i + 1)])      H = keyed BLAKE2b, begun with tenant and salt
-    hit(r)    = 64 x the keys in front that replica r is thought to hold, and the segments of the prompt that it computed once
+    hit(r)    = 64 x the keys in front (`deploy.prompt_keys`) that replica r is thought to hold, and the segments of the prompt
+                that it computed once
     waits(r)  = prompt tokens that r has yet to compute + 32 for every sequence, which it decodes or will
               = own + others + (fronts - 1) x (own - own at the last report)
 
@@ -37,12 +37,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-CHUNK = 64
-"""Tokens per key of a prefix."""
-ANCHOR, WINDOW = 64, 8
-"""A segment ends behind every WINDOW tokens whose hash is a multiple of ANCHOR: where text is cut depends on it alone."""
-MOST_SEGMENTS = 512
-"""Of one prompt, the first so many are looked at."""
+from kvloom.deploy.prompt_keys import CHUNK, Prompt, PromptKeys
+
 NEAR = 0.8
 """Replicas that hold so much of what the best one holds count as holding it."""
 LEAST_HIT = 0.1
@@ -57,18 +53,6 @@ SPOTS = 64
 """Places of each replica on the ring of consistent hashing, a multiple of 8."""
 DEFAULT_CAPACITY = 65536
 """Tokens that a replica is thought to hold until it says how many."""
-MIXERS = np.array([0x9E3779B97F4A7C15 * (2 * i + 1) % 2**64 for i in range(WINDOW)], np.uint64)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """A prompt as replicas are compared for it."""
-
-    tokens: int
-    prefixes: tuple[int, ...]
-    """Keys of its full chunks, each of all tokens up to its end."""
-    segments: tuple[tuple[int, int], ...] = ()
-    """(key, tokens) of its segments, wherever they stand; none where only an exact prefix may be reused."""
 
 
 @dataclass(slots=True)
@@ -125,7 +109,8 @@ class Placement:
         whether only requests that are announced can be placed, where they end on another thread than they are placed on."""
         self._announced: set[str] | None = set() if announced else None
         self._shunned: frozenset[str] = frozenset()
-        self._key = hashlib.blake2b(secret, digest_size=32).digest()
+        self._keys = PromptKeys(secret)
+        self.prompt = self._keys.prompt
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._replicas: list[_Replica | None] = []
@@ -136,32 +121,6 @@ class Placement:
         self._placed: dict[str, _Placed] = {}
         self.routed: Counter[str] = Counter()
         """Requests by the reason of their choice."""
-
-    # What is asked about -------------------------------------------------------------------------------------------------
-
-    def prompt(self, tokens: Sequence[int], tenant: str = "", salt: str = "", *, segments: bool = False) -> Prompt:
-        """The keys of a prompt. Tenants and salts find only their own. segments: whether KV may come from any position."""
-        numbers = np.frombuffer(tokens, np.int32) if isinstance(tokens, bytes) else np.array(tokens, np.int32)
-        digest = hashlib.blake2b(f"{len(tenant)}:{tenant}{salt}".encode(), key=self._key, digest_size=16)
-        raw, keys = memoryview(numbers.tobytes()), array("Q")
-        for start in range(0, len(numbers) - CHUNK + 1, CHUNK):
-            digest.update(raw[4 * start : 4 * (start + CHUNK)])
-            keys.append(int.from_bytes(digest.digest()[:8], "little"))
-        return Prompt(len(numbers), tuple(keys), tuple(self._segments(numbers, raw, tenant)) if segments else ())
-
-    def _segments(self, numbers: npt.NDArray[np.int32], raw: memoryview, tenant: str) -> Iterable[tuple[int, int]]:
-        if len(numbers) < WINDOW:
-            return
-        windows = np.lib.stride_tricks.sliding_window_view(numbers, WINDOW).astype(np.uint64)
-        mixed = (windows * MIXERS).sum(axis=1, dtype=np.uint64)
-        mixed ^= mixed >> np.uint64(29)
-        ends = (np.flatnonzero(mixed % np.uint64(ANCHOR) == 0) + WINDOW).tolist()[:MOST_SEGMENTS]
-        owner = hashlib.blake2b(tenant.encode(), key=self._key, digest_size=16)
-        for start, end in itertools.pairwise(ends):
-            if end - start >= WINDOW:
-                digest = owner.copy()
-                digest.update(raw[4 * start : 4 * end])
-                yield int.from_bytes(digest.digest()[:8], "little"), end - start
 
     # Who is there --------------------------------------------------------------------------------------------------------
 
@@ -304,7 +263,7 @@ class Placement:
             self._placed = {request: placed for request, placed in self._placed.items() if placed.slot not in gone}
 
     def _spots(self, name: str) -> npt.NDArray[np.uint64]:
-        digests = (hashlib.blake2b(f"{name} {i}".encode(), key=self._key).digest() for i in range(SPOTS // 8))
+        digests = (hashlib.blake2b(f"{name} {i}".encode(), key=self._keys.secret).digest() for i in range(SPOTS // 8))
         return np.frombuffer(b"".join(digests), np.uint64)
 
     def _arrange(self) -> None:

@@ -1,6 +1,6 @@
 """What a front and the routers of its handles share in one process, on two threads: where prompts go, and who is there.
 
-A room of its own because Ray Serve ships the module of a router by value: `deploy.router` may hold nothing that is one.
+A file of its own because Ray Serve ships the module of a router by value: `deploy.router` may hold no state.
 """
 
 from __future__ import annotations

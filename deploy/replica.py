@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import os
-import sys
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -25,6 +24,7 @@ from kvloom.engine.client import ModelInfo
 from kvloom.engine.config import EngineConfig
 from kvloom.engine.errors import EngineDeadError, KVLoomError, OverloadedError
 from kvloom.engine.requests.request import RequestOutput
+from kvloom.server import logs
 
 log = logging.getLogger("kvloom.engine")
 
@@ -78,7 +78,7 @@ class Replica:
 
     def __init__(self, config: EngineConfig, cores: int = 0, log_level: str = "INFO") -> None:
         """cores: how many this replica computes on alone, by its rank on this machine; 0 to leave that to the system."""
-        logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+        logs.set_up(log_level, "text")
         context = serve.get_replica_context()
         self._name = context.replica_id.unique_id
         self._began = time.monotonic()

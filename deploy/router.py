@@ -9,8 +9,8 @@ from typing import Any
 
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
-from kvloom.deploy.placement import Prompt
 from kvloom.deploy.presence import placement_of, tell
+from kvloom.deploy.prompt_keys import Prompt
 from kvloom.deploy.wire import Order, Question, ReplicaLostError
 
 

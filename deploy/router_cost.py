@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from statistics import median
 
-from kvloom.deploy.placement import CHUNK, Placement, Prompt
+from kvloom.deploy.placement import Placement
+from kvloom.deploy.prompt_keys import CHUNK, Prompt
 from kvloom.deploy.simulated_load import PREFIX, Scale
 from kvloom.loadtest.simulate_scheduler import Machine
 from kvloom.loadtest.study.results import Column, Row

@@ -1,4 +1,4 @@
-"""How many replicas there should be, by the prompt tokens that wait: `SECONDS` of work for each is enough.
+"""How many replicas there should be, by the prompt tokens that wait: QUEUED_TOKENS for each are enough.
 
 A policy of Ray Serve's autoscaler: it is asked some times a second, with what `Replica.record_autoscaling_stats` told.
 """
@@ -9,10 +9,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from kvloom.engine.config import EngineConfig
-
 QUEUED_TOKENS = 2048
 """Prompt tokens that may wait at each replica before there is one more: a second or two of a CPU's work."""
+MOST_SEQS = 64
+"""Sequences that one replica should decode at once, at most."""
 
 
 def wanted(queued_tokens: float, running: float, replicas: int, few: int, most: int, *, seqs: int) -> int:
@@ -35,11 +35,7 @@ def policy(context: Any) -> tuple[int, Mapping[str, Any]]:
     return wanted(queued, running, context.current_num_replicas, few, most, seqs=MOST_SEQS), {}
 
 
-MOST_SEQS = 64
-"""Sequences that one replica should decode at once, at most."""
-
-
-def autoscaling(few: int, most: int, config: EngineConfig) -> Any:
+def autoscaling(few: int, most: int) -> Any:
     """Ray Serve's settings for between `few` and `most` replicas."""
     from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 

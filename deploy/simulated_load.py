@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvloom.deploy.placement import CHUNK, Prompt
+from kvloom.deploy.prompt_keys import CHUNK, Prompt
 from kvloom.deploy.simulation import Call
 
 

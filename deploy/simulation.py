@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvloom.deploy import placement
-from kvloom.deploy.placement import CHUNK, Prompt
+from kvloom.deploy.prompt_keys import CHUNK, Prompt
 from kvloom.loadtest.simulate_scheduler import Machine
 
 LOST_SECONDS = 0.07

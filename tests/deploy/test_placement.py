@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvloom.deploy.placement import CHUNK, DECODE_TOKENS, GUARD, Placement, Prompt
+from kvloom.deploy.placement import DECODE_TOKENS, GUARD, Placement
+from kvloom.deploy.prompt_keys import CHUNK, Prompt
 
 NAMES = [f"replica-{i}" for i in range(5)]
 SECRET = b"s" * 32

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvloom.deploy.placement import CHUNK, Prompt
+from kvloom.deploy.prompt_keys import CHUNK, Prompt
 from kvloom.deploy.simulate import MEASURED, main, one_cache, recovered, simulated, summed
 from kvloom.deploy.simulated_load import LOADS, Scale
 from kvloom.deploy.simulated_routers import Placing, RoundRobin
