@@ -127,3 +127,17 @@ def fake() -> ModuleType:
 def until() -> Callable[..., None]:
     """`wait_until`."""
     return wait_until
+
+
+@pytest.fixture
+def says(serving, fake):
+    """Starts a server whose model says a text: says(text, **options) -> a client, the server."""
+
+    def start(text=None, template=None, **options):
+        engine = fake.FakeEngine()
+        engine.says = text
+        engine.tokenizer = fake.make_tokenizer(template or fake.TEMPLATE)
+        served = serving(engine, **options)
+        return served.openai(), served
+
+    return start

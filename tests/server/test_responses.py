@@ -1,4 +1,4 @@
-"""/v1/responses through openai-python: whole and streamed, items, continued conversations, the store's routes, refusals."""
+"""/v1/responses through openai-python: whole and streamed, items, and what the engine is asked."""
 
 import json
 import math
@@ -8,33 +8,26 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
-from kvloom.engine.errors import ContextLengthError
-from kvloom.server.limits import BodyHall
-
 EVENTS = TypeAdapter(ResponseStreamEvent)
+
+
 LOGPROBS = "message.output_text.logprobs"
+
+
 LOOK = {"type": "function", "name": "look", "description": "Looks.", "strict": False, "parameters": {
     "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
+
+
 LIST = {"type": "function", "name": "list_all", "parameters": None, "strict": None}
+
+
 CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Bonn"}}\n</tool_call>'
+
+
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
     "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
-
-
-@pytest.fixture
-def says(serving, fake):
-    """Starts a server whose model says a text: says(text, **options) -> a client, the server."""
-
-    def start(text=None, template=None, **options):
-        engine = fake.FakeEngine()
-        engine.says = text
-        engine.tokenizer = fake.make_tokenizer(template or fake.TEMPLATE)
-        served = serving(engine, **options)
-        return served.openai(), served
-
-    return start
 
 
 def ask(client, given="weather in Bonn?", **fields):
@@ -229,92 +222,6 @@ def test_items_become_turns(says):
     assert listed[2].id == "rs_1" and listed[3].id == "msg_1" and listed[5].id.startswith("fc_")
 
 
-def test_a_conversation_goes_on(says):
-    client, served = says(f"<think>Hm.</think>I look.\n{CALL}", THINKING)
-    first = ask(client, "weather in Bonn?", tools=[LOOK], instructions="Be brief.")
-    call = first.output[-1]
-    served.engine.says = "Rain."
-    result = {"type": "function_call_output", "call_id": call.call_id, "output": "rain"}
-    second = ask(client, [result], previous_response_id=first.id, tools=[LOOK])
-    by_id = prompt(served)
-    assert second.previous_response_id == first.id and "Be brief." not in by_id
-    assert by_id.index("weather in Bonn?") < by_id.index("<think>Hm.</think>I look.") < by_id.index("rain")
-    ask(client, [{"role": "user", "content": "weather in Bonn?"}, *first.output, result], tools=[LOOK], store=False)
-    assert prompt(served) == by_id  # the same as all items sent again, so the same prefix in the cache
-    references = [{"type": "item_reference", "id": item.id} for item in first.output]
-    ask(client, [{"role": "user", "content": "weather in Bonn?"}, *references, result], tools=[LOOK])
-    assert prompt(served) == by_id
-    items = list(client.responses.input_items.list(second.id, limit=2, order="asc"))
-    assert [item.type for item in items] == ["message", "reasoning", "message", "function_call", "function_call_output"]
-    assert list(client.responses.input_items.list(second.id, limit=1)) == items[::-1]
-    assert list(client.responses.input_items.list(second.id, after=items[2].id)) == items[1::-1]
-    with served.client() as http:
-        for path in (first.id, f"{second.id}/input_items"):
-            text = http.get(f"/v1/responses/{path}").text
-            assert text == json.dumps(json.loads(text), separators=(",", ":"))
-    third = ask(client, "And tomorrow?", previous_response_id=second.id)
-    assert prompt(served).index("rain") < prompt(served).index("Rain.") < prompt(served).index("And tomorrow?")
-    client.responses.delete(second.id)
-    with pytest.raises(openai.NotFoundError):
-        client.responses.retrieve(second.id)
-    ask(client, "Well?", previous_response_id=third.id)  # what it continues is kept for it
-    assert "Rain." in prompt(served)
-
-
-def lost(client, answer):
-    """Every way to a response and to its items is a 404; continuing it is a 400, as at OpenAI's."""
-    ways = (
-        lambda: client.responses.retrieve(answer.id),
-        lambda: client.responses.delete(answer.id),
-        lambda: client.responses.cancel(answer.id),
-        lambda: client.responses.input_items.list(answer.id),
-        lambda: ask(client, [{"type": "item_reference", "id": answer.output[0].id}]),
-    )
-    for way in ways:
-        with pytest.raises(openai.NotFoundError, match="is stored for this key"):
-            way()
-    for continued in (client.responses.create, client.responses.input_tokens.count):
-        with pytest.raises(openai.BadRequestError, match="is stored for this key") as refused:
-            continued(model="echo-model", input="dog", previous_response_id=answer.id)
-        error = refused.value
-        assert (error.type, error.param) == ("invalid_request_error", "previous_response_id")
-        assert error.code == "previous_response_not_found"
-
-
-def test_what_is_not_stored(says):
-    client, served = says("Hi.")
-    answer = ask(client, store=False)
-    assert not answer.store
-    lost(client, answer)
-    off, _ = says("Hi.", response_store_size=0)
-    answer = ask(off)
-    assert not answer.store
-    lost(off, answer)
-    served.engine.fail_after = 1
-    with served.client() as http:
-        text = http.post("/v1/responses", json={"input": "x", "stream": True}).text
-        made = json.loads(text.split("data: ")[1].split("\n")[0])["response"]["id"]
-        assert http.get(f"/v1/responses/{made}").status_code == 404
-
-
-def test_responses_are_their_keys_alone(serving):
-    served = serving(api_key=("first", "second"), admin_key=("admin",))
-    first, second, admin = (served.openai(api_key=key) for key in ("first", "second", "admin"))
-    answer = ask(first, "dog", max_output_tokens=2)
-    lost(second, answer)
-    lost(admin, answer)
-    assert first.responses.retrieve(answer.id).id == answer.id
-
-
-def test_responses_of_a_proxys_tenants_are_theirs_alone(serving):
-    served = serving(trusted_proxies=("127.0.0.0/8",))
-    ann, ben = (served.openai(default_headers={"X-KVLoom-Tenant": name}) for name in ("ann", "ben"))
-    answer = ask(ann, "dog", max_output_tokens=2)
-    assert ann.responses.retrieve(answer.id).id == answer.id
-    with pytest.raises(openai.NotFoundError):
-        ben.responses.retrieve(answer.id)
-
-
 def test_an_error_in_a_stream(says):
     client, served = says("I look.")
     served.engine.fail_after = 2
@@ -370,20 +277,6 @@ def test_tokens_are_counted(says):
     assert counted.input_tokens == second.usage.input_tokens
 
 
-def test_paths_have_the_methods_that_they_tell(served):
-    with served.client() as http:
-        for path, methods in {
-            "input_tokens": "OPTIONS, POST",
-            "resp_1": "DELETE, GET, HEAD, OPTIONS",
-            "": "OPTIONS, POST",
-        }.items():
-            assert http.options(f"/v1/responses/{path}".rstrip("/")).headers["allow"] == methods
-        assert http.get("/v1/responses/input_tokens").status_code == 405
-        assert http.get("/v1/responses/input_tokens_of_mine").status_code == 404
-        described = http.get("/openapi.json").json()["paths"]
-    assert {"/v1/responses/{response_id}", "/v1/responses/input_tokens"} <= described.keys()
-
-
 def test_tools_that_are_allowed(says):
     client, served = says("Hi.", "{% for t in tools %}{{ t.function.name }} {% endfor %}{{ messages[-1].content }}")
     allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "look"}]}
@@ -411,129 +304,6 @@ def test_what_an_answer_repeats_can_be_written(served):
         reply = http.post("/v1/responses", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert reply.status_code == 200, reply.text
     assert reply.json()["tool_choice"] == {"type": "function", "name": "look"} and reply.json()["tools"] == [LOOK]
-
-
-IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "said"),
-    [
-        ({"input": []}, "input", "at least 1"),
-        ({"input": 5}, "input", "a text, or a list of items"),
-        ({"input": [{"type": "web_search_call", "id": "x"}]}, "input[0].type", "'web_search_call'; allowed: message"),
-        ({"input": IMAGE}, "input[0].content[0].type", "'input_image'; this model reads text only"),
-        ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "'assistant'"),
-        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id", "required"),
-        ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "input[0].encrypted_content", "cannot be read"),
-        ({"input": [{"role": "user", "content": "\ud800"}]}, "input[0].content", "surrogate"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", "'web_search'; only tools of type"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name", "required"),
-        ({"tools": [LOOK, LOOK]}, "tools", "'look' twice"),
-        ({"tools": [{**LOOK, "defer_loading": True}]}, "tools[0].defer_loading", "not supported"),
-        ({"tools": [{**LOOK, "parameters": {"type": "object", "x": "\ud800"}}]}, "tools[0].parameters", "surrogate"),
-        ({"text": {"format": {"type": "json_schema", "schema": {"x": math.nan}}}}, "text.format.schema", "NaN"),
-        ({"tool_choice": {"type": "mcp"}}, "tool_choice", "of type 'mcp'; allowed: function, allowed_tools"),
-        ({"tool_choice": "required"}, "tool_choice", "no tools are given"),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "needs a schema"),
-        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", "'text', 'json_object' or 'json_schema'"),
-        ({"text": {"format": {"type": "json_object"}}, "regex": "a"}, "regex", "text.format"),
-        ({"reasoning": {"effort": "low"}}, "reasoning.effort", "reasoning.effort is 'low'"),
-        ({"reasoning": {"summary": "detailed"}}, "reasoning.summary", "told in full"),
-        ({"top_logprobs": 2}, "top_logprobs", LOGPROBS),
-        ({"include": ["everything"]}, "include[0]", LOGPROBS),
-        ({"metadata": {"k" * 65: "v"}}, "metadata", "64 and 512"),
-        ({"max_tokens": 5}, "max_tokens", "use max_output_tokens"),
-        ({"n_predict": 5}, "n_predict", "use max_output_tokens"),
-        ({"background": True}, "background", "not supported"),
-        ({"conversation": "conv_1"}, "conversation", "previous_response_id"),
-        ({"prompt": {"id": "p"}}, "prompt", "instructions and input"),
-        ({"stream_options": {}}, "stream_options", "without stream"),
-        (
-            {"stream": True, "stream_options": {"include_obfuscation": True}},
-            "stream_options.include_obfuscation",
-            "not supported",
-        ),
-        ({"truncation": "auto", "truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "give one"),
-        ({"prompt_cache_options": {"prewarm": True}}, "prompt_cache_options.prewarm", "not supported"),
-        ({"bad_words": ["x"] * 200}, "bad_words", "128"),
-        ({"input": [{"role": "user", "content": "x"}] * 5000}, "input", "4096"),
-    ],
-)
-def test_refusals_name_the_field(served, fields, param, said):
-    with served.client() as http:
-        before = len(served.engine.calls)
-        reply = http.post(
-            "/v1/responses", content=json.dumps({"input": "dog", **fields}), headers={"Content-Type": "application/json"}
-        )
-    error = reply.json()["error"]
-    assert (reply.status_code, error["param"]) == (400, param) and said in error["message"], error
-    assert len(served.engine.calls) == before
-
-
-def test_what_the_engine_refuses_is_told_by_the_names_of_this_endpoint(says):
-    client, served = says("Hi.")
-    served.engine.refuse = ContextLengthError("max_tokens is 5000 and the prompt has 9 tokens", "max_tokens")
-    with pytest.raises(openai.BadRequestError, match="max_output_tokens is 5000") as refused:
-        ask(client, max_output_tokens=5000)
-    assert (refused.value.param, refused.value.code) == ("max_output_tokens", "context_length_exceeded")
-
-
-def test_stored_responses_are_not_streamed_or_cancelled(says):
-    client, served = says("Hi.")
-    answer = ask(client)
-    with pytest.raises(openai.BadRequestError, match="in the background"):
-        client.responses.cancel(answer.id)
-    with served.client() as http:
-        for query, param in {"stream=true": "stream", "starting_after=3": "starting_after"}.items():
-            reply = http.get(f"/v1/responses/{answer.id}?{query}")
-            assert reply.status_code == 400 and reply.json()["error"]["param"] == param
-        for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_1"):
-            reply = http.get(f"/v1/responses/{answer.id}/input_items?{query}")
-            assert reply.status_code == 400 and reply.json()["error"]["param"] == query.split("=")[0], reply.text
-
-
-def test_the_store_is_bounded(says):
-    client, _ = says("Hi.", response_store_count=3)
-    answers = [ask(client) for _ in range(5)]
-    for gone in answers[:2]:
-        lost(client, gone)
-    for kept in answers[2:]:
-        client.responses.retrieve(kept.id)
-    client, served = says("Hi.", response_store_size=8192)
-    assert not ask(client, "dog " * 2000, truncation="disabled").store
-    assert ask(client).store
-    with served.client() as http:
-        figures = dict(line.rsplit(" ", 1) for line in http.get("/metrics").text.splitlines() if "stored_response" in line)
-    values = [float(value) for name, value in figures.items() if not name.startswith("#")]
-    assert len(values) == 2 and values[0] == 1 and 2048 < values[1] <= 8192
-
-
-def test_a_stored_conversation_is_no_longer_than_a_body(says):
-    client, _ = says("Hi.", max_body=4096)
-    text = "dog " * 500
-    first = ask(client, text)
-    second = ask(client, text, previous_response_id=first.id)
-    with pytest.raises(openai.BadRequestError, match="bytes; allowed: 4096, as in a body") as refused:
-        ask(client, "dog", previous_response_id=second.id)
-    assert refused.value.param == "previous_response_id"
-    with pytest.raises(openai.BadRequestError, match="as in a body"):
-        ask(client, [{"type": "item_reference", "id": first.output[0].id}] * 30)
-
-
-def test_long_conversations_wait_for_their_turn(says, monkeypatch):
-    client, _ = says("Hi.")
-    first, waited = ask(client), []
-
-    def turn(hall, tenant, data):
-        waited.append(data)
-        return math.inf if data.startswith(b"[") and len(waited) == 2 else 0.01
-
-    monkeypatch.setattr(BodyHall, "turn", turn)
-    with pytest.raises(openai.RateLimitError, match="long conversations"):
-        ask(client, previous_response_id=first.id)
-    assert json.loads(waited[1])[0]["content"][0]["text"] == "weather in Bonn?"
-    assert ask(client, previous_response_id=first.id).status == "completed"
 
 
 def test_a_client_that_leaves_ends_its_response(serving, fake, until):
