@@ -17,7 +17,7 @@ from kvloom.server.auth import AuthMiddleware, KeyRing, TenantMiddleware
 from kvloom.server.context import ServerContext
 from kvloom.server.hosts import HostMiddleware, guards_hosts
 from kvloom.server.limits import HELD_BODIES, BodyHall, BodyLimitMiddleware
-from kvloom.server.message_errors import MessageErrorMiddleware
+from kvloom.server.messages.errors import MessageErrorMiddleware
 from kvloom.server.methods import HeadMiddleware
 from kvloom.server.metrics import Metrics
 from kvloom.server.options import ServerOptions

@@ -34,7 +34,7 @@ from uvicorn.server import ServerState
 from kvloom.server.auth import OPEN_PATHS
 from kvloom.server.errors import WireError
 from kvloom.server.limits import LINGER_BYTES
-from kvloom.server.message_errors import MessageErrorMiddleware
+from kvloom.server.messages.errors import MessageErrorMiddleware
 from kvloom.server.options import ServerOptions
 from kvloom.server.raw_http import BegunTransport, raw_answer, without_chunks
 from kvloom.server.request_ids import RequestIdMiddleware

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from kvloom.server.auth import OPEN_PATHS
-from kvloom.server.message_errors import OVERLOADED, PATH
+from kvloom.server.messages.errors import OVERLOADED, PATH
 from kvloom.server.schema import answers, message_answers, response_answers
 
 _TEXT = {"type": "string"}

@@ -11,8 +11,8 @@ from starlette.responses import Response
 from kvloom.server.context import ServerContext, context_of
 from kvloom.server.conversations import chat_job, chat_prompt
 from kvloom.server.field_names import called
-from kvloom.server.message_chats import chat_body
-from kvloom.server.message_replies import PING, MessageWriter, whole_message
+from kvloom.server.messages.chats import chat_body
+from kvloom.server.messages.replies import PING, MessageWriter, whole_message
 from kvloom.server.pieces import Choice
 from kvloom.server.respond import arrive, respond
 from kvloom.server.schema.chat import ChatBody

@@ -9,7 +9,7 @@ from kvloom.loadtest.fuzz import messages
 from kvloom.loadtest.fuzz.fuzzer import FuzzError
 from kvloom.loadtest.fuzz.in_process import serving
 from kvloom.loadtest.fuzz.message_streams import message_of
-from kvloom.server import message_replies
+from kvloom.server.messages import replies
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,8 @@ def test_random_messages(folder):
 
 
 def test_a_wrong_count_is_seen(folder, monkeypatch):
-    real = message_replies.usage_body
-    monkeypatch.setattr(message_replies, "usage_body", lambda usage: {**real(usage), "input_tokens": 1})
+    real = replies.usage_body
+    monkeypatch.setattr(replies, "usage_body", lambda usage: {**real(usage), "input_tokens": 1})
     with pytest.raises(FuzzError, match="is counted"):
         asyncio.run(messages.run(folder, seed=3, requests=48))
 

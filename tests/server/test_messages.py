@@ -8,7 +8,7 @@ import pytest
 from kvloom.engine.requests.sampling import SamplingDefaults
 from kvloom.loadtest.fuzz.message_streams import events_of, message_of
 from kvloom.server import sse
-from kvloom.server.message_replies import INPUT_COUNTS, SIGNATURE, input_of
+from kvloom.server.messages.replies import INPUT_COUNTS, SIGNATURE, input_of
 
 USER = {"role": "user", "content": "weather in Bonn?"}
 LOOK = {"name": "look", "description": "Looks.", "input_schema": {

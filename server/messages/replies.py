@@ -14,7 +14,7 @@ from pydantic_core import from_json
 
 from kvloom.server.answers.events import CallArguments, CallStart, Content, Event, Reasoning
 from kvloom.server.field_names import Names
-from kvloom.server.message_errors import message_error
+from kvloom.server.messages.errors import message_error
 from kvloom.server.pieces import Choice, Finish, Part, Piece
 from kvloom.server.respond import Job
 from kvloom.server.usage import UsageTotals

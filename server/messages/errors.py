@@ -27,7 +27,6 @@ _KINDS = {
     403: "permission_error",
     404: "not_found_error",
     405: "not_found_error",
-    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
