@@ -47,6 +47,8 @@ ERRORS = {
 }
 """By status, of every operation: most come from what stands in front of all routes."""
 _WITH_BODY = frozenset({"408", "413", "415"})
+_BEFORE = frozenset({"408"})
+"""Said before it is known which path is asked."""
 _REF = "#/components/schemas/"
 
 
@@ -127,7 +129,10 @@ def _answer(operation: dict[str, Any], described: Described | None, *, of_messag
     errors = {status: text for status, text in ERRORS.items() if body or status not in _WITH_BODY}
     if of_messages:
         errors[str(OVERLOADED)] = errors.pop("503")
-    responses |= {status: _error(text, "MessageError" if of_messages else "Error") for status, text in errors.items()}
+    responses |= {
+        status: _error(text, "MessageError" if of_messages and status not in _BEFORE else "Error")
+        for status, text in errors.items()
+    }
     if described is not None:
         content = {}
         if described.whole is not None:

@@ -51,23 +51,44 @@ OVERHEAD = (
 )  # fmt: skip
 
 
-def overhead(model: str, rounds: int, logs: Path) -> list[Row]:
-    """What Ray adds to the time per output token, by streams; the two servers answer in turn."""
+def overhead(model: str, rounds: int, logs: Path) -> tuple[list[Row], str]:
+    """What Ray adds to the time per output token, by streams; the two servers answer in turn. And what memory it takes, in
+    words."""
     names = {"inside": "--threads 1", "replica": "--threads 1 --replicas 1"}
     found = []
     with contextlib.ExitStack() as stack:
-        urls = {
-            name: stack.enter_context(running(Server(name, serve(model, 512, more)), logs)).url for name, more in names.items()
+        servers = {
+            name: stack.enter_context(running(Server(name, serve(model, 512, more)), logs)) for name, more in names.items()
         }
+        pid = servers["replica"].pid
+        memory = "" if pid is None else told_memory(pid)
         for streams in (1, 8):
             more = ["--input-len", "120", "--output-len", "96"]
-            runs = [{name: run(url, "random", streams, streams, seed, more)["p50_tpot_ms"] for name, url in urls.items()}
+            runs = [{name: run(one.url, "random", streams, streams, seed, more)["p50_tpot_ms"] for name, one in servers.items()}
                     for seed in range(rounds + 1)][1:]  # fmt: skip
             ratios = sorted(one["replica"] / one["inside"] for one in runs)
             medians = {name: statistics.median(one[name] for one in runs) for name in names}
             found.append({"streams": str(streams), **medians, "ratio": statistics.median(ratios), "least": ratios[0],
                           "most": ratios[-1]})  # fmt: skip
-    return found
+    return found, memory
+
+
+def told_memory(front: int) -> str:
+    """The memory of a server and of the processes that it began, in words: pages that several share count for each in part."""
+    parents, megabytes = {}, {"the HTTP side": 0.0, "the replica": 0.0, "Ray's own processes": 0.0}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+    mine = {front}
+    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+        mine |= more
+    for pid in mine:
+        with contextlib.suppress(OSError):
+            command = Path("/proc", str(pid), "cmdline").read_bytes()
+            kind = "the HTTP side" if pid == front else "the replica" if b"ServeReplica" in command else "Ray's own processes"
+            lines = Path("/proc", str(pid), "smaps_rollup").read_text().splitlines()
+            megabytes[kind] += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+    return "Memory at the start, MiB: " + ", ".join(f"{kind} {held:.0f}" for kind, held in megabytes.items()) + "."
 
 
 def serve(model: str, mebibytes: int, more: str) -> str:
@@ -157,14 +178,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise BenchError(f"--routers names {', '.join(sorted(unknown))}; known: {', '.join(POLICIES)}")
     if args.overhead:
         with tempfile.TemporaryDirectory() as logs:
-            table = cells(OVERHEAD, overhead(args.model, 4 * args.rounds, Path(logs)))
-        console.print(console_table(*table, "Time per output token"))
+            rows, memory = overhead(args.model, 4 * args.rounds, Path(logs))
+        table = cells(OVERHEAD, rows)
+        note = f"{args.model}, 120 tokens in, 96 out, a thread each; medians of {4 * args.rounds} rounds. {memory}".strip()
+        console.print(console_table(*table, "Time per output token"), note, sep="\n", soft_wrap=True)
         if args.publish:
-            publish(
-                args.publish,
-                *table,
-                f"{args.model}, 120 tokens in, 96 out, a thread each; medians of {4 * args.rounds} rounds.",
-            )
+            publish(args.publish, *table, note)
         return 0
     names = ["one engine", "kvloom", *(f"{router} {policy}" for router in routers for policy in POLICIES[router])]
     runs: dict[tuple[str, str], list[Row]] = {(workload, name): [] for workload in WORKLOADS for name in names}
