@@ -108,8 +108,8 @@ async def _leave(target: Target, when: float) -> Fate:
 
 
 async def _stop_reading(target: Target, count: int) -> Counter[Fate]:
-    """Ask for far more than fits on the way, read a little, and look again once the server runs nothing any more."""
-    opened = await asyncio.gather(*(_open(target, _body(4, 400, **_LONG), narrow=True) for _ in range(count)))
+    """Ask for far more than a fast machine puts on the way, read a little, and look again once the server runs nothing any more."""
+    opened = await asyncio.gather(*(_open(target, _body(4, 2000, **_LONG), narrow=True) for _ in range(count)))
     begun = await asyncio.gather(*(reader.read(20) for reader, _ in opened))
     await _at_rest(target, HANG_SECONDS)
     fates = Counter[Fate]()
@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add(made, ("aborts", 500, "clients that leave"), ("readers", 50, "clients that stop reading"),
         ("streams", 1000, "streams at once, at most 1000"), ("requests", 10_000, "ordinary requests, at least 2"))  # fmt: skip
     made.add_argument("--seed", type=int, default=0, help="of prompts and moments (default: %(default)s)")
-    made.add_argument("--out", type=Path, default=Path("soak"), help="folder for soak.jsonl and the server's log")
+    made.add_argument("--out", type=Path, default=Path("results/soak"), help="folder for soak.jsonl and the server's log")
     add_publish(made)
     args = made.parse_args(argv)
     if args.streams > 1000 or args.requests < 2:
