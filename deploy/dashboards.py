@@ -103,6 +103,9 @@ SERVING = {
         Panel("Time in the queue", "s", quantiles("request_queue_time_seconds"), "From arrival to the first step."),
         Panel("Preempted per second", "ops", (
             rate("num_preemptions_total", "engine", "requests"), rate("replayed_tokens_total", "engine", "tokens again")), ""),
+        Panel("Grammars that wait", "short", (value("num_grammars_waiting", "engine", "requests"),),
+              "Requests whose grammar is not compiled yet."),
+        Panel("Time to compile a grammar", "s", quantiles("grammar_compile_seconds"), "Without the wait before."),
         Panel("Engine", "short", (
             value("engine_up", "engine", "up"), rate("engine_internal_errors_total", "engine", "errors per second")), ""),
     ),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from kvloom.engine.cache import CacheManager
+from kvloom.engine.constraint.compiler import Compiler
 from kvloom.engine.model.decoder import MODES, Decoder
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.stats import (
@@ -43,6 +44,7 @@ class Statistics(EngineStats):
     selectors: Selectors
     states: StateMemory
     kvshare: KVShare | None
+    compiler: Compiler
 
     def stepped(self, seconds: float, rows: int, prompt_rows: int) -> None:
         """A step is over that was to compute `rows`, so many of them of prompts."""
@@ -85,6 +87,7 @@ class Statistics(EngineStats):
             "selection_bytes": self.states.held,
             "selection_capacity": self.states.bound,
             "share": ShareStats() if self.kvshare is None else self.kvshare.snapshot(),
+            **self.compiler.figures(),
         }
         return EngineStats(**{name: read[name] if name in read else getattr(self, name) for name in _NAMES})
 

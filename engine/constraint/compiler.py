@@ -3,27 +3,33 @@
     compile    on the caller's thread, for scripts
     ready      on threads of its own that give way to the engine's; whoever asks for the same waits for the same
 
-The cache holds those that were used last.
+Tenants take turns (`lanes`), and what is large has a thread apart, behind which nothing small waits. The long part of compiling
+that, for which the interpreter's lock is not held, is done where no other thread wants a processor; not the rest, since who
+holds the lock is waited for by the engine. The cache holds those that were used last.
 """
 
 from __future__ import annotations
 
 import asyncio
+import bisect
+import functools
 import os
 import threading
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from kvloom.engine.config import StructuredOptions
 from kvloom.engine.constraint.grammar import grammar_of, limits, problem
-from kvloom.engine.constraint.options import StructuredOutput
+from kvloom.engine.constraint.lanes import Lanes
+from kvloom.engine.constraint.options import COMPILE_SECONDS, StructuredOutput
 from kvloom.engine.constraint.progress import Progress
 from kvloom.engine.constraint.vocabulary import vocabulary
 from kvloom.engine.errors import InvalidRequestError, OverloadedError
@@ -33,7 +39,10 @@ if TYPE_CHECKING:
     import llguidance
 
 THREADS = 2
+"""For what is not large."""
 NICENESS = 10
+LARGE = 16 * 1024
+"""Characters from which on a grammar is large: half a millisecond for each 1024."""
 WAITING_OF_TENANT = 32
 """Grammars of one tenant that may wait to be compiled."""
 TRIAL_TOKENS = 32
@@ -66,6 +75,8 @@ class Compiler:
         self._wanted: Counter[Future[Grammar]] = Counter()
         """Requests that wait for what is coming."""
         self._waiting: Counter[str] = Counter()
+        self._lanes, self._large = Lanes(THREADS, "kvloom-grammar", _give_way), Lanes(1, "kvloom-large", _give_way)
+        self._times, self._times_sum = [0] * len(COMPILE_SECONDS), 0.0
 
     @property
     def kept(self) -> tuple[int, int]:
@@ -74,7 +85,13 @@ class Compiler:
 
     def compile(self, asked: StructuredOutput) -> Grammar:
         """Raises InvalidRequestError if there is no such grammar, or it takes too much."""
-        return self._find(asked) or self._keep(asked, self._make(asked))
+        return self._find(asked) or self._timed(asked)
+
+    def figures(self) -> dict[str, Any]:
+        """Those of `EngineStats` that are of grammars."""
+        with self._lock:
+            waiting, times = sum(self._waiting.values()), list(self._times)
+            return {"grammars_waiting": waiting, "grammar_times": times, "grammar_times_sum": self._times_sum}
 
     async def ready(self, asked: StructuredOutput, tenant: str) -> Grammar:
         """The same, without holding up the event loop. Raises OverloadedError if too much of the tenant's waits."""
@@ -83,8 +100,9 @@ class Compiler:
         self._check_size(asked)
         if self._waiting[tenant] >= WAITING_OF_TENANT:
             raise OverloadedError(f"{WAITING_OF_TENANT} grammars of this tenant wait to be compiled; try again later")
-        self._waiting[tenant] += 1
-        coming = self._begin(asked)
+        with self._lock:
+            self._waiting[tenant] += 1
+        coming = self._begin(asked, tenant)
         try:
             compiled = asyncio.wrap_future(coming)
             compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to look at it
@@ -95,15 +113,14 @@ class Compiler:
         except InvalidRequestError as error:  # somebody else may have asked first, in another field
             raise InvalidRequestError(str(error).replace(f"{error.param}:", f"{asked.param}:", 1), asked.param) from None
         finally:
-            self._leave(coming)
-            self._waiting[tenant] -= 1
-            if not self._waiting[tenant]:
-                del self._waiting[tenant]
+            self._leave(coming, tenant)
 
     def close(self) -> None:
         """End the threads; what has not begun is given up."""
-        if "_pool" in self.__dict__:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        self._lanes.close()
+        self._large.close()
+        if "_aside" in self.__dict__:
+            self._aside.shutdown(wait=False)
 
     def _find(self, asked: StructuredOutput) -> Grammar | None:
         with self._lock:
@@ -111,22 +128,37 @@ class Compiler:
                 self._kept.move_to_end(asked)
             return self._kept.get(asked)
 
-    def _begin(self, asked: StructuredOutput) -> Future[Grammar]:
+    def _begin(self, asked: StructuredOutput, tenant: str) -> Future[Grammar]:
         """What will be the grammar, or why there is none, for one more request, which must `_leave`."""
         with self._lock:
             if (coming := self._coming.get(asked)) is None:
-                coming = self._coming[asked] = self._pool.submit(lambda: self._keep(asked, self._make(asked)))
+                lanes = self._large if asked.size >= LARGE else self._lanes
+                coming = self._coming[asked] = lanes.submit(tenant, lambda: self._timed(asked))
                 coming.add_done_callback(lambda _: self._coming.pop(asked, None))
             self._wanted[coming] += 1
         return coming
 
-    def _leave(self, coming: Future[Grammar]) -> None:
+    def _leave(self, coming: Future[Grammar], tenant: str) -> None:
         """A request no longer waits. What has not begun is given up with the last: others would wait for it in vain."""
         with self._lock:
             self._wanted[coming] -= 1
             if not self._wanted[coming]:
                 del self._wanted[coming]
                 coming.cancel()  # with the lock held, so that nobody joins meanwhile
+            self._waiting[tenant] -= 1
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
+
+    def _timed(self, asked: StructuredOutput) -> Grammar:
+        """Compile it, keep it, and count how long that takes. Raises InvalidRequestError."""
+        began = time.monotonic()
+        try:
+            return self._keep(asked, self._make(asked))
+        finally:
+            took = time.monotonic() - began
+            with self._lock:
+                self._times[bisect.bisect_left(COMPILE_SECONDS, took)] += 1
+                self._times_sum += took
 
     def _keep(self, asked: StructuredOutput, grammar: Grammar) -> Grammar:
         with self._lock:
@@ -146,7 +178,8 @@ class Compiler:
             text = grammar_of(asked, self._special)
             from llguidance import LLMatcher
 
-            matcher = LLMatcher(self._vocabulary, text, log_level=0, limits=limits())
+            build = functools.partial(LLMatcher, self._vocabulary, text, log_level=0, limits=limits())
+            matcher = self._aside.submit(build).result() if asked.size >= LARGE else build()
         except InvalidRequestError:
             raise
         except (ValueError, RecursionError) as error:  # of the library, which tells so of what it cannot read
@@ -164,11 +197,14 @@ class Compiler:
         for _ in range(TRIAL_TOKENS):
             if trial.masks((), mask)[0]:
                 return
-            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-            allowed = allowed[~np.isin(allowed, self._ends_array)]
-            if not len(allowed):
+            words = mask[0].view(np.uint32) & self._no_ends
+            counts = np.bitwise_count(words).cumsum()
+            if not counts[-1]:
                 return
-            trial.accept(int(drawn.choice(allowed)))
+            number = int(drawn.integers(counts[-1]))
+            word = int(counts.searchsorted(number, "right"))
+            bits = [bit for bit in range(32) if int(words[word]) >> bit & 1]
+            trial.accept(32 * word + bits[number - int(counts[word])])
 
     def _check_size(self, asked: StructuredOutput) -> None:
         if asked.size > self._options.max_grammar_size:
@@ -186,12 +222,16 @@ class Compiler:
         return frozenset(self._tokenizer.special_text(token) for token in self._tokenizer.special_ids)
 
     @cached_property
-    def _ends_array(self) -> npt.NDArray[np.int64]:
-        return np.array(sorted(self._ends))
+    def _aside(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix="kvloom-aside", initializer=_step_aside)
 
     @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(THREADS, thread_name_prefix="kvloom-grammar", initializer=_give_way)
+    def _no_ends(self) -> npt.NDArray[np.uint32]:
+        """[words]: a mask of all tokens but those that end a text."""
+        mask = np.full(-(-self._size // 32), 0xFFFFFFFF, np.uint32)
+        for token in self._ends:
+            mask[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
+        return mask
 
 
 def _give_way() -> None:
@@ -199,3 +239,11 @@ def _give_way() -> None:
     if hasattr(os, "setpriority"):
         with suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _step_aside() -> None:
+    """Run where nobody else wants to, as far as the system knows of that."""
+    _give_way()
+    if hasattr(os, "SCHED_IDLE"):
+        with suppress(OSError):
+            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))

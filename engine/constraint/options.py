@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ from kvloom.engine.errors import InvalidRequestError
 
 KINDS = ("json_schema", "json_object", "regex", "choice", "grammar", "structural_tag")
 """Fields of which a request gives exactly one."""
+COMPILE_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, math.inf)
+"""Bounds of the histogram of how long grammars take to be compiled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kvloom.engine.constraint.options import COMPILE_SECONDS
 from kvloom.engine.requests.figures import counter, derived, gauge, histogram, merged, nested, note, ratio, table
 
 RUN_LENGTHS = (64, 128, 256, 512, 1024, 2048, 1 << 30)
@@ -198,6 +199,12 @@ class EngineStats:
         "Rows of prompts in such a step.", STEP_PROMPT_ROWS, "engine_step_prompt_rows", total="step_prompt_rows_sum"
     )
     step_prompt_rows_sum: int = counter("Rows of prompts of all steps, those computed anew as well.", None)
+    grammars_waiting: int = gauge("Requests that wait for their grammar to be compiled.", "num_grammars_waiting")
+    grammar_times: list[int] = histogram(
+        "Time in which a grammar was compiled, or found to be none.", COMPILE_SECONDS, "grammar_compile_seconds",
+        total="grammar_times_sum",
+    )  # fmt: skip
+    grammar_times_sum: float = counter("Time in which grammars were compiled.", None)
     graph_steps: Mapping[str, int] = counter(
         "Steps by how much of them was replayed from a captured graph: full, piecewise (all but attention), none.",
         "engine_graph_steps", default=dict, by=("mode",), keys=("full", "piecewise", "none"), kv="graph_steps",

@@ -68,7 +68,7 @@ def assemble(
     )
     statistics = Statistics(
         replicas=(config.model.replica,), cache=cache, scheduler=scheduler, decoder=runner.decoder, kernels=kernels,
-        selectors=selectors, states=states, kvshare=share,
+        selectors=selectors, states=states, kvshare=share, compiler=compiler,
     )  # fmt: skip
     admission = Admission(
         limits=limits,

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 from kvloom.engine.client import EngineStats, Health, TenantStats
@@ -191,8 +192,8 @@ class ThreadEngineClient:
         return await asyncio.wrap_future(answer)
 
     async def stats(self) -> EngineStats:
-        """As of the end of the last step, or of one STATS_SECONDS before while the engine works."""
-        return self._stats
+        """As of the end of the last step, or of one STATS_SECONDS before while the engine works; of grammars as of now."""
+        return replace(self._stats, **self._compiler.figures())
 
     async def health(self) -> Health:
         """Not ok once the thread has ended, or while a step takes longer than STALL_SECONDS."""

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from kvloom.engine.config import StructuredOptions
-from kvloom.engine.constraint.compiler import THREADS, WAITING_OF_TENANT, Compiler, Grammar
+from kvloom.engine.constraint.compiler import LARGE, WAITING_OF_TENANT, Compiler, Grammar
+from kvloom.engine.constraint.lanes import Lanes
 from kvloom.engine.constraint.options import StructuredOutput
 from kvloom.engine.errors import ConfigError, InvalidRequestError, OverloadedError
 from tests.server.fakes import make_tokenizer
@@ -184,7 +185,7 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(
 
     found = asyncio.run(run())
     gc.collect()
-    assert "it is none" in str(found[0]) and sorted(made) == ["a0", "a1", "b"]
+    assert "it is none" in str(found[0]) and made == ["a0", "b"]
     assert not caplog.records
     compiler.close()
 
@@ -194,7 +195,7 @@ def test_one_that_leaves_ends_it_for_nobody_else(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compiler, "_make", lambda asked: go.wait(30) and Grammar(asked, None))  # type: ignore[arg-type]
 
     async def run() -> Any:
-        asked = [*(f"a{i}" for i in range(THREADS)), "b", "b"]
+        asked = ["a", "b", "b"]
         *busy, first, second = (asyncio.ensure_future(compiler.ready(StructuredOutput(regex=text), "t")) for text in asked)
         await asyncio.sleep(0)
         first.cancel()
@@ -204,6 +205,67 @@ def test_one_that_leaves_ends_it_for_nobody_else(monkeypatch: pytest.MonkeyPatch
         return await second
 
     assert asyncio.run(run()).asked.regex == "b"
+    compiler.close()
+
+
+def test_a_tenant_that_floods_holds_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, go, made = make(), threading.Event(), list[str]()
+
+    def slow(asked: StructuredOutput) -> Any:
+        made.append(str(asked.regex))
+        assert not str(asked.regex).startswith("loud") or go.wait(30)
+        return Grammar(asked, None)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compiler, "_make", slow)
+
+    async def run() -> None:
+        loud = [asyncio.ensure_future(compiler.ready(StructuredOutput(regex=f"loud{i}"), "loud")) for i in range(9)]
+        await asyncio.sleep(0)
+        for i in range(3):  # one after the other, while the flood waits
+            assert (await compiler.ready(StructuredOutput(regex=f"b{i}"), "quiet")).asked.regex == f"b{i}"
+        assert compiler.figures()["grammars_waiting"] == 9
+        go.set()
+        await asyncio.gather(*loud)
+
+    asyncio.run(run())
+    assert made == ["loud0", "b0", "b1", "b2", *(f"loud{i}" for i in range(1, 9))]
+    figures = compiler.figures()
+    assert figures["grammars_waiting"] == 0 and sum(figures["grammar_times"]) == 12 and figures["grammar_times_sum"] > 0
+    compiler.close()
+
+
+def test_tenants_take_turns() -> None:
+    lanes, go, done = Lanes(1, "test", lambda: None), threading.Event(), list[str]()
+    first = lanes.submit("a", lambda: go.wait(30))
+    others = [lanes.submit(name[0], lambda name=name: done.append(name)) for name in ("a1", "a2", "a3", "b1", "c1", "b2")]
+    others[1].cancel()
+    go.set()
+    for future in (first, *others[:1], *others[2:]):
+        future.result(30)
+    assert done == ["a1", "b1", "c1", "b2", "a3"], "one that was cancelled is skipped"
+    broken = lanes.submit("a", lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        broken.result(30)
+    lanes.close()
+
+
+def test_what_is_large_has_a_thread_apart() -> None:
+    compiler, names = make(), list[str]()
+    real = compiler._make
+
+    def seen(asked: StructuredOutput) -> Grammar:
+        names.append(threading.current_thread().name.rpartition("_")[0])
+        return real(asked)
+
+    compiler._make = seen  # type: ignore[method-assign]
+    large = schema({"enum": [f"value {i}" for i in range(2000)]})
+    assert large.size >= LARGE
+
+    async def run() -> None:
+        await asyncio.gather(compiler.ready(large, "t"), compiler.ready(schema({"type": "integer"}), "t"))
+
+    asyncio.run(run())
+    assert sorted(names) == ["kvloom-grammar", "kvloom-large"]
     compiler.close()
 
 

@@ -23,6 +23,7 @@ METRICS = {
     "engine_ahead_steps": "", "engine_graph_capture_failures": "", "engine_graph_steps": "mode",
     "engine_internal_errors": "", "engine_step_prompt_rows": "le", "engine_step_seconds": "",
     "engine_step_time_seconds": "le", "engine_steps": "", "engine_up": "", "generation_tokens": "",
+    "grammar_compile_seconds": "le", "num_grammars_waiting": "",
     "kv_blocks": "group,state", "kv_cache_capacity_tokens": "", "kv_cache_usage_perc": "", "kv_evicted_blocks": "",
     "kv_read_bytes": "kind", "kvshare_captured_tokens": "",
     "kvshare_compiled_tokens": "", "kvshare_copy_seconds": "", "kvshare_deviation_runs": "", "kvshare_deviation_sum": "",
