@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from kvloom.engine.constraint.grammar import problem
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 TOKEN_SECONDS = 0.05
 """Of a processor, that a token's mask may take before its request ends: thousands of times what it usually takes. Others of the
 batch wait for it."""
+ALONE_STEPS = 16
+"""For which masks are computed one by one once all together took longer than that."""
 
 
 class Progress:
@@ -67,6 +70,16 @@ class Progress:
                 only_ends.append(self._matcher.is_stopped())
         return only_ends
 
+    def ready(self) -> llguidance.LLMatcher:
+        """The matcher behind what is accepted, for a mask that somebody else computes; then `masked` is to be asked."""
+        self._lead(())
+        return self._matcher
+
+    def masked(self) -> bool:
+        """Such a mask is computed: whether only the end may follow."""
+        with self._timed():
+            return self._matcher.is_stopped()
+
     def _fits(self, draft: int) -> bool:
         fits = self._matcher.validate_tokens([draft]) == 1 and self._matcher.consume_token(draft)
         if fits:
@@ -94,3 +107,35 @@ class Progress:
                 f"a token of it takes {took * 1000:.0f} ms; allowed: {TOKEN_SECONDS * 1000:.0f} ms; "
                 "make the grammar less ambiguous, or the expression shorter"
             )
+
+
+class Together:
+    """Masks of many answers in one call, in which the interpreter's lock is not held: with a call for each, the thread that
+    launches the model's kernels waits for the lock again and again.
+
+    What each of them took is not known then. So once all of them took longer than one may, they are computed one by one for
+    some steps, where it shows whose that was.
+    """
+
+    def __init__(self) -> None:
+        self._alone = 0
+
+    def compute(self, answers: Sequence[tuple[Progress, int]], out: Any) -> bool:
+        """What may follow what is accepted of these, each into its row of out: [rows, words] int32. False if they are to be
+        computed one by one."""
+        if self._alone:
+            self._alone -= 1
+            return False
+        if answers:
+            began = time.perf_counter()
+            ready = [(progress.ready(), row) for progress, row in answers]
+            self._executor.unsafe_compute_mask_ptr(ready, out.ctypes.data, out.strides[0], len(out))
+            if time.perf_counter() - began > TOKEN_SECONDS:
+                self._alone = ALONE_STEPS
+        return True
+
+    @cached_property
+    def _executor(self) -> llguidance.LLExecutor:
+        import llguidance
+
+        return llguidance.LLExecutor(num_threads=1)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.constraint.compiler import Compiler
-from kvloom.engine.constraint.progress import Progress
+from kvloom.engine.constraint.progress import Progress, Together
 from kvloom.engine.device import Mirror
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.requests.lifecycle import Feature
@@ -63,6 +63,11 @@ class _Job(NamedTuple):
     rows: range
     """Of the bits."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is one row, behind what is accepted."""
+        return len(self.rows) == 1 and not self.drafts
+
 
 def drawn_rows(chunk: Chunk) -> int:
     """How many of a chunk's last rows are drawn from. A chunk that verifies drafts has a token after each of its rows."""
@@ -78,6 +83,7 @@ class Constraints(Feature):
         """max_rows: of a step that are drawn from."""
         self.compiler = compiler
         self._words, self._device, self._max_rows = -(-vocab_size // 32), device, max_rows
+        self._together = Together()
         self._open: dict[Request, Progress] = {}  # requests compare by identity
         self._computing: Future[Computed] | None = None
         self._work: Callable[[], Computed] = lambda: ({}, {})
@@ -113,7 +119,7 @@ class Constraints(Feature):
                 used += count
             row += count
         if jobs:
-            self._work = functools.partial(_compute, jobs, self._bits.host)
+            self._work = functools.partial(_compute, jobs, self._bits.host, self._together)
             self._computing = self._thread.submit(self._work)
 
     def masks(self) -> Masks:
@@ -142,12 +148,16 @@ class Constraints(Feature):
         return ThreadPoolExecutor(1, thread_name_prefix="kvloom-masks")
 
 
-def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32]) -> Computed:
+def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32], together: Together) -> Computed:
     found: dict[int, Mask] = {}
     errors: dict[int, Exception] = {}
+    computed = together.compute([(job.progress, job.rows.start) for job in jobs if job.plain], bits)
     for job in jobs:
         try:
-            only_ends = job.progress.masks(job.drafts, bits[job.rows.start : job.rows.stop])
+            if computed and job.plain:
+                only_ends = [job.progress.masked()]
+            else:
+                only_ends = job.progress.masks(job.drafts, bits[job.rows.start : job.rows.stop])
         except InvalidRequestError as error:
             errors |= dict.fromkeys(range(job.first, job.first + len(job.rows)), error)
             continue

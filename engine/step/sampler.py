@@ -197,14 +197,15 @@ class Sampler:
         masked = [(at, masks.of[number].row) for at, number in enumerate(numbers) if number in masks.of]
         if not masked or masks.bits is None:
             return
-        if self._added is None:  # 8 logits for every byte
-            bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+        if self._added is None:  # 16 logits for every two bytes: twice as fast as 8, and 4 MiB
+            halves = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
+            bits = np.unpackbits(halves, axis=1, bitorder="little")
             self._added = upload(np.where(bits, 0, -np.inf).astype(np.float32), logits.device)
         at, of = (upload(np.array(column), logits.device) for column in zip(*masked))
-        octets = masks.bits.view(torch.uint8)[of].int().view(-1)
-        if self._adding is None or len(self._adding) < len(octets):  # kept: fresh pages take longer than filling them
-            self._adding = logits.new_empty(len(octets), 8)
-        added = torch.index_select(self._added, 0, octets, out=self._adding[: len(octets)]).view(len(masked), -1)
+        pairs = masks.bits.view(torch.int16)[of].int().bitwise_and_(0xFFFF).view(-1)
+        if self._adding is None or len(self._adding) < len(pairs):  # kept: fresh pages take longer than filling them
+            self._adding = logits.new_empty(len(pairs), 16)
+        added = torch.index_select(self._added, 0, pairs, out=self._adding[: len(pairs)]).view(len(masked), -1)
         logits.index_add_(0, at, added[:, : self.vocab_size])
 
     def _change(

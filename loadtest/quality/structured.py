@@ -16,14 +16,14 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from kvloom.engine import LLM, EngineConfig, SamplingParams, ThreadEngineClient
 from kvloom.engine.constraint.options import StructuredOutput
-from kvloom.engine.constraint.progress import Progress
+from kvloom.engine.constraint.progress import Together
 from kvloom.engine.errors import InvalidRequestError
 from kvloom.engine.llm import Completion
 from kvloom.engine.requests.request import Request
@@ -168,7 +168,7 @@ def timed(llm: LLM) -> Iterator[dict[str, list[float]]]:
         return wrapped
 
     places = [(llm.core.decoding.constraints, name, "engine") for name in ("begin", "masks", "accept")]
-    places += [(sampler, "_mask", "engine"), (Progress, "masks", "beside")]  # type: ignore[list-item]
+    places += [(sampler, "_mask", "engine"), (Together, "compute", "beside")]  # type: ignore[list-item]
     real = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     for owner, name, where in places:
         setattr(owner, name, measured(getattr(owner, name), where))
@@ -195,7 +195,7 @@ def large(size: int, number: int) -> dict[str, Any]:
 
 
 async def gaps(client: ThreadEngineClient, size: int, rounds: int) -> Cells:
-    """A stream's gaps while nothing and while schemas are compiled, in turns."""
+    """A stream's gaps while schemas are compiled, while nothing, and while another request is answered, in turns."""
     text = client.tokenizer.encode("The history of the sea is long, and")
     stream = client.generate(text, SamplingParams(max_tokens=8000, ignore_eos=True, seed=0), request_id="stream")
     tokens: list[float] = []
@@ -204,30 +204,43 @@ async def gaps(client: ThreadEngineClient, size: int, rounds: int) -> Cells:
         async for _ in stream:
             tokens.append(time.perf_counter())
 
-    async def compiled(number: int) -> float:
-        asked, began = StructuredOutput(json_schema=large(size, number)), time.perf_counter()
-        async for _ in client.generate(text, SamplingParams(max_tokens=1, structured=asked), request_id=f"c{number}"):
+    async def during(work: Awaitable[None]) -> tuple[float, list[float]]:
+        """How long that took, and the gaps that began before it was over."""
+        await asyncio.sleep(0.5)
+        first, began = len(tokens), time.perf_counter()
+        await work
+        took, last = time.perf_counter() - began, len(tokens)
+        while len(tokens) == last:
+            await asyncio.sleep(0.001)
+        return took, _gaps(tokens[first - 1 : last + 1])
+
+    async def answered(name: str) -> None:
+        async for _ in client.generate(text, SamplingParams(max_tokens=1), request_id=name):
             pass
-        return time.perf_counter() - began
+
+    async def compiled(schema: str) -> None:
+        await client._compiler.ready(StructuredOutput(json_schema=schema), "")
 
     following = asyncio.create_task(follow())
-    await compiled(10**6)  # the vocabulary is read, once
-    idle, busy, took = [], [], []
-    for number in range(rounds):
-        await asyncio.sleep(0.5)
-        mark = len(tokens)
-        took.append(await compiled(number))
-        busy.append(_gaps(tokens[mark - 1 :]))
-        mark = len(tokens)
-        await asyncio.sleep(max(0.2, took[-1]))
-        idle.append(_gaps(tokens[mark - 1 :]))
+    await compiled(json.dumps(large(size, 0)))  # the vocabulary is read, once
+    windows: dict[str, list[list[float]]] = {"in as long without": [], "while a request without a schema is answered": [],
+                                             "while a schema is compiled": []}  # fmt: skip
+    idle, plain, busy = windows.values()
+    times = []
+    for number in range(1, rounds + 1):
+        schema = json.dumps(large(size, number))  # as a client does, which is not the server's work
+        took, found = await during(compiled(schema))
+        times.append(took)
+        busy.append(found)
+        idle.append((await during(asyncio.sleep(took)))[1])
+        plain.append((await during(answered(f"p{number}")))[1])
     following.cancel()
     median = statistics.median(gap for some in idle for gap in some)
-    told = [[f"a schema of {size // 1000} kB, from request to answer, ms", f"{statistics.median(took) * 1e3:.0f}"],
+    told = [[f"a schema of {size // 1000} kB is compiled in, ms", f"{statistics.median(times) * 1e3:.0f}"],
             ["another stream's median gap, ms", f"{median * 1e3:.1f}"]]  # fmt: skip
-    for name, windows in (("its longest gap in as long without", idle), ("its longest gap meanwhile", busy)):
-        longest = statistics.median(max(some, default=0.0) for some in windows)
-        told.append([f"{name}, median of {rounds}, ms", f"{longest * 1e3:.1f} ({longest / median:.1f} times the median gap)"])
+    for name, found_gaps in windows.items():
+        longest = statistics.median(max(some) for some in found_gaps)
+        told.append([f"its longest gap {name}, median of {rounds}, ms", f"{longest * 1e3:.1f} ({longest / median:.1f} times)"])
     return told
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvloom.engine import LLM, KVOptions, SamplingParams
@@ -209,11 +210,28 @@ def test_a_grammar_that_takes_too_long_ends_its_own_request_only(make_llm: MakeL
     assert other.tokens == alone
 
 
+def test_masks_together_are_those_of_each_alone(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler, size = make_llm().core.decoding.constraints.compiler, make_llm().core.decoding.constraints._words
+    asked = [AS_PERSON, StructuredOutput(regex="[0-9]"), StructuredOutput(choice=("red", "green"))]
+    answers = [compiler.compile(one).begin(one) for one in asked]
+    each, all_, together = np.zeros((4, size), np.int32), np.zeros((4, size), np.int32), progress.Together()
+    for row, answer in enumerate(answers):
+        answer.masks((), each[row : row + 1])
+    rows = [(answer, row) for row, answer in enumerate(answers)]
+    assert together.compute(rows, all_) and np.array_equal(each, all_) and each[:3].any(axis=1).all()
+    assert not any(answer.masked() for answer in answers)
+    monkeypatch.setattr(progress, "TOKEN_SECONDS", -1.0)
+    assert together.compute(rows, all_), "how long that took shows behind it"
+    assert [together.compute(rows, all_) for _ in range(progress.ALONE_STEPS + 1)] == [False] * progress.ALONE_STEPS + [True]
+    with pytest.raises(InvalidRequestError, match="a token of it takes"):
+        answers[0].masks((), each[:1])
+
+
 def test_masks_of_a_step_that_failed_are_waited_for(make_llm: MakeLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Grammars belong to one thread at a time, also where a step failed for somebody else while they were followed."""
     llm = make_llm()
     wanted, other, runner = one(llm, AS_PERSON).tokens, "other", llm.core.runner
-    run, masks, steps, busy = runner.run, progress.Progress.masks, iter(range(1000)), threading.Lock()
+    run, masks, steps, busy = runner.run, progress.Together.compute, iter(range(1000)), threading.Lock()
 
     def slow(self: Any, *args: Any) -> Any:
         assert busy.acquire(blocking=False), "two threads follow one grammar"
@@ -228,7 +246,7 @@ def test_masks_of_a_step_that_failed_are_waited_for(make_llm: MakeLLM, monkeypat
             raise Blamed(next(chunk.request for chunk in plan.chunks if chunk.request.id == other))
         return run(plan, fed)
 
-    monkeypatch.setattr(progress.Progress, "masks", slow)
+    monkeypatch.setattr(progress.Together, "compute", slow)
     monkeypatch.setattr(runner, "run", fails)
     sampling = SamplingParams(structured=AS_PERSON, seed=1, max_tokens=90)
     llm.core.add(Request(id="kept", prompt=PROMPT, sampling=sampling))
