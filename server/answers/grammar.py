@@ -11,6 +11,7 @@ The grammars are llguidance's dialect of Lark. Marks that are special tokens of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -201,13 +202,26 @@ def _deepseek(writer: GrammarWriter, tools: Sequence[Tool]) -> _Calls:
 
 def _properties(tool: Tool) -> list[tuple[str, dict[str, Any], bool]]:
     """(name, schema that stands alone, whether it is required) of each argument."""
-    schema = schema_of(tool)
+    schema = _standing_alone(schema_of(tool))
     given, required = schema.get("properties"), schema.get("required")
     shared: dict[str, Any] = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     return [
         (name, {**(own if isinstance(own, dict) else {}), **shared}, isinstance(required, list) and name in required)
         for name, own in (given.items() if isinstance(given, dict) else ())
     ]
+
+
+_REFERENCE = re.compile(r'"\$ref": "#(?!/\$defs/|/definitions/)')
+"""To something in the same document that its parts do not bring with them."""
+
+
+def _standing_alone(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with all of itself among its definitions, to which references to its other parts lead."""
+    text = json.dumps(schema, allow_nan=False)
+    if not _REFERENCE.search(text):
+        return schema
+    moved: dict[str, Any] = json.loads(text.replace('"$ref": "#', '"$ref": "#/$defs/(whole)'))
+    return {**moved, "$defs": {"(whole)": moved}}
 
 
 def _qwen_coder(writer: GrammarWriter, tools: Sequence[Tool]) -> _Calls:

@@ -178,6 +178,25 @@ def test_a_constant_is_kept_to(vocabulary, form):
     assert any(texts) and all(calls_of(form, text) == [("look", {"a": "x y"})] for text in texts if text)
 
 
+@pytest.mark.parametrize("form", CALL_FORMATS)
+def test_references_to_other_arguments(vocabulary, form):
+    """To an argument, to a part of one, to the whole; where each argument's value is written by itself, too."""
+    size = {"type": "object", "properties": {"n": {"type": "boolean"}}, "required": ["n"], "additionalProperties": False}
+    pair = {
+        "type": "object",
+        "properties": {"a": size, "b": {"$ref": "#/properties/a"}, "c": {"$ref": "#/properties/a/properties/n"}},
+        "required": ["a", "b", "c"],
+        "additionalProperties": False,
+    }
+    grammar = writing(form, vocabulary[0]).forced([tool("look", pair)], most=1, thoughts=Thoughts(None, False))
+    texts = list(filter(None, (wander(grammar, *vocabulary, seed) for seed in range(12))))
+    assert texts
+    for text in texts:
+        ((name, arguments),) = calls_of(form, text)
+        assert name == "look" and arguments.keys() == {"a", "b", "c"}
+        assert all(isinstance(arguments[key]["n"], bool) for key in "ab") and isinstance(arguments["c"], bool)
+
+
 def test_what_cannot_be_joined():
     tight = {"json_object": True, "disable_any_whitespace": True}
     for fields in ({"regex": "a"}, {"grammar": "start: /a/"}, {"json_schema": "true"}, tight):
