@@ -6,7 +6,7 @@ However the stream ends (finished, failed, closed because the client left), no e
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Container, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -55,18 +55,22 @@ class Indexed(NamedTuple):
     output: RequestOutput
 
 
-async def outputs(client: EngineClient, work: Work, trace: RequestTrace) -> AsyncGenerator[Indexed, None]:
-    """Outputs of all completions as they come, until each has finished.
+async def outputs(
+    client: EngineClient, work: Work, trace: RequestTrace, over: Container[int] = ()
+) -> AsyncGenerator[Indexed, None]:
+    """Outputs of all completions as they come, until each has finished, or is `over`: who reads them wants no more of it.
 
     Raises what `EngineClient.generate` raises, GenerationError for a completion that failed, InvalidRequestError where a field
     of the request is to blame, ServerClosingError for one that the engine ended by itself.
     """
     trace.asked(work.sampling)
-    sources = list(_sources(client, work))
+    sources = list(_sources(client, work, over))
     error: BaseException | None = None
     try:
         async with aclosing(sources[0] if len(sources) == 1 else _merged(sources)) as merged:
             async for item in merged:
+                if item.completion in over:
+                    continue
                 trace.note(*item)
                 _check(item.output)
                 yield item
@@ -77,13 +81,15 @@ async def outputs(client: EngineClient, work: Work, trace: RequestTrace) -> Asyn
         trace.close(work.completions, error)
 
 
-def _sources(client: EngineClient, work: Work) -> Iterator[AsyncGenerator[Indexed, None]]:
+def _sources(client: EngineClient, work: Work, over: Container[int]) -> Iterator[AsyncGenerator[Indexed, None]]:
     params = work.sampling.choices()
     for index in range(work.completions):
-        yield _source(client, work, index, params[index % work.n])
+        yield _source(client, work, index, params[index % work.n], over)
 
 
-async def _source(client: EngineClient, work: Work, index: int, sampling: SamplingParams) -> AsyncGenerator[Indexed, None]:
+async def _source(
+    client: EngineClient, work: Work, index: int, sampling: SamplingParams, over: Container[int]
+) -> AsyncGenerator[Indexed, None]:
     stream = client.generate(
         work.prompt_of(index),
         sampling,
@@ -96,7 +102,7 @@ async def _source(client: EngineClient, work: Work, index: int, sampling: Sampli
     async with aclosing(cast(AsyncGenerator[RequestOutput, None], stream)) as items:
         async for output in items:
             yield Indexed(index, output)
-            if output.finish_reason is not None:
+            if output.finish_reason is not None or index in over:
                 return
     raise EngineDeadError("the engine ended a request without a finish reason")
 

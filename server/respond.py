@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from fastapi import Request
@@ -73,11 +73,17 @@ class Job:
     async def pieces(self) -> AsyncGenerator[Piece, None]:
         """What the completions bring, as it comes; `usage` is that of the pieces so far. Raises what `generation.outputs`
         does."""
-        async with aclosing(outputs(self.context.client, self.work, self.trace)) as items:
+        over = set[int]()
+        async with aclosing(outputs(self.context.client, self.work, self.trace, over)) as items:
             async for index, output in items:
                 if self.readers:
                     reader = self.readers[index]
-                    piece = Piece(index, output, reader.read(output), reader.finish_reason(output.finish_reason))
+                    events = reader.read(output)
+                    if reader.complete and output.finish_reason is None:
+                        over.add(index)
+                        self.trace.stopped(index)
+                        output, events = replace(output, finish_reason="stop"), [*events, *reader.push("", ended=True)]
+                    piece = Piece(index, output, events, reader.finish_reason(output.finish_reason))
                     self.usage.update(index, output.usage, reader.counted_reasoning)
                 else:
                     output = output if self.adjust is None else self.adjust(index, output)

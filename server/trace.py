@@ -60,6 +60,10 @@ class RequestTrace:
         if output.finish_reason is not None:
             self._finish(index, output.finish_reason)
 
+    def stopped(self, index: int) -> None:
+        """A completion is complete, as its reader sees it, though the model would go on."""
+        self._finish(index, "stop")
+
     def close(self, completions: int, error: BaseException | None) -> None:
         """The request is over: completions that have not finished failed with `error`, or were aborted by their client."""
         gone = error is None or isinstance(error, (asyncio.CancelledError, GeneratorExit))

@@ -35,7 +35,7 @@ class Expected:
     bare: bool = True
     """Whether calls may stand without a mark at the beginning, where the format knows that."""
     most_calls: int | None = None
-    """Calls beyond these are left out."""
+    """The answer is over behind so many calls."""
     forced: bool = False
     """Whether a grammar leaves no room for content, so that what looks like some is a call that `max_tokens` has cut."""
 
@@ -78,6 +78,13 @@ class AnswerReader:
             self._out.finish(self._thinking)
         hidden = (() if self._expected.tell_reasoning else (Reasoning,)) + ((Content,) if self._expected.forced else ())
         return [event for event in self._out.take() if not isinstance(event, hidden)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer has all the calls it may have, so that what the model goes on with is not wanted. Where a grammar
+        says what it writes, it ends by itself."""
+        most, out = self._expected.most_calls, self._out
+        return most is not None and out.calls >= most and not out.open and not self._expected.forced
 
     @property
     def counted_reasoning(self) -> int | None:

@@ -67,6 +67,27 @@ def test_a_call_whole_and_streamed(says):
     assert sum(bool(chunk.choices[0].delta.tool_calls) for chunk in chunks) > 6, "arguments come in pieces"
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_an_answer_of_one_call_ends_with_it(says, n):
+    """What the model goes on with is not generated."""
+    client, served = says(f"I look. {CALL} {CALL * 50}")
+    one = len(served.engine.tokenizer.encode(f"I look. {CALL} {CALL}", add_special_tokens=False))
+    answer = ask(client, parallel_tool_calls=False, n=n)
+    for choice in answer.choices:
+        assert (choice.finish_reason, choice.message.content, len(choice.message.tool_calls)) == ("tool_calls", "I look.", 1)
+        assert json.loads(choice.message.tool_calls[0].function.arguments) == {"city": "Bonn"}
+    assert answer.usage.completion_tokens <= n * one
+    content, _, calls, finish, chunks = gathered(
+        ask(client, parallel_tool_calls=False, stream=True, stream_options={"include_usage": True})
+    )
+    assert (content, calls, finish) == ("I look.", [("look", '{"city": "Bonn"}')], "tool_calls")
+    assert chunks[-1].usage.completion_tokens <= one
+    with served.client() as http:
+        ended = [line for line in http.get("/metrics").text.splitlines() if "request_success_total{" in line]
+    counts = {line.split('finished_reason="')[1].split('"')[0]: float(line.split()[-1]) for line in ended}
+    assert counts == {"stop": n + 1, "length": 0, "abort": 0, "error": 0}
+
+
 def test_content_is_null_beside_calls_alone(says):
     client, served = says(CALL)
     assert ask(client).choices[0].message.content is None
