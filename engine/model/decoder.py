@@ -28,6 +28,7 @@ from torch import Tensor
 
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.linear import Linear
+from kvloom.engine.model.quantized import DenseEmbedding, PackedEmbedding
 from kvloom.engine.model.rope import RotaryTable, rotary_table
 from kvloom.kernels.graph import CaptureError, Graph
 from kvloom.kernels.interface import Kernels
@@ -113,12 +114,12 @@ class Decoder:
         dtype: torch.dtype,
         kernels: Kernels,
         *,
-        embedding: Tensor,
+        embedding: DenseEmbedding | PackedEmbedding,
         layers: list[Layer],
         final_norm: Tensor,
         head: Linear,
     ) -> None:
-        """embedding: [vocab, hidden] in `dtype`; final_norm: [hidden] fp32; head: hidden -> vocab."""
+        """embedding: rows of [vocab, hidden]; final_norm: [hidden] fp32; head: hidden -> vocab."""
         self.config, self.dtype, self.kernels, self.device = config, dtype, kernels, embedding.device
         self.embedding, self.layers, self.final_norm, self.head = embedding, layers, final_norm, head
         projections = [linear for layer in layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
@@ -270,8 +271,7 @@ class Decoder:
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream of the rows: [rows, hidden] fp32, in the workspace."""
         ws = self._workspace(tokens.shape[0])
-        torch.index_select(self.embedding, 0, tokens, out=ws.normed)
-        return ws.residual.copy_(ws.normed)
+        return ws.residual.copy_(self.embedding(tokens, ws.normed))
 
     def layer(self, index: int, x: Tensor, delta: Tensor | None, attention: LayerAttention) -> Tensor:
         """Run one layer. Adds `delta` (what the layer before returned) to x in place and returns this layer's own delta:

@@ -8,7 +8,8 @@ layers and head bfloat16
 from __future__ import annotations
 
 from kvloom.engine.model.linear import Linear, LinearWeight
-from kvloom.engine.model.weights import CODE_BITS
+from kvloom.engine.model.quantized import StackedLinear
+from kvloom.kernels.quantized import KINDS
 
 _CODES = "the file's codes"
 
@@ -21,12 +22,16 @@ class Held:
 
     def note(self, part: str, made: Linear, weight: LinearWeight) -> None:
         """part: layers or head."""
+        if isinstance(made, StackedLinear):
+            for each, run in zip(made.parts, weight.runs()):
+                self.note(part, each, run)
+            return
         origins = self._noted.setdefault(part, {}).setdefault(made.form, set())
-        kinds = {weight.source.kind(name) for name in weight.names}
-        if len(kinds) == 1 and made.form == f"int{CODE_BITS.get(next(iter(kinds)), 0)}":
+        kind = KINDS.get(weight.kind() or "")
+        if kind is not None and made.form == f"int{kind.bits}":
             origins.add(_CODES)
         elif made.form.startswith("int"):
-            origins |= kinds
+            origins |= {weight.source.kind(name) for name in weight.names}
 
     def __str__(self) -> str:
         told = {part: " and ".join(_form(form, forms[form]) for form in sorted(forms)) for part, forms in self._noted.items()}

@@ -4,17 +4,18 @@ Owns what a projection is made from (`LinearWeight`: one or several stacked chec
 choice of implementation (`make_linear`). The decoder knows only the protocol `Linear`.
 
     bf16   the weights in the model's dtype; in bf16 packed by oneDNN where it can
-    int8   codes of 8 bits with a scale per 32 inputs (GGUF's Q8_0)
-    int4   codes of 4 bits with a scale and a minimum per 32 inputs (GGUF's Q4_1, or Q4_0)
+    int8   codes of at most 8 bits: the file's, or rounded to a scale per 32 inputs (GGUF's Q8_0)
+    int4   codes of 4 bits: the file's, or rounded to a scale and a minimum per 32 inputs (GGUF's Q4_1)
     auto   the codes that a GGUF stores, untouched; int8 for what it does not store as such; fp32 models stay fp32
 
 A GGUF's own codes cost nothing beyond the file; rounding a finer checkpoint costs quality: see `docs/bench-weights.md`.
-Quantised layers need a back end that can (`Kernels.quantized`); the native one rounds activations to 15 bits, per row and group
-of 32.
+Quantised layers need a back end that can (`Kernels.quantized`), and multiplies the kind; the native one takes Q4_0, Q4_1, Q5_0,
+Q5_1, Q8_0, Q4_K, Q5_K and Q6_K, and rounds activations to 8 bits, per row and group of 32.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Protocol
 
 import torch
@@ -24,10 +25,18 @@ from kvloom.engine.config import WeightMode
 from kvloom.engine.device import CPU
 from kvloom.engine.errors import ConfigError
 from kvloom.engine.model.packed_cache import PackedCache
-from kvloom.engine.model.quantized import GROUP, Codes, QuantizedLinear, round_to_int4, round_to_int8, unpack
-from kvloom.engine.model.weights import QuantizedRows, WeightSource
+from kvloom.engine.model.quantized import (
+    GROUP,
+    DenseEmbedding,
+    PackedEmbedding,
+    QuantizedLinear,
+    StackedLinear,
+    round_to_int4,
+    round_to_int8,
+)
+from kvloom.engine.model.weights import EMBEDDING, WeightSource
 from kvloom.kernels.interface import Kernels
-from kvloom.kernels.quantized import PackedWeight, QuantizedLinears
+from kvloom.kernels.quantized import KINDS, PackedWeight, QuantizedLinears, StoredWeight
 
 
 class Linear(Protocol):
@@ -84,21 +93,41 @@ class LinearWeight:
         weight = weight if self._rows is None else weight[self._rows]
         return weight if self._columns is None else weight[:, self._columns]
 
-    def quantized(self) -> QuantizedRows | None:
-        """The rows as stored, if all parts are stored in the same kind, and no column leaves its group of 32."""
+    def kind(self) -> str | None:
+        """How all of it is stored; None if its parts differ."""
+        kinds = {self.source.kind(name) for name in self.names}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def runs(self) -> list[LinearWeight]:
+        """Neighbouring parts of one kind, so that each run can be taken as it is stored; itself alone where rows of one would
+        lie among those of another."""
+        runs, begin = list[LinearWeight](), 0
+        for _, grouped in itertools.groupby(self.names, self.source.kind):
+            names = tuple(grouped)
+            end = begin + sum(self.source.shape(name)[0] for name in names)
+            rows = None if self._rows is None else self._rows[begin:end] - begin
+            if rows is not None and (int(rows.min()) < 0 or int(rows.max()) >= end - begin):
+                return [self]
+            runs.append(LinearWeight(self.source, names, rows=rows, columns=self._columns, sensitive=self.sensitive))
+            begin = end
+        return runs if len(runs) > 1 else [self]
+
+    def stored(self) -> StoredWeight | None:
+        """The rows as stored, if all parts are stored in one kind, and no column leaves its block."""
         parts = [part for name in self.names if (part := self.source.quantized(name)) is not None]
-        if len(parts) < len(self.names) or len({part.kind for part in parts}) > 1:
+        if len(parts) < len(self.names) or self.kind() is None:
             return None
-        blocks = parts[0].blocks if len(parts) == 1 else torch.cat([part.blocks for part in parts])
+        kind, blocks = parts[0].kind, parts[0].blocks if len(parts) == 1 else torch.cat([part.blocks for part in parts])
         if self._rows is not None:
             blocks = blocks[self._rows]
         if self._columns is not None:
-            columns = self._columns.view(-1, GROUP)
-            groups = columns[:, 0] // GROUP
-            if not torch.equal(columns, groups[:, None] * GROUP + torch.arange(GROUP)):
+            values = KINDS[kind].values
+            columns = self._columns.view(-1, values)
+            order = columns[:, 0] // values
+            if not torch.equal(columns, order[:, None] * values + torch.arange(values)):
                 return None
-            blocks = blocks.view(self.shape[0], self.shape[1] // GROUP, -1)[:, groups].flatten(1)
-        return QuantizedRows(parts[0].kind, blocks, self.shape)
+            blocks = blocks.view(self.shape[0], len(order), -1)[:, order].flatten(1)
+        return StoredWeight(kind, blocks, self.shape)
 
 
 class DenseLinear:
@@ -168,28 +197,51 @@ def make_linear(
             f"weights={mode} needs a back end that multiplies codes (native, triton), but {kernels.name} runs here; use "
             "weights=bf16 or auto"
         )
-    return QuantizedLinear(kernels.quantized, _packed(weight, mode, kernels.quantized, cache), bias)
+    runs, quantized = weight.runs(), kernels.quantized
+    packed = [_packed(run, mode, quantized, cache) for run in runs]
+    biases = [None] * len(runs) if bias is None else bias.split([each.outputs for each in packed])
+    made = [QuantizedLinear(quantized, each, of) for each, of in zip(packed, biases)]
+    return made[0] if len(made) == 1 else StackedLinear(made)
+
+
+def make_embedding(
+    weight: LinearWeight,
+    mode: WeightMode,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    cache: PackedCache | None = None,
+    device: torch.device = CPU,
+) -> DenseEmbedding | PackedEmbedding:
+    """The embedding table: the file's codes where layers hold codes and the back end reads rows of them, else in `dtype`."""
+    quantized = kernels.quantized
+    if quantized is not None and quantizes(mode, dtype, kernels) and weight.kind() in quantized.kinds:
+        packed = _packed(weight, "auto", quantized, cache)
+        if (rows := quantized.rows(packed)) is not None:
+            return PackedEmbedding(packed, rows)
+    found = None if cache is None else cache.tensor(EMBEDDING)
+    if found is None:
+        found = weight.dense(dtype)
+        if cache is not None:
+            cache.keep(EMBEDDING, found)
+    return DenseEmbedding(found.to(device))
 
 
 def _packed(weight: LinearWeight, mode: WeightMode, quantized: QuantizedLinears, cache: PackedCache | None) -> PackedWeight:
     name = " ".join(weight.names)
     if cache is not None and (found := cache.matrix(name)) is not None:
         return found
-    codes = _codes(weight, mode)
-    packed = quantized.pack(codes.bits, codes.codes, codes.scales, codes.mins)
+    packed = quantized.pack(_codes(weight, mode, quantized))
     if cache is not None:
         cache.keep(name, packed)
     return packed
 
 
-def _codes(weight: LinearWeight, mode: WeightMode) -> Codes:
+def _codes(weight: LinearWeight, mode: WeightMode, quantized: QuantizedLinears) -> StoredWeight:
     """Stored codes as they are, unless they have more bits than asked for; else the dense matrix, rounded."""
-    rows = weight.quantized()
-    stored = None if rows is None else unpack(rows)
-    if stored is not None and (mode == "auto" or stored.bits <= (8 if mode == "int8" or weight.sensitive else 4)):
+    most, kind = 4 if mode == "int4" and not weight.sensitive else 8, weight.kind()
+    if kind in quantized.kinds and KINDS[kind].bits <= most and (stored := weight.stored()) is not None:
         return stored
-    dense = weight.dense(torch.float32)
-    return round_to_int4(dense) if mode == "int4" and not weight.sensitive else round_to_int8(dense)
+    return (round_to_int4 if most == 4 else round_to_int8)(weight.dense(torch.float32))
 
 
 def _dense(weight: LinearWeight, bias: Tensor | None, dtype: torch.dtype, device: torch.device) -> Linear:

@@ -27,10 +27,11 @@ from kvloom.engine.model.gguf_file import GGUFFile
 from kvloom.engine.model.heads import Heads, output_columns, projection_rows
 from kvloom.engine.model.held import Held
 from kvloom.engine.model.hf_config import read_hf_config
-from kvloom.engine.model.linear import Linear, LinearWeight, make_linear, quantizes
+from kvloom.engine.model.linear import Linear, LinearWeight, make_embedding, make_linear, quantizes
 from kvloom.engine.model.load_gguf import GGUFWeights
 from kvloom.engine.model.load_safetensors import SafetensorsWeights
 from kvloom.engine.model.packed_cache import PackedCache, PackedKey
+from kvloom.engine.model.quantized import DenseEmbedding, PackedEmbedding, QuantizedLinear
 from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, WeightSource, check_weights, layer_prefix, settle_head
 from kvloom.kernels.interface import Kernels
 
@@ -157,13 +158,9 @@ class _Assembly:
             head=self.head(embedding),
         )
 
-    def embedding(self) -> Tensor:
-        found = None if self.cache is None else self.cache.tensor(EMBEDDING)
-        if found is None:
-            found = self.read(EMBEDDING, self.dtype)
-            if self.cache is not None:
-                self.cache.keep(EMBEDDING, found)
-        return found.to(self.device)
+    def embedding(self) -> DenseEmbedding | PackedEmbedding:
+        weight = LinearWeight(self.source, (EMBEDDING,))
+        return make_embedding(weight, self.mode, self.dtype, self.kernels, self.cache, self.device)
 
     def layer(self, prefix: str, heads: Heads | None = None) -> Layer:
         config = self.config
@@ -181,10 +178,13 @@ class _Assembly:
             down=self.linear([mlp + "down_proj"], config.mlp_bias),
         )
 
-    def head(self, embedding: Tensor) -> Linear:
-        tied = self.config.tied_embeddings
-        weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), embedding if tied else None, sensitive=True)
-        made = make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache, self.device)
+    def head(self, embedding: DenseEmbedding | PackedEmbedding) -> Linear:
+        tied, table = self.config.tied_embeddings, embedding.weight if isinstance(embedding, DenseEmbedding) else None
+        weight = LinearWeight(self.source, (EMBEDDING if tied else HEAD,), table if tied else None, sensitive=True)
+        if tied and isinstance(embedding, PackedEmbedding) and self.kernels.quantized is not None:
+            made: Linear = QuantizedLinear(self.kernels.quantized, embedding.packed)
+        else:
+            made = make_linear(weight, None, self.mode, self.dtype, self.kernels, self.cache, self.device)
         self.held.note("head", made, weight)
         return made
 

@@ -7,7 +7,6 @@ interleaved for its own rotary layout (pairs 2i, 2i + 1); here rows are put back
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
 import torch
@@ -18,7 +17,8 @@ from kvloom.engine.model.config import ModelConfig, log
 from kvloom.engine.model.dequantize import BY_PACKAGE, SUPPORTED, dequantize
 from kvloom.engine.model.gguf_config import config_from_gguf
 from kvloom.engine.model.gguf_file import GGUFFile, GGUFTensor
-from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, QuantizedRows, QuantKind, layer_prefix
+from kvloom.engine.model.weights import EMBEDDING, FINAL_NORM, HEAD, layer_prefix
+from kvloom.kernels.quantized import KINDS, StoredWeight
 
 _ROPE_FREQS = "rope_freqs.weight"
 _TOP = {"token_embd.weight": EMBEDDING, "output_norm.weight": FINAL_NORM, "output.weight": HEAD}
@@ -74,12 +74,12 @@ class GGUFWeights:
         else:
             dequantize(self._ordered(name), tensor.kind, out)
 
-    def quantized(self, name: str) -> QuantizedRows | None:
+    def quantized(self, name: str) -> StoredWeight | None:
         tensor = self._tensors[name]
-        if tensor.kind.name not in get_args(QuantKind) or len(tensor.shape) != 2:
+        if tensor.kind.name not in KINDS or len(tensor.shape) != 2:
             return None
         rows, columns = tensor.shape
-        return QuantizedRows(cast(QuantKind, tensor.kind.name), self._ordered(name), (rows, columns))
+        return StoredWeight(tensor.kind.name, self._ordered(name), (rows, columns))
 
     def _bytes(self, tensor: GGUFTensor) -> Tensor:
         return torch.from_numpy(self._file.bytes_of(tensor))

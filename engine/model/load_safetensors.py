@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvloom.engine.errors import ModelError
-from kvloom.engine.model.weights import QuantizedRows
+from kvloom.kernels.quantized import StoredWeight
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -45,7 +45,7 @@ class SafetensorsWeights:
     def read_into(self, name: str, out: Tensor) -> None:
         out.copy_(self.tensor(name))
 
-    def quantized(self, name: str) -> QuantizedRows | None:
+    def quantized(self, name: str) -> StoredWeight | None:
         """None: safetensors checkpoints that are supported hold plain numbers."""
         return None
 

@@ -121,7 +121,7 @@ class PackedCache:
         if isinstance(made, Tensor):
             self._made.append(({"name": name}, made))
         else:
-            shape = {"outputs": made.outputs, "inputs": made.inputs, "format": made.format, "bits": made.bits}
+            shape = {"outputs": made.outputs, "inputs": made.inputs, "kind": made.kind}
             self._made.append(({"name": _MATRIX + name, **shape}, made.data))
 
     def save(self) -> None:
@@ -212,7 +212,7 @@ def _entry(data: np.ndarray, entry: dict[str, Any]) -> PackedWeight | Tensor:
     tensor = torch.from_numpy(raw).view(_DTYPES[entry["dtype"]]).view(entry["shape"])
     if not entry["name"].startswith(_MATRIX):
         return tensor
-    return PackedWeight(tensor, entry["outputs"], entry["inputs"], entry["format"], entry["bits"])
+    return PackedWeight(tensor, entry["outputs"], entry["inputs"], entry["kind"])
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

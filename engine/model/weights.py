@@ -7,38 +7,19 @@ files; bytes are read when a tensor is asked for.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvloom.engine.errors import ModelError
 from kvloom.engine.model.config import ModelConfig, log
-
-QuantKind = Literal["Q4_0", "Q4_1", "Q8_0"]
-CODE_BITS: dict[str, int] = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
-"""Bits of a code of each."""
+from kvloom.kernels.quantized import StoredWeight
 
 _ROWS = 1024  # compared at a time
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedRows:
-    """A matrix as GGUF stores it: rows of blocks of 32 values.
-
-    blocks: [rows, bytes] uint8, rows in the order of the Hugging Face matrix (llama.cpp's permutation of q and k undone)
-    shape: (rows, columns) of the matrix
-
-    One block of 32: Q4_0 = fp16 scale d, 16 bytes; value = d (n - 8). Q4_1 = fp16 d, fp16 minimum m, 16 bytes; value = d n + m.
-    Byte j holds value j in its low and value j + 16 in its high half. Q8_0 = fp16 d, 32 int8; value = d n.
-    """
-
-    kind: QuantKind
-    blocks: Tensor
-    shape: tuple[int, int]
 
 
 class WeightSource(Protocol):
@@ -62,8 +43,9 @@ class WeightSource(Protocol):
         """Convert the tensor into `out` (same shape, any floating type), without an intermediate of its size."""
         ...
 
-    def quantized(self, name: str) -> QuantizedRows | None:
-        """The matrix as stored, if it is stored in a kind that linear layers may consume."""
+    def quantized(self, name: str) -> StoredWeight | None:
+        """The matrix as stored, if it is of one of `kernels.quantized.KINDS`: rows in the order of the Hugging Face matrix
+        (llama.cpp's permutation of q and k undone)."""
         ...
 
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from kvloom.kernels import quantized
 from kvloom.kernels.interface import COMPARES, Compare, Folded, Lists, PagedKV, Renewal, Rows
-from kvloom.kernels.quantized import PackedWeight
 from kvloom.kernels.triton import TritonKernels, choose, rows
-from kvloom.kernels.triton.linear import Q4, Q8, TritonQuantized
+from kvloom.kernels.triton.linear import TritonQuantized
 
 Kind = Literal["decode", "lists", "chunk", "list chunk", "score"]
 """Kinds of attention."""
@@ -77,8 +77,10 @@ def attend(n: int, what: Kind, dtype: torch.dtype = torch.bfloat16, dim: int = D
 
 
 def _linear(n: int, bits: int) -> None:
-    of, per_group = (Q4, 16 + 2 + 2) if bits == 4 else (Q8, 32 + 2)
-    packed = PackedWeight(torch.empty(4096 // 32 * 4096 * per_group, dtype=torch.uint8), 4096, 4096, of, bits)
+    kind = "Q4_1" if bits == 4 else "Q8_0"
+    packed = quantized.PackedWeight(
+        torch.empty(4096 * quantized.KINDS[kind].row_bytes(4096), dtype=torch.uint8), 4096, 4096, kind
+    )
     TritonQuantized("cpu").linear(packed, None)(_of(n, 4096), _of(n, 4096))
 
 

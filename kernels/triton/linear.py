@@ -9,15 +9,13 @@ rows, each split is another program's and sums go through scratch; of many, one 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kvloom.kernels.checks import FLOATS, strides
-from kvloom.kernels.quantized import PackedWeight
+from kvloom.kernels.quantized import Multiply, PackedWeight, StoredWeight, check_stored
 from kvloom.kernels.triton.numbers import INTERPRETED, read, rounded
 
 GROUP = 32
@@ -34,6 +32,8 @@ LEAST = 8
 """Fewest groups of a split."""
 Q4, Q4_SYMMETRIC, Q8 = range(3)
 """Formats: codes 0 to 15 with a minimum; codes 0 to 15 that stand for -8 to 7; signed bytes."""
+FORMATS = {"Q4_1": Q4, "Q4_0": Q4_SYMMETRIC, "Q8_0": Q8}
+"""Of GGUF's kinds."""
 
 
 @triton.jit
@@ -115,36 +115,27 @@ class TritonQuantized:
     """`quantized.QuantizedLinears` on one device and one stream."""
 
     layout = "triton 1"
+    kinds = frozenset(FORMATS)
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
         self.scratch = torch.empty(0, device=device)
 
-    def pack(self, bits: int, codes: Tensor, scales: Tensor, mins: Tensor | None) -> PackedWeight:
+    def pack(self, stored: StoredWeight) -> PackedWeight:
         """See the contract. Codes, then scales, then minima, by groups of inputs and then by outputs."""
-        if bits not in (4, 8):
-            raise ValueError(f"bits is {bits}; allowed: 4, 8")
-        if bits == 8 and mins is not None:
-            raise ValueError("8-bit codes with mins are not supported; fold the mins into signed codes")
-        if codes.dtype is not (torch.int8 if bits == 8 else torch.uint8):
-            raise ValueError(f"codes must be int8 of 8 bits, or uint8 of 4; got {codes.dtype} of {bits}")
-        (outputs, inputs), groups = codes.shape, codes.shape[1] // GROUP
-        for name, each in (("scales", scales), ("mins", mins)):
-            if each is not None and (inputs % GROUP or each.shape != (outputs, groups)):
-                raise ValueError(f"{name} must be [{outputs}, {inputs} / {GROUP}]; got {tuple(each.shape)}")
-        if bits == 4 and int(codes.max()) > 15:
-            raise ValueError(f"int4 codes must be uint8 below 16; got {codes.dtype} up to {int(codes.max())}")
-        by_group = codes.view(torch.uint8).unflatten(1, (groups, GROUP))
-        if bits == 4:
-            by_group = by_group[..., : GROUP // 2] | (by_group[..., GROUP // 2 :] << 4)
-        parts = [by_group, *(each.half().contiguous().view(torch.uint8).unflatten(1, (groups, 2))
-                             for each in (scales, mins) if each is not None)]  # fmt: skip
+        check_stored(stored, self.kinds)
+        kind, blocks, (outputs, inputs) = stored
+        groups, factors = inputs // GROUP, 2 if kind == "Q4_1" else 1
+        by_group = blocks.view(outputs, groups, -1)
+        parts = [by_group[..., 2 * factors :], *(by_group[..., 2 * i : 2 * i + 2] for i in range(factors))]
         room = -outputs % PANEL
         data = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, room)).transpose(0, 1).flatten() for part in parts]
-        of = Q8 if bits == 8 else Q4_SYMMETRIC if mins is None else Q4
-        return PackedWeight(torch.cat(data), outputs, inputs, of, bits)
+        return PackedWeight(torch.cat(data), outputs, inputs, kind)
 
-    def linear(self, packed: PackedWeight, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def rows(self, packed: PackedWeight) -> None:
+        """See the contract: none are read."""
+
+    def linear(self, packed: PackedWeight, bias: Tensor | None) -> Multiply:
         """See the contract. Moves what is not on the device there, and makes scratch, which only grows."""
         weight = Weight(packed, bias, self)
         if len(self.scratch) < (size := weight.splits * FEW * weight.padded):
@@ -156,7 +147,8 @@ class Weight:
     """A packed weight on the device, to be multiplied with."""
 
     def __init__(self, packed: PackedWeight, bias: Tensor | None, back_end: TritonQuantized) -> None:
-        self.outputs, self.inputs, self.format, self._back_end = packed.outputs, packed.inputs, packed.format, back_end
+        self.outputs, self.inputs, self._back_end = packed.outputs, packed.inputs, back_end
+        self.format = FORMATS[packed.kind]
         self.padded, self.groups = -(-self.outputs // PANEL) * PANEL, self.inputs // GROUP
         if bias is not None and (bias.shape != (self.outputs,) or not bias.is_contiguous() or bias.dtype not in FLOATS):
             raise ValueError(f"bias must be contiguous [{self.outputs}]; got {tuple(bias.shape)}, {bias.dtype}")

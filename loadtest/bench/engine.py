@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 
 from kvloom.engine import LLM, SamplingParams
+from kvloom.engine.model.quantized import round_to_int8
 from kvloom.engine.requests.request import Request
 from kvloom.kernels import Kernels
 from kvloom.loadtest.bench.contexts import random_tokens, remember
@@ -71,10 +72,10 @@ def measure_ceilings(kernels: Kernels) -> Ceilings:
         (data.nbytes, lambda: torch.mv(data, ones)),
     ]
     if kernels.quantized is not None:
-        codes, scales = torch.ones(81_920, 1152, dtype=torch.int8), torch.ones(81_920, 36)
-        multiply = kernels.quantized.linear(kernels.quantized.pack(8, codes, scales, None), None)
+        packed = kernels.quantized.pack(round_to_int8(torch.ones(81_920, 1152)))
+        multiply = kernels.quantized.linear(packed, None)
         row, out = torch.ones(1, 1152, dtype=torch.bfloat16), torch.empty(1, 81_920)
-        readers.append((codes.nbytes + 2 * scales.numel(), lambda: multiply(row, out)))
+        readers.append((packed.data.nbytes, lambda: multiply(row, out)))
     read = max(size / median_seconds(reader, 9) for size, reader in readers) / 1e9
 
     def product(dtype: torch.dtype) -> float:

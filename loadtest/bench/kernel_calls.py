@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvloom.engine.model.quantized import round_to_int4, round_to_int8
+from kvloom.engine.model.quantized import dense, round_to_int4, round_to_int8
 from kvloom.kernels import Kernels, Lists, PagedKV, Rows
 from kvloom.kernels.dense import spanned
 from kvloom.kernels.interface import Renewal
@@ -144,10 +144,10 @@ def linear(make: Tensors, shape: Shape, size: Size) -> Prepare:
 
     def prepare(kernels: Kernels) -> Run | None:
         if kernels.name == "reference":
-            return lambda: ((x.double() @ codes.dense().double().t()).to(x.dtype),)
+            return lambda: ((x.double() @ dense(codes).double().t()).to(x.dtype),)
         if kernels.quantized is None:
             return None
-        multiply = kernels.quantized.linear(kernels.quantized.pack(codes.bits, codes.codes, codes.scales, codes.mins), None)
+        multiply = kernels.quantized.linear(kernels.quantized.pack(codes), None)
         return lambda: (multiply(x, out),)
 
     return prepare

@@ -108,7 +108,7 @@ async def _leave(target: Target, when: float) -> Fate:
 
 
 async def _stop_reading(target: Target, count: int) -> Counter[Fate]:
-    """Ask for far more than a fast machine puts on the way, read a little, and look again once the server runs nothing any more."""
+    """Ask for more than a fast machine puts on the way, read a little, and look again once the server runs nothing any more."""
     opened = await asyncio.gather(*(_open(target, _body(4, 2000, **_LONG), narrow=True) for _ in range(count)))
     begun = await asyncio.gather(*(reader.read(20) for reader, _ in opened))
     await _at_rest(target, HANG_SECONDS)

@@ -12,7 +12,7 @@ from kvloom.engine.core import EngineCore
 from kvloom.engine.model.config import ModelConfig
 from kvloom.engine.model.decoder import Decoder, Layer
 from kvloom.engine.model.linear import DenseLinear, Linear
-from kvloom.engine.model.quantized import QuantizedLinear, round_to_int8
+from kvloom.engine.model.quantized import DenseEmbedding, QuantizedLinear, round_to_int8
 from kvloom.engine.model.rope import RopeConfig, rotary_table
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.requests.tenants import Tenants
@@ -73,9 +73,9 @@ def decoder(shape: Shape, length: int, kernels: Kernels, device: torch.device, d
         weight = drawn(outputs, inputs)
         if bits == 16:
             return DenseLinear(weight)
-        codes, quantized = round_to_int8(weight), kernels.quantized
+        quantized = kernels.quantized
         assert quantized is not None
-        return QuantizedLinear(quantized, quantized.pack(8, codes.codes, codes.scales, None))
+        return QuantizedLinear(quantized, quantized.pack(round_to_int8(weight)))
 
     ones = torch.ones(shape.hidden, device=device)
     layers = [
@@ -83,7 +83,7 @@ def decoder(shape: Shape, length: int, kernels: Kernels, device: torch.device, d
               gate_up=linear("gate_up"), down=linear("down"))
         for _ in range(shape.layers)
     ]  # fmt: skip
-    embedding = drawn(shape.vocab, shape.hidden)
+    embedding = DenseEmbedding(drawn(shape.vocab, shape.hidden))
     return Decoder(config, dtype, kernels, embedding=embedding, layers=layers, final_norm=ones, head=linear("head"))
 
 

@@ -61,7 +61,7 @@ def test_a_method_gives_on_a_gpu_what_it_gives_on_a_cpu(make_llm: MakeLLM, monke
     assert llm.model.device == "cuda"
     runner = llm.core.runner
     assert all(isinstance(tensor, There) for group in llm.core.cache.groups for kv in group.storage.layers for tensor in kv)
-    assert isinstance(runner.decoder.embedding, There) and isinstance(runner.geometry.inv_freq, There)
+    assert isinstance(runner.decoder.embedding.weight, There) and isinstance(runner.geometry.inv_freq, There)
     stats = llm.stats().selection
     assert CASES[name].selection is None or stats[CASES[name].selection].decode_rows > 0
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from kvloom.kernels import Counters, PagedKV, Rows
 from kvloom.kernels.cpu.native import NativeKernels
-from kvloom.kernels.cpu.native.linear import QuantLinear, pack_int4
+from kvloom.kernels.cpu.native.linear import QuantLinear, pack
 from tests.conftest import native_kernels
+from tests.kernels.stored import random_stored
 
 MOST, Q_HEADS, KV_HEADS, DIM, BLOCK = 40, 6, 2, 32, 16
 
@@ -30,9 +31,7 @@ class Step:
         source = torch.Generator().manual_seed(3)
         width = (Q_HEADS + 2 * KV_HEADS) * DIM
         self.kernels = kernels
-        codes = torch.randint(0, 16, (width, 64), dtype=torch.uint8, generator=source)
-        scales = torch.rand(width, 2, generator=source) / 64
-        self.project = QuantLinear(kernels, pack_int4(kernels, codes, scales, -8 * scales))
+        self.project = QuantLinear(kernels, pack(kernels, random_stored("Q4_1", width, 64)))
         self.x, self.normed = torch.empty(MOST, 64), torch.empty(MOST, 64)
         self.qkv, self.q = torch.empty(MOST, width), torch.empty(MOST, Q_HEADS, DIM)
         self.out, self.weight = torch.empty_like(self.q), torch.rand(64, generator=source)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.cpu.native import NativeKernels
-from kvloom.kernels.cpu.native.linear import QuantLinear, pack_int4
+from kvloom.kernels.cpu.native.linear import QuantLinear, pack
 from tests.conftest import native_kernels
+from tests.kernels.stored import random_stored
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +22,7 @@ def kernels() -> NativeKernels:
 
 
 def _layer(kernels: NativeKernels, outputs: int = 1536, inputs: int = 512) -> QuantLinear:
-    source = torch.Generator().manual_seed(1)
-    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8, generator=source)
-    scales = torch.rand(outputs, inputs // 32, generator=source)
-    return QuantLinear(kernels, pack_int4(kernels, codes, scales, torch.rand(outputs, inputs // 32, generator=source)))
+    return QuantLinear(kernels, pack(kernels, random_stored("Q4_1", outputs, inputs)))
 
 
 def _rows(rows: int, seed: int = 0) -> Tensor:

@@ -16,8 +16,9 @@ from kvloom import kernels
 from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.kernels.cpu.native import NativeUnavailable, load
-from kvloom.kernels.cpu.native.linear import QuantLinear, pack_int8
+from kvloom.kernels.cpu.native.linear import QuantLinear, pack
 from kvloom.kernels.cpu.native.variants import VARIANTS, Variant, missing, processor_flags
+from tests.kernels.stored import ALL, random_stored
 
 builder = importlib.import_module("kvloom.kernels.cpu.native.build")  # the package has a function of that name
 BY_NAME = {one.name: one for one in VARIANTS}
@@ -140,7 +141,6 @@ def test_who_asks_for_a_build_is_told_that_there_is_no_compiler(shipped: Path, m
 def test_another_variant_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own loops of every kernel are tested in test_native; here: the same integers, and sums in another order."""
     make = torch.Generator().manual_seed(3)
-    codes, scales = torch.randint(-127, 128, (160, 256), dtype=torch.int8, generator=make), torch.rand(160, 8, generator=make)
     x, outs = torch.randn(5, 256, generator=make), []
     for name in ("native", V3.name):
         monkeypatch.setenv("KVLOOM_NATIVE", name)
@@ -149,5 +149,6 @@ def test_another_variant_gives_the_same_answers(monkeypatch: pytest.MonkeyPatch)
         except ValueError as error:
             pytest.skip(str(error))
         assert made.build == ("built here for this processor" if name == "native" else "x86-64-v3, built here")
-        outs.append(QuantLinear(made, pack_int8(made, codes, scales))(x, torch.empty(5, 160)))
+        layers = [QuantLinear(made, pack(made, random_stored(kind, 160, 256))) for kind in ALL]
+        outs.append(torch.cat([layer(x, torch.empty(5, 160)) for layer in layers]))
     torch.testing.assert_close(*outs, rtol=1e-5, atol=1e-4)

@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvloom.engine.model.quantized import round_to_int4, round_to_int8
 from kvloom.kernels.quantized import PackedWeight
 from tests.kernels.conftest import activations, close
+from tests.kernels.stored import dense_of, random_stored
 
 pytest.importorskip("triton")
 
 from kvloom.kernels.triton import linear
 from kvloom.kernels.triton.linear import TritonQuantized
 
-FORMATS = ("q4_0", "q4_1", "q8_0")
+FORMATS = ("Q4_0", "Q4_1", "Q8_0")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -28,24 +28,18 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "FEW", 20)
 
 
-def packed_and_dense(quantized: TritonQuantized, layout: str, outputs: int, inputs: int) -> tuple[PackedWeight, Tensor]:
+def packed_and_dense(quantized: TritonQuantized, kind: str, outputs: int, inputs: int) -> tuple[PackedWeight, Tensor]:
     """A packed random weight and the matrix, fp64, that it stands for."""
-    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs + inputs)) * 0.05
-    codes = round_to_int8(weight) if layout == "q8_0" else round_to_int4(weight)
-    mins = codes.mins if layout == "q4_1" else None
-    spread = codes.scales.double().repeat_interleave(32, 1)
-    dense = (codes.codes.double() - 8 * (layout == "q4_0")) * spread
-    if mins is not None:
-        dense += mins.double().repeat_interleave(32, 1)
-    return quantized.pack(codes.bits, codes.codes, codes.scales, mins), dense
+    stored = random_stored(kind, outputs, inputs)
+    return quantized.pack(stored), dense_of(stored)
 
 
-@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize(("dtype", "rows"), [*((dtype, 20) for dtype in DTYPES), (torch.bfloat16, 1), (torch.bfloat16, 33)])
-def test_equals_the_dense_product(layout: str, dtype: torch.dtype, rows: int) -> None:
+def test_equals_the_dense_product(kind: str, dtype: torch.dtype, rows: int) -> None:
     """Few rows and many; rows of a wider tensor, into one; nothing but the output is written."""
     quantized = TritonQuantized("cpu")
-    packed, dense = packed_and_dense(quantized, layout, 70, 160)
+    packed, dense = packed_and_dense(quantized, kind, 70, 160)
     bias = torch.linspace(-2, 2, 70).to(dtype)
     x, room = activations(rows, 160, dtype), torch.full((rows, 90), 9.0, dtype=dtype)
     wider = torch.cat([x, x.new_full((rows, 8), torch.nan)], 1)
@@ -61,20 +55,20 @@ def test_equals_the_dense_product(layout: str, dtype: torch.dtype, rows: int) ->
 
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.sampled_from(FORMATS), st.integers(1, 130), st.integers(1, 9), st.integers(1, 40))
-def test_any_shape(layout: str, outputs: int, groups: int, rows: int) -> None:
+def test_any_shape(kind: str, outputs: int, groups: int, rows: int) -> None:
     quantized = TritonQuantized("cpu")
-    packed, dense = packed_and_dense(quantized, layout, outputs, groups * 32)
+    packed, dense = packed_and_dense(quantized, kind, outputs, groups * 32)
     x = activations(rows, groups * 32, torch.bfloat16)
     out = quantized.linear(packed, None)(x, torch.full((rows, outputs), torch.nan))
     assert close(out, x.double() @ dense.T)
 
 
-@pytest.mark.parametrize("layout", ["q4_1", "q8_0"])
-def test_a_row_does_not_depend_on_its_batch(layout: str) -> None:
+@pytest.mark.parametrize("kind", ["Q4_1", "Q8_0"])
+def test_a_row_does_not_depend_on_its_batch(kind: str) -> None:
     """One row alone, among few rows, and among so many that programs compute all splits. Sums of a group are exact: those of
     the interpreter's library depend on where a row lies."""
     quantized = TritonQuantized("cpu")
-    packed, _ = packed_and_dense(quantized, layout, 70, 160)
+    packed, _ = packed_and_dense(quantized, kind, 70, 160)
     layer, make = quantized.linear(packed, None), torch.Generator().manual_seed(1)
     x = torch.randint(-60, 60, (40, 160), generator=make).bfloat16()
     together = layer(x, torch.empty(40, 70))
@@ -84,9 +78,8 @@ def test_a_row_does_not_depend_on_its_batch(layout: str) -> None:
 
 def test_what_does_not_belong_together_is_refused() -> None:
     quantized = TritonQuantized("cpu")
-    packed, _ = packed_and_dense(quantized, "q8_0", 16, 64)
+    packed, _ = packed_and_dense(quantized, "Q8_0", 16, 64)
     layer = quantized.linear(packed, None)
-    codes, scales = torch.zeros(1, 64, dtype=torch.uint8), torch.ones(1, 2)
     with pytest.raises(ValueError, match="16 x 64"):
         layer(torch.zeros(1, 32), torch.empty(1, 16))
     with pytest.raises(ValueError, match="16 x 64"):
@@ -97,13 +90,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
         quantized.linear(packed, torch.zeros(15))
     with pytest.raises(ValueError, match="16 x 64 need"):
         quantized.linear(packed._replace(data=packed.data[:-1]), None)
-    with pytest.raises(ValueError, match="below 16"):
-        quantized.pack(4, codes + 16, scales, None)
-    with pytest.raises(ValueError, match="allowed: 4, 8"):
-        quantized.pack(5, codes, scales, None)
-    with pytest.raises(ValueError, match="int8 of 8 bits"):
-        quantized.pack(8, codes, scales, None)
-    with pytest.raises(ValueError, match="mins"):
-        quantized.pack(8, codes.view(torch.int8), scales, scales)
-    with pytest.raises(ValueError, match="scales must be"):
-        quantized.pack(4, codes[:, :48], scales, None)
+    stored = random_stored("Q8_0", 16, 64)
+    with pytest.raises(ValueError, match="'Q4_K'; allowed: Q4_0, Q4_1, Q8_0"):
+        quantized.pack(stored._replace(kind="Q4_K"))
+    with pytest.raises(ValueError, match="16 x 48 of Q8_0"):
+        quantized.pack(stored._replace(shape=(16, 48)))

@@ -21,7 +21,8 @@ from kvloom.kernels.reference import ReferenceKernels
     [
         ("Q4_1", "auto", "layers int4 (the file's codes), head int8 (rounded from F32)"),
         ("Q8_0", "auto", "layers int8 (the file's codes), head int8 (rounded from F32)"),
-        ("Q5_0", "auto", "layers int8 (rounded from Q5_0), head int8 (rounded from F32)"),
+        ("Q5_0", "auto", "layers int5 (the file's codes), head int8 (rounded from F32)"),
+        ("F16", "auto", "layers int8 (rounded from F16), head int8 (rounded from F32)"),
         ("Q8_0", "int4", "layers int4 (rounded from Q8_0), head int8 (rounded from F32)"),
         ("Q4_1", "int8", "layers int4 (the file's codes), head int8 (rounded from F32)"),
         ("Q4_1", "bf16", "layers and head bfloat16"),
@@ -40,7 +41,7 @@ def test_what_became_of_it(
 def test_mixed_layers(write_gguf: Callable[..., Path], native: Any) -> None:
     other = (quantize(np.ones((32, 64), np.float32), GGMLQuantizationType.Q8_0), "Q8_0")
     path = write_gguf("Q4_0", tensors={"blk.0.attn_v.weight": other})
-    told = "layers int4 (the file's codes) and int8 (rounded from Q4_0, Q8_0), head int8 (rounded from F32)"
+    told = "layers int4 (the file's codes) and int8 (the file's codes), head int8 (rounded from F32)"
     assert load_model(path, "bf16", native).weights_held == told
 
 

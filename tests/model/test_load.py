@@ -26,13 +26,13 @@ def test_types(write_gguf, kernels, dtype, expected) -> None:
     decoder = load_model(write_gguf("Q4_1"), dtype, kernels).decoder
     layer = decoder.layers[0]
     x = torch.zeros(1, layer.qkv.in_features, dtype=expected)
-    assert {decoder.embedding.dtype, layer.qkv(x).dtype, decoder.dtype} == {expected}
+    assert {decoder.embedding.weight.dtype, layer.qkv(x).dtype, decoder.dtype} == {expected}
     assert {layer.input_norm.dtype, decoder.final_norm.dtype, decoder.rotary.cos.dtype} == {torch.float32}
 
 
 def test_tied_head_shares_the_embedding_table(write_gguf, kernels) -> None:
     decoder = load_model(write_gguf("F32"), "fp32", kernels).decoder
-    assert decoder.head.weight.data_ptr() == decoder.embedding.data_ptr()
+    assert decoder.head.weight.data_ptr() == decoder.embedding.weight.data_ptr()
 
 
 def test_weights_do_not_depend_on_the_file_afterwards(write_gguf, kernels, run_logits) -> None:

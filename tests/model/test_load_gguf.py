@@ -12,6 +12,7 @@ from kvloom.engine.errors import ModelError
 from kvloom.engine.model.dequantize import dequantize
 from kvloom.engine.model.load import load_model
 from kvloom.engine.model.load_gguf import GGUFWeights
+from kvloom.engine.model.quantized import dense
 from kvloom.engine.model.weights import check_weights, expected_shapes
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7]
@@ -52,11 +53,14 @@ def test_k_quants(write_gguf, kind) -> None:
     for at in scales:
         raw[:, at : at + 2] = np.full((256, 1), 0.01, dtype=np.float16).view(np.uint8)
     path = write_gguf("F32", hidden=256, heads=4, kv_heads=4, tensors={"blk.1.attn_q.weight": (raw, kind)})
-    found = GGUFWeights(path).tensor(LAYER + "self_attn.q_proj.weight").numpy()
-    assert np.array_equal(found, unpermute(oracle(raw, GGMLQuantizationType[kind]).reshape(256, 256), 4))
+    source, name = GGUFWeights(path), LAYER + "self_attn.q_proj.weight"
+    expected = unpermute(oracle(raw, GGMLQuantizationType[kind]).reshape(256, 256), 4)
+    assert np.array_equal(source.tensor(name).numpy(), expected)
+    rows = source.quantized(name)
+    assert rows is not None and rows.kind == kind and np.array_equal(dense(rows).numpy(), expected)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_quantized_rows_are_in_hugging_face_order(write_gguf, kind) -> None:
     source = GGUFWeights(write_gguf(kind))
     for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"):
@@ -69,7 +73,7 @@ def test_quantized_rows_are_in_hugging_face_order(write_gguf, kind) -> None:
 
 
 def test_other_types_have_no_quantized_rows(write_gguf) -> None:
-    source = GGUFWeights(write_gguf("Q5_0"))
+    source = GGUFWeights(write_gguf("F16"))
     assert source.quantized(LAYER + "self_attn.q_proj.weight") is None
     assert source.quantized(LAYER + "input_layernorm.weight") is None
 

@@ -202,7 +202,7 @@ def test_a_full_disk_is_no_error(
 
 def some(folder: Path, source: Path, name: str, size: int = 1000) -> PackedCache:
     cache = PackedCache(folder, PackedKey(name, (source,), (name,)))
-    cache.keep("a", PackedWeight(torch.arange(size, dtype=torch.int64).to(torch.uint8), 1, size, 0, 4))
+    cache.keep("a", PackedWeight(torch.arange(size, dtype=torch.int64).to(torch.uint8), 1, size, "Q4_0"))
     return cache
 
 

@@ -96,14 +96,15 @@ LINEAR = _layout(
     "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i"
 )
 SILU = _layout("gate_up:P in_row:q out:P out_row:q rows:q intermediate:q dtype:i threads:i")
-PACK = _layout("codes:P scales:P mins:P packed:P inputs:q outputs:q format:i")
+PACK = _layout("blocks:P packed:P inputs:q outputs:q format:i threads:i")
+ROWS_OF = _layout("packed:P indices:P out:P out_row:q rows:q inputs:q outputs:q format:i dtype:i threads:i")
 
 CALL = _layout("run:P args:P rows_in:P")
 
 # In the order of kvloom_sizes.
 _LAYOUTS = (
     ROWS, TOTALS, ATTEND, NORM, ROTATE_STORE, STORE, ROTATE, FOLD, SELECT, RENEW, POOL, SAMPLE, LINEAR, SILU, PACK,
-    CALL,
+    ROWS_OF, CALL,
 )  # fmt: skip
 
 _FUNCTIONS = {
@@ -120,6 +121,7 @@ _FUNCTIONS = {
     "linear": LINEAR,
     "silu_mul": SILU,
     "linear_pack": PACK,
+    "linear_rows": ROWS_OF,
 }
 
 

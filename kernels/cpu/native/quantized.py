@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kvloom.kernels.quantized import PackedWeight
+from kvloom.kernels.quantized import KINDS, Multiply, PackedWeight, StoredWeight
 
 if TYPE_CHECKING:
     from .backend import NativeKernels
 
 
-LAYOUT = "native 1"
+LAYOUT = "native 2"
 """Of packed weights, as csrc/quant.h describes it; the same on every machine. Another one needs another name: a test holds this
 one to the bytes that it stands for."""
 
@@ -21,23 +20,26 @@ one to the bytes that it stands for."""
 class NativeQuantized:
     """Packs codes for the library's integer dot products."""
 
+    kinds = frozenset(KINDS)
+
     def __init__(self, kernels: NativeKernels) -> None:
         self._kernels = kernels
         self.layout = LAYOUT
 
-    def pack(self, bits: int, codes: Tensor, scales: Tensor, mins: Tensor | None) -> PackedWeight:
+    def pack(self, stored: StoredWeight) -> PackedWeight:
         """See the contract."""
-        from .linear import pack_int4, pack_int8
+        from .linear import pack
 
-        if bits not in (4, 8):
-            raise ValueError(f"bits is {bits}; allowed: 4, 8")
-        if bits == 8 and mins is not None:
-            raise ValueError("8-bit codes with mins are not supported; fold the mins into signed codes")
-        kernels = self._kernels
-        return pack_int4(kernels, codes, scales, mins) if bits == 4 else pack_int8(kernels, codes, scales)
+        return pack(self._kernels, stored)
 
-    def linear(self, packed: PackedWeight, bias: Tensor | None) -> Callable[[Tensor, Tensor], Tensor]:
+    def linear(self, packed: PackedWeight, bias: Tensor | None) -> Multiply:
         """See the contract."""
         from .linear import QuantLinear
 
         return QuantLinear(self._kernels, packed, bias)
+
+    def rows(self, packed: PackedWeight) -> Multiply:
+        """See the contract."""
+        from .linear import PackedRows
+
+        return PackedRows(self._kernels, packed)

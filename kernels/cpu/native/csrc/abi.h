@@ -174,11 +174,18 @@ struct SiluArgs {
 };
 
 struct PackArgs {
-  const void* codes;
-  const float *scales, *mins;
+  const void* rows;  // [outputs] of the file's blocks, without gaps
   void* packed;
   int64_t inputs, outputs;
-  int32_t format;
+  int32_t format, threads;
+};
+
+struct RowsOfArgs {  // of a packed matrix
+  const void* packed;
+  const int64_t* indices;
+  void* out;
+  int64_t out_row, rows, inputs, outputs;
+  int32_t format, dtype, threads;
 };
 
 struct Call {  // of one of the functions that take one of these structures

@@ -1,10 +1,10 @@
 // The integer inner step of quant.h, for three kinds of processor: 16 outputs times 4 inputs at a time, exact in int32.
 //
-// A group's activations are 32 codes of 15 bits, stored as the target multiplies them:
+// A group's activations are 32 codes of 8 bits, stored as the target multiplies them:
 //
-//     VNNI    two planes of int8, code = 128 high + low: one instruction multiplies bytes only
+//     VNNI    int8 in order: one instruction multiplies bytes
 //     AVX2    int16; of every four inputs first 0 and 2, then 1 and 3: the weights' bytes spread by masks alone
-//     else    int16 in order
+//     else    int8 in order
 //
 // All three give the same integers. A panel's 16 outputs are kParts registers of sums.
 #pragma once
@@ -14,7 +14,7 @@
 namespace kvloom {
 
 constexpr int kPanel = 16, kGroupInputs = 32, kSteps = kGroupInputs / 4;
-constexpr int kPlane = 128, kMostCode = 127 * kPlane;  // of a code: what its high part counts, and the largest
+constexpr int kMostCode = 127;
 
 #if defined(KVLOOM_VNNI)
 
@@ -23,16 +23,18 @@ using Stored = __m512i;   // 64 bytes of weights as they lie in memory
 using Weights4 = __m512i; // 16 outputs x 4 inputs, ready to multiply
 using isum = __m512i;     // an int32 per output
 using fsum = vec;
-constexpr int kPlanes = 2, kParts = 1;
+constexpr int kParts = 1;
 
 inline Stored load_stored(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline Weights4 whole(Stored c) { return c; }
-inline Weights4 low_nibbles(Stored c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
-inline Weights4 high_nibbles(Stored c) { return _mm512_and_si512(_mm512_srli_epi16(c, 4), _mm512_set1_epi8(15)); }
+inline Weights4 nibbles(Stored c, int shift) { return _mm512_and_si512(_mm512_srli_epi16(c, shift), _mm512_set1_epi8(15)); }
+inline Weights4 with_bits(Weights4 low, Stored c, int from, int mask) {
+  const Stored moved = from < 4 ? _mm512_slli_epi16(c, 4 - from) : _mm512_srli_epi16(c, from - 4);
+  return _mm512_or_si512(low, _mm512_and_si512(moved, _mm512_set1_epi8(char(mask << 4))));
+}
 inline void store_ready(uint8_t* p, Weights4 c) { _mm512_storeu_si512(p, c); }
 inline Weights4 load_ready(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline isum isplat(int32_t x) { return _mm512_set1_epi32(x); }
-inline isum next_plane(isum x, int32_t add) { return _mm512_add_epi32(_mm512_slli_epi32(x, 7), isplat(add)); }
 inline fsum to_float(isum x) { return _mm512_cvtepi32_ps(x); }
 inline isum dot4(isum acc, Weights4 weights, const Code* x) {
   int32_t four;
@@ -47,16 +49,18 @@ using Stored = __m256i;
 struct Weights4 { __m256i even, odd; };  // 8 outputs: inputs 0 and 2, and 1 and 3, as int16
 using isum = __m256i;
 using fsum = __m256;
-constexpr int kPlanes = 1, kParts = 2;
+constexpr int kParts = 2;
 
-inline isum next_plane(isum x, int32_t) { return x; }
 inline Stored load_stored(const uint8_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-template <int Shift, int Mask> inline __m256i bits(__m256i x) {
-  return _mm256_and_si256(_mm256_srli_epi16(x, Shift), _mm256_set1_epi16(Mask));
+inline __m256i bits(__m256i x, int shift, int mask) {
+  return _mm256_and_si256(_mm256_srli_epi16(x, shift), _mm256_set1_epi16(short(mask)));
 }
-inline Weights4 whole(Stored c) { return {bits<0, 255>(c), bits<8, 255>(c)}; }
-inline Weights4 low_nibbles(Stored c) { return {bits<0, 15>(c), bits<8, 15>(c)}; }
-inline Weights4 high_nibbles(Stored c) { return {bits<4, 15>(c), bits<12, 15>(c)}; }
+inline Weights4 whole(Stored c) { return {bits(c, 0, 255), bits(c, 8, 255)}; }
+inline Weights4 nibbles(Stored c, int shift) { return {bits(c, shift, 15), bits(c, 8 + shift, 15)}; }
+inline Weights4 with_bits(Weights4 low, Stored c, int from, int mask) {
+  auto or_moved = [&](__m256i to, int shift) { return _mm256_or_si256(to, _mm256_slli_epi16(bits(c, shift, mask), 4)); };
+  return {or_moved(low.even, from), or_moved(low.odd, 8 + from)};
+}
 inline void store_ready(uint8_t* p, const Weights4& c) {
   _mm256_storeu_si256((__m256i*)p, c.even), _mm256_storeu_si256((__m256i*)p + 1, c.odd);
 }
@@ -73,18 +77,17 @@ inline isum dot4(isum acc, const Weights4& weights, const Code* x) {
 
 #else
 
-using Code = int16_t;
+using Code = int8_t;
 typedef uint8_t Stored __attribute__((vector_size(64)));
 using Weights4 = Stored;
 using isum = ivec;
 using fsum = vec;
-constexpr int kPlanes = 1, kParts = 1;
+constexpr int kParts = 1;
 
-inline isum next_plane(isum x, int32_t) { return x; }
 inline Stored load_stored(const uint8_t* p) { Stored c; std::memcpy(&c, p, sizeof c); return c; }
 inline Weights4 whole(Stored c) { return c; }
-inline Weights4 low_nibbles(Stored c) { return c & 15; }
-inline Weights4 high_nibbles(Stored c) { return c >> 4; }
+inline Weights4 nibbles(Stored c, int shift) { return (c >> uint8_t(shift)) & 15; }
+inline Weights4 with_bits(Weights4 low, Stored c, int from, int mask) { return low | (((c >> uint8_t(from)) & uint8_t(mask)) << 4); }
 inline void store_ready(uint8_t* p, Weights4 c) { std::memcpy(p, &c, sizeof c); }
 inline Weights4 load_ready(const uint8_t* p) { return load_stored(p); }
 inline isum isplat(int32_t x) {
@@ -120,13 +123,13 @@ constexpr int kPart = kPanel / kParts, kReadyBytes = 64;  // of a part: outputs,
 
 #ifdef KVLOOM_AVX2
 inline fsum fsplat(float x) { return _mm256_set1_ps(x); }
-inline fsum load_halves(const f16* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+inline fsum load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline fsum times(fsum a, float b) { return _mm256_mul_ps(a, fsplat(b)); }
 inline fsum add_product(fsum a, fsum b, fsum c) { return _mm256_fmadd_ps(a, b, c); }
 inline void store_sum(float* p, fsum a) { _mm256_storeu_ps(p, a); }
 #else
 inline fsum fsplat(float x) { return splat(x); }
-inline fsum load_halves(const f16* p) { return load(p); }
+inline fsum load_floats(const float* p) { return load(p); }
 inline fsum times(fsum a, float b) { return a * splat(b); }
 inline fsum add_product(fsum a, fsum b, fsum c) { return fma(a, b, c); }
 inline void store_sum(float* p, fsum a) { store(p, a); }

@@ -1,10 +1,11 @@
-// Linear layers with quantised weights: out = x W^T (+ bias) (+ residual). Layouts and the inner loop are in quant.h.
+// Linear layers with quantised weights: out = x W^T (+ bias) (+ residual), and rows of such a matrix: an embedding's.
+// Layouts and the inner loop are in quant.h.
 
 #include <algorithm>
 
 #include "abi.h"
+#include "blocks.h"
 #include "parallel.h"
-#include "quant.h"
 #include "scratch.h"
 
 namespace kvloom {
@@ -17,34 +18,31 @@ constexpr int64_t kItemProducts = 4 << 20;  // some 50 microseconds: what is los
 
 thread_local Arena activation_arena, panel_arena;
 
-Activations activations(Arena& arena, int64_t rows, int64_t inputs) {
+template <Format F> Activations activations(Arena& arena, int64_t rows, int64_t inputs) {
   const int64_t groups = inputs / kGroupInputs;
   Activations a;
   for (Cut cut(nullptr);; cut = Cut(arena.reserve(cut.used()))) {
     a.scale = cut.take<float>(rows * groups);
     a.scaled_sum = cut.take<float>(rows * groups);
-    a.start = cut.take<int32_t>(rows * groups);
-    a.codes = cut.take<Code>(rows * groups * kGroupCodes);
+    a.start = cut.take<int32_t>(rows * groups * Weights<F>::kRuns);
+    a.codes = cut.take<Code>(rows * inputs);
     if (a.scale) return a;
   }
 }
 
-Activations from_row(const Activations& a, int64_t row, int64_t groups) {
+template <Format F> Activations from_row(const Activations& a, int64_t row, int64_t groups) {
   const int64_t at = row * groups;
-  return {a.codes + at * kGroupCodes, a.scale + at, a.scaled_sum + at, a.start + at};
+  return {a.codes + at * kGroupInputs, a.scale + at, a.scaled_sum + at, a.start + at * Weights<F>::kRuns};
 }
 
-template <class T> void quantise_row(const T* x, int64_t inputs, int32_t offset, const Activations& to) {
-  alignas(64) float wide[kGroupInputs];
-  for (int64_t g = 0; g < inputs / kGroupInputs; g++) {
-    widen(x + g * kGroupInputs, kGroupInputs, wide);
-    quantise_group(wide, offset, to.codes + g * kGroupCodes, to.scale + g, to.scaled_sum + g, to.start + g);
-  }
-}
-
-void quantise_row(const LinearArgs& a, int64_t row, int32_t offset, const Activations& to) {
+template <Format F> void quantise_row(const LinearArgs& a, int64_t row, const Activations& to) {
   with_dtype(a.dtype, [&](auto t) {
-    quantise_row(static_cast<const decltype(t)*>(a.x) + row * a.x_row, a.inputs, offset, to);
+    const auto* x = static_cast<const decltype(t)*>(a.x) + row * a.x_row;
+    alignas(64) float wide[kGroupInputs];
+    for (int64_t g = 0; g < a.inputs / kGroupInputs; g++) {
+      widen(x + g * kGroupInputs, kGroupInputs, wide);
+      quantise_group<F>(wide, g, to);
+    }
   });
 }
 
@@ -71,7 +69,7 @@ void write(const LinearArgs& a, int64_t row, int64_t column, const float* values
 }
 
 template <Format F, int R, int P>
-void tile(const LinearArgs& a, const uint8_t* panel, const uint8_t* ready, const Activations& x, int64_t groups,
+void tile(const LinearArgs& a, const uint8_t* panel, const Ready& ready, const Activations& x, int64_t groups,
           int64_t row, int64_t column) {
   alignas(64) float out[R * P * kPanel];
   multiply<F, R, P>(panel, ready, x, groups, out);
@@ -85,36 +83,39 @@ template <Format F, int R, int P, class... Rest> void tile_of(int64_t count, con
   else if constexpr (R > 1) tile_of<F, R - 1, P>(count, rest...);
 }
 
-constexpr bool kSpread = kParts > 1;  // bytes must become int16 before they are multiplied
-
-// P panels' weights ready to multiply, in the order the inner loop reads them; null where that would save nothing.
-template <Format F, int P> const uint8_t* prepare(const uint8_t* panel, int64_t groups) {
+// P panels unpacked, in the order the inner loop reads them.
+template <Format F, int P> Ready prepare(const uint8_t* panel, int64_t groups) {
   using W = Weights<F>;
-  if (!(W::kNibbles || kSpread) || kRows == 1) return nullptr;
   constexpr int Q = P * kParts;
-  auto* to = static_cast<uint8_t*>(panel_arena.reserve(groups * kSteps * Q * kReadyBytes));
+  const int64_t bytes = groups * kSteps * Q * kReadyBytes, floats = groups / W::kGroups * P * W::kScales * kPanel;
+  auto* codes = static_cast<uint8_t*>(panel_arena.reserve(bytes + floats * int64_t(sizeof(float))));
+  auto* scales = reinterpret_cast<float*>(codes + bytes);
+  const Ready ready{codes, scales};
   for (int64_t g = 0; g < groups; g++) {
-    for (int p = 0; p < P; p++) ask_ahead<F>(panel + p * W::panel_bytes(groups), g);
+    for (int p = 0; p < P; p++) {
+      const uint8_t* from = panel + p * W::panel_bytes(groups);
+      ask_ahead<F>(from, g);
+      if (g % W::kGroups) continue;
+      scales_of<F>(from + groups * W::kCodeBytes + g / W::kGroups * W::kScaleBytes, scales);
+      scales += W::kScales * kPanel;
+    }
+KVLOOM_UNROLL
     for (int s = 0; s < kSteps; s++)
-      for (int q = 0; q < Q; q++, to += kReadyBytes) {
-        const uint8_t* from = panel + q / kParts * W::panel_bytes(groups) + g * W::kCodeBytes + q % kParts * (64 / kParts);
-        if (!W::kNibbles) store_ready(to, whole(load_stored(from + s * 64)));
-        else if (s < kSteps / 2) store_ready(to, low_nibbles(load_stored(from + s * 64)));
-        else store_ready(to, high_nibbles(load_stored(from + (s - kSteps / 2) * 64)));
-      }
+      for (int q = 0; q < Q; q++, codes += kReadyBytes)
+        store_ready(codes, codes_of<F>(panel + q / kParts * W::panel_bytes(groups) + g * W::kCodeBytes + q % kParts * (64 / kParts), s));
   }
-  return static_cast<const uint8_t*>(panel_arena.reserve(0));
+  return ready;
 }
 
 // Rows [row, end) against panels [first, first + P).
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
-  const int64_t groups = a.inputs / kGroupInputs, panel_bytes = Weights<F>::panel_bytes(groups);
-  const auto* panel = static_cast<const uint8_t*>(a.packed) + first * panel_bytes;
-  const uint8_t* ready = end - row > kRows ? prepare<F, P>(panel, groups) : nullptr;
+  const int64_t groups = a.inputs / kGroupInputs;
+  const auto* panel = static_cast<const uint8_t*>(a.packed) + first * Weights<F>::panel_bytes(groups);
+  const Ready ready = kRows > 1 && end - row > kRows ? prepare<F, P>(panel, groups) : Ready{};
   while (row < end) {
     const int64_t rest = end - row;
     const int64_t count = rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
-    const Activations block = from_row(x, row, groups);
+    const Activations block = from_row<F>(x, row, groups);
     tile_of<F, kRows, P>(count, a, panel, ready, block, groups, row, first * kPanel);
     row += count;
   }
@@ -133,9 +134,9 @@ template <Format F> void linear(const LinearArgs& a) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel, chunks = (a.rows + kChunkRows - 1) / kChunkRows;
   const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks, groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
-  const Activations x = activations(activation_arena, a.rows, a.inputs);
+  const Activations x = activations<F>(activation_arena, a.rows, a.inputs);
   parallel_rows(a.rows <= kFewRows ? 1 : threads, a.rows, [&](int64_t row, int64_t end) {
-    for (; row < end; row++) quantise_row(a, row, Weights<F>::kOffset, from_row(x, row, groups));
+    for (; row < end; row++) quantise_row<F>(a, row, from_row<F>(x, row, groups));
   });
   const int64_t products = std::min(a.rows, kChunkRows) * a.inputs * kPanels * kPanel;  // of a block
   const int64_t each = std::max<int64_t>(1, std::min(blocks / (8 * threads), kItemProducts / products));
@@ -144,25 +145,50 @@ template <Format F> void linear(const LinearArgs& a) {
   });
 }
 
-// Codes [outputs][inputs], one per byte, into panels. Outputs past the last get scale 0.
+// The file's rows into panels. Outputs past the last get scale 0.
 template <Format F> void pack(const PackArgs& a) {
   using W = Weights<F>;
-  const int64_t groups = a.inputs / kGroupInputs, panels = (a.outputs + kPanel - 1) / kPanel;
-  std::memset(a.packed, 0, size_t(panels * W::panel_bytes(groups)));
-  for (int64_t o = 0; o < a.outputs; o++)
-    for (int64_t g = 0; g < groups; g++) {
-      auto* panel = static_cast<uint8_t*>(a.packed) + o / kPanel * W::panel_bytes(groups);
-      auto* scales = reinterpret_cast<f16*>(panel + groups * W::kCodeBytes) + g * W::kScales;
-      scales[o % kPanel] = from_float<f16>(a.scales[o * groups + g]);
-      if (W::kHasMin) scales[kPanel + o % kPanel] = from_float<f16>(a.mins[o * groups + g]);
-      const auto* codes = static_cast<const uint8_t*>(a.codes) + o * a.inputs + g * kGroupInputs;
-      for (int i = 0; i < kGroupInputs; i++) {
-        const int step = i / 4, lane = int(o % kPanel) * 4 + i % 4;
-        uint8_t* group = panel + g * W::kCodeBytes;
-        if (!W::kNibbles) group[step * 64 + lane] = codes[i];
-        else group[step % 4 * 64 + lane] |= uint8_t(codes[i] << (step / 4 * 4));
+  using B = FileBlock<F>;
+  const int64_t groups = a.inputs / kGroupInputs, blocks = groups / W::kGroups, panels = (a.outputs + kPanel - 1) / kPanel;
+  parallel(a.threads, panels, [&](int64_t p) {
+    uint8_t* panel = static_cast<uint8_t*>(a.packed) + p * W::panel_bytes(groups);
+    std::memset(panel, 0, size_t(W::panel_bytes(groups)));
+    for (int64_t o = p * kPanel; o < std::min(a.outputs, (p + 1) * kPanel); o++)
+      for (int64_t b = 0; b < blocks; b++) {
+        const uint8_t* block = static_cast<const uint8_t*>(a.rows) + (o * blocks + b) * B::kBytes;
+        uint8_t codes[B::kValues];
+        codes_of_block<F>(block, codes);
+        for (int g = 0; g < W::kGroups; g++)
+          place<F>(codes + g * kGroupInputs, o % kPanel, panel + (b * W::kGroups + g) * W::kCodeBytes);
+        place_scales<F>(block, o % kPanel, panel + groups * W::kCodeBytes + b * W::kScaleBytes);
       }
+  });
+}
+
+// Row `index` of the matrix: out[inputs]; zeros where there is none.
+template <Format F, class T> void read_row(const RowsOfArgs& a, int64_t index, T* out) {
+  using W = Weights<F>;
+  if (index < 0 || index >= a.outputs) return void(std::fill(out, out + a.inputs, T{}));
+  const int64_t groups = a.inputs / kGroupInputs, o = index % kPanel;
+  const uint8_t* panel = static_cast<const uint8_t*>(a.packed) + index / kPanel * W::panel_bytes(groups);
+  alignas(64) float scales[W::kScales * kPanel], wide[kGroupInputs];
+  for (int64_t g = 0; g < groups; g++) {
+    const int64_t at = g % W::kGroups;
+    if (at == 0) scales_of<F>(panel + groups * W::kCodeBytes + g / W::kGroups * W::kScaleBytes, scales);
+    const float min = W::kHasMin ? scales[(W::kGroups * W::kRuns + at) * kPanel + o] : 0.0f;
+    for (int i = 0; i < kGroupInputs; i++) {
+      const float scale = scales[(at * W::kRuns + i * W::kRuns / kGroupInputs) * kPanel + o];
+      wide[i] = scale * float(code_at<F>(panel + g * W::kCodeBytes, o, i)) + min;
     }
+    narrow(wide, kGroupInputs, out + g * kGroupInputs);
+  }
+}
+
+template <Format F> void read_rows(const RowsOfArgs& a) {
+  parallel_rows(threads_for(a.rows * a.inputs, a.threads), a.rows, [&](int64_t r, int64_t end) {
+    for (; r < end; r++)
+      with_dtype(a.dtype, [&](auto t) { read_row<F>(a, a.indices[r], static_cast<decltype(t)*>(a.out) + r * a.out_row); });
+  });
 }
 
 }  // namespace
@@ -174,6 +200,10 @@ KVLOOM_API void kvloom_linear(const kvloom::LinearArgs* args) {
 
 KVLOOM_API void kvloom_linear_pack(const kvloom::PackArgs* args) {
   kvloom::with_format(args->format, [&](auto f) { kvloom::pack<f()>(*args); });
+}
+
+KVLOOM_API void kvloom_linear_rows(const kvloom::RowsOfArgs* args) {
+  kvloom::with_format(args->format, [&](auto f) { kvloom::read_rows<f()>(*args); });
 }
 
 KVLOOM_API int64_t kvloom_linear_bytes(int64_t inputs, int64_t outputs, int32_t format) {
