@@ -143,9 +143,9 @@ def test_wrong_shapes_and_codes_are_refused(kernels: NativeKernels) -> None:
         layer(torch.zeros(1, 32), torch.empty(1, 16))
     with pytest.raises(ValueError, match="16 x 64"):
         layer(torch.zeros(2, 64), torch.empty(1, 16))
-    with pytest.raises(ValueError, match="16 x 64 need"):
+    with pytest.raises(ValueError, match="16 x 64 of Q8_0 take"):
         QuantLinear(kernels, packed._replace(data=packed.data[:-1]))
-    with pytest.raises(ValueError, match="16 x 80 need"):
+    with pytest.raises(ValueError, match="16 x 80 of Q8_0 take"):
         QuantLinear(kernels, packed._replace(inputs=80))
     with pytest.raises(ValueError, match="bytes"):
         PackedRows(kernels, packed._replace(kind="Q6_K"))

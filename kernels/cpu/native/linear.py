@@ -37,7 +37,7 @@ def check(kernels: NativeKernels, packed: PackedWeight) -> None:
     expected = kernels.library.linear_bytes(packed.inputs, packed.outputs, FORMATS[packed.kind]) if fits else -1
     if packed.data.numel() != expected or not packed.data.is_contiguous():
         raise ValueError(
-            f"packed weights have {packed.data.numel()} bytes; {packed.outputs} x {packed.inputs} need {expected} as {packed.kind}"
+            f"packed: {packed.data.numel()} bytes; {packed.outputs} x {packed.inputs} of {packed.kind} take {expected}"
         )
 
 

@@ -12,7 +12,7 @@ namespace kvloom {
 namespace {
 
 constexpr int64_t kChunkRows = 240;  // rows that meet one panel before the next: their activations stay in the L2 cache
-constexpr int64_t kFewRows = 4;  // up to here the calling thread rounds the activations: shorter than a call of its own
+constexpr int64_t kAlone = 4;  // rows up to which the calling thread rounds the activations: shorter than a call of its own
 
 constexpr int64_t kItemProducts = 4 << 20;  // some 50 microseconds: what is lost when a thread's core is taken meanwhile
 
@@ -111,22 +111,22 @@ KVLOOM_UNROLL
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs;
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * Weights<F>::panel_bytes(groups);
-  const Ready ready = kRows > 1 && end - row > kRows ? prepare<F, P>(panel, groups) : Ready{};
+  const bool few = end - row <= kFewRows;
+  const Ready ready = few || kRows == 1 ? Ready{} : prepare<F, P>(panel, groups);
   while (row < end) {
     const int64_t rest = end - row;
-    const int64_t count = rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
-    const Activations block = from_row<F>(x, row, groups);
-    tile_of<F, kRows, P>(count, a, panel, ready, block, groups, row, first * kPanel);
+    const int64_t count = few ? rest : rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
+    tile_of<F, kFewRows, P>(count, a, panel, ready, from_row<F>(x, row, groups), groups, row, first * kPanel);
     row += count;
   }
 }
 
-// Block `index`: a chunk of rows against kPanels panels, or against the odd one at the end.
+// Block `index`: a chunk of rows against kPanels panels, or against fewer at the end.
 template <Format F> void block(const LinearArgs& a, int64_t index, int64_t panels, const Activations& x) {
   const int64_t across = (panels + kPanels - 1) / kPanels, first = index % across * kPanels;
   const int64_t row = index / across * kChunkRows, end = std::min(a.rows, row + kChunkRows);
-  if (first + kPanels <= panels) column_block<F, kPanels>(a, row, end, first, x);
-  else column_block<F, 1>(a, row, end, first, x);
+  if (first + kPanels <= panels && end - row > kStreamed) return column_block<F, kPanels>(a, row, end, first, x);
+  for (int64_t p = first; p < std::min(panels, first + kPanels); p++) column_block<F, 1>(a, row, end, p, x);
 }
 
 template <Format F> void linear(const LinearArgs& a) {
@@ -135,7 +135,7 @@ template <Format F> void linear(const LinearArgs& a) {
   const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks, groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
   const Activations x = activations<F>(activation_arena, a.rows, a.inputs);
-  parallel_rows(a.rows <= kFewRows ? 1 : threads, a.rows, [&](int64_t row, int64_t end) {
+  parallel_rows(a.rows <= kAlone ? 1 : threads, a.rows, [&](int64_t row, int64_t end) {
     for (; row < end; row++) quantise_row<F>(a, row, from_row<F>(x, row, groups));
   });
   const int64_t products = std::min(a.rows, kChunkRows) * a.inputs * kPanels * kPanel;  // of a block

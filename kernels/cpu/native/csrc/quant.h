@@ -24,14 +24,15 @@
 
 namespace kvloom {
 
-// Rows and panels in registers.
+// Rows and panels in registers; up to kFewRows rows meet panels as they are stored, more of them panels that were unpacked.
 #if defined(KVLOOM_VNNI)
-constexpr int kRows = 6, kPanels = 2;  // 6 x 2 integer and 6 x 2 float accumulators
+constexpr int kRows = 6, kPanels = 2, kFewRows = 8;  // 6 x 2 integer and 6 x 2 float accumulators
 #elif defined(KVLOOM_AVX2)
-constexpr int kRows = 3, kPanels = 1;
+constexpr int kRows = 3, kPanels = 1, kFewRows = 3;
 #else
-constexpr int kRows = 1, kPanels = 1;  // without the instructions, blocking gains nothing
+constexpr int kRows = 1, kPanels = 1, kFewRows = 1;  // without the instructions, blocking gains nothing
 #endif
+constexpr int kStreamed = 2;  // rows up to which a panel is read from memory in the time of its products: one by one
 
 // Unrolled, gcc computes AVX2's products long before it adds them, and keeps them in memory meanwhile.
 #ifdef KVLOOM_AVX2
