@@ -69,6 +69,10 @@ class GGUFFile:
         flat = np.frombuffer(self._data, dtype=np.uint8, count=tensor.size, offset=tensor.offset)
         return flat.reshape(-1, tensor.row_bytes)
 
+    def release(self) -> None:
+        """Give back the memory of what was read: the system reads it again from the file when somebody asks."""
+        self._data.madvise(mmap.MADV_DONTNEED)
+
 
 def read_metadata(path: Path, keys: Collection[str] | None = None) -> dict[str, Any]:
     """Metadata of a GGUF file as plain Python values; strings as str, arrays as lists.

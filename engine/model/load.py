@@ -87,6 +87,7 @@ def load_model(
         cache = PackedCache(packed_folder, PackedKey(path.name, files, parts))
     assembly = _Assembly(config, source, TORCH_DTYPES[dtype], weights, kernels, groups, cache, device)
     decoder = assembly.decoder(progress)
+    source.release()
     log.info("loaded %s (%s, %s) in %.2f s", path.name, config.architecture, config.dtype, time.perf_counter() - started)
     if cache is not None:
         cache.save()

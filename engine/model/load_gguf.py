@@ -81,6 +81,9 @@ class GGUFWeights:
         rows, columns = tensor.shape
         return StoredWeight(tensor.kind.name, self._ordered(name), (rows, columns))
 
+    def release(self) -> None:
+        self._file.release()
+
     def _bytes(self, tensor: GGUFTensor) -> Tensor:
         return torch.from_numpy(self._file.bytes_of(tensor))
 

@@ -49,6 +49,9 @@ class SafetensorsWeights:
         """None: safetensors checkpoints that are supported hold plain numbers."""
         return None
 
+    def release(self) -> None:
+        """Nothing: tensors are views of files that are mapped as long as somebody looks."""
+
     def _add(self, path: Path, opened: Any) -> None:
         for name in opened.keys():  # noqa: SIM118 - an open file, not a dict
             if name in self._files:

@@ -48,6 +48,10 @@ class WeightSource(Protocol):
         (llama.cpp's permutation of q and k undone)."""
         ...
 
+    def release(self) -> None:
+        """Give back memory that reading took; what is asked for later is read again."""
+        ...
+
 
 def layer_prefix(layer: int) -> str:
     return f"model.layers.{layer}."

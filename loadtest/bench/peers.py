@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvloom.loadtest.bench.peers_table import CASES, MORE, OWN_PRECISION, About, Case, Run, cells, note, plot, table
 from kvloom.loadtest.client.record import Job, Record
-from kvloom.loadtest.client.servers import Server, StartError, model_name, running
+from kvloom.loadtest.client.servers import Server, StartError, model_name, resident, running
 from kvloom.loadtest.figures import commit, publish
 from kvloom.loadtest.load.measures import Spread, Summary, summarise
 from kvloom.loadtest.study.flags import add_outputs, need, parser
@@ -129,12 +129,13 @@ def busy(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 def measure_server(server: Server, cases: Sequence[Case], seed: int, logs: Path) -> list[Run]:
     """One round of one server."""
     runs = []
-    with running(server, logs) as (url, start_seconds, _):
+    with running(server, logs) as (url, start_seconds, pid):
         asyncio.run(measure(url, Case("warm-up", 2, 256, 8, 4), seed))
         for case in cases:
             with busy(case.busy):
                 summary = asyncio.run(measure(url, case, seed))
-            runs.append(Run(server.name, case.name, seed, start_seconds, summary))
+            memory = None if pid is None else resident(pid)
+            runs.append(Run(server.name, case.name, seed, start_seconds, summary, memory))
             console.print(f"round {seed}  {server.name:8} {case.name:5} {one_line(summary)}", soft_wrap=True)
     return runs
 
@@ -155,6 +156,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     several: dict[str, Any] = {"action": "append", "default": []}
     made.add_argument("--start", **several, metavar="NAME=COMMAND", help="a peer to start; {port} is filled in")
     made.add_argument("--url", **several, metavar="NAME=URL", help="a peer that already runs")
+    made.add_argument("--model", default="smollm2", help="what kvloom serves")
     made.add_argument("--kvloom", default="", help="further flags for kvloom serve")
     made.add_argument("--also", **several, metavar="kvloom-NAME=FLAGS", help="a further kvloom: 'kvloom-bf16=--weights bf16'")
     made.add_argument("--precision", **several, metavar="NAME=TEXT", help="of a server's weights: vllm=bf16; in every head")
@@ -191,7 +193,7 @@ def servers(args: argparse.Namespace) -> list[Server]:
     ours = {"kvloom": args.kvloom, **named("also", args.also)}
     if wrong := [name for name in ours if not name.startswith("kvloom")]:
         raise SystemExit(f"--also {wrong[0]}=... is a kvloom; let its name begin with kvloom-")
-    serve = f"{sys.executable} -m kvloom.server.cli serve smollm2 --port {{port}} "
+    serve = f"{sys.executable} -m kvloom.server.cli serve {shlex.quote(args.model)} --port {{port}} "
     commands = {**{name: serve + flags for name, flags in ours.items()}, **named("start", args.start)}
     found = [Server(name, command=command) for name, command in commands.items()]
     found += [Server(name, url=url) for name, url in named("url", args.url).items()]
@@ -201,7 +203,7 @@ def servers(args: argparse.Namespace) -> list[Server]:
 
 def known_of(args: argparse.Namespace, chosen: Sequence[Server]) -> dict[str, About]:
     """Precision, command and version of every server. Raises SystemExit for a name that is none, or a command that fails."""
-    own = {} if "--weights" in args.kvloom else {"kvloom": OWN_PRECISION}
+    own = {} if "--weights" in args.kvloom or args.model != "smollm2" else {"kvloom": OWN_PRECISION}
     precision, versions = own | named("precision", args.precision), named("version", args.version)
     names = [server.name for server in servers(argparse.Namespace(**{**vars(args), "only": ""}))]
     if unknown := [name for name in {**precision, **versions} if name not in names]:

@@ -53,7 +53,7 @@ BESIDE = tuple(Case(f"beside{busy}", 1, 512, 64, 16, busy) for busy in range(3))
 ARRIVING = tuple(Case(f"arrive{prompts}", streams, 120, 4000, prompts, arriving=7270) for streams, prompts in ((1, 1), (8, 4)))
 """Measured when asked for: long prompts that come while others read."""
 MORE = {"beside busy processes": BESIDE, "long prompts arriving beside streams": ARRIVING}
-OWN_PRECISION = "4-bit codes, 15-bit activations"
+OWN_PRECISION = "4-bit codes, 8-bit activations"
 """Of the built-in model by default."""
 
 
@@ -66,6 +66,8 @@ class Run:
     round: int
     start_seconds: float | None
     summary: Summary
+    memory: float | None = None
+    """MiB that it held after the case; None if that is not known."""
 
 
 METRICS = (
@@ -154,14 +156,18 @@ def cells(runs: Sequence[Run], cases: Sequence[Case], about: Mapping[str, About]
             medians = {name: median_of(runs, name, case.name, metric) for name in names}
             rows.append([title, label, *(f"{medians[name]:.1f}" for name in names), *ratios(medians, beside)])
             title = ""
-    seconds = {name: start_of(runs, name) for name in names}
-    shown = ["-" if math.isnan(seconds[name]) else f"{seconds[name]:.1f}" for name in names]
-    return head, [*rows, ["start to healthy", "s", *shown, *ratios(seconds, beside)]]
+    for title, unit, field in (("start to healthy", "s", "start_seconds"), ("resident after all", "MiB", "memory")):
+        found = {name: last_of(runs, name, field) for name in names}
+        if title == "start to healthy" or not all(map(math.isnan, found.values())):
+            shown = ["-" if math.isnan(found[name]) else f"{found[name]:.1f}" for name in names]
+            rows.append([title, unit, *shown, *ratios(found, beside)])
+    return head, rows
 
 
-def start_of(runs: Sequence[Run], server: str) -> float:
-    """Median seconds until healthy; NaN for a server that ran already."""
-    found = [run.start_seconds for run in runs if run.server == server and run.start_seconds is not None]
+def last_of(runs: Sequence[Run], server: str, field: str) -> float:
+    """Median over rounds of what was known when each had ended; NaN where nothing was."""
+    by_round = {run.round: getattr(run, field) for run in runs if run.server == server}
+    found = [value for value in by_round.values() if value is not None]
     return statistics.median(found) if found else math.nan
 
 

@@ -86,6 +86,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def resident(pid: int) -> float:
+    """MiB of memory that a started server's processes hold together, pages of files that they have mapped among them."""
+    total = 0
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError, ValueError):
+            if os.getpgid(int(status.parent.name)) == pid:
+                total += sum(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS:"))
+    return total / 1024
+
+
 @contextmanager
 def running(server: Server, logs: Path) -> Iterator[Started]:
     """A healthy server, stopped at the end whatever happens; its output goes to `logs`/NAME.log. Raises StartError."""
