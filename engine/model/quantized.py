@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from gguf.constants import GGMLQuantizationType
 from torch import Tensor
 
-from kvloom.engine.model.dequantize import dequantize
 from kvloom.kernels.quantized import KINDS, Multiply, PackedWeight, QuantizedLinears, StoredWeight
 
 GROUP = 32
@@ -20,6 +18,10 @@ GROUP = 32
 
 def dense(stored: StoredWeight) -> Tensor:
     """The values, [out, in] fp32."""
+    from gguf.constants import GGMLQuantizationType
+
+    from kvloom.engine.model.dequantize import dequantize
+
     return dequantize(stored.blocks, GGMLQuantizationType[stored.kind], torch.empty(stored.shape))
 
 

@@ -26,9 +26,9 @@ from unittest import mock
 import torch
 
 from kvloom.engine import LLM, SamplingParams
-from kvloom.engine.model.quantized import round_to_int8
 from kvloom.engine.requests.request import Request
 from kvloom.kernels import Kernels
+from kvloom.kernels.quantized import KINDS, StoredWeight
 from kvloom.loadtest.bench.contexts import random_tokens, remember
 from kvloom.loadtest.figures import markdown, publish
 from kvloom.loadtest.study.flags import add_engine, add_model, add_outputs, need, parser
@@ -72,7 +72,8 @@ def measure_ceilings(kernels: Kernels) -> Ceilings:
         (data.nbytes, lambda: torch.mv(data, ones)),
     ]
     if kernels.quantized is not None:
-        packed = kernels.quantized.pack(round_to_int8(torch.ones(81_920, 1152)))
+        blocks = torch.ones(81_920, KINDS["Q8_0"].row_bytes(1152), dtype=torch.uint8)
+        packed = kernels.quantized.pack(StoredWeight("Q8_0", blocks, (81_920, 1152)))
         multiply = kernels.quantized.linear(packed, None)
         row, out = torch.ones(1, 1152, dtype=torch.bfloat16), torch.empty(1, 81_920)
         readers.append((packed.data.nbytes, lambda: multiply(row, out)))

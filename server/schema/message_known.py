@@ -5,6 +5,8 @@ python -m kvloom.server.schema.message_known     prints the table of docs/messag
 
 from __future__ import annotations
 
+import textwrap
+
 from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.fields import standing
 from kvloom.server.schema.message_fields import MESSAGE_HINTS, MESSAGE_UNSUPPORTED
@@ -33,7 +35,8 @@ def table() -> str:
     anthropic = "".join(row for name, row in rows.items() if name in ANTHROPIC)
     refused = "".join(row for name, row in rows.items() if name not in ANTHROPIC and found[name] == "refused")
     own = ", ".join(f"`{name}`" for name, kind in found.items() if kind == "served" and name not in ANTHROPIC)
-    return f"{_HEAD}{anthropic}\nOf chats' fields these are served as there: {own}. Not served:\n\n{_HEAD}{refused}"
+    told = textwrap.fill(f"Of chats' fields these are served as there: {own}. Not served:", 128, break_on_hyphens=False)
+    return f"{_HEAD}{anthropic}\n{told}\n\n{_HEAD}{refused}"
 
 
 _HEAD = "| field | | |\n|---|---|---|\n"
