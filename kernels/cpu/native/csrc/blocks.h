@@ -65,14 +65,15 @@ template <Format F> void place_scales(const uint8_t* block, int64_t o, uint8_t* 
   }
 }
 
-// The code of input i of output o of a panel, with its offset taken off.
-template <Format F> int code_at(const uint8_t* group, int64_t o, int i) {
-  const int s = i / 4, lane = int(o) * 4 + i % 4;
-  if (Weights<F>::kBits == 8) return group[s * 64 + lane] - Weights<F>::kOffset;
-  int code = group[s % 4 * 64 + lane] >> (s / 4 * 4) & 15;
-  if (Weights<F>::kBits == 5) code |= (group[4 * 64 + lane] >> s & 1) << 4;
-  if (Weights<F>::kBits == 6) code |= (group[(4 + s / 4) * 64 + lane] >> (s % 4 * 2) & 3) << 4;
-  return code - Weights<F>::kOffset;
+// Codes of inputs 4 s to 4 s + 3 of output o of a panel, with their offset taken off. Four bytes at once: of one by one, clang
+// 22 makes vector code with wrong shifts.
+template <Format F> void four_codes(const uint8_t* group, int64_t o, int s, float* to) {
+  constexpr int kBits = Weights<F>::kBits;
+  auto bytes = [&](int i) { uint32_t x; std::memcpy(&x, group + i * 64 + 4 * o, 4); return x; };
+  uint32_t codes = kBits == 8 ? bytes(s) : bytes(s % 4) >> (s / 4 * 4) & 0x0f0f0f0fu;
+  if (kBits == 5) codes |= (bytes(4) >> s & 0x01010101u) << 4;
+  if (kBits == 6) codes |= (bytes(4 + s / 4) >> (s % 4 * 2) & 0x03030303u) << 4;
+  for (int i = 0; i < 4; i++) to[i] = float(int(codes >> (8 * i) & 255) - Weights<F>::kOffset);
 }
 
 }  // namespace kvloom

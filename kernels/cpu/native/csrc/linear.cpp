@@ -176,9 +176,10 @@ template <Format F, class T> void read_row(const RowsOfArgs& a, int64_t index, T
     const int64_t at = g % W::kGroups;
     if (at == 0) scales_of<F>(panel + groups * W::kCodeBytes + g / W::kGroups * W::kScaleBytes, scales);
     const float min = W::kHasMin ? scales[(W::kGroups * W::kRuns + at) * kPanel + o] : 0.0f;
-    for (int i = 0; i < kGroupInputs; i++) {
-      const float scale = scales[(at * W::kRuns + i * W::kRuns / kGroupInputs) * kPanel + o];
-      wide[i] = scale * float(code_at<F>(panel + g * W::kCodeBytes, o, i)) + min;
+    for (int s = 0; s < kSteps; s++) {
+      const float scale = scales[(at * W::kRuns + s * W::kRuns / kSteps) * kPanel + o];
+      four_codes<F>(panel + g * W::kCodeBytes, o, s, wide + 4 * s);
+      for (int i = 4 * s; i < 4 * s + 4; i++) wide[i] = scale * wide[i] + min;
     }
     narrow(wide, kGroupInputs, out + g * kGroupInputs);
   }

@@ -30,7 +30,7 @@ class Arena {
 // Cuts an arena's memory into aligned pieces. Made twice: once with no base, to learn the total, once to hand out.
 class Cut {
  public:
-  explicit Cut(void* base) : base_(static_cast<char*>(base)) {}
+  explicit Cut(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
   template <class T> T* take(int64_t count) {
     T* piece = reinterpret_cast<T*>(base_ + used_);
     used_ += (count * int64_t(sizeof(T)) + 63) / 64 * 64;
@@ -39,7 +39,7 @@ class Cut {
   int64_t used() const { return used_; }
 
  private:
-  char* base_;
+  uintptr_t base_;  // a number: nothing may be added to a null pointer
   int64_t used_ = 0;
 };
 

@@ -1,0 +1,88 @@
+"""Kernels built for other processors compute what this machine's compute: `python scripts/check_kernels.py`.
+
+    generic    without any processor's instructions
+    v3         AVX2 (x86-64-v3), without VNNI and bf16 products
+    aarch64    NEON, cross-compiled by the package ziglang, and run by qemu-user (qemu-aarch64)
+
+The same calls with the same numbers (check_kernels.cpp) run in each build and in one for this very processor; results agree to
+2e-3 of a call's largest number in bf16, to 1e-4 in fp32 and fp16's 1e-3. Exits with 1 where they do not, or where nothing was
+compared; builds that this machine cannot run are named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, zig
+
+DRIVER = Path(__file__).with_suffix(".cpp")
+TOLERANCE = {0: 1e-4, 1: 2e-3, 2: 1e-3}
+"""By element type (csrc/vec.h: DType), relative to the largest number."""
+ROUNDED = {1: 2**-8, 2: 2**-11}
+"""What one number may differ by besides: its last bit."""
+
+
+def build(compiler: Sequence[str], flags: Sequence[str], target: Path) -> None:
+    """The driver with all kernels in one program. Raises SystemExit with what the compiler says."""
+    sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
+    command = [*compiler, *COMMON_FLAGS, f"-I{SOURCES}", *flags, str(DRIVER), *sources, "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\nfailed:\n{done.stderr[-2000:]}")
+
+
+def results(command: Sequence[str]) -> list[tuple[str, int, np.ndarray]]:
+    """Name, element type or format, and numbers of each call."""
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [(name, int(which), np.array(values, float)) for name, which, *values in map(str.split, told)]
+
+
+def differences(wanted: list[tuple[str, int, np.ndarray]], found: list[tuple[str, int, np.ndarray]]) -> list[str]:
+    """Calls that differ by more than they may, in words."""
+    wrong = []
+    for (name, which, one), (other_name, other_which, other) in zip(wanted, found, strict=True):
+        kind = 0 if name in ("linear", "rows", "lse") else which
+        allowed = TOLERANCE[kind] * np.abs(one).max() + ROUNDED.get(kind, 0.0) * np.abs(one)
+        if (name, which) != (other_name, other_which) or not (np.abs(one - other) <= allowed).all():
+            wrong.append(f"{name} {which}: {np.abs(one - other).max():.3g} of {np.abs(one).max():.3g}")
+    return wrong
+
+
+def main() -> int:
+    """Build, run and compare; returns the exit code."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    compiler, cross, qemu = find_compiler(), zig(), shutil.which("qemu-aarch64")
+    if compiler is None:
+        raise SystemExit("no C++ compiler found")
+    aarch64 = ["-target", "aarch64-linux-musl", "-static"]
+    builds = [("generic", compiler, ["-DKVLOOM_GENERIC"], []), ("v3", compiler, ["-march=x86-64-v3"], [])]
+    if cross and qemu:
+        builds.append(("aarch64", cross, aarch64, [qemu]))
+    else:
+        print("aarch64: left out; needs the package ziglang and qemu-user")
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "own"
+        build(compiler, ["-march=native"], own)
+        wanted = results([str(own)])
+        for name, with_, flags, run in builds:
+            target = Path(folder) / name
+            build(with_, flags, target)
+            wrong = differences(wanted, results([*run, str(target)]))
+            print(
+                f"{name}: {len(wanted)} calls, {'all agree' if not wrong else 'these differ: ' + '; '.join(wrong)}", flush=True
+            )
+            failed = failed or bool(wrong)
+    return 1 if failed or not wanted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
