@@ -23,10 +23,10 @@ from kvloom.kernels.reference import ReferenceKernels
 from tests.conftest import native_kernels
 
 
-@pytest.fixture(scope="module", params=["machine", "generic", "x86-64-v3"])
+@pytest.fixture(scope="module", params=["machine", "x86-64-v4-vnni", "generic", "x86-64-v3"])
 def kernels(request: pytest.FixtureRequest) -> NativeKernels:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KVLOOM_NATIVE", request.param if request.param == "x86-64-v3" else "native")
+        patch.setenv("KVLOOM_NATIVE", request.param if request.param.startswith("x86") else "native")
         return native_kernels(generic=request.param == "generic")
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from kvloom.kernels.trust import code_folder, foreign
 
 from .compiler import COMMON_FLAGS, SOURCES, NativeUnavailable, Progress, compile_library, find_compiler, spelled, version
-from .variants import VARIANTS, missing, processor_flags
+from .variants import BF16_DOT, FAST_DOT, VARIANTS, missing, processor_flags
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel has its libraries, one for each variant; a checkout has none."""
@@ -63,8 +63,10 @@ def build(*, generic: bool = False, progress: Progress | None = None) -> Built:
 
 
 def _for_this_machine(generic: bool, progress: Progress | None) -> Built:
-    tuned = "-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"
-    path = _from_source("-DKVLOOM_GENERIC" if generic else tuned, progress=progress)
+    tuned = ["-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"]
+    if not missing(FAST_DOT, processor_flags()):
+        tuned.append(BF16_DOT)
+    path = _from_source(*(["-DKVLOOM_GENERIC"] if generic else tuned), progress=progress)
     return Built(path, "generic" if generic else NATIVE)
 
 

@@ -1,7 +1,8 @@
 // Key blocks turned so that one register holds one dimension of sixteen positions, in fp32: packed[dim][position].
 //
-// fp32 and not bf16, although the processor may have a bf16 dot product: where we measured (Emerald Rapids) vdpbf16ps
-// starts every other cycle and fp32 FMA twice a cycle, so widening once and multiplying in fp32 is twice as fast.
+// fp32 and not bf16, although the processor may have a bf16 dot product: on Intel (measured on Emerald Rapids) vdpbf16ps starts
+// every other cycle and fp32 FMA twice a cycle, so widening once and multiplying in fp32 is twice as fast. Where both start
+// twice a cycle, pairs.h is used for bf16.
 #pragma once
 
 #include "dispatch.h"

@@ -15,7 +15,11 @@ namespace kvloom {
 
 constexpr int kBlock = 64;    // positions scored at once
 constexpr int kSplit = 256;   // positions under one running maximum, a multiple of kBlock
-constexpr int kTileRows = 96; // query rows (tokens x query heads of a KV head) that share one read of K and V
+#ifdef KVLOOM_BF16_DOT
+constexpr int kTileRows = 192;  // query rows (tokens x query heads of a KV head) that share one read of K and V: as many as
+#else                           // make packing those cheap beside the products
+constexpr int kTileRows = 96;
+#endif
 
 struct Tile { int32_t row, rows; };
 
@@ -56,9 +60,9 @@ struct Plan {
     return list_length(row, lister) + (tail > 0 ? tail : 0);
   }
   int64_t planned(int32_t row, int32_t head) const { return rows.most ? rows.most[row] : seen(row, head, head); }
-  int64_t state_floats(const Tile& tile) const {  // o [m][padded_dim], maximum [m], sum [m]
+  int64_t state_floats(const Tile& tile) const {  // o [m][padded_dim], maximum, sum and exact sum [m]
     const int64_t m = int64_t(tile.rows) * group;
-    return (m * (padded_dim + 2) + 15) / 16 * 16;
+    return (m * (padded_dim + 3) + 15) / 16 * 16;
   }
 };
 

@@ -1,4 +1,5 @@
-// Register-blocked inner loops of attention: R query rows against one key block.
+// Register-blocked inner loops of attention, in fp32: R query rows against one key block. Where bf16 pairs are multiplied as
+// they are, pairs.h stands in place of this.
 //
 //   scores:  S[r][position] = q[r] . k[position]            S: [R][kBlock] fp32
 //   soften:  S becomes 2^(scale S - maximum), running maximum and sum updated, alpha[r] = what the past must be scaled by
@@ -7,13 +8,13 @@
 // Every row goes through the same sequence of operations whatever R is, so R never shows in a result.
 #pragma once
 
-#include <cmath>
-
 #include "pack.h"
+#include "scratch.h"
+#include "seen.h"
+#include "softmax.h"
 
 namespace kvloom {
 
-constexpr int kGroup = 6;  // rows in registers
 #ifdef KVLOOM_AVX512
 constexpr int across(int) { return 4; }  // vecs beside R rows: 6 x 4 accumulators, 4 of K or V
 constexpr int kInPlace = kGroup;         // rows up to which keys are turned on their way into registers
@@ -21,19 +22,6 @@ constexpr int kInPlace = kGroup;         // rows up to which keys are turned on 
 constexpr int across(int rows) { return rows > 3 ? 1 : 2; }  // a vec is two registers of sixteen (AVX2) or four (NEON)
 constexpr int kInPlace = 3;
 #endif
-
-// f(0), f(1), ... f(N - 1), each known where it is compiled: only so does gcc keep arrays of registers in registers.
-template <int N, class F> __attribute__((always_inline)) inline void unrolled(F f) {
-  if constexpr (N > 0) {
-    unrolled<N - 1>(f);
-    f(std::integral_constant<int, N - 1>{});
-  }
-}
-
-struct Softmax {        // per row of a tile
-  float* maximum;       // of log2-scaled scores, or up to kSlack below it
-  vec* sum;             // lane sums; added up once per split
-};
 
 // Scores from a packed block.
 template <int R> void scores(const float* const* q, const float* packed, int64_t dim, float* s) {
@@ -122,63 +110,6 @@ void scores_in_place(const float* const* q, const T* const* rows, const T* const
 }
 #endif
 
-inline bool any_above(vec a, float limit) {
-#if defined(KVLOOM_AVX512)
-  return _mm512_cmp_ps_mask(a, splat(limit), _CMP_GT_OQ) != 0;
-#elif defined(KVLOOM_AVX2)
-  const vec above = each([&](int h) { return _mm256_cmp_ps(a.half[h], _mm256_set1_ps(limit), _CMP_GT_OQ); });
-  return _mm256_movemask_ps(_mm256_or_ps(above.half[0], above.half[1])) != 0;
-#else
-  return max_lane(a) > limit;
-#endif
-}
-
-inline vec first_lanes(vec a, int64_t n) {  // lanes [n, 16) become -inf
-#if defined(KVLOOM_AVX512)
-  const __mmask16 keep = n >= kLanes ? 0xffff : n <= 0 ? 0 : __mmask16((1u << n) - 1);
-  return _mm512_mask_blend_ps(keep, splat(-INFINITY), a);
-#elif defined(KVLOOM_AVX2)
-  const int32_t kept = int32_t(n < 0 ? 0 : n > kLanes ? kLanes : n);
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return each([&](int h) {
-    const __m256 keep = _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(kept - 8 * h), lane));
-    return _mm256_blendv_ps(_mm256_set1_ps(-INFINITY), a.half[h], keep);
-  });
-#else
-  for (int64_t i = n < 0 ? 0 : n; i < kLanes; i++) a[i] = -INFINITY;
-  return a;
-#endif
-}
-
-// How far scores may rise above a row's maximum, in powers of two, before the maximum is moved: weights stay below 2^8, and
-// most blocks need neither a reduction across lanes nor a rescaling of the past.
-constexpr float kSlack = 8.0f;
-
-// visible[r]: how many of the block's positions row r sees (any sign, any size). log2_scale > 0.
-template <int R> void soften(float* s, const int64_t* visible, float log2_scale, Softmax state, float* alpha) {
-  alignas(64) float shift[kLanes] = {}, past[kLanes] = {};
-  for (int r = 0; r < R; r++) {
-    vec x[4];
-    for (int i = 0; i < 4; i++) x[i] = load(s + r * kBlock + i * kLanes);
-    if (visible[r] < kBlock)
-      for (int i = 0; i < 4; i++) store(s + r * kBlock + i * kLanes, x[i] = first_lanes(x[i], visible[r] - i * kLanes));
-    const vec top = max(max(x[0], x[1]), max(x[2], x[3])) * splat(log2_scale);
-    past[r] = state.maximum[r];
-    if (any_above(top, past[r] + kSlack)) state.maximum[r] = max_lane(top);
-    shift[r] = state.maximum[r] == -INFINITY ? 0.0f : state.maximum[r];  // nothing seen yet: keep 2^(-inf) = 0, not NaN
-  }
-  store(alpha, exp2(load(past) - load(shift)));
-  for (int r = 0; r < R; r++) {
-    vec total = zero();
-    for (int i = 0; i < 4; i++) {
-      const vec p = exp2(fma(load(s + r * kBlock + i * kLanes), splat(log2_scale), splat(-shift[r])));
-      store(s + r * kBlock + i * kLanes, p);
-      total = total + p;
-    }
-    state.sum[r] = fma(state.sum[r], splat(alpha[r]), total);
-  }
-}
-
 // V rows read where they lie in the cache.
 template <class T> struct DirectValues {
   const T *const *rows, *const *ahead;  // of this block and the next
@@ -217,5 +148,100 @@ void gather(const float* s, Values values, int count, int64_t d, const float* al
   }
   unrolled<R * Vecs>([&](auto i) { store(o + i / Vecs * stride + d + i % Vecs * kLanes, acc[i]); });
 }
+
+// Products of one tile's queries with block after block of keys and values.
+template <class T> class WideProducts {
+ public:
+  WideProducts(int64_t dim, int64_t stride, int64_t m)
+      : dim_(dim), stride_(stride), m_(m), keys_in_place_(m <= kInPlace && turns_in_place<T>(dim)),
+        values_in_place_(m <= kGroup && dim == stride) {}
+
+  void take(Cut& cut) {
+    packed_ = cut.take<float>((dim_ + 8) * kBlock);
+    wide_ = cut.take<float>(16 * (dim_ + 32));
+    values_ = cut.take<float>(kBlock * stride_);
+    queries_ = cut.take<float>(m_ * dim_);
+    q_ = cut.take<const float*>(m_);
+  }
+
+  void query(int64_t r, const T* q) {
+    widen(q, dim_, queries_ + r * dim_);
+    q_[r] = queries_ + r * dim_;
+  }
+
+  // Makes `now` the block that the others speak of. `next` is asked for meanwhile; values: whether those are wanted.
+  void open(const BlockRows<T>& now, const BlockRows<T>& next, bool values) {
+    now_ = &now, next_ = &next;
+    if (!keys_in_place_) ask(next.k(), next.count, dim_), pack_keys(now.k(), now.count, dim_, wide_, packed_);
+    if (values && !values_in_place_) ask(next.v(), next.count, dim_), widen_values();
+  }
+
+  // s: [R][kBlock], of rows r to r + R.
+  template <int R> void scores(int64_t r, float* s) const {
+#if defined(KVLOOM_AVX512) || defined(KVLOOM_AVX2)
+    if constexpr (!std::is_same_v<T, f16> && R <= kInPlace)
+      if (keys_in_place_) return scores_in_place<T, R>(q_ + r, now_->k(), next_->k(), now_->count, dim_, s);
+#endif
+    kvloom::scores<R>(q_ + r, packed_, dim_, s);
+  }
+
+  template <int R> void soften(float* s, const int64_t* visible, float log2_scale, Softmax state, float* alpha) const {
+    kvloom::soften<R>(s, visible, log2_scale, state, alpha, [](int, float* row, vec scale, vec shift) {
+      vec total = zero();
+      for (int i = 0; i < 4; i++) {
+        const vec p = exp2(fma(load(row + i * kLanes), scale, shift));
+        store(row + i * kLanes, p);
+        total = total + p;
+      }
+      return Sums{total, total};
+    });
+  }
+
+  // Adds the first `count` values, weighted with what soften left, to o: [R][stride].
+  template <int R> void weigh(const float* s, int count, const float* alpha, float* o) const {
+    if (values_in_place_) weigh<R>(s, DirectValues<T>{now_->v(), next_->v()}, count, alpha, o);
+    else weigh<R>(s, WideValues{values_, stride_}, count, alpha, o);
+  }
+
+  // 32 sums in the order they are kept in, and back.
+  static void spread(const float* p, vec& a, vec& b) { pair_of<T>(p, a, b); }
+  static void store_sums(T* p, vec a, vec b, int64_t n) {  // the first n
+    if (n >= 32) return store_pair(p, a, b);
+    T tail[32];
+    store_pair(tail, a, b);
+    std::memcpy(p, tail, size_t(n) * sizeof(T));
+  }
+
+ private:
+  template <int R, class Values> void weigh(const float* s, Values values, int count, const float* alpha, float* o) const {
+    constexpr int kAcross = across(R);
+    int64_t d = 0;
+    for (; d + kAcross * kLanes <= stride_; d += kAcross * kLanes) gather<R, kAcross>(s, values, count, d, alpha, o, stride_);
+    if (d < stride_) gather<R, 2>(s, values, count, d, alpha, o, stride_);  // of four
+  }
+
+  void widen_values() {
+    for (int j = 0; j < now_->count; j++) {
+      float* to = values_ + j * stride_;
+      int64_t d = 0;
+      vec a, b;
+      for (; d + 32 <= dim_; d += 32) {
+        load_pair(now_->v()[j] + d, a, b);
+        store(to + d, a), store(to + d + kLanes, b);
+      }
+      if (d == dim_) continue;
+      T tail[32] = {};
+      std::memcpy(tail, now_->v()[j] + d, size_t(dim_ - d) * sizeof(T));
+      load_pair(tail, a, b);
+      store(to + d, a), store(to + d + kLanes, b);
+    }
+  }
+
+  const int64_t dim_, stride_, m_;
+  const bool keys_in_place_, values_in_place_;  // few rows: no packed copy
+  float *packed_, *wide_, *values_, *queries_;
+  const float** q_;
+  const BlockRows<T>*now_, *next_;
+};
 
 }  // namespace kvloom

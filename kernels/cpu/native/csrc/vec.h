@@ -17,6 +17,9 @@
 #if defined(KVLOOM_AVX512) && defined(__AVX512VNNI__)
 #define KVLOOM_VNNI 1
 #endif
+#if defined(KVLOOM_BF16_DOT) && !(defined(KVLOOM_AVX512) && defined(__AVX512BF16__))
+#undef KVLOOM_BF16_DOT  // asked for by build.py, and the compiler knows no such instruction
+#endif
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(KVLOOM_VNNI) && !defined(KVLOOM_GENERIC)
 #define KVLOOM_AVX2 1
 #include <immintrin.h>
