@@ -65,7 +65,6 @@ template <int R, class Weigh>
 void soften(float* s, const int64_t* visible, float log2_scale, Softmax state, float* alpha, Weigh weigh) {
   alignas(64) float past[kLanes] = {}, shift[kLanes] = {};
   bool moved = false;
-#pragma GCC unroll 6
   for (int r = 0; r < R; r++) {
     vec x[4];
     for (int i = 0; i < 4; i++) x[i] = load(s + r * kBlock + i * kLanes);
@@ -77,7 +76,6 @@ void soften(float* s, const int64_t* visible, float log2_scale, Softmax state, f
     shift[r] = state.maximum[r] == -INFINITY ? 0.0f : state.maximum[r];  // nothing seen yet: keep 2^(-inf) = 0, not NaN
   }
   store(alpha, moved ? exp2(load(past) - load(shift)) : splat(1.0f));
-#pragma GCC unroll 6
   for (int r = 0; r < R; r++) {
     const Sums added = weigh(r, s + r * kBlock, splat(log2_scale), splat(-shift[r]));
     state.sum[r] = fma(state.sum[r], splat(alpha[r]), added.sum);
