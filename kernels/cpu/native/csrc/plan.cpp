@@ -28,7 +28,9 @@ bool extends(const RowsView& rows, int32_t a, int32_t b) {
 }
 
 void make_tiles(Plan& plan) {
-  const int32_t most = plan.rows.most ? 1 : std::max(1, kTileRows / plan.group);
+  const int64_t fair = int64_t(plan.rows.rows) * plan.rows.kv_heads / (4 * plan.rows.threads);  // four to a thread
+  const int32_t rows = int32_t(std::clamp<int64_t>(fair * plan.group, kTileRows, kMostTileRows));
+  const int32_t most = plan.rows.most ? 1 : std::max(1, rows / plan.group);
   for (int32_t row = 0; row < plan.rows.rows;) {
     int32_t end = row + 1;
     while (end < plan.rows.rows && end - row < most && extends(plan.rows, end - 1, end)) end++;

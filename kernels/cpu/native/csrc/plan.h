@@ -15,10 +15,11 @@ namespace kvloom {
 
 constexpr int kBlock = 64;    // positions scored at once
 constexpr int kSplit = 256;   // positions under one running maximum, a multiple of kBlock
+constexpr int kTileRows = 96; // query rows (tokens x query heads of a KV head) that share one read of K and V
 #ifdef KVLOOM_BF16_DOT
-constexpr int kTileRows = 192;  // query rows (tokens x query heads of a KV head) that share one read of K and V: as many as
-#else                           // make packing those cheap beside the products
-constexpr int kTileRows = 96;
+constexpr int kMostTileRows = 384;  // where there is work for all threads: packing K and V is much beside fast products
+#else
+constexpr int kMostTileRows = kTileRows;
 #endif
 
 struct Tile { int32_t row, rows; };
