@@ -81,9 +81,10 @@ class QuantizedLinears(Protocol):
         result does not depend on the other rows. Raises ValueError if `packed` does not have the bytes that it says."""
         ...
 
-    def rows(self, packed: PackedWeight) -> Multiply | None:
-        """f(indices [rows] int64, out [rows, in]) -> out: rows of the matrix, dequantised; None where a back end reads none.
-        Raises ValueError if `packed` does not have the bytes that it says."""
+    @property
+    def rows(self) -> Callable[[PackedWeight], Multiply] | None:
+        """rows(packed) is f(indices [rows] int64, out [rows, in]) -> out: rows of the matrix, dequantised. Raises ValueError if
+        `packed` does not have the bytes that it says. None where a back end reads no rows."""
         ...
 
 

@@ -1,10 +1,10 @@
 """Grammars, compiled once and kept: off the event loop and off the engine's thread, in bounded time and memory.
 
     compile    on the caller's thread, for scripts
-    ready      on threads of its own that give way to the engine's; whoever asks for the same waits for the same
+    ready      on threads of its own that give way to the engine's; a tenant that asks for the same waits for the same
 
 Tenants take turns (`lanes`), and what is large has a thread apart, behind which nothing small waits. The long part of compiling
-that, for which the interpreter's lock is not held, is done where no other thread wants a processor; not the rest, since who
+that, for which the interpreter's lock is not held, is done by a thread that lets all others go first; not the rest, since who
 holds the lock is waited for by the engine. The cache holds those that were used last.
 """
 
@@ -71,7 +71,7 @@ class Compiler:
         self._made: llguidance.LLTokenizer | None = None
         self._kept: OrderedDict[StructuredOutput, Grammar] = OrderedDict()
         self._kept_size = 0
-        self._coming: dict[StructuredOutput, Future[Grammar]] = {}
+        self._coming: dict[tuple[StructuredOutput, str], Future[Grammar]] = {}
         self._wanted: Counter[Future[Grammar]] = Counter()
         """Requests that wait for what is coming."""
         self._waiting: Counter[str] = Counter()
@@ -102,8 +102,9 @@ class Compiler:
             raise OverloadedError(f"{WAITING_OF_TENANT} grammars of this tenant wait to be compiled; try again later")
         with self._lock:
             self._waiting[tenant] += 1
-        coming = self._begin(asked, tenant)
+        coming = None
         try:
+            coming = self._begin(asked, tenant)
             compiled = asyncio.wrap_future(coming)
             compiled.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody may be left to look at it
             return await asyncio.wait_for(asyncio.shield(compiled), self._options.grammar_compile_seconds)
@@ -131,20 +132,22 @@ class Compiler:
     def _begin(self, asked: StructuredOutput, tenant: str) -> Future[Grammar]:
         """What will be the grammar, or why there is none, for one more request, which must `_leave`."""
         with self._lock:
-            if (coming := self._coming.get(asked)) is None:
+            key = asked, tenant  # not another tenant's: it may lie behind all that one sent
+            if (coming := self._coming.get(key)) is None:
                 lanes = self._large if asked.size >= LARGE else self._lanes
-                coming = self._coming[asked] = lanes.submit(tenant, lambda: self._timed(asked))
-                coming.add_done_callback(lambda _: self._coming.pop(asked, None))
+                coming = self._coming[key] = lanes.submit(tenant, lambda: self._find(asked) or self._timed(asked))
+                coming.add_done_callback(lambda _: self._coming.pop(key, None))
             self._wanted[coming] += 1
         return coming
 
-    def _leave(self, coming: Future[Grammar], tenant: str) -> None:
+    def _leave(self, coming: Future[Grammar] | None, tenant: str) -> None:
         """A request no longer waits. What has not begun is given up with the last: others would wait for it in vain."""
         with self._lock:
-            self._wanted[coming] -= 1
-            if not self._wanted[coming]:
-                del self._wanted[coming]
-                coming.cancel()  # with the lock held, so that nobody joins meanwhile
+            if coming is not None:
+                self._wanted[coming] -= 1
+                if not self._wanted[coming]:
+                    del self._wanted[coming]
+                    coming.cancel()  # with the lock held, so that nobody joins meanwhile
             self._waiting[tenant] -= 1
             if not self._waiting[tenant]:
                 del self._waiting[tenant]
@@ -234,16 +237,14 @@ class Compiler:
         return mask
 
 
-def _give_way() -> None:
+def _give_way(niceness: int = NICENESS) -> None:
     """Let the engine's threads go first."""
     if hasattr(os, "setpriority"):
         with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
 
 
 def _step_aside() -> None:
-    """Run where nobody else wants to, as far as the system knows of that."""
-    _give_way()
-    if hasattr(os, "SCHED_IDLE"):
-        with suppress(OSError):
-            os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))
+    """Let everybody go first. Not SCHED_IDLE: this thread holds the interpreter's lock for moments, and where others keep all
+    cores busy it would get none to give it back on."""
+    _give_way(19)

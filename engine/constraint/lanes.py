@@ -26,24 +26,31 @@ class Lanes:
         self._lanes: dict[str, deque[tuple[Future[Any], Callable[[], Any]]]] = {}  # tenants in the order of their turns
         self._held: set[str] = set()
         """Tenants that have a thread."""
+        self._closed = False
 
     def submit(self, tenant: str, work: Callable[[], T]) -> Future[T]:
-        """The result of `work`, once it has been the tenant's turn; until then it can be cancelled."""
+        """The result of `work`, once it has been the tenant's turn; until then it can be cancelled. Cancelled at once when the
+        lanes are closed."""
         future = Future[T]()
         with self._lock:
-            self._lanes.setdefault(tenant, deque()).append((future, work))
+            if self._closed:
+                future.cancel()
+                return future
+            waiting = (entry for entry in self._lanes.get(tenant, ()) if not entry[0].cancelled())
+            self._lanes[tenant] = deque([*waiting, (future, work)])
             self._begin()
         return future
 
     def close(self) -> None:
         """End the threads; what has not begun is given up."""
         with self._lock:
+            self._closed = True
             for lane in self._lanes.values():
                 for future, _ in lane:
                     future.cancel()
             self._lanes.clear()
             if "_pool" in self.__dict__:
-                self._pool.shutdown(wait=False, cancel_futures=True)
+                self._pool.shutdown(wait=False)
 
     def _begin(self) -> None:
         """Give threads to tenants that wait for one. With the lock held."""
@@ -52,12 +59,15 @@ class Lanes:
             if tenant is None:
                 return
             lane = self._lanes.pop(tenant)
+            while lane and not lane[0][0].set_running_or_notify_cancel():
+                lane.popleft()  # what was given up costs no turn
+            if not lane:
+                continue
             future, work = lane.popleft()
             if lane:
                 self._lanes[tenant] = lane  # behind the others
-            if future.set_running_or_notify_cancel():
-                self._held.add(tenant)
-                self._pool.submit(self._do, tenant, future, work)
+            self._held.add(tenant)
+            self._pool.submit(self._do, tenant, future, work)
 
     def _do(self, tenant: str, future: Future[Any], work: Callable[[], Any]) -> None:
         result, error = None, None

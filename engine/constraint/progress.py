@@ -129,7 +129,10 @@ class Together:
         if answers:
             began = time.perf_counter()
             ready = [(progress.ready(), row) for progress, row in answers]
-            self._executor.unsafe_compute_mask_ptr(ready, out.ctypes.data, out.strides[0], len(out))
+            try:
+                self._executor.unsafe_compute_mask_ptr(ready, out.ctypes.data, out.strides[0], len(out))
+            except ValueError:  # of one of them: by itself, it shows whose that is
+                return False
             if time.perf_counter() - began > TOKEN_SECONDS:
                 self._alone = ALONE_STEPS
         return True

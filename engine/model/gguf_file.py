@@ -8,6 +8,7 @@ views per string; this reader steps over arrays in milliseconds and decodes one 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import struct
@@ -71,7 +72,8 @@ class GGUFFile:
 
     def release(self) -> None:
         """Give back the memory of what was read: the system reads it again from the file when somebody asks."""
-        self._data.madvise(mmap.MADV_DONTNEED)
+        with contextlib.suppress(OSError):  # of pages that are locked into memory
+            self._data.madvise(mmap.MADV_DONTNEED)
 
 
 def read_metadata(path: Path, keys: Collection[str] | None = None) -> dict[str, Any]:

@@ -8,8 +8,7 @@ layers and head bfloat16
 from __future__ import annotations
 
 from kvloom.engine.model.linear import Linear, LinearWeight
-from kvloom.engine.model.quantized import StackedLinear
-from kvloom.kernels.quantized import KINDS
+from kvloom.engine.model.quantized import QuantizedLinear, StackedLinear
 
 _CODES = "the file's codes"
 
@@ -27,8 +26,7 @@ class Held:
                 self.note(part, each, run)
             return
         origins = self._noted.setdefault(part, {}).setdefault(made.form, set())
-        kind = KINDS.get(weight.kind() or "")
-        if kind is not None and made.form == f"int{kind.bits}":
+        if isinstance(made, QuantizedLinear) and made.kind == weight.kind():
             origins.add(_CODES)
         elif made.form.startswith("int"):
             origins |= {weight.source.kind(name) for name in weight.names}

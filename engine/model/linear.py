@@ -214,10 +214,10 @@ def make_embedding(
 ) -> DenseEmbedding | PackedEmbedding:
     """The embedding table: the file's codes where layers hold codes and the back end reads rows of them, else in `dtype`."""
     quantized = kernels.quantized
-    if quantized is not None and quantizes(mode, dtype, kernels) and weight.kind() in quantized.kinds:
+    reads = quantized is not None and quantizes(mode, dtype, kernels) and weight.kind() in quantized.kinds
+    if reads and quantized is not None and quantized.rows is not None:
         packed = _packed(weight, "auto", quantized, cache)
-        if (rows := quantized.rows(packed)) is not None:
-            return PackedEmbedding(packed, rows)
+        return PackedEmbedding(packed, quantized.rows(packed))
     found = None if cache is None else cache.tensor(EMBEDDING)
     if found is None:
         found = weight.dense(dtype)

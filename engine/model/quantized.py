@@ -61,7 +61,7 @@ class QuantizedLinear:
 
     def __init__(self, quantized: QuantizedLinears, packed: PackedWeight, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features, self.nbytes = packed.outputs, packed.inputs, packed.data.nbytes
-        self.form = f"int{KINDS[packed.kind].bits}"
+        self.kind, self.form = packed.kind, f"int{KINDS[packed.kind].bits}"
         self._multiply: Multiply = quantized.linear(packed, bias)
 
     def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -101,7 +101,7 @@ class DenseEmbedding:
 
 
 class PackedEmbedding:
-    """Rows of packed codes: the bits of the dense matrix, in the bytes of the file; a tied head multiplies the same ones."""
+    """Rows of packed codes: the numbers of the dense matrix, in the bytes of the file; a tied head multiplies the same ones."""
 
     def __init__(self, packed: PackedWeight, rows: Multiply) -> None:
         self.packed, self.device, self._rows = packed, packed.data.device, rows

@@ -116,6 +116,7 @@ class TritonQuantized:
 
     layout = "triton 1"
     kinds = frozenset(FORMATS)
+    rows = None
 
     def __init__(self, device: str | torch.device) -> None:
         self.device = torch.device(device)
@@ -131,9 +132,6 @@ class TritonQuantized:
         room = -outputs % PANEL
         data = [torch.nn.functional.pad(part, (0, 0, 0, 0, 0, room)).transpose(0, 1).flatten() for part in parts]
         return PackedWeight(torch.cat(data), outputs, inputs, kind)
-
-    def rows(self, packed: PackedWeight) -> None:
-        """See the contract: none are read."""
 
     def linear(self, packed: PackedWeight, bias: Tensor | None) -> Multiply:
         """See the contract. Moves what is not on the device there, and makes scratch, which only grows."""

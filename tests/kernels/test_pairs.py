@@ -85,3 +85,17 @@ def test_a_row_has_the_same_bits_however_its_prompt_was_cut(kernels: NativeKerne
 
 def rows_of(store: Paged, stops: list[int]) -> Rows:
     return make_rows(store, [1] * len(stops), [0] * len(stops), stops)
+
+
+@pytest.mark.parametrize("seen", [5, 6, 64, 65])
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_positions_that_no_row_sees_may_hold_anything(kernels: NativeKernels, seen: int, tokens: int) -> None:
+    """Rows of one request that all see the same positions, in front of one whose key and value are no numbers."""
+    source, dim, heads = torch.Generator().manual_seed(seen), 64, 3
+    k, v = (torch.randn(8, 1, 16, dim, generator=source).bfloat16() for _ in "kv")
+    rows = Rows(ints([list(range(8))]), ints([0] * tokens), ints([0] * tokens), ints([seen] * tokens))
+    q = queries(rows, heads, dim)
+    wanted = attend(kernels, q, PagedKV(k.clone(), v.clone()), rows)
+    for cache in (k, v):
+        cache.view(-1, dim)[seen:] = float("nan")
+    assert torch.equal(attend(kernels, q, PagedKV(k, v), rows), wanted)

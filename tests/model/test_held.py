@@ -8,12 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import quantize
 
 from kvloom.engine.model import packed_cache
+from kvloom.engine.model.held import Held
+from kvloom.engine.model.linear import LinearWeight, make_linear
 from kvloom.engine.model.load import load_model
+from kvloom.engine.model.load_gguf import GGUFWeights
 from kvloom.kernels.reference import ReferenceKernels
+from tests.kernels.stored import random_stored
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,14 @@ def test_mixed_layers(write_gguf: Callable[..., Path], native: Any) -> None:
 def test_where_nothing_is_rounded(write_gguf: Callable[..., Path], native: Any) -> None:
     assert load_model(write_gguf("Q4_1"), "fp32", native).weights_held == "layers and head float32"
     assert load_model(write_gguf("Q4_1"), "bf16", ReferenceKernels()).weights_held == "layers and head bfloat16"
+
+
+def test_codes_that_were_rounded_again_are_no_codes_of_the_file(write_gguf: Callable[..., Path], native: Any) -> None:
+    """Columns in another order tear blocks of 256 apart; what they are rounded to may have as many bits."""
+    stored = random_stored("Q4_K", 64, 256)
+    path = write_gguf("F32", hidden=64, tensors={"blk.0.ffn_down.weight": (stored.blocks.numpy(), "Q4_K")}, inner=256)
+    source = GGUFWeights(path)
+    weight = LinearWeight(source, ("model.layers.0.mlp.down_proj.weight",), columns=torch.arange(256).flip(0))
+    held = Held()
+    held.note("layers", make_linear(weight, None, "int4", torch.bfloat16, native), weight)
+    assert str(held) == "layers int4 (rounded from Q4_K)"

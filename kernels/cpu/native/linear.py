@@ -1,10 +1,10 @@
 """Linear layers with quantised weights: packing, the layer, and rows of a packed matrix.
 
 Weights are GGUF's blocks of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K, laid out anew bit for bit (csrc/quant.h): no
-weight is rounded, and a packed matrix takes the bytes that it takes in the file. Activations are rounded to 8 bits on the fly,
-one scale per row and group of 32, and multiplied with integer dot products; sums across groups are fp32. A result therefore
-differs from x @ dequantised(W).T by the rounding of x: each x moves by at most half its group's scale, max|x| / 254. What that
-costs is in docs/bench-weights.md. A row's result does not depend on the other rows of the call.
+weight is rounded, and a packed matrix takes the bytes that it takes in the file, filled up to 16 outputs. Activations are
+rounded to 8 bits on the fly, one scale per row and group of 32, and multiplied with integer dot products; sums across groups
+are fp32. A result therefore differs from x @ dequantised(W).T by the rounding of x: each moves by at most half its group's
+scale, max|x| / 254. What that costs is in docs/bench-weights.md. A row's result does not depend on the other rows of the call.
 """
 
 from __future__ import annotations

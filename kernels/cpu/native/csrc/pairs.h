@@ -198,11 +198,15 @@ class PairProducts {
       });
     };
     if (!values_in_place_) {
-      for (int j = 0; j < count; j += 2)
+      auto packed = [&](int j, __mmask32 seen) __attribute__((always_inline)) {
         add(j, [&](int64_t at, pairs& low, pairs& high) {
-          low = _mm512_load_si512(values_ + j / 2 * stride_ + at);
-          high = _mm512_load_si512(values_ + j / 2 * stride_ + at + kLanes);
+          low = _mm512_maskz_mov_epi16(seen, _mm512_load_si512(values_ + j / 2 * stride_ + at));
+          high = _mm512_maskz_mov_epi16(seen, _mm512_load_si512(values_ + j / 2 * stride_ + at + kLanes));
         });
+      };
+      int j = 0;
+      for (; j + 1 < count; j += 2) packed(j, 0xffffffffu);
+      if (j < count) packed(j, 0x55555555u);  // beside a position that no row of these sees, whatever it holds
     } else {
       Ahead ahead = ahead_;
       int j = 0;
