@@ -157,17 +157,17 @@ def cells(runs: Sequence[Run], cases: Sequence[Case], about: Mapping[str, About]
             rows.append([title, label, *(f"{medians[name]:.1f}" for name in names), *ratios(medians, beside)])
             title = ""
     for title, unit, field in (("start to healthy", "s", "start_seconds"), ("resident after all", "MiB", "memory")):
-        found = {name: last_of(runs, name, field) for name in names}
+        found = {name: last_of(runs, name, cases[-1].name, field) for name in names}
         if title == "start to healthy" or not all(map(math.isnan, found.values())):
             shown = ["-" if math.isnan(found[name]) else f"{found[name]:.1f}" for name in names]
             rows.append([title, unit, *shown, *ratios(found, beside)])
     return head, rows
 
 
-def last_of(runs: Sequence[Run], server: str, field: str) -> float:
-    """Median over rounds of what was known when each had ended; NaN where nothing was."""
-    by_round = {run.round: getattr(run, field) for run in runs if run.server == server}
-    found = [value for value in by_round.values() if value is not None]
+def last_of(runs: Sequence[Run], server: str, case: str, field: str) -> float:
+    """Median over rounds of what was known after their last case; NaN where nothing was."""
+    values = [getattr(run, field) for run in runs if (run.server, run.case) == (server, case)]
+    found = [value for value in values if value is not None]
     return statistics.median(found) if found else math.nan
 
 

@@ -100,6 +100,8 @@ def answers(llm: LLM, schemas: Sequence[tuple[Any, StructuredOutput]], temperatu
     for (schema, asked), result in zip(schemas, results):
         if result.finish_reason != "stop":
             ends["cut" if result.finish_reason == "length" else f"ended with {result.finish_reason}"] += 1
+            if result.error:
+                console.print(f"{result.error} behind {result.text[-200:]!r} of {str(asked.json_schema)[:200]}", markup=False)
             continue
         try:
             valid = validator_for(schema)(schema).is_valid(json.loads(result.text))
