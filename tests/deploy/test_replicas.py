@@ -288,9 +288,9 @@ def test_weights_hold_over_both(server: Server) -> None:
         assert answer.status_code == 200, answer.text
         ended.append(name)
 
-    with ThreadPoolExecutor(112) as pool:
+    with ThreadPoolExecutor(128) as pool:
         slots = {"prompt": "hello", "max_tokens": 480, "ignore_eos": True, "n": 4}  # somebody has all slots until all wait
-        blockers = [pool.submit(server.client.post, "/v1/completions", json=slots, headers=ALICE) for _ in range(12)]
+        blockers = [pool.submit(server.client.post, "/v1/completions", json=slots, headers=ALICE) for _ in range(32)]
         list(pool.map(lambda i: ask(("carol", "dave")[i % 2], i), range(96)))
         assert all(blocker.result().status_code == 200 for blocker in blockers)
     behind = [i for i, name in enumerate(ended) if name == "carol"][35]  # both wait: 36 without weights, one engine 19
