@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
@@ -212,10 +212,9 @@ def _out_of_descriptors() -> bool:
 def _refusing(error: WireError) -> ASGIApp:
     """An application that answers so, whatever is asked."""
 
-    async def refuse(scope: Scope, receive: Receive, send: Send) -> None:
-        await error.response({"Connection": "close"})(scope, receive, send)
-
-    return RequestIdMiddleware(MessageErrorMiddleware(refuse), logs=False)
+    close = {"Connection": "close"}
+    refuse = MessageErrorMiddleware(lambda scope, receive, send: error.response(close)(scope, receive, send))
+    return RequestIdMiddleware(refuse, logs=False)
 
 
 _HEADERS_TOO_LARGE = WireError(431, f"the headers are larger than {MAX_HEADER_BYTES} bytes", code="headers_too_large")

@@ -169,8 +169,9 @@ def timed(llm: LLM) -> Iterator[dict[str, list[float]]]:
 
         return wrapped
 
-    places = [(llm.core.decoding.constraints, name, "engine") for name in ("begin", "masks", "accept")]
-    places += [(sampler, "_mask", "engine"), (Together, "compute", "beside")]  # type: ignore[list-item]
+    constraints = llm.core.decoding.constraints
+    places: list[tuple[Any, str, str]] = [(constraints, name, "engine") for name in ("begin", "masks", "accept")]
+    places += [(sampler, "_mask", "engine"), (Together, "compute", "beside")]
     real = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     for owner, name, where in places:
         setattr(owner, name, measured(getattr(owner, name), where))

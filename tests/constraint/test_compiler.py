@@ -193,7 +193,8 @@ def test_what_nobody_waits_for_any_more_is_not_compiled(
 
 def test_one_that_leaves_ends_it_for_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler, go = make(), threading.Event()
-    monkeypatch.setattr(compiler, "_make", lambda asked: go.wait(30) and Grammar(asked, None))  # type: ignore[arg-type]
+    real = compiler._make
+    monkeypatch.setattr(compiler, "_make", lambda asked: go.wait(30) and real(asked))
 
     async def run() -> Any:
         asked = ["a", "b", "b"]
@@ -209,15 +210,23 @@ def test_one_that_leaves_ends_it_for_nobody_else(monkeypatch: pytest.MonkeyPatch
     compiler.close()
 
 
-def test_a_tenant_that_floods_holds_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler, go, made = make(), threading.Event(), list[str]()
+def held_up(monkeypatch: pytest.MonkeyPatch, go: threading.Event, made: list[str]) -> Compiler:
+    """One that notes which expressions it compiles, in `made`; those that begin with "loud" not before `go`."""
+    compiler = make()
+    real = compiler._make
 
-    def slow(asked: StructuredOutput) -> Any:
+    def slow(asked: StructuredOutput) -> Grammar:
         made.append(str(asked.regex))
         assert not str(asked.regex).startswith("loud") or go.wait(30)
-        return Grammar(asked, None)  # type: ignore[arg-type]
+        return real(asked)
 
     monkeypatch.setattr(compiler, "_make", slow)
+    return compiler
+
+
+def test_a_tenant_that_floods_holds_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    go, made = threading.Event(), list[str]()
+    compiler = held_up(monkeypatch, go, made)
 
     async def run() -> None:
         loud = [asyncio.ensure_future(compiler.ready(StructuredOutput(regex=f"loud{i}"), "loud")) for i in range(9)]
@@ -273,14 +282,8 @@ def test_what_was_given_up_is_forgotten() -> None:
 
 
 def test_another_tenants_flood_does_not_hold_up_the_same_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler, go, made = make(), threading.Event(), list[str]()
-
-    def slow(asked: StructuredOutput) -> Any:
-        made.append(str(asked.regex))
-        assert not str(asked.regex).startswith("loud") or go.wait(30)
-        return Grammar(asked, None)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(compiler, "_make", slow)
+    go, made = threading.Event(), list[str]()
+    compiler = held_up(monkeypatch, go, made)
 
     async def run() -> None:
         texts = [*(f"loud{i}" for i in range(9)), "same"]
@@ -295,7 +298,7 @@ def test_another_tenants_flood_does_not_hold_up_the_same_grammar(monkeypatch: py
     compiler.close()
 
 
-def test_what_is_large_has_a_thread_apart() -> None:
+def test_what_is_large_has_a_thread_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     compiler, names = make(), list[str]()
     real = compiler._make
 
@@ -303,7 +306,7 @@ def test_what_is_large_has_a_thread_apart() -> None:
         names.append(threading.current_thread().name.rpartition("_")[0])
         return real(asked)
 
-    compiler._make = seen  # type: ignore[method-assign]
+    monkeypatch.setattr(compiler, "_make", seen)
     large = schema({"enum": [f"value {i}" for i in range(2000)]})
     assert large.size >= LARGE
 

@@ -7,17 +7,7 @@ import openai
 import pytest
 
 from kvloom.engine.errors import ContextLengthError
-
-LOGPROBS = "message.output_text.logprobs"
-
-
-LOOK = {"type": "function", "name": "look", "description": "Looks.", "strict": False, "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
-
-
-def ask(client, given="weather in Bonn?", **fields):
-    return client.responses.create(model="echo-model", input=given, **fields)
-
+from tests.server.response_words import LOGPROBS, LOOK, ask
 
 IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]
 

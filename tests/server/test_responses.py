@@ -8,30 +8,9 @@ import pytest
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 
+from tests.server.response_words import CALL, LIST, LOGPROBS, LOOK, THINKING, ask, prompt
+
 EVENTS = TypeAdapter(ResponseStreamEvent)
-
-
-LOGPROBS = "message.output_text.logprobs"
-
-
-LOOK = {"type": "function", "name": "look", "description": "Looks.", "strict": False, "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
-
-
-LIST = {"type": "function", "name": "list_all", "parameters": None, "strict": None}
-
-
-CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Bonn"}}\n</tool_call>'
-
-
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
-
-
-def ask(client, given="weather in Bonn?", **fields):
-    return client.responses.create(model="echo-model", input=given, **fields)
 
 
 def events(served, **body):
@@ -184,11 +163,6 @@ def test_what_the_engine_is_asked(says):
     assert (sampling.seed, sampling.min_tokens, sampling.logprobs) == (7, 1, None)
     assert (answer.temperature, answer.max_output_tokens, answer.metadata) == (0.5, 9, {"a": "b"})
     assert answer.usage.kv["cached_tokens"] == answer.usage.input_tokens_details.cached_tokens
-
-
-def prompt(served):
-    """What the model was given to read."""
-    return served.engine.tokenizer.decode(served.engine.calls[-1]["prompt"], skip_special_tokens=False)
 
 
 def test_items_become_turns(says):

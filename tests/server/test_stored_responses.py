@@ -7,27 +7,7 @@ import openai
 import pytest
 
 from kvloom.server.limits import BodyHall
-
-LOOK = {"type": "function", "name": "look", "description": "Looks.", "strict": False, "parameters": {
-    "type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}  # fmt: skip
-
-
-CALL = '<tool_call>\n{"name": "look", "arguments": {"city": "Bonn"}}\n</tool_call>'
-
-
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
-    "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
-)
-
-
-def ask(client, given="weather in Bonn?", **fields):
-    return client.responses.create(model="echo-model", input=given, **fields)
-
-
-def prompt(served):
-    """What the model was given to read."""
-    return served.engine.tokenizer.decode(served.engine.calls[-1]["prompt"], skip_special_tokens=False)
+from tests.server.response_words import CALL, LOOK, THINKING, ask, prompt
 
 
 def test_a_conversation_goes_on(says):

@@ -11,7 +11,7 @@
 namespace kvloom {
 namespace {
 
-constexpr int64_t kChunkRows = 240;  // rows that meet one panel before the next: their activations stay in the L2 cache
+constexpr int64_t kChunkRows = 240;  // rows that meet one panel before the next: activations of up to 4,096 inputs stay in an L2 cache of 1 MiB
 constexpr int64_t kAlone = 4;  // rows up to which the calling thread rounds the activations: shorter than a call of its own
 
 constexpr int64_t kItemProducts = 4 << 20;  // some 50 microseconds: what is lost when a thread's core is taken meanwhile
