@@ -4,7 +4,7 @@
     for each layer:
         x += attention(norm(x) W_qkv) W_o                 attention is the caller's: rotation, cache, visibility
         x += (silu(gate) * up) W_down                     gate, up = norm(x) W_gate_up
-    logits = norm(x) W_head
+    logits = norm(x) W_head                               for the rows that are wanted
 
 Owns the weights and a workspace; knows nothing of requests, caches or positions. A row is one token of any request; rows meet
 only inside attention, so callers may drop rows between layers. The residual stream stays in fp32 whatever the weights' dtype:
@@ -163,8 +163,8 @@ class Decoder:
         program: Hashable = None,
         narrows: Mapping[int, int] = MappingProxyType({}),
     ) -> Tensor:
-        """tokens: [rows] int64. Returns the residual stream after the last layer, before the final norm: [rows, hidden]
-        fp32, valid until the next call.
+        """tokens: [rows] int64. Returns the last layer's output behind the final norm: [rows, hidden] in the model's dtype,
+        valid until the next call.
 
         program: what the attention's calls depend on beside the contents of their tensors; kept while they are captured.
         narrows: layers whose projection is the last that all rows get, and how many of the first ones go on; no graphs then.
@@ -177,7 +177,7 @@ class Decoder:
         graph = None if mode == "none" else self._graphs.get(key)
         self.steps[mode if graph is not None else "none"] += 1
         if graph is None:
-            return self.finish(*(self._through(x, attention, _call, narrows) if mode == "none" else self._capture(x, key)))
+            return self._through(x, attention, _call, narrows) if mode == "none" else self._capture(x, key)
         self._graphs.move_to_end(key)
         ws = self._workspace(rows)
         graph.replay(0, rows)
@@ -185,7 +185,7 @@ class Decoder:
             for index, layer in enumerate(self.layers):
                 attention(index, ws.qkv, layer.q_norm, layer.k_norm)
                 graph.replay(index + 1, rows)
-        return self.finish(x, ws.delta)
+        return ws.normed
 
     @contextmanager
     def capturing(self, most: GraphMode) -> Iterator[None]:
@@ -202,7 +202,7 @@ class Decoder:
         """What was captured of attentions with a program has moved."""
         self._graphs = OrderedDict((key, graph) for key, graph in self._graphs.items() if key.program is None)
 
-    def _capture(self, x: Tensor, key: Captured) -> tuple[Tensor, Tensor | None]:
+    def _capture(self, x: Tensor, key: Captured) -> Tensor:
         """Run all layers, and keep what was called for steps to come. A capture that fails leaves the step as it is."""
         graph, failed = self.kernels.graph(), list[CaptureError]()
         assert graph is not None
@@ -242,29 +242,26 @@ class Decoder:
         attention: LayerAttention,
         piece: Callable[[Callable[[], Any]], Any],
         narrows: Mapping[int, int] = MappingProxyType({}),
-    ) -> tuple[Tensor, Tensor | None]:
-        """All layers; what lies between two attentions is called by `piece`. Returns the rows that got so far, and the last
-        layer's delta."""
-        qkv = piece(partial(self.project, 0, x, None))
+    ) -> Tensor:
+        """All layers and the final norm, of the rows that get so far; what lies between two attentions is called by `piece`."""
+        result: Tensor = piece(partial(self.project, 0, x, None))
         for index, layer in enumerate(self.layers):
-            attended = attention(index, qkv, layer.q_norm, layer.k_norm)
+            attended = attention(index, result, layer.q_norm, layer.k_norm)
             if index in narrows:
                 x, attended = x[: narrows[index]], attended[: narrows[index]]
                 if not len(x):
-                    return x, None
-            delta, qkv = piece(partial(self._between, index, x, attended))
-        return x, delta
+                    return self._whole.normed[:0]
+            result = piece(partial(self._after, index, x, attended))
+        return result
 
-    def _between(self, index: int, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor | None]:
-        """From a layer's attention to that of the next, if there is one: the layer's delta, and the next one's projection."""
+    def _after(self, index: int, x: Tensor, attended: Tensor) -> Tensor:
+        """What follows a layer's attention: up to the next one's projection, or to the end."""
         delta = self.mix(index, x, attended)
-        return delta, self.project(index + 1, x, delta) if index + 1 < len(self.layers) else None
+        return self.project(index + 1, x, delta) if index + 1 < len(self.layers) else self.finish(x, delta)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, hidden] fp32, the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""
-        normed = hidden.new_empty(hidden.shape, dtype=self.dtype)
-        self.kernels.add_rms_norm(hidden, None, self.final_norm, self.config.rms_eps, normed)
-        return self.head(normed, hidden.new_empty(hidden.shape[0], self.config.vocab_size))
+        """hidden: [n, hidden], the rows of `forward`'s result that are wanted. Returns [n, vocab] fp32, the caller's."""
+        return self.head(hidden, hidden.new_empty(hidden.shape[0], self.config.vocab_size, dtype=torch.float32))
 
     # The pieces of `forward`, for callers that change the set of rows between layers ------------------------------------
 
@@ -293,9 +290,9 @@ class Decoder:
         gated = kernels.silu_mul(layer.gate_up(normed, ws.gate_up), ws.gated)
         return layer.down(gated, ws.delta)
 
-    def finish(self, x: Tensor, delta: Tensor | None) -> Tensor:
-        """Add the last layer's delta: the result of `forward`."""
-        return x if delta is None else x.add_(delta)
+    def finish(self, x: Tensor, delta: Tensor) -> Tensor:
+        """Add the last layer's delta to x in place. Returns its final norm, the result of `forward`, in the workspace."""
+        return self.kernels.add_rms_norm(x, delta, self.final_norm, self.config.rms_eps, self._workspace(x.shape[0]).normed)
 
     def _workspace(self, rows: int) -> Workspace:
         if rows > self._whole.residual.shape[0]:

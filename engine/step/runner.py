@@ -31,7 +31,7 @@ class StepResult(NamedTuple):
     """What a step computes, perhaps not yet."""
 
     hidden: Tensor
-    """[rows, hidden]: the last layer's output, ready for `Decoder.logits`; valid until the next step is run."""
+    """[rows, hidden]: `Decoder.forward`'s result, ready for `Decoder.logits`; valid until the next step is run."""
     starts: list[int]
     """First row of every chunk of the plan."""
     seen: Callable[[], list[Seen]]

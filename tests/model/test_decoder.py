@@ -70,9 +70,10 @@ def test_residual_stream_is_fp32(write_gguf, kernels, sequence_attention) -> Non
     decoder = load_model(write_gguf("F32"), "bf16", kernels).decoder
     attention = sequence_attention(decoder, 4)
     attention.step(torch.arange(4))
-    hidden = decoder.forward(torch.tensor(TOKENS[:4]), attention)
-    assert hidden.dtype == torch.float32
-    assert not torch.equal(hidden, hidden.bfloat16().float()), "the sum must keep what bf16 would lose"
+    x = decoder.embed(torch.tensor(TOKENS[:4]))
+    hidden = decoder.finish(x, decoder.layer(1, x, decoder.layer(0, x, None, attention), attention))
+    assert (x.dtype, hidden.dtype) == (torch.float32, torch.bfloat16)
+    assert not torch.equal(x, x.bfloat16().float()), "the sum must keep what bf16 would lose"
 
 
 def test_activations_are_reused(decoder, sequence_attention) -> None:

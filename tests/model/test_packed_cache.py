@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 def logits(path: Path, native: Any, folder: Path | None, **options: Any) -> torch.Tensor:
     model = load_model(path, "bf16", native, packed_folder=folder, **options)
-    return model.decoder.logits(torch.linspace(-1, 1, 2 * 64).view(2, 64))
+    return model.decoder.logits(torch.linspace(-1, 1, 2 * 64).view(2, 64).to(model.decoder.dtype))
 
 
 def only(folder: Path) -> Path:
