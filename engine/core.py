@@ -271,9 +271,9 @@ class EngineCore:
                 self._scheduler.completed(chunk, saw_everything=seen.everything)
                 self.decoding.computed(chunk, seen.attended)
                 self.decoding.score_prompt(chunk, result, first_row)
-        for end, tokens, logits in drawn:
+        for end, tokens, rows in drawn:
             with self._alone(end.chunk.request, outputs):
-                for output in self.decoding.take(end, tokens, logits):
+                for output in self.decoding.take(end, tokens, draw.logits, rows):
                     self._hand_out(end.chunk.request, output, outputs)
         going_on = [chunk for chunk in plan.chunks if self.decoding.has(chunk.request)]
         for feature in self._features:

@@ -104,6 +104,19 @@ def mark(device: torch.device) -> torch.Event:
     return event
 
 
+class Front:
+    """The first rows of a buffer: the view that was asked for last is kept, as most steps have as many rows as the last one."""
+
+    def __init__(self, whole: Tensor) -> None:
+        self.whole, self._view, self._count = whole, whole, len(whole)
+
+    def __call__(self, count: int) -> Tensor:
+        """The first `count` of them."""
+        if count != self._count:
+            self._view, self._count = self.whole[:count], min(count, len(self.whole))
+        return self._view
+
+
 class Mirror:
     """An array that the host writes and kernels read, at one address in every step.
 
@@ -115,7 +128,7 @@ class Mirror:
         """Filled with zeros."""
         self._arrays = [host_memory(shape, dtype, device) for _ in range(1 if device.type == "cpu" else 2)]
         self._hosts: list[npt.NDArray[Any]] = [array.numpy() for array in self._arrays]
-        self._there = self._arrays[0] if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
+        self._there = Front(self._arrays[0] if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device))
         self._reads: list[torch.Event | None] = [None] * len(self._arrays)
         """Of every array, the copy that may still be under way."""
         self._turn = 0
@@ -130,8 +143,8 @@ class Mirror:
 
     def front(self, count: int) -> Tensor:
         """The first `count` rows where kernels read them, as the host has written them."""
-        there, array = self._there[:count], self._arrays[self._turn]
-        if self._there is array:
+        there, array = self._there(count), self._arrays[self._turn]
+        if self._there.whole is array:
             return there
         there.copy_(array[:count], non_blocking=True)
         self._reads[self._turn] = mark(there.device)

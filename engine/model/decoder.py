@@ -267,8 +267,7 @@ class Decoder:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The residual stream of the rows: [rows, hidden] fp32, in the workspace."""
-        ws = self._workspace(tokens.shape[0])
-        return ws.residual.copy_(self.embedding(tokens, ws.normed))
+        return self.embedding(tokens, self._workspace(tokens.shape[0]).residual)
 
     def layer(self, index: int, x: Tensor, delta: Tensor | None, attention: LayerAttention) -> Tensor:
         """Run one layer. Adds `delta` (what the layer before returned) to x in place and returns this layer's own delta:

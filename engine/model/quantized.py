@@ -96,8 +96,10 @@ class DenseEmbedding:
         self.weight, self.device = weight, weight.device
 
     def __call__(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """tokens: [rows] int64; out: [rows, hidden], written and returned."""
-        return torch.index_select(self.weight, 0, tokens, out=out)
+        """tokens: [rows] int64; out: [rows, hidden] fp32, written and returned."""
+        if self.weight.dtype == out.dtype:
+            return torch.index_select(self.weight, 0, tokens, out=out)
+        return out.copy_(torch.index_select(self.weight, 0, tokens))
 
 
 class PackedEmbedding:
@@ -107,5 +109,5 @@ class PackedEmbedding:
         self.packed, self.device, self._rows = packed, packed.data.device, rows
 
     def __call__(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """tokens: [rows] int64; out: [rows, hidden], written and returned."""
+        """tokens: [rows] int64; out: [rows, hidden] fp32, written and returned."""
         return self._rows(tokens, out)

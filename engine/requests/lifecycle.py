@@ -42,8 +42,8 @@ class Feature:
         """These chunks of a step are computed, or launched, and their requests go on; where a step is launched ahead, both are
         told. Raises Blamed."""
 
-    def sampled(self, request: Request, logits: Tensor) -> None:
-        """A token is about to be taken from these logits: [1, vocab] fp32, valid during the call."""
+    def sampled(self, request: Request, logits: Tensor, row: int) -> None:
+        """A token is about to be taken from this row of the logits: [rows, vocab] fp32, valid during the call."""
 
     def prefilled(self, request: Request, table: BlockTable) -> None:
         """A request's prompt is computed, and its first token is about to be known. table: where its KV is."""

@@ -186,9 +186,11 @@ class Scheduler:
 
     def _refresh(self, reuse: Reuse, plan: StepPlan, budget: int) -> None:
         """Rows that bring reused KV up to date, of those whose streams are in the plan."""
-        rows = {chunk: self._pace.rows(chunk.request) for chunk in plan.chunks}
-        able = StepPlan([chunk for chunk in plan.chunks if rows[chunk]], [])
-        for chunk in reuse.refresh(able, min(budget, max(rows.values(), default=0))):
+        rows = {chunk: self._pace.rows(chunk.request) for chunk in plan.chunks if chunk.request.repair is not None}
+        if not rows:
+            return
+        able = StepPlan([chunk for chunk in rows if rows[chunk]], [])
+        for chunk in reuse.refresh(able, min(budget, max(rows.values()))):
             budget -= chunk.count
             if budget < 0:  # more than was asked for: a step's buffers have no room for it
                 break
@@ -216,6 +218,8 @@ class Scheduler:
 
     def _rooms(self, prompts: list[Request], budget: int) -> Counter[str]:
         """Rows of this step for the prompts of every tenant."""
+        if not prompts:
+            return Counter()
         demand, most = Counter[str](), 0
         for request in prompts:
             if rows := self._pace.rows(request):

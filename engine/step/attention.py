@@ -92,6 +92,7 @@ class StepAttention:
         self._scale, self._group = config.head_dim**-0.5, config.q_heads // config.kv_heads
         self._scratch = Scratch(cos.device)
         self._groups: Sequence[GroupRows] = ()
+        self._q = self._flat_q = self._out = self._flat_out = cos[:0]
         self._shapes = [(at, n) for at, one in enumerate(self._storages) for n in {*map(len, one.spec.heads)} if n]
         self._plans: dict[tuple[int, int], Plan] = {}
         """Of a group's `rows`, by KV heads of a layer: made anew in their place, where captured calls look for them."""
@@ -102,7 +103,8 @@ class StepAttention:
         shadow: measure, beside what selection methods read, how much attention mass a dense step would have found there.
         """
         self._groups, self._positions, self._shadow = groups, positions, shadow
-        self._q, self._out, self._flat = q.flatten(), out, out.view(out.shape[0], -1)
+        if q is not self._q or out is not self._out:
+            self._q, self._flat_q, self._out, self._flat_out = q, q.flatten(), out, out.view(out.shape[0], -1)
         for at, heads in self._shapes:
             if groups[at].rows.size:
                 q_heads, into = heads * self._group, self._plans.get((at, heads))
@@ -118,14 +120,14 @@ class StepAttention:
                 continue
             q_heads = kv_heads * self._group
             width = (q_heads + 2 * kv_heads) * dim
-            q = self._q[: rows * q_heads * dim].view(rows, q_heads, dim)
+            q = self._flat_q[: rows * q_heads * dim].view(rows, q_heads, dim)
             self._kernels.rotate_store(
                 qkv[:, column : column + width], self._cos, self._sin, self._positions[:rows], kv, group.slots[:rows], q,
                 q_norm, k_norm, self._config.rms_eps,
             )  # fmt: skip
             self._attend(Layer(layer, q, kv), group, self._plans.get((at, kv_heads)), self._out[:, head : head + q_heads])
             column, head = column + width, head + q_heads
-        return self._flat[:rows]
+        return self._flat_out[:rows]
 
     def _attend(self, layer: Layer, group: GroupRows, plan: Plan | None, out: Tensor) -> None:
         """One group's rows. layer.q, out: [rows, query heads of the group, head_dim]."""

@@ -61,12 +61,12 @@ class Draw(NamedTuple):
         place = {end.chunk.request: i for i, end in enumerate(self.ends)}
         return Fed(self.sampled.there, [place[chunk.request] for chunk in chunks])
 
-    def each(self) -> Iterator[tuple[End, list[Token], Tensor]]:
-        """Wait for them. Of every end: its tokens, and its logits [rows, vocab]."""
+    def each(self) -> Iterator[tuple[End, list[Token], range]]:
+        """Wait for them. Of every end: its tokens, and their rows of `logits`."""
         tokens, at = self.sampled.read(), 0
         for end in self.ends:
             first, at = at, at + len(end.rows)
-            yield end, tokens[first:at], self.logits[first:at]
+            yield end, tokens[first:at], range(first, at)
 
 
 class Decoding:
@@ -136,17 +136,18 @@ class Decoding:
 
     # Collect --------------------------------------------------------------------------------------------------------
 
-    def take(self, end: End, tokens: Sequence[Token], logits: Tensor) -> Iterator[RequestOutput]:
-        """What comes of the last rows of a request's chunk; nothing of one that has ended. logits: [rows, vocab]."""
+    def take(self, end: End, tokens: Sequence[Token], logits: Tensor, rows: range) -> Iterator[RequestOutput]:
+        """What comes of the last rows of a request's chunk; nothing of one that has ended. tokens: drawn from these rows of
+        the logits [all rows, vocab]."""
         request = end.chunk.request
         if not self.has(request):
             return
         if request.verifying:
-            yield from self._verify(request, tokens, logits)
+            yield from self._verify(request, tokens, logits, rows)
         elif request.draft_tokens and end.chunk.decodes and request.sparse:
             self._draft(request, tokens[0])
         else:
-            yield self._next(request, tokens[0], logits)
+            yield self._next(request, tokens[0], logits, rows[0])
 
     def computed(self, chunk: Chunk, attended: float) -> None:
         """A chunk is computed, and its last row saw so many positions. A token to be replayed behind it is known again."""
@@ -173,13 +174,13 @@ class Decoding:
             assert top is not None
             found.extend(logprobs(self._runner.logits(result, rows), targets, top))
 
-    def _next(self, request: Request, token: Token, logits: Tensor) -> RequestOutput:
-        """Hand out the next token of a request. logits: [1, vocab], which it was drawn from."""
+    def _next(self, request: Request, token: Token, logits: Tensor, row: int) -> RequestOutput:
+        """Hand out the next token of a request, which was drawn from this row of the logits."""
         state = self._states[request.id]
         if self.observer is not None:
-            self.observer(request, logits)
+            self.observer(request, logits[row : row + 1])
         for feature in self._features:
-            feature.sampled(request, logits)
+            feature.sampled(request, logits, row)
         if isinstance(token, SampleError):
             return state.end("error", str(token), token.param)
         if isinstance(token, InvalidRequestError):
@@ -199,7 +200,8 @@ class Decoding:
             complete = self.constraints.accept(request, token)
         except InvalidRequestError as error:
             return state.end("error", str(error), error.param)
-        output = state.push(token, None if top is None else logprobs(logits, [token], top, given)[0], complete=complete)
+        told = None if top is None else logprobs(logits[row : row + 1], [token], top, given)[0]
+        output = state.push(token, told, complete=complete)
         if output.finish_reason is None:
             correct(request)
         return output
@@ -215,12 +217,12 @@ class Decoding:
             request.verifying = True
             request.computed = len(request.tokens) - request.drafts - 1
 
-    def _verify(self, request: Request, tokens: Sequence[Token], logits: Tensor) -> Iterator[RequestOutput]:
-        """Hand out what the dense logits of every draft, [drafts + 1, vocab], give, as long as the drafts agree."""
+    def _verify(self, request: Request, tokens: Sequence[Token], logits: Tensor, rows: range) -> Iterator[RequestOutput]:
+        """Hand out what the dense logits of every draft, drafts + 1 rows, give, as long as the drafts agree."""
         drafts = request.drop_drafts()
         self._statistics.drafts += 1
         for i, token in enumerate(tokens):
-            output = self._next(request, token, logits[i : i + 1])
+            output = self._next(request, token, logits, rows[i])
             agrees = output.finish_reason != "error" and i < len(drafts) and request.tokens[-1] == drafts[i]
             request.accepted += agrees
             self._statistics.accepted_tokens += agrees

@@ -38,7 +38,7 @@ class Order(NamedTuple):
 
     chunks: list[Chunk]
     places: Sequence[int]
-    """Of each chunk, its index in the step's plan."""
+    """Of each chunk, its index in the step's plan; a range if that is the order of rows."""
     selecting: int
     """So many of them, in front, are the business of methods,"""
     looking: int
@@ -53,6 +53,8 @@ class Order(NamedTuple):
 
     def planned(self, found: Sequence[T]) -> list[T]:
         """What was found of each chunk, in the order of the plan."""
+        if isinstance(self.places, range):
+            return list(found)
         return [each for _, each in sorted(zip(self.places, found), key=lambda pair: pair[0])]
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvloom.engine.cache import CacheManager
-from kvloom.engine.device import Mirror, upload
+from kvloom.engine.device import Front, Mirror, upload
 from kvloom.engine.model.decoder import Decoder
 from kvloom.engine.requests.state import StateMemory
 from kvloom.engine.retention.base import KEPT, Retention
@@ -79,13 +79,13 @@ class Runner:
         self._tokens, self._positions = (Mirror(max_rows, torch.int64, device) for _ in range(2))
         self._slots = [Mirror(max_rows, torch.int64, device) for _ in cache.groups]
         self._request, self._stop = (Mirror(max_rows, torch.int32, device) for _ in range(2))
-        self._zeros = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self._zeros = Front(torch.zeros(max_rows, dtype=torch.int32, device=device))
         self._kept = torch.zeros(KEPT, max_rows, dtype=torch.int32, device=device)
         self._read = torch.zeros(max_rows, dtype=torch.int64, device=device)
         blocks = (2 * max_seqs, -(-geometry.max_len // self._size))
         self._tables = [Mirror(blocks, torch.int32, device) for _ in cache.groups]
         shape = (max_rows, config.q_heads, config.head_dim)
-        self._q, self._out = (torch.empty(shape, dtype=decoder.dtype, device=device) for _ in range(2))
+        self._q, self._out = (Front(torch.empty(shape, dtype=decoder.dtype, device=device)) for _ in range(2))
 
     def run(self, plan: StepPlan, fed: Fed | None = None) -> StepResult:
         """Compute the plan's rows and store their KV. fed: their tokens, if each chunk is a row whose token is being drawn."""
@@ -98,7 +98,7 @@ class Runner:
         if not self.decoder.captures_sizes:
             return
         sizes, nothing = self.capture_sizes[::-1], arrange([])
-        self._run(nothing, 0, len(self._zeros))  # what grows with rows is then as large as it gets
+        self._run(nothing, 0, len(self._zeros.whole))  # what grows with rows is then as large as it gets
         for done, size in enumerate(sizes):
             told(done, len(sizes))
             self._run(nothing, 0, size)
@@ -128,7 +128,9 @@ class Runner:
         first, last = parts.rows if parts else 0, looks[0].first if looks else rows
         captured = order.single and rows in self.capture_sizes
         known = self._spans(order, padding, captured=captured) if self._kernels.dense else None
-        dense = dense_rows(tables[0], request[first:last], stop[first:last], self._zeros[: last - first], known)
+        whole = last - first == rows
+        looking = (request, stop) if whole else (request[first:last], stop[first:last])
+        dense = dense_rows(tables[0], *looking, self._zeros(last - first), known)
         groups, unseen = [GroupRows(slots[0], dense, parts.parts if parts else (), looks)], [0] * len(chunks)
         if self._retention is not None:
             kept = self._retention.kept(chunks, tables[1], request, stop, self._states, self._kept[:, :rows])
@@ -145,7 +147,7 @@ class Runner:
             ]
             return order.planned(found)
 
-        return StepResult(hidden[:own], order.planned(starts), seen)
+        return StepResult(hidden[:own] if padding else hidden, order.planned(starts), seen)
 
     def _spans(self, order: Order, padding: int, *, captured: bool) -> Spans | None:
         """What the host knows of rows that see everything."""
@@ -167,7 +169,7 @@ class Runner:
         if self._shadow_interval and any(part.decodes for part in groups[0].parts):
             self._sparse_steps += 1
             shadow = self._sparse_steps % self._shadow_interval == 0
-        self._attention.plan(groups, positions, self._q[:rows], self._out[:rows], shadow=shadow)
+        self._attention.plan(groups, positions, self._q(rows), self._out(rows), shadow=shadow)
         if looks := groups[0].looks:
             narrows = {at.look.stop: at.first for at in reversed(looks)}  # the first of those that go no further
             return self.decoder.forward(tokens, self._attention, narrows=narrows)

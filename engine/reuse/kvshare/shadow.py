@@ -74,14 +74,14 @@ class Shadow:
         if default and self._random.random() < self._options.shadow_share:
             self._seen[request] = []
 
-    def observe(self, request: Request, logits: Tensor) -> None:
-        """A token is about to be drawn from these logits: [1, vocab]."""
+    def observe(self, request: Request, logits: Tensor, row: int) -> None:
+        """A token is about to be drawn from this row of the logits: [rows, vocab]."""
         seen = self._seen.get(request)
         if seen is not None and request.repair is not None and len(seen) < TOKENS:
-            seen.append(_kept(logits))
+            seen.append(_kept(logits[row : row + 1]))
         job = self._jobs.of(request) if request.internal else None
         if job is not None and request.generated < len(job.seen):
-            self._checking.append(_compared(logits[0], job.seen[request.generated]))
+            self._checking.append(_compared(logits[row], job.seen[request.generated]))
 
     def close(self, request: Request) -> bool:
         """A request has ended. Returns whether it will be computed again."""

@@ -155,9 +155,9 @@ class KVShare(Feature):
         if ours and request.kv.share != "none":
             self._donors.generated(request, table)
 
-    def sampled(self, request: Request, logits: Tensor) -> None:
+    def sampled(self, request: Request, logits: Tensor, row: int) -> None:
         """See `Feature`."""
-        self._shadow.observe(request, logits)
+        self._shadow.observe(request, logits, row)
 
     def stepping(self) -> None:
         """See `Feature`: what the last step's prompts leave behind is copied out."""

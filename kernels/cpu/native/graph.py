@@ -40,7 +40,7 @@ class NativeGraph:
         for plan in found.plans:
             if plan.rows.size != rows:
                 raise ValueError(f"{rows} rows are replayed, but the plan of a captured call has {plan.rows.size}")
-        self._library.replay(found.table.ctypes.data, found.calls, rows)
+        self._library.replay(found.at, found.calls, rows)
 
 
 class Piece:
@@ -63,5 +63,7 @@ class Piece:
             calls.append(CALL.struct.pack(function.address, at, at + rows_at if rows_at >= 0 else 0))
             at += len(packed)
         self.calls = len(calls)
-        self.table = np.frombuffer(b"".join(calls), np.int64).copy()
+        self._table = np.frombuffer(b"".join(calls), np.int64).copy()
+        self.at = int(self._table.ctypes.data)
+        """The address of the first."""
         del self._made

@@ -22,6 +22,8 @@ class NativePlan:
     kv_heads: int
     head_dim: int
     handle: int
+    packed: bytes
+    """What the C++ side was told of the rows."""
 
 
 def make_plan(
@@ -34,6 +36,10 @@ def make_plan(
         raise ValueError(
             f"a plan for {into.q_heads} and {into.kv_heads} heads of {into.head_dim} cannot be made anew for others"
         )
+    if into is not None and _same(rows, into.rows):  # as in most decode steps: their contents alone are new
+        library.plan(into.packed, into.handle)
+        into.rows = rows
+        return into
     for name in ("tables", "request", "start", "stop"):
         _check(name, getattr(rows, name))
     start_heads = rows.start.shape[1] if rows.start.ndim == 2 else 1
@@ -53,11 +59,17 @@ def make_plan(
     )  # fmt: skip
     handle = library.plan(packed, 0 if into is None else into.handle)
     if into is not None:
-        into.rows = rows
+        into.rows, into.packed = rows, packed
         return into
-    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle)
+    plan = NativePlan(rows, q_heads, kv_heads, head_dim, handle, packed)
     weakref.finalize(plan, library.plan_free, handle).atexit = False
     return plan
+
+
+def _same(rows: Rows, others: Rows) -> bool:
+    """Whether both are the same tensors, without lists."""
+    alike = rows.tables is others.tables and rows.request is others.request and rows.start is others.start
+    return alike and rows.stop is others.stop and rows.lists is others.lists is None and rows.most is others.most is None
 
 
 def _list_pointers(lists: Lists | None, kv_heads: int) -> tuple[int, int, int, int]:

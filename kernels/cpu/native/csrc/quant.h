@@ -123,7 +123,7 @@ template <Format F> inline void scales_of(const uint8_t* block, float* to) {
 // Cache lines of the weights that lie a panel or two behind group g: Zen 3 does not see these reads coming.
 template <Format F> inline void ask_ahead(const uint8_t* panel, int64_t g) {
   constexpr int64_t kAhead = 8192, kGroup = Weights<F>::kCodeBytes + Weights<F>::kScaleBytes / Weights<F>::kGroups;
-  for (int64_t at = 0; at < kGroup; at += 64) __builtin_prefetch(panel + kAhead + g * kGroup + at);
+  for (int64_t at = 0; at < kGroup; at += 64) __builtin_prefetch(panel + kAhead + g * kGroup + at, 0, 0);
 }
 
 struct Activations {  // of `rows` rows, `groups` groups each
