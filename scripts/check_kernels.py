@@ -2,6 +2,7 @@
 
     generic    without any processor's instructions
     v3         AVX2 (x86-64-v3), without VNNI and bf16 products
+    amx        linear layers of 16 rows and more in AMX tiles, of which a model takes the place (csrc/amx_model.h)
     aarch64    NEON, cross-compiled by the package ziglang, and run by qemu-user (qemu-aarch64)
 
 The same calls with the same numbers (check_kernels.cpp) run in each build and in one for this very processor; results agree to
@@ -63,7 +64,8 @@ def main() -> int:
     if compiler is None:
         raise SystemExit("no C++ compiler found")
     aarch64 = ["-target", "aarch64-linux-musl", "-static"]
-    builds = [("generic", compiler, ["-DKVLOOM_GENERIC"], []), ("v3", compiler, ["-march=x86-64-v3"], [])]
+    builds = [("generic", compiler, ["-DKVLOOM_GENERIC"], []), ("v3", compiler, ["-march=x86-64-v3"], []),
+              ("amx", compiler, ["-march=native", "-DKVLOOM_AMX_MODEL"], [])]  # fmt: skip
     if cross and qemu:
         builds.append(("aarch64", cross, aarch64, [qemu]))
     else:
