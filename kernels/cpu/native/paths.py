@@ -1,16 +1,17 @@
 """Which loop runs: by the library, which follows from the processor (variants.py), and by the rows of a call.
 
 The crossovers of linear layers are here and nowhere else: every call takes them along. No result depends on them, and nothing
-is timed at start. `python -m kvloom.kernels measure` times each loop on the machine it runs on, and says whether these numbers
-fit it.
+is timed at start. `kvloom bench paths` times each loop on the machine it runs on, and says whether these numbers fit it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 NEVER = 2**31 - 1
 """Rows that no call has."""
+ONE_PANEL, STORED, UNPACKED, TILES = "one panel at a time", "stored panels", "unpacked panels", "AMX tiles"
+"""Loops of linear layers."""
 PAIRS, WIDE = "bf16 pairs", "fp32"
 
 
@@ -29,17 +30,29 @@ class Paths:
     attention: str = WIDE
     """What attention over bf16 KV multiplies: PAIRS as they lie in the cache, or numbers widened to fp32 (WIDE)."""
 
+    def loop(self, rows: int) -> str:
+        """The loop that so many rows take."""
+        if rows >= self.tiles:
+            return TILES
+        return ONE_PANEL if rows <= self.one_panel else STORED if rows <= self.stored else UNPACKED
+
+    def only(self, loop: str, most: int) -> Paths:
+        """With one loop for any number of rows, as far as it takes them: stored panels meet `most` at once, or fewer."""
+        bounds = {ONE_PANEL: (NEVER, most, NEVER), STORED: (0, most, NEVER), UNPACKED: (0, 0, NEVER), TILES: (0, 0, 1)}
+        one_panel, stored, tiles = bounds[loop]
+        return replace(self, one_panel=one_panel, stored=stored, tiles=tiles)
+
     def __str__(self) -> str:
-        """As "linear layers: VNNI, 1-2 rows one panel at a time, 3-8 stored panels, from 9 unpacked; attention: fp32"."""
-        parts = [self.products]
-        if self.one_panel:
-            parts.append(f"1-{self.one_panel} rows one panel at a time")
-        if self.stored > self.one_panel:
-            parts.append(f"{self.one_panel + 1}-{self.stored} rows stored panels")
-        if self.stored:
-            parts.append(f"from {self.stored + 1} unpacked panels")
+        """As "linear layers: VNNI, 1-2 rows one panel at a time, 3-8 stored panels, from 9 unpacked panels; attention ..."."""
+        parts, first = [self.products], 1
+        for loop, last in ((ONE_PANEL, self.one_panel), (STORED, self.stored)):
+            if last >= first:
+                parts.append(f"{first}-{last} rows {loop}")
+                first = last + 1
+        if first > 1:
+            parts.append(f"from {first} {UNPACKED}")
         if self.tiles != NEVER:
-            parts.append(f"from {self.tiles} AMX tiles")
+            parts.append(f"from {self.tiles} {TILES}")
         return f"linear layers: {', '.join(parts)}; attention over bf16: {self.attention}"
 
 
