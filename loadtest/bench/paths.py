@@ -32,7 +32,7 @@ from kvloom.loadtest.study.flags import FAILED, add_publish, count, listed, pars
 from kvloom.loadtest.study.results import Column, Row, cells, console, console_table
 
 OUTPUTS = INPUTS = 4096
-IN_MEMORY = 64 << 20
+IN_MEMORY = 256 << 20
 """Bytes of weights that take turns, more than the caches that two cores are given."""
 ORDINARY = 0x1C
 """Every byte of a weight: a code like others, and as fp16 0.004. Products take the same time whatever they multiply."""
@@ -50,17 +50,16 @@ def weights(kernels: NativeKernels, kind: str) -> list[PackedWeight]:
     return [packed._replace(data=packed.data.clone()) for _ in range(many)]
 
 
-def loops(kernels: NativeKernels, rows: int) -> list[str]:
-    """Those that take so many rows."""
+def loops(kernels: NativeKernels) -> list[str]:
+    """Those that a library has."""
     paths = kernels.library.paths
-    few = [ONE_PANEL, STORED] if paths.one_panel else [STORED]
-    return [*(few if rows <= paths.stored else []), UNPACKED, *([TILES] if paths.tiles != NEVER else [])]
+    return [*([ONE_PANEL] if paths.one_panel else []), STORED, UNPACKED, *([TILES] if paths.tiles != NEVER else [])]
 
 
 def layers(kernels: NativeKernels, packed: Sequence[PackedWeight], loop: str) -> list[QuantLinear]:
     """That take one loop."""
     own = kernels.library.paths
-    kernels.library.paths = own.only(loop, own.stored)
+    kernels.library.paths = own.only(loop)
     try:
         return [QuantLinear(kernels, one) for one in packed]
     finally:
@@ -72,7 +71,7 @@ def linears(kernels: NativeKernels, kind: str, all_rows: Sequence[int], rounds: 
     packed = weights(kernels, kind)
     for rows in all_rows:
         x, out = torch.ones(rows, INPUTS, dtype=torch.bfloat16), torch.empty(rows, OUTPUTS, dtype=torch.bfloat16)
-        runs = {loop: layers(kernels, packed, loop) for loop in loops(kernels, rows)}
+        runs = {loop: layers(kernels, packed, loop) for loop in loops(kernels)}
         spent: dict[str, list[float]] = {loop: [] for loop in runs}
         for _ in range(rounds):
             for loop, each in runs.items():
@@ -81,7 +80,7 @@ def linears(kernels: NativeKernels, kind: str, all_rows: Sequence[int], rounds: 
                     layer(x, out)
                 spent[loop].append((time.perf_counter() - began) / len(each))
         found = {loop: statistics.median(took) for loop, took in spent.items()}
-        taken = kernels.library.paths.loop(rows)
+        taken = kernels.library.paths.loop(rows, kind)
         yield {"what": kind, "rows": rows, "taken": taken, "over": found[taken] / min(found.values()), **found}
 
 
@@ -104,9 +103,9 @@ def attention(each: dict[str, NativeKernels], rounds: int) -> dict[str, dict[str
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     made: argparse.ArgumentParser = parser("bench paths", __doc__)
-    made.add_argument("--kinds", default="Q4_K,Q8_0", help=f"of {', '.join(KINDS)} (default: %(default)s)")
+    made.add_argument("--kinds", default="Q4_K,Q6_K,Q8_0", help=f"of {', '.join(KINDS)} (default: %(default)s)")
     made.add_argument(
-        "--rows", default="1,2,3,4,6,8,9,12,16,32,64", help="of a product, up to 4096 each (default: %(default)s)"
+        "--rows", default="1,2,3,4,8,12,16,24,32,48,64,128", help="of a product, up to 4096 each (default: %(default)s)"
     )
     made.add_argument("--rounds", type=count, default=5, help="turns that every loop gets (default: %(default)s)")
     made.add_argument("--threads", type=count, help="as in kvloom serve")

@@ -75,7 +75,7 @@ class QuantLinear:
         self._weight = (0 if bias is None else bias.data_ptr(), packed.data.data_ptr())
         self._bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
         paths = kernels.library.paths
-        self._how = (kernels.threads, paths.one_panel, paths.stored, paths.tiles)
+        self._how = (kernels.threads, paths.one_panel, paths.most_stored(packed.kind), paths.tiles)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [rows, inputs]; out, residual: [rows, outputs]; each fp32, bf16 or fp16, last stride 1. out may be residual."""

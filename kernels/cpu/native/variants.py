@@ -21,7 +21,7 @@ _V2 = {"cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"}
 _V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _V4_FLAGS = ("-march=x86-64-v4", "-mavx512vnni")
-_VNNI = Paths("VNNI", one_panel=2, stored=8)
+_VNNI = Paths("VNNI", one_panel=3, stored=48, stored_of=(("Q6_K", 20),))
 BF16_DOT = "-DKVLOOM_BF16_DOT"
 """Have attention multiply bf16 pairs as they are (csrc/pairs.h)."""
 
@@ -66,10 +66,10 @@ VARIANTS = (
         "x86_64",
         frozenset(_V4 | {"avx512_vnni"} | TILE_FLAGS),
         (*_V4_FLAGS, "-mamx-tile", "-mamx-int8"),
-        replace(_VNNI, tiles=16),
+        replace(_VNNI, tiles=16),  # as estimated in csrc/amx_linear.h: no processor here has any
     ),
     Variant("x86-64-v4-vnni", "x86_64", frozenset(_V4 | {"avx512_vnni"}), _V4_FLAGS, _VNNI),
-    Variant("x86-64-v3", "x86_64", frozenset(_V3), ("-march=x86-64-v3",), Paths("AVX2", stored=3)),
+    Variant("x86-64-v3", "x86_64", frozenset(_V3), ("-march=x86-64-v3",), Paths("AVX2", stored=3, stored_of=(("Q8_0", 24),))),
     Variant("aarch64", "aarch64", frozenset({"fp", "asimd"}), (), GENERIC),
 )
 """The best of each machine first. A processor with AVX-512 and no VNNI runs x86-64-v3."""

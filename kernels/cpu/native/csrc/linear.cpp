@@ -114,11 +114,12 @@ KVLOOM_UNROLL
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs;
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * Weights<F>::panel_bytes(groups);
-  const bool few = end - row <= std::min<int64_t>(a.stored_rows, kFewRows);
+  const bool few = end - row <= a.stored_rows;
   const Ready ready = few || kRows == 1 ? Ready{} : prepare<F, P>(panel, groups);
   while (row < end) {
-    const int64_t rest = end - row;
-    const int64_t count = few ? rest : rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
+    const int64_t rest = end - row, passes = (rest + kFewRows - 1) / kFewRows;
+    const int64_t count = few ? (rest + passes - 1) / passes
+                              : rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
     tile_of<F, kFewRows, P>(count, a, panel, ready, from_row<F>(x, row, groups), groups, row, first * kPanel);
     row += count;
   }

@@ -24,8 +24,7 @@
 
 namespace kvloom {
 
-// Rows and panels in registers. Up to kFewRows rows, or fewer if a call says so, meet panels as they are stored, more of them
-// panels that were unpacked.
+// Rows and panels in registers: up to kFewRows rows meet panels as they are stored, up to kRows panels that were unpacked.
 #if defined(KVLOOM_VNNI)
 constexpr int kRows = 6, kPanels = 2, kFewRows = 8;  // 6 x 2 integer and 6 x 2 float accumulators
 #elif defined(KVLOOM_AVX2)
