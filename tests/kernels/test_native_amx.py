@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import re
 import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import cast
 
 import pytest
 import torch
 
 from kvloom.kernels.cpu.native import NativeKernels, variants
-from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, spelled, zig
+from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, zig
 from kvloom.kernels.cpu.native.library import LINEAR
 from kvloom.kernels.cpu.native.linear import QuantLinear, pack
 from kvloom.kernels.cpu.native.paths import NEVER
@@ -26,7 +27,9 @@ from tests.kernels.conftest import activations
 from tests.kernels.stored import ALL, random_stored
 
 AMX = next(one for one in VARIANTS if one.name == "x86-64-v4-amx")
-COMPILERS = {"gcc": "g++" if shutil.which("g++") else "", "zig": zig()}
+COMPILERS = {"gcc": ["g++"] if shutil.which("g++") else None, "zig": zig()}
+QUICK = ["-O1" if flag == "-O3" else flag for flag in COMMON_FLAGS]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +50,7 @@ def modelled(native: NativeKernels, tmp_path_factory: pytest.TempPathFactory) ->
         pytest.skip("no C++ compiler")
     flags = ["-march=native", "-DKVLOOM_AMX_MODEL", "-shared"]
     sources = [str(SOURCES / name) for name in ("linear.cpp", "parallel.cpp")]
-    common = ["-O1" if flag == "-O3" else flag for flag in COMMON_FLAGS]
-    subprocess.run([*compiler, *common, *flags, *sources, "-o", str(target)], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*compiler, *QUICK, *flags, *sources, "-o", str(target)], check=True, stderr=subprocess.DEVNULL)
     handle = ctypes.CDLL(str(target))
     library = SimpleNamespace(
         linear=lambda *fields: handle.kvloom_linear(LINEAR.struct.pack(*fields)),
@@ -88,35 +90,40 @@ def test_where_tiles_begin_shows_in_no_row(native: NativeKernels, modelled: Nati
         assert torch.equal(QuantLinear(modelled, packed)(x[row : row + 1], torch.empty(1, 48))[0], together[row])
 
 
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """scripts/check_kernels.py"""
+    spec = importlib.util.spec_from_file_location("check_kernels", ROOT / "scripts" / "check_kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
 @pytest.mark.parametrize("name", COMPILERS)
-def test_the_instructions_are_where_they_belong(name: str, tmp_path: Path) -> None:
-    """Whoever configures tiles does so in front of all else and releases them behind; products are of distinct tiles."""
+def test_the_instructions_are_where_they_belong(script: ModuleType, name: str, tmp_path: Path) -> None:
     compiler = COMPILERS[name]
     if not compiler:
         pytest.skip(f"no {name}")
-    command = [compiler] if isinstance(compiler, str) else compiler
-    target = ["-target", "x86_64-linux-gnu"] if name == "zig" else []
-    common = ["-O1" if flag == "-O3" else flag for flag in COMMON_FLAGS]
-    flags = spelled([*common, *target, *AMX.flags], command)
-    made = tmp_path / "linear.o"
-    subprocess.run([*command, *flags, "-w", "-c", str(SOURCES / "linear.cpp"), "-o", str(made)], check=True)
-    shown = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(made)], check=True, capture_output=True, text=True
-    ).stdout
-    configured = multiplied = 0
-    for text in shown.split("\n\n"):
-        found = re.findall(r"\t(ldtilecfg|tilerelease|tileloadd|tilestored|tilezero|tdp\w+)", text)
-        if "ldtilecfg" in found:
-            configured += 1
-            assert (found[0], found[-1]) == ("ldtilecfg", "tilerelease")
-            assert found.count("ldtilecfg") == 1
-        if "tdpbssd" in found:
-            multiplied += 1
-            assert {"tileloadd", "tilezero", "tilestored"} <= set(found)
-        for weights, rows, sums in re.findall(r"tdpbssd %tmm(\d),%tmm(\d),%tmm(\d)", text):
-            assert weights in "67" and rows in "45" and sums in "0123"
-    assert configured == multiplied == len(ALL)
+    functions = script.tile_instructions(compiler, tmp_path, QUICK)
+    assert script.wrong_instructions(functions) == []
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (["tileloadd 4", "ldtilecfg", "tilerelease"], "not configured first"),
+        (["ldtilecfg", "tilerelease", "tileloadd 4"], "not configured first"),
+        (["tileloadd 4", "tilezero 0", "tdpbssd 4 6 0", "tilestored 0"], "other tiles"),
+        (["tdpbssd 6 4 0", "tilestored 0"], "what belongs to them"),
+    ],
+)
+def test_instructions_elsewhere_are_told_of(script: ModuleType, function: list[str], said: str) -> None:
+    right = ["ldtilecfg", "tileloadd 4", "tileloadd 6", "tilezero 0", "tdpbssd 6 4 0", "tilestored 0", "tilerelease"]
+    assert script.wrong_instructions([right] * len(ALL)) == []
+    found = script.wrong_instructions([right] * (len(ALL) - 1) + [function])
+    assert any(said in one for one in found) and any("for 8 kinds" in one for one in found)
 
 
 def test_a_system_that_refuses_tiles_is_a_processor_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
