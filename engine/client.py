@@ -68,6 +68,8 @@ class ModelInfo:
     """What the mode `weights` came to and why: layers int4 (the file's codes), head int8 (rounded from BF16)."""
     build: str = ""
     """Which build of the kernels runs, as "x86-64-v3, ready-made"; empty where there is but one."""
+    paths: str = ""
+    """Which loops that build takes, by rows, for people to read; empty where there is no choice."""
     device: str = "cpu"
     """Where weights and KV are: cpu or cuda."""
     device_note: str = ""

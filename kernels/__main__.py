@@ -21,6 +21,7 @@ def main() -> int:
     try:
         made = load("native", progress=lambda stage, done, total: _say(f"{stage}: {done} of {total} files"))
         _say(f"native ({made.build}) ready in {time.perf_counter() - start:.0f} s")
+        _say(made.paths)
     except ValueError as error:  # of what $KVLOOM_NATIVE names
         _say(str(error))
         return 2

@@ -183,6 +183,8 @@ class Kernels(Protocol):
     name: str
     build: str
     """Which build of it runs, as "x86-64-v3, ready-made"; empty where there is but one."""
+    paths: str
+    """Which loops that build takes, by rows, for people to read; empty where there is no choice."""
     dense: str | None
     """The library that attends for rows with `Spans`; None if these kernels do that themselves, and need none."""
     quantized: QuantizedLinears | None

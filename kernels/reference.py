@@ -141,6 +141,7 @@ class ReferenceKernels:
 
     name = "reference"
     build = ""
+    paths = ""
     dense: str | None = None
     quantized: QuantizedLinears | None = None
 

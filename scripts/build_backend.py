@@ -13,7 +13,7 @@ Elsewhere than on Linux, with another libc or another machine, target is none.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import platform
 import sys
 from collections.abc import Mapping
@@ -113,9 +113,7 @@ def compile_variants(machine: str, folder: Path) -> None:
 
 
 def _module(name: str) -> ModuleType:
-    """A module of the native back end that imports nothing of the package, whose other parts want torch."""
-    spec = importlib.util.spec_from_file_location(f"kvloom_{name}", NATIVE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """A module of the native back end that imports nothing that wants torch, as the rest of the package does."""
+    package = sys.modules.setdefault("kvloom_native", ModuleType("kvloom_native"))
+    package.__path__ = [str(NATIVE)]
+    return importlib.import_module(f"kvloom_native.{name}")

@@ -21,6 +21,12 @@ void kvloom_add_rms_norm(const kvloom::NormArgs*);
 
 using namespace kvloom;
 
+#ifdef KVLOOM_AMX_MODEL
+constexpr int32_t kTiles = 16;  // rows
+#else
+constexpr int32_t kTiles = 1 << 30;
+#endif
+
 uint32_t state = 1;
 uint32_t draw() { return (state = state * 1664525u + 1013904223u) >> 8; }
 float number() { return float(draw()) / float(1 << 23) - 1.0f; }
@@ -53,7 +59,7 @@ void linears(int32_t format, int64_t values, int64_t bytes, std::vector<int64_t>
     const auto x = numbers<bf16>(size_t(rows * inputs));
     std::vector<float> out(size_t(rows * outputs));
     const LinearArgs args{x.data(), inputs, out.data(), outputs, nullptr, 0, nullptr, packed.data(), rows, inputs, outputs,
-                          format, kBF16, kF32, 0, 0, 2};
+                          format, kBF16, kF32, 0, 0, 2, 2, 8, kTiles};
     kvloom_linear(&args);
     tell("linear", format, out);
   }

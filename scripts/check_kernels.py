@@ -2,26 +2,32 @@
 
     generic    without any processor's instructions
     v3         AVX2 (x86-64-v3), without VNNI and bf16 products
+    amx        linear layers of 16 rows and more in AMX tiles, of which a model takes the place (csrc/amx_model.h)
     aarch64    NEON, cross-compiled by the package ziglang, and run by qemu-user (qemu-aarch64)
 
 The same calls with the same numbers (check_kernels.cpp) run in each build and in one for this very processor; results agree to
-2e-3 of a call's largest number in bf16, to 1e-4 in fp32 and fp16's 1e-3. Exits with 1 where they do not, or where nothing was
-compared; builds that this machine cannot run are named.
+2e-3 of a call's largest number in bf16, to 1e-4 in fp32 and fp16's 1e-3. What compilers make of the library with AMX is
+disassembled: tiles are configured before they are used, and released behind. Exits with 1 where any of that is not so, or where
+nothing was compared; builds that this machine cannot run are named.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, zig
+from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, spelled, zig
+from kvloom.kernels.cpu.native.variants import TILE_FLAGS, VARIANTS
+from kvloom.kernels.quantized import KINDS
 
 DRIVER = Path(__file__).with_suffix(".cpp")
 TOLERANCE = {0: 1e-4, 1: 2e-3, 2: 1e-3}
@@ -56,6 +62,64 @@ def differences(wanted: list[tuple[str, int, np.ndarray]], found: list[tuple[str
     return wrong
 
 
+def tile_instructions(compiler: Sequence[str], folder: Path, common: Sequence[str] = COMMON_FLAGS) -> list[list[str]]:
+    """Instructions on tiles of each function of linear layers that has any, in the order of the code, as "tdpbssd 6 4 0"."""
+    flags = next(one.flags for one in VARIANTS if one.needs >= TILE_FLAGS)
+    target = ["-target", "x86_64-linux-gnu"] if "ziglang" in compiler else []
+    made = folder / "linear.o"
+    command = [
+        *compiler,
+        *target,
+        *spelled([*common, *flags], compiler),
+        "-w",
+        "-c",
+        str(SOURCES / "linear.cpp"),
+        "-o",
+        str(made),
+    ]
+    subprocess.run(command, check=True)
+    shown = subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(made)], check=True, capture_output=True, text=True
+    ).stdout
+    lines = [re.findall(r"\t((?:ldtilecfg|tile|tdp)\S*)(.*)", text) for text in shown.split("\n\n")]
+    return [[" ".join([name, *re.findall(r"%tmm(\d)", rest)]) for name, rest in found] for found in lines if found]
+
+
+def wrong_instructions(functions: Sequence[Sequence[str]]) -> list[str]:
+    """What is not as it has to be, in words: csrc/amx_linear.h says which tile holds what."""
+    wrong = []
+    for each in functions:
+        names = [one.split()[0] for one in each]
+        if "ldtilecfg" in names and (names.count("ldtilecfg"), names[0], names[-1]) != (1, "ldtilecfg", "tilerelease"):
+            wrong.append(f"tiles are not configured first, once, and released last: {each}")
+        products = [one for one in each if one.startswith("tdp")]
+        if not all(re.fullmatch(r"tdpbssd [67] [45] [0-3]", one) for one in products):
+            wrong.append(f"products of other tiles: {products}")
+        if products and not {"tileloadd", "tilezero", "tilestored"} <= set(names):
+            wrong.append(f"products without what belongs to them: {each}")
+    for name in ("ldtilecfg", "tdpbssd"):
+        if (many := sum(any(one.startswith(name) for one in each) for each in functions)) != len(KINDS):
+            wrong.append(f"{many} functions with {name}, for {len(KINDS)} kinds of weights")
+    return wrong
+
+
+def disassemble(compilers: dict[str, Sequence[str]], folder: Path) -> bool:
+    """Tell of the instructions on tiles; whether they are as they have to be."""
+    right = True
+    for name, compiler in compilers.items():
+        functions = tile_instructions(compiler, folder)
+        told = Counter(one.split()[0] for each in functions for one in each)
+        wrong = wrong_instructions(functions)
+        print(
+            f"amx, compiled by {name}: {', '.join(f'{told[one]} {one}' for one in sorted(told))}",
+            *wrong,
+            sep="\n  ",
+            flush=True,
+        )
+        right = right and not wrong
+    return right
+
+
 def main() -> int:
     """Build, run and compare; returns the exit code."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
@@ -63,7 +127,8 @@ def main() -> int:
     if compiler is None:
         raise SystemExit("no C++ compiler found")
     aarch64 = ["-target", "aarch64-linux-musl", "-static"]
-    builds = [("generic", compiler, ["-DKVLOOM_GENERIC"], []), ("v3", compiler, ["-march=x86-64-v3"], [])]
+    builds = [("generic", compiler, ["-DKVLOOM_GENERIC"], []), ("v3", compiler, ["-march=x86-64-v3"], []),
+              ("amx", compiler, ["-march=native", "-DKVLOOM_AMX_MODEL"], [])]  # fmt: skip
     if cross and qemu:
         builds.append(("aarch64", cross, aarch64, [qemu]))
     else:
@@ -81,6 +146,11 @@ def main() -> int:
                 f"{name}: {len(wanted)} calls, {'all agree' if not wrong else 'these differ: ' + '; '.join(wrong)}", flush=True
             )
             failed = failed or bool(wrong)
+        compilers = {one: found for one, found in ((Path(compiler[0]).name, compiler), ("zig", cross)) if found}
+        if shutil.which("objdump"):
+            failed = not disassemble(compilers, Path(folder)) or failed
+        else:
+            print("amx: not disassembled; needs objdump")
     return 1 if failed or not wanted else 0
 
 

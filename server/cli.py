@@ -35,6 +35,10 @@ MEASUREMENTS = {
         "engine": ("kvloom.loadtest.bench.engine", "the engine without HTTP, against what this machine can do"),
         "kernels": ("kvloom.loadtest.bench.kernels", "each kernel against the reference, and against what the device can do"),
         "builds": ("kvloom.loadtest.bench.builds", "ready-made native kernels beside those made for this processor"),
+        "paths": (
+            "kvloom.loadtest.bench.paths",
+            "each loop of the native kernels by rows, beside the one that the table takes",
+        ),
         "memory": ("kvloom.loadtest.bench.memory", "what a model takes of memory, beside its file and the KV that is in use"),
         "quota": ("kvloom.loadtest.bench.quota", "decode steps under a control group's quota, by threads"),
         "replicas": ("kvloom.loadtest.bench.replicas", "two replicas beside one engine, and beside other routers"),

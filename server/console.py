@@ -82,7 +82,7 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
     print(
         f"\nkvloom serves {model.name} at {url}\n"
         f"  model     {model.root} ({model.dtype}, {model.backend} kernels{_library(model)} on {model.device}{_build(model)})\n"
-        f"{_device(model)}"
+        f"{_paths(model)}{_device(model)}"
         f"  weights   {model.weights}{': ' * bool(model.weights_held)}{model.weights_held}\n"
         f"  threads   {model.threads}\n"
         f"  context   {model.max_model_len} tokens\n"
@@ -99,6 +99,11 @@ def banner(model: ModelInfo, stats: EngineStats, options: ServerOptions, port: i
 def _build(model: ModelInfo) -> str:
     """Which build of the kernels runs, if there are several."""
     return f", {model.build}" if model.build else ""
+
+
+def _paths(model: ModelInfo) -> str:
+    """A line with the loops that those kernels take, if there is a choice."""
+    return f"  kernels   {model.paths}\n" if model.paths else ""
 
 
 def _library(model: ModelInfo) -> str:

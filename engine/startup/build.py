@@ -347,6 +347,7 @@ def _info(
         weights_held=loaded.weights_held,
         backend=backend.name,
         build=backend.build,
+        paths=backend.paths,
         attention=backend.dense or "",
         threads=f"{threads} on {processors()}",
         created=int(time.time()),

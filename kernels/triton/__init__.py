@@ -42,6 +42,7 @@ class TritonKernels:
 
     name = "triton"
     build = ""
+    paths = ""
     dense: str | None = None
 
     # What needs nothing of this object: see the contract.

@@ -17,15 +17,18 @@ from kvloom.engine import LLM
 from kvloom.engine.errors import ConfigError
 from kvloom.kernels.cpu.native import NativeUnavailable, load
 from kvloom.kernels.cpu.native.linear import QuantLinear, pack
+from kvloom.kernels.cpu.native.paths import GENERIC
 from kvloom.kernels.cpu.native.variants import BF16_DOT, VARIANTS, Variant, missing, processor_flags
 from tests.kernels.stored import ALL, random_stored
 
 builder = importlib.import_module("kvloom.kernels.cpu.native.build")  # the package has a function of that name
 BY_NAME = {one.name: one for one in VARIANTS}
 V3, VNNI, BF16 = BY_NAME["x86-64-v3"], BY_NAME["x86-64-v4-vnni"], BY_NAME["x86-64-v4-bf16"]
+AMX = BY_NAME["x86-64-v4-amx"]
 WORDS = {
     "AVX": "avx", "AVX2": "avx2", "AVX512F": "avx512f", "AVX512BW": "avx512bw", "AVX512CD": "avx512cd", "AVX512DQ": "avx512dq",
     "AVX512VL": "avx512vl", "AVX512VNNI": "avx512_vnni", "AVX512BF16": "avx512_bf16",
+    "AMX_TILE": "amx_tile", "AMX_INT8": "amx_int8",
     "BMI": "bmi1", "BMI2": "bmi2", "F16C": "f16c", "FMA": "fma",
     "LZCNT": "abm", "MOVBE": "movbe", "POPCNT": "popcnt", "SSE3": "pni", "SSSE3": "ssse3", "SSE4_1": "sse4_1",
     "SSE4_2": "sse4_2", "CRC32": "sse4_2", "XSAVE": "xsave", "LAHF_SAHF": "lahf_lm",
@@ -73,7 +76,7 @@ def test_what_every_core_can(tmp_path: Path, text: str, flags: set[str]) -> None
 
 @intel
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which would say")
-@pytest.mark.parametrize("variant", [V3, VNNI, BF16], ids=lambda one: one.name)
+@pytest.mark.parametrize("variant", [V3, VNNI, AMX, BF16], ids=lambda one: one.name)
 def test_a_variant_needs_all_that_its_flags_let_a_compiler_use(variant: Variant) -> None:
     def says(*flags: str) -> set[str]:
         command = ["g++", *flags, "-dM", "-E", "-x", "c++", "/dev/null"]
@@ -92,6 +95,8 @@ def test_a_variant_needs_all_that_its_flags_let_a_compiler_use(variant: Variant)
         ("x86_64", BF16.needs, BF16),
         ("x86_64", BF16.needs - {"AuthenticAMD"} | {"GenuineIntel"}, VNNI),
         ("x86_64", BF16.needs - {"avx512_bf16"}, VNNI),
+        ("x86_64", AMX.needs | {"avx512_bf16", "amx_bf16", "GenuineIntel"}, AMX),
+        ("x86_64", AMX.needs - {"amx_int8"}, VNNI),
         ("x86_64", VNNI.needs, VNNI),
         ("x86_64", VNNI.needs - {"avx512_vnni"}, V3),
         ("x86_64", VNNI.needs - {"avx512vl"} | {"avx512_bf16"}, V3),
@@ -104,23 +109,29 @@ def test_the_best_that_the_processor_can_run(
     processor(monkeypatch, machine, *flags)
     built = builder.build()
     assert built.path == shipped / chosen.file and str(built) == f"{chosen.name}, ready-made"
+    assert built.paths == chosen.paths
 
 
 @pytest.mark.parametrize(
-    ("flags", "pairs"),
-    [(BF16.needs, True), (BF16.needs - {"AuthenticAMD"} | {"GenuineIntel"}, False), (VNNI.needs | {"AuthenticAMD"}, False)],
+    ("flags", "best"),
+    [
+        (BF16.needs, BF16),
+        (BF16.needs - {"AuthenticAMD"} | {"GenuineIntel"}, VNNI),
+        (VNNI.needs | {"AuthenticAMD"}, VNNI),
+        (AMX.needs, AMX),
+    ],
 )
 def test_a_build_for_this_processor_follows_the_same_rule(
-    monkeypatch: pytest.MonkeyPatch, flags: set[str], pairs: bool
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], best: Variant
 ) -> None:
     processor(monkeypatch, "x86_64", *flags)
     monkeypatch.setenv("KVLOOM_NATIVE", "native")
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(builder, "_from_source", lambda *tuned, progress: asked.append(tuned) or Path("made"))
-    builder.build()
+    assert builder.build().paths == best.paths
     monkeypatch.delenv("KVLOOM_NATIVE")
-    builder.build(generic=True)
-    assert asked == [("-march=native", *[BF16_DOT] * pairs), ("-DKVLOOM_GENERIC",)]
+    assert builder.build(generic=True).paths == GENERIC
+    assert asked == [("-march=native", *[BF16_DOT] * (best is BF16)), ("-DKVLOOM_GENERIC",)]
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64", "riscv64", "arm64"])

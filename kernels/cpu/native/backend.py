@@ -22,6 +22,7 @@ from .graph import NativeGraph
 from .library import DTYPES, Library
 from .plan import NativePlan, make_plan
 from .quantized import NativeQuantized
+from .variants import tiles_note
 
 
 def load(threads: int | None = None, *, generic: bool = False, progress: Progress | None = None) -> NativeKernels:
@@ -31,7 +32,10 @@ def load(threads: int | None = None, *, generic: bool = False, progress: Progres
     $KVLOOM_NATIVE names what cannot run here.
     """
     built = build(generic=generic, progress=progress)
-    return NativeKernels(Library(built.path), threads or torch.get_num_threads(), str(built))
+    made = NativeKernels(Library(built.path, built.paths), threads or torch.get_num_threads(), str(built))
+    if note := tiles_note():
+        made.paths = f"{made.paths}; {note}"
+    return made
 
 
 _EVERY = 2**62
@@ -47,6 +51,7 @@ class NativeKernels:
     def __init__(self, library: Library, threads: int, build: str = "") -> None:
         self.library = library
         self.build = build
+        self.paths = str(library.paths)
         self.threads = threads
         self._totals = np.zeros(5, np.int64)
         self.quantized: QuantizedLinears | None = NativeQuantized(self)

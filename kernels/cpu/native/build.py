@@ -18,7 +18,8 @@ from typing import NamedTuple
 from kvloom.kernels.trust import code_folder, foreign
 
 from .compiler import COMMON_FLAGS, SOURCES, NativeUnavailable, Progress, compile_library, find_compiler, spelled, version
-from .variants import BF16_DOT, FAST_DOT, VARIANTS, missing, processor_flags
+from .paths import GENERIC, PAIRS, Paths
+from .variants import BF16_DOT, VARIANTS, missing, paths_of_native, processor_flags, runnable
 
 PREBUILT = Path(__file__).parent / "prebuilt"
 """Where a wheel has its libraries, one for each variant; a checkout has none."""
@@ -32,6 +33,8 @@ class Built(NamedTuple):
     path: Path
     variant: str
     """A name of VARIANTS; "native", made for this very processor; or "generic"."""
+    paths: Paths = GENERIC
+    """Those it takes."""
 
     def __str__(self) -> str:
         made = "ready-made" if self.path.parent == PREBUILT else "built here"
@@ -49,10 +52,9 @@ def build(*, generic: bool = False, progress: Progress | None = None) -> Built:
     """
     wanted = AUTO if generic else os.environ.get(VARIABLE) or AUTO
     if wanted == AUTO:
-        flags = processor_flags()
-        ready = () if generic else (one for one in VARIANTS if not missing(one, flags) and (PREBUILT / one.file).is_file())
+        ready = () if generic else (one for one in runnable(processor_flags()) if (PREBUILT / one.file).is_file())
         if found := next(iter(ready), None):
-            return Built(PREBUILT / found.file, found.name)
+            return Built(PREBUILT / found.file, found.name, found.paths)
         return _for_this_machine(generic, progress)
     try:
         if wanted == NATIVE:
@@ -63,11 +65,13 @@ def build(*, generic: bool = False, progress: Progress | None = None) -> Built:
 
 
 def _for_this_machine(generic: bool, progress: Progress | None) -> Built:
+    if generic:
+        return Built(_from_source("-DKVLOOM_GENERIC", progress=progress), "generic")
+    paths = paths_of_native(processor_flags())
     tuned = ["-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"]
-    if not missing(FAST_DOT, processor_flags()):
+    if paths.attention == PAIRS:
         tuned.append(BF16_DOT)
-    path = _from_source(*(["-DKVLOOM_GENERIC"] if generic else tuned), progress=progress)
-    return Built(path, "generic" if generic else NATIVE)
+    return Built(_from_source(*tuned, progress=progress), NATIVE, paths)
 
 
 def _named(name: str, progress: Progress | None) -> Built:
@@ -75,10 +79,10 @@ def _named(name: str, progress: Progress | None) -> Built:
     variant = next((one for one in VARIANTS if one.name == name), None)
     if variant is None or (lacks := missing(variant, flags)):
         why = "no such variant" if variant is None else f"this machine lacks {lacks}"
-        allowed = (AUTO, NATIVE, *(one.name for one in VARIANTS if not missing(one, flags)))
+        allowed = (AUTO, NATIVE, *(one.name for one in runnable(flags)))
         raise ValueError(f"{VARIABLE} is {name!r}: {why}; allowed here: {', '.join(allowed)}")
     path = PREBUILT / variant.file
-    return Built(path if path.is_file() else _from_source(*variant.flags, progress=progress), variant.name)
+    return Built(path if path.is_file() else _from_source(*variant.flags, progress=progress), variant.name, variant.paths)
 
 
 def _from_source(*tuned: str, progress: Progress | None) -> Path:

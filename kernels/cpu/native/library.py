@@ -19,6 +19,7 @@ from kvloom.kernels.trust import foreign
 
 from .build import PREBUILT
 from .compiler import NativeUnavailable
+from .paths import GENERIC, Paths
 
 if TYPE_CHECKING:
     from .graph import Piece
@@ -93,7 +94,8 @@ POOL = _layout(
 SAMPLE = _layout("logits:P logits_row:q how:P out:P rows:q vocab:q threads:i")
 LINEAR = _layout(
     "x:P x_row:q out:P out_row:q residual:P residual_row:q bias:P packed:P rows:q inputs:q outputs:q "
-    "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i"
+    "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i "
+    "one_panel_rows:i stored_rows:i tile_rows:i"
 )
 SILU = _layout("gate_up:P in_row:q out:P out_row:q rows:q intermediate:q dtype:i threads:i")
 PACK = _layout("blocks:P packed:P inputs:q outputs:q format:i threads:i")
@@ -145,7 +147,9 @@ class Function:
 class Library:
     """Functions of one built library, with their argument types set. Calls release the interpreter lock."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, paths: Paths = GENERIC) -> None:
+        """paths: those that calls are to take."""
+        self.paths = paths
         try:
             if path.parent != PREBUILT and (problem := foreign(path)) is not None:  # that is beside this very file
                 raise NativeUnavailable(f"{path} is not loaded: {problem}")

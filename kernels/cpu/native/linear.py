@@ -74,7 +74,8 @@ class QuantLinear:
         self._run, self._format = kernels.library.linear, FORMATS[packed.kind]
         self._weight = (0 if bias is None else bias.data_ptr(), packed.data.data_ptr())
         self._bias_dtype = 0 if bias is None else DTYPES[bias.dtype]
-        self._threads = kernels.threads
+        paths = kernels.library.paths
+        self._how = (kernels.threads, paths.one_panel, paths.most_stored(packed.kind), paths.tiles)
 
     def __call__(self, x: Tensor, out: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: [rows, inputs]; out, residual: [rows, outputs]; each fp32, bf16 or fp16, last stride 1. out may be residual."""
@@ -89,7 +90,7 @@ class QuantLinear:
         extra, extra_row, extra_dtype = (0, 0, 0) if residual is None else _residual(residual, out)
         self._run(
             x.data_ptr(), x_row, out.data_ptr(), out_row, extra, extra_row, *self._weight, rows, inputs, packed.outputs,
-            self._format, DTYPES[x.dtype], DTYPES[out.dtype], self._bias_dtype, extra_dtype, self._threads,
+            self._format, DTYPES[x.dtype], DTYPES[out.dtype], self._bias_dtype, extra_dtype, *self._how,
         )  # fmt: skip
         return out
 

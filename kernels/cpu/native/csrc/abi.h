@@ -163,6 +163,10 @@ struct LinearArgs {  // out = x W^T (+ bias) (+ residual)
   const void *bias, *packed;
   int64_t rows, inputs, outputs;
   int32_t format, dtype, out_dtype, bias_dtype, residual_dtype, threads;
+  // Which loop, by rows (paths.py): up to one_panel_rows of them meet panels one by one, up to stored_rows panels as they are
+  // stored, more of them panels that are unpacked first; from tile_rows on they are multiplied in tiles, if this library has
+  // any. No result depends on it.
+  int32_t one_panel_rows, stored_rows, tile_rows;
 };
 
 struct SiluArgs {

@@ -35,6 +35,7 @@ inline Weights4 with_bits(Weights4 low, Stored c, int from, int mask) {
 inline void store_ready(uint8_t* p, Weights4 c) { _mm512_storeu_si512(p, c); }
 inline Weights4 load_ready(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline isum isplat(int32_t x) { return _mm512_set1_epi32(x); }
+inline isum load_sums(const int32_t* p) { return _mm512_loadu_si512(p); }
 inline fsum to_float(isum x) { return _mm512_cvtepi32_ps(x); }
 inline isum dot4(isum acc, Weights4 weights, const Code* x) {
   int32_t four;
@@ -97,6 +98,7 @@ inline isum isplat(int32_t x) {
   return x - isum{};
 #endif
 }
+inline isum load_sums(const int32_t* p) { isum x; std::memcpy(&x, p, sizeof x); return x; }
 inline fsum to_float(isum x) {
 #ifdef KVLOOM_AVX512
   return _mm512_cvtepi32_ps(x);

@@ -1,9 +1,10 @@
 // Linear layers with quantised weights: out = x W^T (+ bias) (+ residual), and rows of such a matrix: an embedding's.
-// Layouts and the inner loop are in quant.h.
+// Layouts and the inner loop are in quant.h, that on AMX tiles is in amx_linear.h.
 
 #include <algorithm>
 
 #include "abi.h"
+#include "amx_linear.h"
 #include "blocks.h"
 #include "parallel.h"
 #include "scratch.h"
@@ -18,9 +19,10 @@ constexpr int64_t kItemProducts = 4 << 20;  // some 50 microseconds: what is los
 
 thread_local Arena activation_arena, panel_arena;
 
-template <Format F> Activations activations(Arena& arena, int64_t rows, int64_t inputs) {
+template <Format F> Activations activations(Arena& arena, int64_t rows, int64_t inputs, int64_t step) {
   const int64_t groups = inputs / kGroupInputs;
   Activations a;
+  a.step = step;
   for (Cut cut(nullptr);; cut = Cut(arena.reserve(cut.used()))) {
     a.scale = cut.take<float>(rows * groups);
     a.scaled_sum = cut.take<float>(rows * groups);
@@ -31,16 +33,17 @@ template <Format F> Activations activations(Arena& arena, int64_t rows, int64_t 
 }
 
 template <Format F> Activations from_row(const Activations& a, int64_t row, int64_t groups) {
-  const int64_t at = row * groups;
-  return {a.codes + at * kGroupInputs, a.scale + at, a.scaled_sum + at, a.start + at * Weights<F>::kRuns};
+  const int64_t at = row / a.step * a.step * groups + row % a.step;
+  return {a.codes + at * kGroupInputs, a.scale + at, a.scaled_sum + at, a.start + at * Weights<F>::kRuns, a.step};
 }
 
+// Rows past the last become zeros.
 template <Format F> void quantise_row(const LinearArgs& a, int64_t row, const Activations& to) {
   with_dtype(a.dtype, [&](auto t) {
-    const auto* x = static_cast<const decltype(t)*>(a.x) + row * a.x_row;
-    alignas(64) float wide[kGroupInputs];
+    const auto* x = static_cast<const decltype(t)*>(a.x);
+    alignas(64) float wide[kGroupInputs] = {};
     for (int64_t g = 0; g < a.inputs / kGroupInputs; g++) {
-      widen(x + g * kGroupInputs, kGroupInputs, wide);
+      if (row < a.rows) widen(x + row * a.x_row + g * kGroupInputs, kGroupInputs, wide);
       quantise_group<F>(wide, g, to);
     }
   });
@@ -111,22 +114,52 @@ KVLOOM_UNROLL
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs;
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * Weights<F>::panel_bytes(groups);
-  const bool few = end - row <= kFewRows;
+  const bool few = end - row <= a.stored_rows;
   const Ready ready = few || kRows == 1 ? Ready{} : prepare<F, P>(panel, groups);
   while (row < end) {
-    const int64_t rest = end - row;
-    const int64_t count = few ? rest : rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
+    const int64_t rest = end - row, passes = (rest + kFewRows - 1) / kFewRows;
+    const int64_t count = few ? (rest + passes - 1) / passes
+                              : rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
     tile_of<F, kFewRows, P>(count, a, panel, ready, from_row<F>(x, row, groups), groups, row, first * kPanel);
     row += count;
   }
 }
 
+#ifdef KVLOOM_AMX
+static_assert(kChunkRows % kTileRows == 0);
+bool in_tiles(const LinearArgs& a) { return a.rows >= a.tile_rows; }
+
+// Rows [row, end) against panel `p`, in tiles.
+template <Format F> void tile_block(const LinearArgs& a, int64_t row, int64_t end, int64_t p, const Activations& x) {
+  const int64_t groups = a.inputs / kGroupInputs;
+  const auto* panel = static_cast<const uint8_t*>(a.packed) + p * Weights<F>::panel_bytes(groups);
+  alignas(64) float sums[kChunkRows * kPanel] = {};
+  Slice<F> slice;
+  {
+    const Tiles tiles(tile_shapes<F>());
+    for (int64_t g = 0; g < groups; g += kSliceGroups) {
+      const int64_t count = std::min(kSliceGroups, groups - g);
+      unpack<F>(panel, groups, g, count, slice);
+      for (int64_t r = row; r < end; r += kTileRows)
+        multiply_tiles<F>(slice, from_row<F>(x, r, groups), g, count, sums + (r - row) * kPanel);
+    }
+  }
+  for (int64_t r = row; r < end; r++) write(a, r, p * kPanel, sums + (r - row) * kPanel);
+}
+#else
+bool in_tiles(const LinearArgs&) { return false; }
+constexpr int kTileRows = 1;
+template <Format F> void tile_block(const LinearArgs&, int64_t, int64_t, int64_t, const Activations&) {}
+#endif
+
 // Block `index`: a chunk of rows against kPanels panels, or against fewer at the end.
 template <Format F> void block(const LinearArgs& a, int64_t index, int64_t panels, const Activations& x) {
   const int64_t across = (panels + kPanels - 1) / kPanels, first = index % across * kPanels;
   const int64_t row = index / across * kChunkRows, end = std::min(a.rows, row + kChunkRows);
-  if (first + kPanels <= panels && end - row > kStreamed) return column_block<F, kPanels>(a, row, end, first, x);
-  for (int64_t p = first; p < std::min(panels, first + kPanels); p++) column_block<F, 1>(a, row, end, p, x);
+  const bool tiles = in_tiles(a);
+  if (first + kPanels <= panels && end - row > a.one_panel_rows && !tiles) return column_block<F, kPanels>(a, row, end, first, x);
+  for (int64_t p = first; p < std::min(panels, first + kPanels); p++)
+    tiles ? tile_block<F>(a, row, end, p, x) : column_block<F, 1>(a, row, end, p, x);
 }
 
 template <Format F> void linear(const LinearArgs& a) {
@@ -134,8 +167,9 @@ template <Format F> void linear(const LinearArgs& a) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel, chunks = (a.rows + kChunkRows - 1) / kChunkRows;
   const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks, groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
-  const Activations x = activations<F>(activation_arena, a.rows, a.inputs);
-  parallel_rows(a.rows <= kAlone ? 1 : threads, a.rows, [&](int64_t row, int64_t end) {
+  const int64_t step = in_tiles(a) ? kTileRows : 1, filled = (a.rows + step - 1) / step * step;
+  const Activations x = activations<F>(activation_arena, filled, a.inputs, step);
+  parallel_rows(a.rows <= kAlone ? 1 : threads, filled, [&](int64_t row, int64_t end) {
     for (; row < end; row++) quantise_row<F>(a, row, from_row<F>(x, row, groups));
   });
   const int64_t products = std::min(a.rows, kChunkRows) * a.inputs * kPanels * kPanel;  // of a block

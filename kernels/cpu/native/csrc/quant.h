@@ -24,7 +24,7 @@
 
 namespace kvloom {
 
-// Rows and panels in registers; up to kFewRows rows meet panels as they are stored, more of them panels that were unpacked.
+// Rows and panels in registers: up to kFewRows rows meet panels as they are stored, up to kRows panels that were unpacked.
 #if defined(KVLOOM_VNNI)
 constexpr int kRows = 6, kPanels = 2, kFewRows = 8;  // 6 x 2 integer and 6 x 2 float accumulators
 #elif defined(KVLOOM_AVX2)
@@ -32,7 +32,6 @@ constexpr int kRows = 3, kPanels = 1, kFewRows = 3;
 #else
 constexpr int kRows = 1, kPanels = 1, kFewRows = 1;  // without the instructions, blocking gains nothing
 #endif
-constexpr int kStreamed = 2;  // rows up to which a panel is read from memory in the time of its products: one by one
 
 // Unrolled, gcc computes AVX2's products long before it adds them, and keeps them in memory meanwhile.
 #ifdef KVLOOM_AVX2
@@ -131,6 +130,7 @@ struct Activations {  // of `rows` rows, `groups` groups each
   float* scale;       // [rows][groups]
   float* scaled_sum;  // scale * sum of codes: what a min is multiplied by
   int32_t* start;     // [rows][groups][runs]: -offset * sum of codes, where an integer sum begins
+  int64_t step = 1;   // rows side by side: all four are [rows / step][groups][step]
 };
 
 // Codes of a group as its target wants them, and the sum of each half's. Every |x * inverse| is at most kMostCode.
@@ -179,6 +179,7 @@ template <Format F> inline void quantise_group(const float* x, int64_t g, const 
   using W = Weights<F>;
   const float d = largest_magnitude(x) / float(kMostCode);
   int32_t sums[2];
+  g *= to.step;
   place_codes(x, d > 0.0f ? 1.0f / d : 0.0f, to.codes + g * kGroupInputs, sums);
   to.scale[g] = d;
   to.scaled_sum[g] = d * float(sums[0] + sums[1]);
