@@ -71,19 +71,19 @@ void write(const LinearArgs& a, int64_t row, int64_t column, const float* values
   });
 }
 
-template <Format F, int R, int P>
+template <Format F, int R, int P, bool Unpacked>
 void tile(const LinearArgs& a, const uint8_t* panel, const Ready& ready, const Activations& x, int64_t groups,
           int64_t row, int64_t column) {
   alignas(64) float out[R * P * kPanel];
-  multiply<F, R, P>(panel, ready, x, groups, out);
+  multiply<F, R, P, Unpacked>(panel, ready, x, groups, out);
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) write(a, row + r, column + p * kPanel, out + (r * P + p) * kPanel);
 }
 
 // tile with as many rows as `count` says, at most R.
-template <Format F, int R, int P, class... Rest> void tile_of(int64_t count, const Rest&... rest) {
-  if (count == R) tile<F, R, P>(rest...);
-  else if constexpr (R > 1) tile_of<F, R - 1, P>(count, rest...);
+template <Format F, int R, int P, bool Unpacked, class... Rest> void tile_of(int64_t count, const Rest&... rest) {
+  if (count == R) tile<F, R, P, Unpacked>(rest...);
+  else if constexpr (R > 1) tile_of<F, R - 1, P, Unpacked>(count, rest...);
 }
 
 // P panels unpacked, in the order the inner loop reads them.
@@ -114,13 +114,14 @@ KVLOOM_UNROLL
 template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, int64_t end, int64_t first, const Activations& x) {
   const int64_t groups = a.inputs / kGroupInputs;
   const auto* panel = static_cast<const uint8_t*>(a.packed) + first * Weights<F>::panel_bytes(groups);
-  const bool few = end - row <= a.stored_rows;
-  const Ready ready = few || kRows == 1 ? Ready{} : prepare<F, P>(panel, groups);
+  const bool stored = end - row <= a.stored_rows || kRows == 1;
+  const Ready ready = stored ? Ready{} : prepare<F, P>(panel, groups);
   while (row < end) {
-    const int64_t rest = end - row, passes = (rest + kFewRows - 1) / kFewRows;
-    const int64_t count = few ? (rest + passes - 1) / passes
-                              : rest > kRows && rest < 2 * kRows ? (rest + 1) / 2 : std::min<int64_t>(rest, kRows);
-    tile_of<F, kFewRows, P>(count, a, panel, ready, from_row<F>(x, row, groups), groups, row, first * kPanel);
+    const int64_t rest = end - row, most = stored ? kFewRows : kRows, passes = (rest + most - 1) / most;
+    const int64_t count = (rest + passes - 1) / passes;
+    const Activations from = from_row<F>(x, row, groups);
+    if (stored) tile_of<F, kFewRows, P, false>(count, a, panel, ready, from, groups, row, first * kPanel);
+    else if constexpr (kRows > 1) tile_of<F, kRows, P, true>(count, a, panel, ready, from, groups, row, first * kPanel);
     row += count;
   }
 }

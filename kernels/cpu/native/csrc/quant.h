@@ -187,12 +187,13 @@ template <Format F> inline void quantise_group(const float* x, int64_t g, const 
 }
 
 struct Ready {  // panels unpacked for many rows: what codes_of and scales_of give
-  const uint8_t* codes = nullptr;  // [groups][kSteps][panels][kParts][kReadyBytes]
-  const float* scales;             // [blocks][panels][kScales][16]
+  const uint8_t* codes;  // [groups][kSteps][panels][kParts][kReadyBytes]
+  const float* scales;   // [blocks][panels][kScales][16]
 };
 
-// R rows times P neighbouring panels over all groups: out[R][P][16]. x: the first row's activations. ready: or without codes.
-template <Format F, int R, int P>
+// R rows times P neighbouring panels over all groups: out[R][P][16]. x: the first row's activations. Which of `panel` and
+// `ready` is read is known at compile time: else compilers load all codes of a group before they multiply any, and spill them.
+template <Format F, int R, int P, bool Unpacked>
 void multiply(const uint8_t* panel, const Ready& ready, const Activations& x, int64_t groups, float* out) {
   using W = Weights<F>;
   constexpr int Q = P * kParts, kOfRun = kSteps / W::kRuns, kBlockScales = P * W::kScales * kPanel;
@@ -203,13 +204,13 @@ void multiply(const uint8_t* panel, const Ready& ready, const Activations& x, in
     for (int q = 0; q < Q; q++) acc[r][q] = fsplat(0.0f);
   for (int64_t g = 0; g < groups; g++) {
     const int64_t block = g / W::kGroups, in_block = g % W::kGroups;
-    if (!ready.codes)
+    if constexpr (!Unpacked)
       for (int p = 0; p < P; p++) {
         ask_ahead<F>(panel + p * panel_bytes, g);
         const uint8_t* scales = panel + p * panel_bytes + groups * W::kCodeBytes + block * W::kScaleBytes;
         if (in_block == 0) scales_of<F>(scales, own + p * W::kScales * kPanel);
       }
-    const float* scales = ready.codes ? ready.scales + block * kBlockScales : own;
+    const float* scales = Unpacked ? ready.scales + block * kBlockScales : own;
     auto scale_at = [&](int q, int64_t i) {
       return load_floats(scales + (q / kParts * W::kScales + i) * kPanel + q % kParts * kPart);
     };
@@ -221,8 +222,8 @@ KVLOOM_UNROLL
       for (int s = u * kOfRun; s < (u + 1) * kOfRun; s++) {
         Weights4 w[Q];
         for (int q = 0; q < Q; q++)
-          w[q] = ready.codes ? load_ready(ready.codes + ((g * kSteps + s) * Q + q) * kReadyBytes)
-                             : codes_of<F>(panel + q / kParts * panel_bytes + g * W::kCodeBytes + q % kParts * (64 / kParts), s);
+          w[q] = Unpacked ? load_ready(ready.codes + ((g * kSteps + s) * Q + q) * kReadyBytes)
+                          : codes_of<F>(panel + q / kParts * panel_bytes + g * W::kCodeBytes + q % kParts * (64 / kParts), s);
         for (int r = 0; r < R; r++)
           for (int q = 0; q < Q; q++) sums[r][q] = dot4(sums[r][q], w[q], x.codes + r * row + g * kGroupInputs + 4 * s);
       }
