@@ -27,15 +27,22 @@ bool extends(const RowsView& rows, int32_t a, int32_t b) {
          same_lists(rows, a, b);
 }
 
+// Rows that one tile may have, where threads get equally many: of `rows` that follow each other.
+int32_t tile_rows(const Plan& plan, int32_t rows) {
+  const int64_t heads = plan.rows.kv_heads, threads = plan.rows.threads;
+  auto tiles_of = [&](int64_t most) { return (int64_t(rows) * plan.group + most - 1) / most; };
+  int64_t tiles = std::max<int64_t>(1, tiles_of(kMostTileRows));
+  const int64_t most = std::max(tiles, tiles_of(kTileRows));
+  while (tiles < most && (tiles * heads < 3 * threads || (tiles * heads % threads && tiles * heads < 8 * threads))) tiles++;
+  return std::max<int32_t>(1, int32_t((rows + tiles - 1) / tiles));
+}
+
 void make_tiles(Plan& plan) {
-  const int64_t fair = int64_t(plan.rows.rows) * plan.rows.kv_heads / (4 * plan.rows.threads);  // four to a thread
-  const int32_t rows = int32_t(std::clamp<int64_t>(fair * plan.group, kTileRows, kMostTileRows));
-  const int32_t most = plan.rows.most ? 1 : std::max(1, rows / plan.group);
-  for (int32_t row = 0; row < plan.rows.rows;) {
-    int32_t end = row + 1;
-    while (end < plan.rows.rows && end - row < most && extends(plan.rows, end - 1, end)) end++;
-    plan.tiles.push_back({row, end - row});
-    row = end;
+  const RowsView& rows = plan.rows;
+  for (int32_t row = 0, end = 0; row < rows.rows; row = end) {
+    for (end = row + 1; end < rows.rows && !rows.most && extends(rows, end - 1, end);) end++;
+    const int32_t each = tile_rows(plan, end - row);
+    for (int32_t first = row; first < end; first += each) plan.tiles.push_back({first, std::min(each, end - first)});
   }
 }
 
@@ -48,7 +55,7 @@ void make_tasks(Plan& plan) {
   int64_t total = 0;
   for (const Tile& tile : plan.tiles)
     for (int32_t h = 0; h < plan.rows.kv_heads; h++) total += int64_t(splits_of(plan, tile, h)) * tile.rows;
-  const int64_t share = std::max<int64_t>(1, total / (int64_t(plan.rows.threads) * 8));
+  const int64_t share = std::max<int64_t>(1, total * 11 / (int64_t(plan.rows.threads) * 30));  // a third of a thread's
   for (int32_t t = 0; t < int32_t(plan.tiles.size()); t++) {
     const Tile& tile = plan.tiles[size_t(t)];
     for (int32_t h = 0; h < plan.rows.kv_heads; h++) {
@@ -57,7 +64,7 @@ void make_tasks(Plan& plan) {
         plan.tasks.push_back({t, h, 0, splits, -1});
         continue;
       }
-      const int32_t step = int32_t(std::max<int64_t>(1, share / (2 * tile.rows)));
+      const int32_t step = int32_t(std::max<int64_t>(1, share / (4 * tile.rows)));
       for (int32_t s = 0; s < splits; s += step)
         plan.tasks.push_back({t, h, s, std::min(splits, s + step), plan.partial_floats});
       plan.folds.push_back({t, h, splits, plan.partial_floats});
