@@ -50,7 +50,7 @@ class Paths:
         return replace(self, one_panel=one_panel, stored=stored, stored_of=(), tiles=tiles)
 
     def __str__(self) -> str:
-        """As "linear layers: VNNI, 1-3 rows one panel at a time, 4-15 stored panels, from 16 AMX tiles; attention ..."."""
+        """As "linear layers: VNNI, 1-4 rows one panel at a time, 5-15 stored panels, from 16 AMX tiles; attention ..."."""
         parts, first = [self.products], 1
         for loop, last in ((ONE_PANEL, self.one_panel), (STORED, min(self.stored, self.tiles - 1))):
             if last >= first:

@@ -21,7 +21,7 @@ _V2 = {"cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"}
 _V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _V4_FLAGS = ("-march=x86-64-v4", "-mavx512vnni")
-_VNNI = Paths("VNNI", one_panel=3, stored=48, stored_of=(("Q6_K", 20),))
+_VNNI = Paths("VNNI", one_panel=4, stored=48, stored_of=(("Q6_K", 20),))
 BF16_DOT = "-DKVLOOM_BF16_DOT"
 """Have attention multiply bf16 pairs as they are (csrc/pairs.h), in tiles where there are some (csrc/amx_pairs.h)."""
 
