@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     made.add_argument("--rounds", type=count, default=5, help="turns that every loop gets (default: %(default)s)")
     made.add_argument("--threads", type=count, help="as in kvloom serve")
-    made.add_argument("--allowed", type=float, default=1.15, help="times the quickest that is allowed (default: %(default)s)")
+    made.add_argument("--allowed", type=float, default=1.25, help="times the quickest that is allowed (default: %(default)s)")
     add_publish(made)
     args = made.parse_args(argv)
     kinds = listed("--kinds", args.kinds, str, KINDS.__contains__, ", ".join(KINDS))
