@@ -2,7 +2,8 @@
 
     generic    without any processor's instructions
     v3         AVX2 (x86-64-v3), without VNNI and bf16 products
-    amx        linear layers of 16 rows and more in AMX tiles, of which a model takes the place (csrc/amx_model.h)
+    amx        linear layers of 16 rows and more, and attention over bf16, in AMX tiles, of which a model takes the place
+               (csrc/amx_model.h); the latter where this machine has products of bf16 pairs
     aarch64    NEON, cross-compiled by the package ziglang, and run by qemu-user (qemu-aarch64)
 
 The same calls with the same numbers (check_kernels.cpp) run in each build and in one for this very processor; results agree to
@@ -26,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, spelled, zig
-from kvloom.kernels.cpu.native.variants import TILE_FLAGS, VARIANTS
+from kvloom.kernels.cpu.native.variants import BF16_DOT, TILE_FLAGS, VARIANTS
 from kvloom.kernels.quantized import KINDS
 
 DRIVER = Path(__file__).with_suffix(".cpp")
@@ -62,61 +63,52 @@ def differences(wanted: list[tuple[str, int, np.ndarray]], found: list[tuple[str
     return wrong
 
 
-def tile_instructions(compiler: Sequence[str], folder: Path, common: Sequence[str] = COMMON_FLAGS) -> list[list[str]]:
-    """Instructions on tiles of each function of linear layers that has any, in the order of the code, as "tdpbssd 6 4 0"."""
+def tile_instructions(
+    compiler: Sequence[str], source: str, folder: Path, common: Sequence[str] = COMMON_FLAGS
+) -> list[list[str]]:
+    """Instructions on tiles of each function that has any, in the order of the code, as "tdpbssd 6 4 0"."""
     flags = next(one.flags for one in VARIANTS if one.needs >= TILE_FLAGS)
     target = ["-target", "x86_64-linux-gnu"] if "ziglang" in compiler else []
-    made = folder / "linear.o"
-    command = [
-        *compiler,
-        *target,
-        *spelled([*common, *flags], compiler),
-        "-w",
-        "-c",
-        str(SOURCES / "linear.cpp"),
-        "-o",
-        str(made),
-    ]
-    subprocess.run(command, check=True)
-    shown = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(made)], check=True, capture_output=True, text=True
-    ).stdout
-    lines = [re.findall(r"\t((?:ldtilecfg|tile|tdp)\S*)(.*)", text) for text in shown.split("\n\n")]
+    made = str(folder / f"{source}.o")
+    command = [*compiler, *target, *spelled([*common, *flags], compiler), "-w"]
+    subprocess.run([*command, "-c", str(SOURCES / source), "-o", made], check=True)
+    told = subprocess.run(["objdump", "-d", "--no-show-raw-insn", made], check=True, capture_output=True, text=True)
+    lines = [re.findall(r"\t((?:ldtilecfg|tile|tdp)\S*)(.*)", text) for text in told.stdout.split("\n\n")]
     return [[" ".join([name, *re.findall(r"%tmm(\d)", rest)]) for name, rest in found] for found in lines if found]
 
 
-def wrong_instructions(functions: Sequence[Sequence[str]]) -> list[str]:
-    """What is not as it has to be, in words: csrc/amx_linear.h says which tile holds what."""
-    wrong = []
-    for each in functions:
-        names = [one.split()[0] for one in each]
-        if "ldtilecfg" in names and (names.count("ldtilecfg"), names[0], names[-1]) != (1, "ldtilecfg", "tilerelease"):
-            wrong.append(f"tiles are not configured first, once, and released last: {each}")
-        products = [one for one in each if one.startswith("tdp")]
-        if not all(re.fullmatch(r"tdpbssd [67] [45] [0-3]", one) for one in products):
-            wrong.append(f"products of other tiles: {products}")
-        if products and not {"tileloadd", "tilezero", "tilestored"} <= set(names):
-            wrong.append(f"products without what belongs to them: {each}")
-    for name in ("ldtilecfg", "tdpbssd"):
-        if (many := sum(any(one.startswith(name) for one in each) for each in functions)) != len(KINDS):
-            wrong.append(f"{many} functions with {name}, for {len(KINDS)} kinds of weights")
-    return wrong
+TILE_PRODUCTS = {"linear.cpp": "tdpbssd [67] [45] [0-3]", "attention.cpp": "tdpbf16ps (5 4|7 6) [0-3]"}
+"""Of each source: weights or keys, activations or queries, sums (csrc/amx_linear.h, csrc/amx_pairs.h)."""
+
+
+def wrong_instructions(source: str, functions: Sequence[Sequence[str]]) -> list[str]:
+    """What is not as it has to be, in words."""
+    all_names = {one.split()[0] for each in functions for one in each}
+    products = [one for each in functions for one in each if one.startswith("tdp")]
+    wrong = [f"{one}: other tiles" for one in products if not re.fullmatch(TILE_PRODUCTS[source], one)]
+    needed = {"ldtilecfg", "tileloadd", "tilezero", TILE_PRODUCTS[source].split()[0], "tilestored", "tilerelease"}
+    if lacking := needed - all_names:
+        wrong.append(f"no {', '.join(sorted(lacking))}")
+    if source != "linear.cpp":
+        return wrong
+    loops = [[one.split()[0] for one in each] for each in functions if "ldtilecfg" in each]
+    if len(loops) != len(KINDS):
+        wrong.append(f"{len(loops)} functions with tiles, for {len(KINDS)} kinds of weights")
+    outside = [each for each in loops if (each.count("ldtilecfg"), each[0], each[-1]) != (1, "ldtilecfg", "tilerelease")]
+    return [*wrong, *(f"tiles are not configured first, once, and released last: {each}" for each in outside)]
 
 
 def disassemble(compilers: dict[str, Sequence[str]], folder: Path) -> bool:
     """Tell of the instructions on tiles; whether they are as they have to be."""
     right = True
     for name, compiler in compilers.items():
-        functions = tile_instructions(compiler, folder)
-        told = Counter(one.split()[0] for each in functions for one in each)
-        wrong = wrong_instructions(functions)
-        print(
-            f"amx, compiled by {name}: {', '.join(f'{told[one]} {one}' for one in sorted(told))}",
-            *wrong,
-            sep="\n  ",
-            flush=True,
-        )
-        right = right and not wrong
+        for source in TILE_PRODUCTS:
+            functions = tile_instructions(compiler, source, folder)
+            told = Counter(one.split()[0] for each in functions for one in each)
+            wrong = wrong_instructions(source, functions)
+            counts = ", ".join(f"{told[one]} {one}" for one in sorted(told))
+            print(f"amx, {source} by {name}: {counts}", *wrong, sep="\n  ", flush=True)
+            right = right and not wrong
     return right
 
 
@@ -128,7 +120,7 @@ def main() -> int:
         raise SystemExit("no C++ compiler found")
     aarch64 = ["-target", "aarch64-linux-musl", "-static"]
     builds = [("generic", compiler, ["-DKVLOOM_GENERIC"], []), ("v3", compiler, ["-march=x86-64-v3"], []),
-              ("amx", compiler, ["-march=native", "-DKVLOOM_AMX_MODEL"], [])]  # fmt: skip
+              ("amx", compiler, ["-march=native", "-DKVLOOM_AMX_MODEL", BF16_DOT], [])]  # fmt: skip
     if cross and qemu:
         builds.append(("aarch64", cross, aarch64, [qemu]))
     else:

@@ -1,6 +1,6 @@
 """`kvloom bench paths`: whether the loops that the native kernels take on this machine are the quickest.
 
-    linear layers   milliseconds of a product by rows, with each loop that the library has, weights from memory
+    linear layers   milliseconds of a product by rows, with each loop that a library has, weights from memory
     the table       the loop that these rows take (`kernels/cpu/native/paths.py`), and its time over the quickest's
     attention       the same calls over bf16 KV with every library that this processor can run: the best must come first
 
@@ -90,13 +90,13 @@ def attention(each: dict[str, NativeKernels], rounds: int) -> dict[str, dict[str
     for name, (prepare, size) in CALLS.items():
         prepared, spent = prepare(make, shape, size), {library: list[float]() for library in each}
         runs = {library: prepared(kernels) for library, kernels in each.items()}
-        for _ in range(rounds):
+        for _ in range(1 + 4 * rounds):  # short calls; the first of each finds nothing where it is to be
             for library, run in runs.items():
                 assert run is not None
                 began = time.perf_counter()
                 run()
                 spent[library].append(time.perf_counter() - began)
-        told[name] = {library: statistics.median(times) for library, times in spent.items()}
+        told[name] = {library: statistics.median(times[1:]) for library, times in spent.items()}
     return told
 
 
@@ -105,11 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     made: argparse.ArgumentParser = parser("bench paths", __doc__)
     made.add_argument("--kinds", default="Q4_K,Q6_K,Q8_0", help=f"of {', '.join(KINDS)} (default: %(default)s)")
     made.add_argument(
-        "--rows", default="1,2,3,4,8,12,16,24,32,48,64,128", help="of a product, up to 4096 each (default: %(default)s)"
+        "--rows", default="1,3,4,8,16,24,32,48,64,128", help="of a product, up to 4096 each (default: %(default)s)"
     )
     made.add_argument("--rounds", type=count, default=5, help="turns that every loop gets (default: %(default)s)")
     made.add_argument("--threads", type=count, help="as in kvloom serve")
-    made.add_argument("--allowed", type=float, default=1.15, help="times the quickest that is allowed (default: %(default)s)")
+    made.add_argument("--allowed", type=float, default=1.25, help="times the quickest that is allowed (default: %(default)s)")
     add_publish(made)
     args = made.parse_args(argv)
     kinds = listed("--kinds", args.kinds, str, KINDS.__contains__, ", ".join(KINDS))
@@ -123,8 +123,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not each:
         raise ConfigError("no variant of the native kernels is for this processor: it takes one loop for everything")
     rows: list[Row] = []
+    measured = set[tuple[str, int]]()
     for name, kernels in each.items():
-        if kernels.library.paths.stored:
+        paths = kernels.library.paths
+        if paths.stored and (paths.products, paths.tiles) not in measured:  # of two with the same loops the better
+            measured.add((paths.products, paths.tiles))
             rows += [{"library": name, **row} for kind in kinds for row in linears(kernels, kind, all_rows, args.rounds)]
     columns = [Column("library", "library"), Column("weights", "what"), Column("rows", "rows")]
     columns += [Column(f"{loop}, ms", loop, ".2f", 1e3) for loop in (ONE_PANEL, STORED, UNPACKED, TILES)]

@@ -1,29 +1,27 @@
-"""Linear layers in AMX tiles: with a model of the tiles (csrc/amx_model.h), and what compilers make of the instructions."""
+"""Kernels on AMX tiles: with a model of the tiles (csrc/amx_model.h), and what compilers make of the instructions."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
-from typing import cast
+from types import ModuleType
 
 import pytest
 import torch
 
 from kvloom.kernels.cpu.native import NativeKernels, variants
-from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, SOURCES, find_compiler, zig
-from kvloom.kernels.cpu.native.library import LINEAR
+from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, compile_library, find_compiler, zig
+from kvloom.kernels.cpu.native.library import Library
 from kvloom.kernels.cpu.native.linear import QuantLinear, pack
 from kvloom.kernels.cpu.native.paths import NEVER
-from kvloom.kernels.cpu.native.variants import TILE_FLAGS, VARIANTS, processor_flags
+from kvloom.kernels.cpu.native.variants import BF16_DOT, TILE_FLAGS, VARIANTS, processor_flags
 from kvloom.kernels.quantized import KINDS
 from tests.conftest import native_kernels
-from tests.kernels.conftest import activations
+from tests.kernels import test_pairs as pairs
+from tests.kernels.conftest import activations, make_rows, paged
 from tests.kernels.stored import ALL, random_stored
 
 AMX = next(one for one in VARIANTS if one.name == "x86-64-v4-amx")
@@ -43,25 +41,17 @@ def native() -> NativeKernels:
 
 
 @pytest.fixture(scope="module")
-def modelled(native: NativeKernels, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
-    """Linear layers alone, with the model of tiles."""
-    target, compiler = tmp_path_factory.mktemp("amx") / "linear.so", find_compiler()
+def kernels(native: NativeKernels, tmp_path_factory: pytest.TempPathFactory) -> NativeKernels:
+    """With the model of tiles, in linear layers, and where this processor has products of bf16 pairs in attention."""
+    target, compiler = tmp_path_factory.mktemp("amx") / "kernels.so", find_compiler()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    flags = ["-march=native", "-DKVLOOM_AMX_MODEL", "-shared"]
-    sources = [str(SOURCES / name) for name in ("linear.cpp", "parallel.cpp")]
-    subprocess.run([*compiler, *QUICK, *flags, *sources, "-o", str(target)], check=True, stderr=subprocess.DEVNULL)
-    handle = ctypes.CDLL(str(target))
-    library = SimpleNamespace(
-        linear=lambda *fields: handle.kvloom_linear(LINEAR.struct.pack(*fields)),
-        linear_bytes=native.library.linear_bytes,
-        paths=AMX.paths,
-    )
-    return cast(NativeKernels, SimpleNamespace(library=library, threads=2))
+    compile_library(compiler, [*QUICK, "-march=native", "-DKVLOOM_AMX_MODEL", BF16_DOT, "-w"], target)
+    return NativeKernels(Library(target, AMX.paths), threads=2)
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_tiles_give_the_bits_of_vnni(native: NativeKernels, modelled: NativeKernels, kind: str) -> None:
+def test_tiles_give_the_bits_of_vnni(native: NativeKernels, kernels: NativeKernels, kind: str) -> None:
     """Rows that fill no tile and no chunk, outputs that fill no panel, inputs that fill no slice; few rows are not in tiles."""
     values = KINDS[kind].values
     for rows, outputs, inputs in ((3, 33, 256), (16, 1, values), (17, 16, 3 * values), (31, 100, 33 * 32), (257, 40, 1280)):
@@ -70,24 +60,53 @@ def test_tiles_give_the_bits_of_vnni(native: NativeKernels, modelled: NativeKern
         x = activations(rows, packed.inputs, torch.bfloat16)
         bias, stream = torch.linspace(-2, 2, outputs), torch.linspace(-3, 3, rows * outputs).view(rows, outputs).bfloat16()
         mine, wanted = stream.clone(), stream.clone()
-        QuantLinear(modelled, packed, bias)(x, mine, residual=mine)
+        QuantLinear(kernels, packed, bias)(x, mine, residual=mine)
         QuantLinear(native, packed, bias)(x, wanted, residual=wanted)
         assert torch.equal(mine, wanted)
         room = torch.full((rows, outputs + 3), 9.0)
-        QuantLinear(modelled, packed)(x, room[:, :outputs])
+        QuantLinear(kernels, packed)(x, room[:, :outputs])
         assert torch.equal(room[:, :outputs], QuantLinear(native, packed)(x, torch.empty(rows, outputs)))
         assert (room[:, outputs:] == 9.0).all()
 
 
 @pytest.mark.parametrize("tiles", [1, 16, NEVER])
-def test_where_tiles_begin_shows_in_no_row(native: NativeKernels, modelled: NativeKernels, tiles: int) -> None:
+def test_where_tiles_begin_shows_in_no_row(
+    native: NativeKernels, kernels: NativeKernels, tiles: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     packed = pack(native, random_stored("Q4_K", 48, 512))
-    modelled.library.paths = replace(AMX.paths, tiles=tiles)
+    monkeypatch.setattr(kernels.library, "paths", replace(AMX.paths, tiles=tiles))
     x = activations(23, 512, torch.float32)
-    together = QuantLinear(modelled, packed)(x, torch.empty(23, 48))
+    together = QuantLinear(kernels, packed)(x, torch.empty(23, 48))
     assert torch.equal(together, QuantLinear(native, packed)(x, torch.empty(23, 48)))
     for row in range(0, 23, 5):
-        assert torch.equal(QuantLinear(modelled, packed)(x[row : row + 1], torch.empty(1, 48))[0], together[row])
+        assert torch.equal(QuantLinear(kernels, packed)(x[row : row + 1], torch.empty(1, 48))[0], together[row])
+
+
+@pytest.mark.parametrize(("dim", "group"), [(20, 1), (36, 3), (64, 8), (80, 7), (128, 6)])
+def test_attention_of_odd_numbers_of_everything(kernels: NativeKernels, dim: int, group: int) -> None:
+    pairs.test_odd_numbers_of_everything(kernels, dim, group)
+
+
+def test_attention_has_the_same_bits_however_a_prompt_was_cut(kernels: NativeKernels) -> None:
+    pairs.test_a_row_has_the_same_bits_however_its_prompt_was_cut(kernels, 64, 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("seen", [5, 65])
+def test_attention_beside_what_no_row_sees(kernels: NativeKernels, seen: int, tokens: int) -> None:
+    pairs.test_positions_that_no_row_sees_may_hold_anything(kernels, seen, tokens)
+
+
+def test_attention_is_summed_in_another_order(native: NativeKernels, kernels: NativeKernels) -> None:
+    """So these are tiles."""
+    if "avx512_bf16" not in processor_flags():
+        pytest.skip("this processor has no products of bf16 pairs, which round the weights for tiles")
+    store = paged(1, 700, 2, 64, dtype=torch.bfloat16)
+    rows = make_rows(store, [0] * 40, [0] * 40, range(641, 681))
+    q = pairs.queries(rows, 6, 64)
+    tiled, other = pairs.attend(kernels, q, store.kv, rows), pairs.attend(native, q, store.kv, rows)
+    torch.testing.assert_close(tiled, other, atol=2e-3, rtol=2**-8)
+    assert not torch.equal(tiled, other)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +120,17 @@ def script() -> ModuleType:
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump")
+@pytest.mark.parametrize("source", ["linear.cpp", "attention.cpp"])
 @pytest.mark.parametrize("name", COMPILERS)
-def test_the_instructions_are_where_they_belong(script: ModuleType, name: str, tmp_path: Path) -> None:
+def test_the_instructions_are_where_they_belong(script: ModuleType, name: str, source: str, tmp_path: Path) -> None:
     compiler = COMPILERS[name]
     if not compiler:
         pytest.skip(f"no {name}")
-    functions = script.tile_instructions(compiler, tmp_path, QUICK)
-    assert script.wrong_instructions(functions) == []
+    functions = script.tile_instructions(compiler, source, tmp_path, QUICK)
+    assert script.wrong_instructions(source, functions) == []
+
+
+RIGHT = ["ldtilecfg", "tileloadd 4", "tileloadd 6", "tilezero 0", "tdpbssd 6 4 0", "tilestored 0", "tilerelease"]
 
 
 @pytest.mark.parametrize(
@@ -115,20 +138,19 @@ def test_the_instructions_are_where_they_belong(script: ModuleType, name: str, t
     [
         (["tileloadd 4", "ldtilecfg", "tilerelease"], "not configured first"),
         (["ldtilecfg", "tilerelease", "tileloadd 4"], "not configured first"),
-        (["tileloadd 4", "tilezero 0", "tdpbssd 4 6 0", "tilestored 0"], "other tiles"),
-        (["tdpbssd 6 4 0", "tilestored 0"], "what belongs to them"),
+        (["tdpbssd 4 6 0"], "other tiles"),
+        ([], "7 functions with tiles, for 8 kinds"),
     ],
 )
 def test_instructions_elsewhere_are_told_of(script: ModuleType, function: list[str], said: str) -> None:
-    right = ["ldtilecfg", "tileloadd 4", "tileloadd 6", "tilezero 0", "tdpbssd 6 4 0", "tilestored 0", "tilerelease"]
-    assert script.wrong_instructions([right] * len(ALL)) == []
-    found = script.wrong_instructions([right] * (len(ALL) - 1) + [function])
-    assert any(said in one for one in found) and any("for 8 kinds" in one for one in found)
+    assert script.wrong_instructions("linear.cpp", [RIGHT] * len(ALL)) == []
+    assert any(said in one for one in script.wrong_instructions("linear.cpp", [RIGHT] * (len(ALL) - 1) + [function]))
+    assert script.wrong_instructions("linear.cpp", [RIGHT[1:-1]]) != []
 
 
 def test_a_system_that_refuses_tiles_is_a_processor_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text(f"vendor_id\t: GenuineIntel\nflags\t\t: {' '.join(AMX.needs)} avx512_bf16 amx_bf16\n")
+    cpuinfo.write_text(f"vendor_id\t: GenuineIntel\nflags\t\t: {' '.join(AMX.needs)}\n")
     monkeypatch.setattr(variants, "tiles_refused", lambda: "arch_prctl says EPERM")
     flags = processor_flags(cpuinfo)
     assert next(variants.runnable(flags)).name == "x86-64-v4-vnni" and not flags & TILE_FLAGS

@@ -37,6 +37,15 @@ def test_banner_names_the_library_that_attends(fake, capsys):
     assert "fake kernels and flashinfer 0.7.4 on cpu" in capsys.readouterr().err
 
 
+def test_banner_says_which_loops_the_kernels_take(fake, capsys):
+    engine = fake.FakeEngine()
+    show(engine, ServerOptions())
+    assert "  kernels  " not in capsys.readouterr().err
+    engine.model = replace(engine.model, paths="linear layers: VNNI; attention over bf16: bf16 pairs")
+    show(engine, ServerOptions())
+    assert "  kernels   linear layers: VNNI; attention over bf16: bf16 pairs\n" in capsys.readouterr().err
+
+
 def test_banner_shows_no_key(fake, capsys):
     show(fake.FakeEngine(), ServerOptions(host="0.0.0.0", api_key=("hidden",)))
     text = capsys.readouterr().err

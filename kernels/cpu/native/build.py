@@ -18,7 +18,7 @@ from typing import NamedTuple
 from kvloom.kernels.trust import code_folder, foreign
 
 from .compiler import COMMON_FLAGS, SOURCES, NativeUnavailable, Progress, compile_library, find_compiler, spelled, version
-from .paths import GENERIC, PAIRS, Paths
+from .paths import GENERIC, WIDE, Paths
 from .variants import BF16_DOT, VARIANTS, missing, paths_of_native, processor_flags, runnable
 
 PREBUILT = Path(__file__).parent / "prebuilt"
@@ -69,7 +69,7 @@ def _for_this_machine(generic: bool, progress: Progress | None) -> Built:
         return Built(_from_source("-DKVLOOM_GENERIC", progress=progress), "generic")
     paths = paths_of_native(processor_flags())
     tuned = ["-march=native" if platform.machine().lower() in ("x86_64", "amd64", "i686") else "-mcpu=native"]
-    if paths.attention == PAIRS:
+    if paths.attention != WIDE:
         tuned.append(BF16_DOT)
     return Built(_from_source(*tuned, progress=progress), NATIVE, paths)
 

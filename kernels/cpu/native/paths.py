@@ -12,7 +12,7 @@ NEVER = 2**31 - 1
 """Rows that no call has."""
 ONE_PANEL, STORED, UNPACKED, TILES = "one panel at a time", "stored panels", "unpacked panels", "AMX tiles"
 """Loops of linear layers."""
-PAIRS, WIDE = "bf16 pairs", "fp32"
+PAIRS, TILED, WIDE = "bf16 pairs", "bf16 in AMX tiles", "fp32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,8 @@ class Paths:
     tiles: int = NEVER
     """Rows from which they are multiplied in AMX tiles."""
     attention: str = WIDE
-    """What attention over bf16 KV multiplies: PAIRS as they lie in the cache, or numbers widened to fp32 (WIDE)."""
+    """What attention over bf16 KV multiplies, whatever the rows: PAIRS as they lie in the cache, the same in tiles (TILED), or
+    numbers widened to fp32 (WIDE)."""
 
     def most_stored(self, kind: str) -> int:
         """Rows up to which panels of a kind are multiplied as they are stored."""
@@ -49,7 +50,7 @@ class Paths:
         return replace(self, one_panel=one_panel, stored=stored, stored_of=(), tiles=tiles)
 
     def __str__(self) -> str:
-        """As "linear layers: VNNI, 1-3 rows one panel at a time, 4-15 stored panels, from 16 AMX tiles; attention ..."."""
+        """As "linear layers: VNNI, 1-4 rows one panel at a time, 5-15 stored panels, from 16 AMX tiles; attention ..."."""
         parts, first = [self.products], 1
         for loop, last in ((ONE_PANEL, self.one_panel), (STORED, min(self.stored, self.tiles - 1))):
             if last >= first:

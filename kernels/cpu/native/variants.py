@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .paths import GENERIC, PAIRS, Paths
+from .paths import GENERIC, PAIRS, TILED, Paths
 
 _V2 = {"cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"}
 _V3 = _V2 | {"abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _V4_FLAGS = ("-march=x86-64-v4", "-mavx512vnni")
-_VNNI = Paths("VNNI", one_panel=3, stored=48, stored_of=(("Q6_K", 20),))
+_VNNI = Paths("VNNI", one_panel=4, stored=48, stored_of=(("Q6_K", 20),))
 BF16_DOT = "-DKVLOOM_BF16_DOT"
-"""Have attention multiply bf16 pairs as they are (csrc/pairs.h)."""
+"""Have attention multiply bf16 pairs as they are (csrc/pairs.h), in tiles where there are some (csrc/amx_pairs.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +56,17 @@ FAST_DOT = Variant(
 attention computes; on Intel (Emerald Rapids) every other cycle, which gains nothing. Told by the maker's name, not by a
 timing, so that a machine computes the same bits at every start."""
 
-TILE_FLAGS = frozenset({"amx_tile", "amx_int8"})
-"""What AMX needs for bytes, in the words of /proc/cpuinfo."""
+TILE_FLAGS = frozenset({"amx_tile", "amx_int8", "amx_bf16"})
+"""AMX, in the words of /proc/cpuinfo."""
 
 VARIANTS = (
     FAST_DOT,
     Variant(
         "x86-64-v4-amx",
         "x86_64",
-        frozenset(_V4 | {"avx512_vnni"} | TILE_FLAGS),
-        (*_V4_FLAGS, "-mamx-tile", "-mamx-int8"),
-        replace(_VNNI, tiles=16),  # as estimated in csrc/amx_linear.h: no processor here has any
+        frozenset(_V4 | {"avx512_vnni", "avx512_bf16"} | TILE_FLAGS),
+        (*_V4_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-int8", "-mamx-bf16", BF16_DOT),
+        replace(_VNNI, tiles=16, attention=TILED),  # as estimated in csrc/amx_linear.h: no processor here has any
     ),
     Variant("x86-64-v4-vnni", "x86_64", frozenset(_V4 | {"avx512_vnni"}), _V4_FLAGS, _VNNI),
     Variant("x86-64-v3", "x86_64", frozenset(_V3), ("-march=x86-64-v3",), Paths("AVX2", stored=3, stored_of=(("Q8_0", 24),))),

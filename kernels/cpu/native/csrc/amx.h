@@ -10,10 +10,13 @@
 
 #if defined(KVLOOM_AMX_MODEL) || (defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(KVLOOM_VNNI))
 #define KVLOOM_AMX 1
+#if defined(KVLOOM_BF16_DOT) && (defined(KVLOOM_AMX_MODEL) || defined(__AMX_BF16__))
+#define KVLOOM_AMX_BF16 1
+#endif
 
 namespace kvloom {
 
-constexpr int kTileRows = 16;
+constexpr int kAmxRows = 16;
 
 struct alignas(64) TileShapes {  // as ldtilecfg reads them
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -38,6 +41,11 @@ template <int T> inline void store_tile(void* p, int64_t row_bytes) {
 // Sums[m][n] += A[m][4 k + i] B[k][4 n + i] over all k and i < 4; bytes signed, sums int32.
 template <int Sums, int A, int B> inline void multiply_signed_bytes() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
+}
+// Sums[m][n] += A[m][2 k] B[k][2 n] over all k, and the odd ones, which are summed apart; numbers bf16, sums fp32. Denormals are
+// zeros throughout.
+template <int Sums, int A, int B> inline void multiply_bf16() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(Sums), "i"(A), "i"(B));
 }
 #endif
 

@@ -52,12 +52,12 @@ template <Format F> TileShapes tile_shapes() {
   TileShapes shapes;
   for (int t = 0; t < 8; t++) {
     shapes.bytes[t] = t == 4 || t == 5 ? kInputs : 4 * kPanel;
-    shapes.rows[t] = t < 6 ? kTileRows : kInputs / 4;
+    shapes.rows[t] = t < 6 ? kAmxRows : kInputs / 4;
   }
   return shapes;
 }
 
-using TileSums = int32_t[kTileRows][kPanel];
+using TileSums = int32_t[kAmxRows][kPanel];
 
 // Products of a group, its runs one after the other. Turn: 0 or 1; while one's sums are scaled the other's products are under way.
 template <Format F, int Turn> inline void multiply_group(const Code* x, const uint8_t* weights, TileSums* sums) {
@@ -78,28 +78,28 @@ template <Format F, int Turn> inline void multiply_group(const Code* x, const ui
 template <Format F> void multiply_tiles(const Slice<F>& slice, const Activations& x, int64_t first, int64_t count, float* out) {
   using W = Weights<F>;
   alignas(64) TileSums sums[2][W::kRuns];
-  fsum acc[kTileRows];
-  for (int r = 0; r < kTileRows; r++) acc[r] = load_floats(out + r * kPanel);
+  fsum acc[kAmxRows];
+  for (int r = 0; r < kAmxRows; r++) acc[r] = load_floats(out + r * kPanel);
   auto products = [&](int64_t g, auto turn) __attribute__((always_inline)) {
     if (g >= count) return;
-    const Code* codes = x.codes + (first + g) * kTileRows * kGroupInputs;
+    const Code* codes = x.codes + (first + g) * kAmxRows * kGroupInputs;
     multiply_group<F, turn>(codes, slice.codes + g * kSteps * kReadyBytes, sums[turn]);
   };
   auto scale = [&](int64_t g, auto turn) __attribute__((always_inline)) {
     if (g >= count) return;
     const int64_t in_block = g % W::kGroups;
     const float* scales = slice.scales + g / W::kGroups * W::kScales * kPanel;
-    const float *of_rows = x.scale + (first + g) * kTileRows, *scaled_sums = x.scaled_sum + (first + g) * kTileRows;
+    const float *of_rows = x.scale + (first + g) * kAmxRows, *scaled_sums = x.scaled_sum + (first + g) * kAmxRows;
     for (int u = 0; u < W::kRuns; u++) {
       const fsum factor = load_floats(scales + (in_block * W::kRuns + u) * kPanel);
 _Pragma("GCC unroll 16")
-      for (int r = 0; r < kTileRows; r++)
+      for (int r = 0; r < kAmxRows; r++)
         acc[r] = add_product(to_float(load_sums(sums[turn][u][r])), times(factor, of_rows[r]), acc[r]);
     }
     if constexpr (W::kHasMin) {
       const fsum min = load_floats(scales + (W::kGroups * W::kRuns + in_block) * kPanel);
 _Pragma("GCC unroll 16")
-      for (int r = 0; r < kTileRows; r++) acc[r] = add_product(min, fsplat(scaled_sums[r]), acc[r]);
+      for (int r = 0; r < kAmxRows; r++) acc[r] = add_product(min, fsplat(scaled_sums[r]), acc[r]);
     }
   };
   constexpr std::integral_constant<int, 0> even;
@@ -109,7 +109,7 @@ _Pragma("GCC unroll 16")
     products(g + 1, odd), scale(g, even);
     products(g + 2, even), scale(g + 1, odd);
   }
-  for (int r = 0; r < kTileRows; r++) store_sum(out + r * kPanel, acc[r]);
+  for (int r = 0; r < kAmxRows; r++) store_sum(out + r * kPanel, acc[r]);
 }
 
 }  // namespace kvloom

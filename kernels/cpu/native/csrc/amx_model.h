@@ -1,4 +1,4 @@
-// A model of AMX's tiles (Intel's Software Developer's Manual, volume 2: LDTILECFG, TILELOADD, TDPBSSD), palette 1, a thread's
+// A model of AMX's tiles (Intel's Software Developer's Manual, volume 2: LDTILECFG, TILELOADD, TDPBSSD, TDPBF16PS), palette 1, a thread's
 // own as in the processor. What raises an exception there ends the process here.
 #pragma once
 
@@ -57,12 +57,17 @@ template <int T> inline void store_tile(void* p, int64_t row_bytes) {
     std::memcpy(static_cast<uint8_t*>(p) + r * row_bytes, model_tiles.data[T][r], model_tiles.shapes.bytes[T]);
 }
 
-template <int Sums, int A, int B> inline void multiply_signed_bytes() {
+template <int Sums, int A, int B> inline void model_shapes_fit() {
   static_assert(Sums != A && Sums != B && A != B);
   model_tile_exists<Sums>(), model_tile_exists<A>(), model_tile_exists<B>();
   const TileShapes& is = model_tiles.shapes;
   model_needs(is.bytes[Sums] % 4 == 0 && is.bytes[A] % 4 == 0 && is.bytes[Sums] == is.bytes[B] && is.rows[Sums] == is.rows[A] &&
-                  is.bytes[A] / 4 == is.rows[B], "tdpbssd: tiles whose shapes do not fit");
+                  is.bytes[A] / 4 == is.rows[B], "tiles whose shapes do not fit");
+}
+
+template <int Sums, int A, int B> inline void multiply_signed_bytes() {
+  model_shapes_fit<Sums, A, B>();
+  const TileShapes& is = model_tiles.shapes;
   for (int m = 0; m < is.rows[Sums]; m++)
     for (int n = 0; n < is.bytes[Sums] / 4; n++) {
       uint32_t sum;
@@ -70,6 +75,29 @@ template <int Sums, int A, int B> inline void multiply_signed_bytes() {
       for (int k = 0; k < is.rows[B]; k++)
         for (int i = 0; i < 4; i++)
           sum += uint32_t(int8_t(model_tiles.data[A][m][4 * k + i]) * int8_t(model_tiles.data[B][k][4 * n + i]));
+      std::memcpy(&model_tiles.data[Sums][m][4 * n], &sum, 4);
+    }
+}
+
+inline float model_flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x; }
+inline float model_number(const uint8_t* p) {
+  bf16 x;
+  std::memcpy(&x, p, 2);
+  return model_flushed(to_float(x));
+}
+
+template <int Sums, int A, int B> inline void multiply_bf16() {
+  model_shapes_fit<Sums, A, B>();
+  const TileShapes& is = model_tiles.shapes;
+  for (int m = 0; m < is.rows[Sums]; m++)
+    for (int n = 0; n < is.bytes[Sums] / 4; n++) {
+      float both[2] = {0.0f, 0.0f}, sum;
+      for (int k = 0; k < is.rows[B]; k++)
+        for (int i = 0; i < 2; i++)
+          both[i] = model_flushed(std::fma(model_number(&model_tiles.data[A][m][4 * k + 2 * i]),
+                                           model_number(&model_tiles.data[B][k][4 * n + 2 * i]), both[i]));
+      std::memcpy(&sum, &model_tiles.data[Sums][m][4 * n], 4);
+      sum = model_flushed(model_flushed(sum) + model_flushed(both[0] + both[1]));
       std::memcpy(&model_tiles.data[Sums][m][4 * n], &sum, 4);
     }
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "amx_pairs.h"
 #include "pairs.h"
 #include "parallel.h"
 #include "tile.h"
@@ -11,7 +12,9 @@ namespace {
 
 thread_local Arena local_arena, partial_arena;
 
-#ifdef KVLOOM_BF16_DOT
+#if defined(KVLOOM_AMX_BF16)
+template <class T> using Products = std::conditional_t<std::is_same_v<T, bf16>, TileProducts, WideProducts<T>>;
+#elif defined(KVLOOM_BF16_DOT)
 template <class T> using Products = std::conditional_t<std::is_same_v<T, bf16>, PairProducts, WideProducts<T>>;
 #else
 template <class T> using Products = WideProducts<T>;
@@ -56,7 +59,7 @@ template <class T> class TileRun {
     for (Cut cut(nullptr);; cut = Cut(local_arena.reserve(cut.used()))) {
       limit_ = cut.take<int64_t>(m_);
       lanes_ = {nullptr, cut.take<vec>(m_), args.lse ? cut.take<vec>(m_) : nullptr};
-      s_ = cut.take<float>(kGroup * kBlock);
+      s_ = cut.take<float>(kRows * kBlock);
       state_[0] = state_at(cut.take<float>(m_ * (stride_ + 3)), m_, stride_);
       state_[1] = state_at(cut.take<float>(m_ * (stride_ + 3)), m_, stride_);
       rows_ = cut.take<BlockRows<T>>(2);
@@ -90,6 +93,8 @@ template <class T> class TileRun {
   }
 
  private:
+  static constexpr int kRows = Products<T>::kRows;
+
   int64_t token(int64_t r) const { return tile_.row + r / plan_.group; }
   int64_t query_head(int64_t r) const { return int64_t(head_) * plan_.group + r % plan_.group; }
   const T* query(int64_t r) const {
@@ -135,21 +140,18 @@ template <class T> class TileRun {
   }
 
   void block(int64_t at, int count, State into) {
-    const int64_t groups = (m_ + kGroup - 1) / kGroup;
+    const int64_t groups = (m_ + kRows - 1) / kRows;
     int64_t r = 0;
     for (int64_t left = groups; left > 0; left--) {
       const int64_t rows = (m_ - r + left - 1) / left;  // 4 and 3 rather than 6 and 1
-      if (limit_[r + rows - 1] > at)  // limits ascend within a tile
-        switch (rows) {
-          case 1: group<1>(at, r, count, into); break;
-          case 2: group<2>(at, r, count, into); break;
-          case 3: group<3>(at, r, count, into); break;
-          case 4: group<4>(at, r, count, into); break;
-          case 5: group<5>(at, r, count, into); break;
-          default: group<6>(at, r, count, into);
-        }
+      if (limit_[r + rows - 1] > at) group_of<kRows>(rows, at, r, count, into);  // limits ascend within a tile
       r += rows;
     }
+  }
+
+  template <int R> void group_of(int64_t rows, int64_t at, int64_t r, int count, State into) {
+    if (rows == R) group<R>(at, r, count, into);
+    else if constexpr (R > 1) group_of<R - 1>(rows, at, r, count, into);
   }
 
   template <int R> void group(int64_t at, int64_t r, int count, State into) {

@@ -127,7 +127,7 @@ template <Format F, int P> void column_block(const LinearArgs& a, int64_t row, i
 }
 
 #ifdef KVLOOM_AMX
-static_assert(kChunkRows % kTileRows == 0);
+static_assert(kChunkRows % kAmxRows == 0);
 bool in_tiles(const LinearArgs& a) { return a.rows >= a.tile_rows; }
 
 // Rows [row, end) against panel `p`, in tiles.
@@ -141,7 +141,7 @@ template <Format F> void tile_block(const LinearArgs& a, int64_t row, int64_t en
     for (int64_t g = 0; g < groups; g += kSliceGroups) {
       const int64_t count = std::min(kSliceGroups, groups - g);
       unpack<F>(panel, groups, g, count, slice);
-      for (int64_t r = row; r < end; r += kTileRows)
+      for (int64_t r = row; r < end; r += kAmxRows)
         multiply_tiles<F>(slice, from_row<F>(x, r, groups), g, count, sums + (r - row) * kPanel);
     }
   }
@@ -149,7 +149,7 @@ template <Format F> void tile_block(const LinearArgs& a, int64_t row, int64_t en
 }
 #else
 bool in_tiles(const LinearArgs&) { return false; }
-constexpr int kTileRows = 1;
+constexpr int kAmxRows = 1;
 template <Format F> void tile_block(const LinearArgs&, int64_t, int64_t, int64_t, const Activations&) {}
 #endif
 
@@ -168,7 +168,7 @@ template <Format F> void linear(const LinearArgs& a) {
   const int64_t panels = (a.outputs + kPanel - 1) / kPanel, chunks = (a.rows + kChunkRows - 1) / kChunkRows;
   const int64_t blocks = (panels + kPanels - 1) / kPanels * chunks, groups = a.inputs / kGroupInputs;
   const int threads = threads_for(a.inputs * a.outputs / 4, a.threads);
-  const int64_t step = in_tiles(a) ? kTileRows : 1, filled = (a.rows + step - 1) / step * step;
+  const int64_t step = in_tiles(a) ? kAmxRows : 1, filled = (a.rows + step - 1) / step * step;
   const Activations x = activations<F>(activation_arena, filled, a.inputs, step);
   parallel_rows(a.rows <= kAlone ? 1 : threads, filled, [&](int64_t row, int64_t end) {
     for (; row < end; row++) quantise_row<F>(a, row, from_row<F>(x, row, groups));

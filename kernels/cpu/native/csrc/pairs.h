@@ -87,6 +87,8 @@ class Ahead {
 // Products of one tile's queries with block after block of keys and values: see WideProducts, whose place it takes.
 class PairProducts {
  public:
+  static constexpr int kRows = kGroup;  // at once
+
   PairProducts(int64_t dim, int64_t stride, int64_t m)
       : dim_(dim), stride_(stride), pairs_((dim + 1) / 2), m_(m), values_in_place_(m <= kGroup && dim == stride) {}
 
@@ -94,7 +96,7 @@ class PairProducts {
     queries_ = cut.take<uint32_t>(m_ * pairs_);
     keys_ = cut.take<uint32_t>((pairs_ + 7) / 8 * 8 * kBlock);
     values_ = cut.take<uint32_t>(kBlock / 2 * stride_);
-    weights_ = cut.take<uint32_t>(kGroup * kBlock / 2);
+    weights_ = cut.take<uint32_t>(kLanes * kBlock / 2);
   }
 
   void query(int64_t r, const bf16* q) {
@@ -159,7 +161,7 @@ class PairProducts {
     _mm512_mask_storeu_epi16(p, n >= 32 ? ~0u : (1u << n) - 1, all);
   }
 
- private:
+ protected:
   void pack_keys() {
     Ahead ahead = ahead_;
     for (int base = 0; base < now_->count; base += 16)
@@ -226,10 +228,10 @@ class PairProducts {
   }
 
   const int64_t dim_, stride_, pairs_, m_;
-  const bool values_in_place_;
   uint32_t *queries_, *keys_, *values_, *weights_;
   const BlockRows<bf16>* now_;
   Ahead ahead_;
+  const bool values_in_place_;
 };
 
 }  // namespace kvloom

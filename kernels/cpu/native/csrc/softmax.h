@@ -8,7 +8,7 @@
 
 namespace kvloom {
 
-constexpr int kGroup = 6;  // rows in registers
+constexpr int kGroup = 6;  // rows in registers, where products are made there
 
 // f(0), f(1), ... f(N - 1), each known where it is compiled: only so does gcc keep arrays of registers in registers.
 template <int N, class F> __attribute__((always_inline)) inline void unrolled(F f) {

@@ -152,6 +152,8 @@ void gather(const float* s, Values values, int count, int64_t d, const float* al
 // Products of one tile's queries with block after block of keys and values.
 template <class T> class WideProducts {
  public:
+  static constexpr int kRows = kGroup;
+
   WideProducts(int64_t dim, int64_t stride, int64_t m)
       : dim_(dim), stride_(stride), m_(m), keys_in_place_(m <= kInPlace && turns_in_place<T>(dim)),
         values_in_place_(m <= kGroup && dim == stride) {}
