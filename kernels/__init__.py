@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kvloom.kernels.interface import Counters, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
+from kvloom.kernels.interface import Allowed, Counters, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
 
-__all__ = ["BACKENDS", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load"]
+__all__ = ["BACKENDS", "Allowed", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load"]
 
 BACKENDS = ("native", "triton", "torch", "reference")
 """In the order in which `auto` tries them: native on cpu alone, triton on cuda alone."""

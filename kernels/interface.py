@@ -60,6 +60,17 @@ class Lists(NamedTuple):
     lengths: Tensor
 
 
+class Allowed(NamedTuple):
+    """Tokens that rows of logits may draw; masks are shared by all rows that name the same.
+
+    bits: [masks, words] int32, words = ceil(vocab / 32): bit t % 32 of word t // 32 says whether token t may be drawn
+    rows: [rows] int32: a row's mask, -1 for one that may draw any token
+    """
+
+    bits: Tensor
+    rows: Tensor
+
+
 class Spans(NamedTuple):
     """What the host knows of rows that see everything up to their own position, by request, in the order of rows: for libraries
     that plan on the host.
@@ -355,13 +366,14 @@ class Kernels(Protocol):
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
-        """A token for every row. logits: [rows, vocab] fp32; out: [rows] int64.
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor, allowed: Allowed | None = None) -> Tensor:
+        """A token for every row. logits: [rows, vocab] fp32; out: [rows] int64; allowed: what rows may draw, without it any.
 
         how: [rows, 5] fp64: temperature, 0 for the likeliest token; top_k, 0 for all; top_p; min_p; and a number in [0, 1).
         In the order of a row's tokens, likeliest first and ties by id, those stay whose weight exp((x - max) / temperature) is
         at least min_p, then the first top_k, then the first whose weights together reach top_p of those: the token is the one
-        over whose share of their weight the number lies. -1 for a row with NaN or inf, or nothing but -inf.
+        over whose share of their weight the number lies. -1 for a row with NaN or inf, or nothing but -inf. A token that is not
+        allowed is as one of -inf, whatever its logit.
         """
         ...
 

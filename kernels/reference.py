@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.interface import COMPARES, Allowed, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 
 
@@ -82,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * wide(weight)
 
 
-def check_sample(logits: Tensor, how: Tensor, out: Tensor) -> None:
+def check_sample(logits: Tensor, how: Tensor, out: Tensor, allowed: Allowed | None) -> None:
     """Raises ValueError or TypeError if the tensors do not belong together."""
     rows = logits.shape[0]
     if how.shape != (rows, 5) or out.shape != (rows,) or logits.ndim != 2 or not logits.shape[1]:
@@ -90,6 +90,25 @@ def check_sample(logits: Tensor, how: Tensor, out: Tensor) -> None:
                          "[rows, vocab], [rows, 5] and [rows]")  # fmt: skip
     if how.dtype != torch.float64 or out.dtype != torch.int64 or not how.is_contiguous() or not out.is_contiguous():
         raise TypeError(f"how must be contiguous fp64 and out contiguous int64; got {how.dtype} and {out.dtype}")
+    if allowed is None:
+        return
+    words = -(-logits.shape[1] // 32)
+    if allowed.bits.ndim != 2 or allowed.bits.shape[1] != words or allowed.rows.shape != (rows,):
+        raise ValueError(f"allowed has bits {tuple(allowed.bits.shape)} and rows {tuple(allowed.rows.shape)}; allowed: "
+                         f"[masks, {words}] and [{rows}]")  # fmt: skip
+    for tensor in allowed:
+        if tensor.dtype is not torch.int32 or not tensor.is_contiguous():
+            raise TypeError(f"what rows may draw must be contiguous int32; got {tensor.dtype}")
+
+
+def forbidden(allowed: Allowed, vocab: int) -> Tensor:
+    """[rows, vocab] bool: the tokens that rows may not draw. Reads no value of a tensor."""
+    if not len(allowed.bits):
+        return torch.zeros(len(allowed.rows), vocab, dtype=torch.bool, device=allowed.rows.device)
+    octets = allowed.bits.view(torch.uint8)[allowed.rows.clamp(min=0).long()]
+    places = torch.arange(8, dtype=torch.uint8, device=octets.device)
+    unset = (octets[:, :, None] >> places & 1).view(len(octets), -1)[:, :vocab] == 0
+    return unset & (allowed.rows >= 0)[:, None]
 
 
 def check_pool(logits: Tensor, groups: int, how: str, window: int) -> None:
@@ -313,9 +332,11 @@ class ReferenceKernels:
         cos, sin = angles.cos().to(wide(k).dtype), angles.sin().to(wide(k).dtype)
         return out.copy_(turn(wide(k), cos, sin))
 
-    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor, allowed: Allowed | None = None) -> Tensor:
         """Every row sorted; see `interface.Kernels.sample`."""
-        check_sample(logits, how, out)
+        check_sample(logits, how, out, allowed)
+        if allowed is not None:
+            logits = logits.masked_fill(forbidden(allowed, logits.shape[1]), -torch.inf)
         temperature, top_k, top_p, min_p, number = (column[:, None] for column in how.unbind(1))
         ordered, ids = logits.sort(dim=1, descending=True, stable=True)
         highest = ordered[:, :1]  # NaN, where there is any

@@ -48,9 +48,10 @@ async def chat_job(request: Request, arrival: Arrival, body: ChatBody, most_toke
     if most_tokens is not None:
         sampling = replace(sampling, default_tokens=defaults.limited(most_tokens))
     prompt = await chat_prompt(context, body)
-    expected = context.answers.expected(body, prompt.end)
+    asked = sampling.structured
+    expected = context.answers.expected(body, prompt.end, constrained=asked is not None)
     if expected is not None:
-        tokenizer, asked = context.client.tokenizer, sampling.structured
+        tokenizer = context.client.tokenizer
         structured = context.answers.constraint(body, tokenizer, prompt.end, asked)
         if asked is not None and structured is asked:
             expected = None

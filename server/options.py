@@ -81,11 +81,11 @@ class ServerOptions:
     drain_seconds: Seconds = 10.0
     """On SIGTERM or Ctrl-C, how long running requests may take to finish before they are ended."""
     tool_call_parser: Annotated[str, "NAME"] = "auto"
-    """Format in which the model calls tools: auto (by its chat template), deepseek, hermes, llama3_json, mistral, pythonic or
-    qwen_coder."""
+    """Format in which the model calls tools: auto (by its response or chat template), deepseek, hermes, llama3_json, mistral,
+    pythonic or qwen_coder."""
     reasoning_parser: Annotated[str, "NAME"] = "auto"
-    """Marks between which the model thinks: auto (by its chat template), none (thoughts are content), cohere, mistral,
-    seed_oss, think or thought."""
+    """Marks between which the model thinks: auto (by its response or chat template), none (thoughts are content), cohere,
+    mistral, seed_oss, think or thought."""
     log_level: LogLevel = "info"
     """Least important messages to log: debug, info, warning or error."""
     log_format: LogFormat = "text"

@@ -34,7 +34,7 @@ NICENESS = 10
 MAX_DECODED = 65536
 """Tokens that may be decoded at once, if the context is not longer: a second of the interpreter's time is everybody's."""
 
-_END = 64
+_END = 1024
 """Characters at the end of a prompt that tell whether it opens the model's thoughts."""
 
 T = TypeVar("T")

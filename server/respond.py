@@ -21,7 +21,8 @@ from starlette.responses import Response
 from kvloom.engine.requests.request import RequestOutput
 from kvloom.engine.requests.sampling import TOKEN_LISTS, SamplingParams
 from kvloom.server.answers.events import Content
-from kvloom.server.answers.reader import AnswerReader, Expected
+from kvloom.server.answers.reader import Expected
+from kvloom.server.answers.readers import Reader, reader_of
 from kvloom.server.context import ServerContext, client_request_id, context_of, new_id, tenant_of
 from kvloom.server.generation import Work, outputs
 from kvloom.server.pieces import Choice, Piece
@@ -67,7 +68,7 @@ class Job:
     """Changes an output before it is written: echo."""
     ids: TokenIds | None = None
     """What is told of token ids, if something is."""
-    readers: Sequence[AnswerReader] = ()
+    readers: Sequence[Reader] = ()
     """Of each completion, where there is more in its text than content."""
 
     async def pieces(self) -> AsyncGenerator[Piece, None]:
@@ -151,7 +152,7 @@ def make_job(request: Request, arrival: Arrival, body: GenerationBody, sampling:
         headers={"X-Request-Id": arrival.name},
         adjust=adjust,
         ids=TokenIds(work, echoed=adjust is not None, chat=chat) if body.return_token_ids else None,
-        readers=[] if expected is None else [AnswerReader(expected) for _ in range(work.completions)],
+        readers=[] if expected is None else [reader_of(expected) for _ in range(work.completions)],
     )
 
 

@@ -200,7 +200,7 @@ class Compiler:
         for _ in range(TRIAL_TOKENS):
             if trial.masks((), mask)[0]:
                 return
-            words = mask[0].view(np.uint32) & self._no_ends
+            words = mask[0].view(np.uint32) & self.no_ends.view(np.uint32)
             counts = np.bitwise_count(words).cumsum()
             if not counts[-1]:
                 return
@@ -229,12 +229,12 @@ class Compiler:
         return ThreadPoolExecutor(1, thread_name_prefix="kvloom-aside", initializer=_step_aside)
 
     @cached_property
-    def _no_ends(self) -> npt.NDArray[np.uint32]:
+    def no_ends(self) -> npt.NDArray[np.int32]:
         """[words]: a mask of all tokens but those that end a text."""
         mask = np.full(-(-self._size // 32), 0xFFFFFFFF, np.uint32)
         for token in self._ends:
             mask[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
-        return mask
+        return mask.view(np.int32)
 
 
 def _give_way(niceness: int = NICENESS) -> None:

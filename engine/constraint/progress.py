@@ -9,8 +9,7 @@ Tokens stay what they are when a request is preempted and computed again, so thi
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -36,22 +35,18 @@ class Progress:
         self._matcher = matcher
         self._ahead: list[int] = []
 
-    @property
-    def ended(self) -> bool:
-        """Whether nothing but the end may follow."""
-        return self._matcher.is_stopped()
-
     def check_forced(self, tokens: Sequence[int]) -> None:
         """Raises InvalidRequestError if an answer cannot begin with these tokens."""
         fit = self._matcher.validate_tokens(list(tokens))
         if fit != len(tokens):
             raise self.asked.refused(f"forced_tokens do not fit it behind the first {fit}; force tokens of such an answer")
 
-    def accept(self, token: int) -> None:
-        """One more token is part of the answer."""
-        with self._timed():
-            self._lead(())
-            self._matcher.consume_token(token)
+    def accept(self, token: int) -> bool:
+        """One more token is part of the answer. Whether nothing but the end may follow."""
+        began = time.thread_time()
+        self._lead(())
+        self._matcher.consume_token(token)
+        return self._stopped(began)
 
     def masks(self, drafts: Sequence[int], out: Any) -> list[bool]:
         """What may follow each of the last drafts, or what is accepted. out: [rows, words] int32 of a bit per token, rows at
@@ -59,15 +54,16 @@ class Progress:
 
         Behind a draft that does not fit anything may follow: nothing is ever taken from there.
         """
-        only_ends, first = list[bool](), len(drafts) - len(out) + 1
-        with self._timed():
-            self._lead(drafts[:first])
-            for i, row in enumerate(out):
-                if i and not self._fits(drafts[first + i - 1]):
-                    out[i:] = -1
-                    return only_ends + [False] * (len(out) - i)
-                self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-                only_ends.append(self._matcher.is_stopped())
+        only_ends, first, began = list[bool](), len(drafts) - len(out) + 1, time.thread_time()
+        self._lead(drafts[:first])
+        for i, row in enumerate(out):
+            if i and not self._fits(drafts[first + i - 1]):
+                out[i:] = -1
+                only_ends += [False] * (len(out) - i)
+                break
+            self._matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            only_ends.append(self._matcher.is_stopped())
+        self._stopped(began)
         return only_ends
 
     def ready(self) -> llguidance.LLMatcher:
@@ -77,8 +73,7 @@ class Progress:
 
     def masked(self) -> bool:
         """Such a mask is computed: whether only the end may follow."""
-        with self._timed():
-            return self._matcher.is_stopped()
+        return self._stopped(time.thread_time())
 
     def _fits(self, draft: int) -> bool:
         fits = self._matcher.validate_tokens([draft]) == 1 and self._matcher.consume_token(draft)
@@ -88,25 +83,25 @@ class Progress:
 
     def _lead(self, drafts: Sequence[int]) -> None:
         """Bring the matcher behind these drafts."""
-        if self._ahead != list(drafts[: len(self._ahead)]):
+        if self._ahead and self._ahead != list(drafts[: len(self._ahead)]):
             self._matcher.rollback(len(self._ahead))
             self._ahead = []
         for draft in drafts[len(self._ahead) :]:
             self._matcher.consume_token(draft)
             self._ahead.append(draft)
 
-    @contextmanager
-    def _timed(self) -> Iterator[None]:
-        began = time.thread_time()
-        yield
-        took = time.thread_time() - began
-        if self._matcher.stop_reason() not in ("NotStopped", "NoExtension", "EndOfSentence"):
+    def _stopped(self, began: float) -> bool:
+        """Whether nothing but the end may follow. began: as `time.thread_time` was before what has been done. Raises
+        InvalidRequestError if that failed, or took too long."""
+        took, stopped = time.thread_time() - began, self._matcher.is_stopped()
+        if stopped and self._matcher.stop_reason() not in ("NotStopped", "NoExtension", "EndOfSentence"):
             raise self.asked.refused(f"the answer cannot go on: {problem(self._matcher.get_error())}")
         if took > TOKEN_SECONDS:
             raise self.asked.refused(
                 f"a token of it takes {took * 1000:.0f} ms; allowed: {TOKEN_SECONDS * 1000:.0f} ms; "
                 "make the grammar less ambiguous, or the expression shorter"
             )
+        return stopped
 
 
 class Together:

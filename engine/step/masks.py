@@ -35,8 +35,6 @@ class Mask(NamedTuple):
 
     row: int
     """Of `Masks.bits`."""
-    only_ends: bool
-    """Nothing but the end of the text."""
     progress: Progress
 
 
@@ -62,6 +60,8 @@ class _Job(NamedTuple):
     """Number of its first row among those that are drawn from."""
     rows: range
     """Of the bits."""
+    goes_on: list[bool]
+    """Of every row, whether the text may not end there while it can go on."""
 
     @property
     def plain(self) -> bool:
@@ -115,11 +115,11 @@ class Constraints(Feature):
             forced = chunk.stop - len(request.prompt) < len(request.sampling.forced_tokens)
             if count and progress is not None and not forced:
                 drafts = request.tokens[len(request.tokens) - request.drafts :]
-                jobs.append(_Job(progress, drafts, row, range(used, used + count)))
+                jobs.append(_Job(progress, drafts, row, range(used, used + count), _goes_on(chunk, count)))
                 used += count
             row += count
         if jobs:
-            self._work = functools.partial(_compute, jobs, self._bits.host, self._together)
+            self._work = functools.partial(_compute, jobs, self._bits.host, self._together, self.compiler.no_ends)
             self._computing = self._thread.submit(self._work)
 
     def masks(self) -> Masks:
@@ -136,8 +136,7 @@ class Constraints(Feature):
         progress = self._open.get(request)
         if progress is None:
             return False
-        progress.accept(token)
-        return progress.ended
+        return progress.accept(token)
 
     @cached_property
     def _bits(self) -> Mirror:
@@ -148,9 +147,15 @@ class Constraints(Feature):
         return ThreadPoolExecutor(1, thread_name_prefix="kvloom-masks")
 
 
-def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32], together: Together) -> Computed:
+def _goes_on(chunk: Chunk, count: int) -> list[bool]:
+    params, first = chunk.request.sampling, chunk.stop - count + 1 - len(chunk.request.prompt)
+    return [params.ignore_eos or place < params.min_tokens for place in range(first, first + count)]
+
+
+def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32], together: Together, no_ends: npt.NDArray[np.int32]) -> Computed:
     found: dict[int, Mask] = {}
     errors: dict[int, Exception] = {}
+    go_on: list[int] = []
     computed = together.compute([(job.progress, job.rows.start) for job in jobs if job.plain], bits)
     for job in jobs:
         try:
@@ -162,5 +167,9 @@ def _compute(jobs: list[_Job], bits: npt.NDArray[np.int32], together: Together) 
             errors |= dict.fromkeys(range(job.first, job.first + len(job.rows)), error)
             continue
         for i, ends in enumerate(only_ends):
-            found[job.first + i] = Mask(job.rows[i], ends, job.progress)
+            found[job.first + i] = Mask(job.rows[i], job.progress)
+            if job.goes_on[i] and not ends:
+                go_on.append(job.rows[i])
+    if go_on:
+        bits[go_on] &= no_ends
     return found, errors

@@ -27,7 +27,7 @@ from kvloom.engine.requests.request import Request
 from kvloom.engine.requests.sampling import SamplingParams
 from kvloom.engine.step.masks import NO_MASKS, Mask, Masks
 from kvloom.engine.step.restrictions import Restrictions
-from kvloom.kernels.interface import Kernels
+from kvloom.kernels.interface import Allowed, Kernels
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing by them would overflow."""
@@ -145,25 +145,23 @@ class Sampler:
         self._kernels = kernels
         self._restrictions = Restrictions(vocab_size, encode)
         self._seen: dict[Request, _Seen] = {}  # requests compare by identity
-        self._added: Tensor | None = None
-        self._adding: Tensor | None = None
 
     def sample(self, logits: Tensor, rows: Sequence[Drawn], eos_ids: Sequence[int], masks: Masks = NO_MASKS) -> Sampled:
         """The next tokens. logits: [n, vocab], any float type, not changed; row i is that of rows[i]. Reads no value of a
         tensor."""
         logits, errors = logits.float(), dict[int, Exception]()
-        changing = [i for i, row in enumerate(rows) if (i in masks.of or _changes_logits(row)) and not row.forced]
+        changing = [i for i, row in enumerate(rows) if _changes_logits(row) and not row.forced]
         hows, looks = [_how(row) for row in rows], {*changing, *(i for i, row in enumerate(rows) if row.forced)}
         if len(looks) < len(rows):
-            ids = self._draw(logits, [_GREEDY if i in looks else how for i, how in enumerate(hows)])
+            at_first = [_GREEDY if i in looks else how for i, how in enumerate(hows)]
+            ids = self._draw(logits, at_first, range(len(rows)), masks)
         else:
             ids = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
         if changing:  # whose first draw, like that of forced ones, was no more than a look
             which = upload(np.array(changing), logits.device)
             changed = logits[which]
-            self._mask(changed, changing, masks)
             errors = self._change(changed, [(i, rows[i]) for i in changing], eos_ids, masks)
-            ids[which] = self._draw(changed, [hows[i] for i in changing])
+            ids[which] = self._draw(changed, [hows[i] for i in changing], changing, masks)
         for i, row in enumerate(rows):
             if row.forced:
                 ids[i] = row.request.sampling.forced_tokens[row.place]
@@ -188,30 +186,20 @@ class Sampler:
         self._seen.pop(request, None)
         self._restrictions.drop(request)
 
-    def _draw(self, logits: Tensor, hows: Sequence[tuple[float, ...]]) -> Tensor:
+    def _draw(self, logits: Tensor, hows: Sequence[tuple[float, ...]], numbers: Sequence[int], masks: Masks) -> Tensor:
+        """Among what masks allow. numbers: by which rows are called among all."""
         how = upload(np.array(hows, np.float64).reshape(-1, 5), logits.device)
-        return self._kernels.sample(logits, how, torch.empty(len(hows), dtype=torch.int64, device=logits.device))
-
-    def _mask(self, logits: Tensor, numbers: Sequence[int], masks: Masks) -> None:
-        """Take away what grammars do not allow. logits: of the rows with these numbers, in place."""
-        masked = [(at, masks.of[number].row) for at, number in enumerate(numbers) if number in masks.of]
-        if not masked or masks.bits is None:
-            return
-        if self._added is None:  # 16 logits for every two bytes: twice as fast as 8, and 4 MiB
-            halves = np.arange(1 << 16, dtype=np.uint16).view(np.uint8).reshape(-1, 2)
-            bits = np.unpackbits(halves, axis=1, bitorder="little")
-            self._added = upload(np.where(bits, 0, -np.inf).astype(np.float32), logits.device)
-        at, of = (upload(np.array(column), logits.device) for column in zip(*masked))
-        pairs = masks.bits.view(torch.int16)[of].int().bitwise_and_(0xFFFF).view(-1)
-        if self._adding is None or len(self._adding) < len(pairs):  # kept: fresh pages take longer than filling them
-            self._adding = logits.new_empty(len(pairs), 16)
-        added = torch.index_select(self._added, 0, pairs, out=self._adding[: len(pairs)]).view(len(masked), -1)
-        logits.index_add_(0, at, added[:, : self.vocab_size])
+        out = torch.empty(len(hows), dtype=torch.int64, device=logits.device)
+        allowed: Allowed | None = None
+        if masks.bits is not None:
+            of = [masks.of[number].row if number in masks.of else -1 for number in numbers]
+            allowed = Allowed(masks.bits, upload(np.array(of, np.int32), logits.device))
+        return self._kernels.sample(logits, how, out, allowed)
 
     def _change(
         self, logits: Tensor, rows: Sequence[tuple[int, Drawn]], eos_ids: Sequence[int], masks: Masks
     ) -> dict[int, Exception]:
-        """Make what is not allowed -inf, and add bias, bans and penalties to logits, in place. rows: theirs, with the numbers
+        """Make what requests forbid -inf, and add bias, bans and penalties to logits, in place. rows: theirs, with the numbers
         by which they are called among all. Returns those for which that failed."""
         added, repeated, counted, errors = _Edits(), _Edits(), _Edits(), dict[int, Exception]()
         self._restrictions.mask(
@@ -220,7 +208,7 @@ class Sampler:
         )
         for at, (i, row) in enumerate(rows):
             try:
-                self._edit(at, row, eos_ids, masks.of.get(i), added, repeated, counted)
+                self._edit(at, row, eos_ids, i in masks.of, added, repeated, counted)
             except InvalidRequestError as error:
                 errors[i] = SampleError(str(error))
             except Exception as error:  # its request ends, no other is concerned
@@ -231,7 +219,7 @@ class Sampler:
         return errors
 
     def _edit(
-        self, at: int, row: Drawn, eos_ids: Sequence[int], mask: Mask | None, added: _Edits, repeated: _Edits, counted: _Edits
+        self, at: int, row: Drawn, eos_ids: Sequence[int], masked: bool, added: _Edits, repeated: _Edits, counted: _Edits
     ) -> None:
         """The changes of one row, which is row `at` of the logits that change. Raises InvalidRequestError."""
         params = row.request.sampling
@@ -240,7 +228,7 @@ class Sampler:
         early = row.place < params.min_tokens
         if early:
             bias |= dict.fromkeys(params.stop_token_ids, -np.inf)
-        if (early and not params.ignore_eos) if mask is None else ((early or params.ignore_eos) and not mask.only_ends):
+        if early and not params.ignore_eos and not masked:  # a mask has seen to it
             bias |= dict.fromkeys(eos_ids, -np.inf)
         banned = self._restrictions.banned(params, row.request.tokens, len(row.request.prompt), row.known)
         bias |= dict.fromkeys(banned, -np.inf)

@@ -1,8 +1,8 @@
 """A tokenizer from a Hugging Face model folder.
 
 Reads tokenizer.json (vocabulary and rules), tokenizer_config.json and special_tokens_map.json (names of special tokens,
-add_bos_token), generation_config.json or config.json (further end tokens), and the chat template: chat_template.jinja, else
-chat_template.json, else the one in tokenizer_config.json.
+add_bos_token, response_template), generation_config.json or config.json (further end tokens), and the chat template:
+chat_template.jinja, else chat_template.json, else the one in tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def load_folder(folder: Path) -> tuple[tokenizers.Tokenizer, TokenizerSettings]:
         add_bos=given.flag("add_bos_token") if explicit else None,
         add_eos=given.flag("add_eos_token"),
         chat_template=_chat_template(folder, config),
+        response_template=config.get("response_template"),
         vocab_size=max(vocab.values(), default=-1) + 1,
         most_bytes=most_bytes(vocab),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +21,8 @@ class TokenizerSettings:
     """Whether `encode` puts eos behind (only with add_bos given)."""
     chat_template: str | None = None
     """Jinja source."""
+    response_template: Any = None
+    """What tokenizer_config.json says of how answers are read, as it says it; None if it says nothing."""
     vocab_size: int | None = None
     """Ids are below this; the default is what the vocabulary holds."""
     most_bytes: int | None = None

@@ -45,6 +45,7 @@ class Tokenizer:
         self.bos_id = settings.bos_id
         self.eos_ids = settings.eos_ids
         self.chat_template = settings.chat_template
+        self.response_template = settings.response_template
         self.vocab_size: int = settings.vocab_size or backend.get_vocab_size()
         self._settings = settings
         self._spelling: Spelling = spelling_of(backend)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, same_dtype, strides
 from kvloom.kernels.cuda_graph import CudaGraph
-from kvloom.kernels.interface import Counters, Folded, PagedKV, Plan, PoolHow, Rows
+from kvloom.kernels.interface import Allowed, Counters, Folded, PagedKV, Plan, PoolHow, Rows
 from kvloom.kernels.quantized import QuantizedLinears
-from kvloom.kernels.reference import check_folded, check_folding
+from kvloom.kernels.reference import check_folded, check_folding, check_sample, forbidden
 from kvloom.kernels.triton import attention, choose, sampling, topk
 from kvloom.kernels.triton import fold as folding
 from kvloom.kernels.triton import rows as by_row
@@ -191,8 +191,11 @@ class TritonKernels:
 
     # Sampling ----------------------------------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
-        """See the contract. Scratch is made for as many rows as come, up to SAMPLE_SCRATCH."""
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor, allowed: Allowed | None = None) -> Tensor:
+        """See the contract. Scratch is made for as many rows as come, up to SAMPLE_SCRATCH; masks take a copy of the logits."""
+        check_sample(logits, how, out, allowed)
+        if allowed is not None:
+            logits = logits.masked_fill(forbidden(allowed, logits.shape[1]), -torch.inf)
         self._reserve(min(SAMPLE_SCRATCH, len(logits) * sampling.scratch_size(logits.shape[-1])))
         return sampling.sample(logits, how, out, self._scratch.view(torch.int32))
 

@@ -238,7 +238,7 @@ def _finish(logits, row_stride, how, out, scratch, chosen, vocab, parts, WORDS: 
 def sample(logits: Tensor, how: Tensor, out: Tensor, scratch: Tensor) -> Tensor:
     """A token for every row; see `interface.Kernels.sample`. scratch: int32, with room for `scratch_size` of at least one row;
     rows for which there is none come later."""
-    check_sample(logits, how, out)
+    check_sample(logits, how, out, None)
     fp32(logits)
     stride, vocab = strides(logits)[0], logits.shape[1]
     parts = -(-vocab // PART)

@@ -26,7 +26,9 @@ from kvloom.engine.errors import InvalidRequestError, ModelError
 from kvloom.engine.text.chat_template import ChatTemplate
 from kvloom.server.answers.events import CallArguments, CallStart, Event
 from kvloom.server.answers.formats import CALL_FORMATS, REASONING_FORMATS
-from kvloom.server.answers.reader import AnswerReader, Expected
+from kvloom.server.answers.reader import Expected
+from kvloom.server.answers.readers import reader_of
+from kvloom.server.answers.template.spec import load
 from kvloom.server.schema.chat import ChatBody
 
 SECONDS = 12.0
@@ -59,6 +61,24 @@ HOSTILE = (
     "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
 )
 """Seldom drawn, since they take all the time there is."""
+READ_BY = tuple(
+    load({"start_anchor": "assistant", "fields": fields}, ())
+    for fields in (
+        {
+            "content": {},
+            "thinking": {"open_pattern": r"^\s*<think>", "close_pattern": r"\s*</think>\s*"},
+            "tool_calls": {"open": ["<tool_call>", "[TOOL_CALLS]"], "close_pattern": "</tool_call>|[,;]", "content": "json"},
+        },
+        {
+            "content": {"open_pattern": "^|</function>", "close_pattern": "(?=<function)", "content_args": {"strip": False}},
+            "tool_calls": {"open_pattern": r"<function=(?P<name>\w*)>?", "close": "</function>", "content": "xml-inline",
+                           "content_args": {"tag_pattern": r"<parameter=(?P<key>\w+)>(?P<value>.*?)</parameter>"},
+                           "transform": {"function": {"name": "{name}", "arguments": "{content}"}}},
+        },
+        {"reasoning": {"open": "<"}, "tool_calls": {"open": "[", "close": "]", "content": "python-call-list"}},
+    )
+)  # fmt: skip
+"""Response templates of checkpoints."""
 
 
 def template(draw: random.Random) -> str:
@@ -173,6 +193,9 @@ def read_both_ways(draw: random.Random, checked: ChatBody) -> None:
         reasoning=draw.choice((None, *REASONING_FORMATS.values())),
         schemas={tool.function.name: tool.function.parameters or {} for tool in checked.tools},
         most_calls=None if checked.parallel_tool_calls else 1,
+        template=draw.choice((None, *READ_BY)),
+        apart=draw.random() < 0.8,
+        prompt_end=draw.choice(("", "assistant\n<think>\n", "assistant\n")),
     )
     cuts = sorted(draw.randint(0, len(text)) for _ in range(draw.randrange(8)))
     pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
@@ -182,7 +205,7 @@ def read_both_ways(draw: random.Random, checked: ChatBody) -> None:
 
 def told(expected: Expected, pieces: Sequence[str]) -> list[tuple[str, ...]]:
     """The events of a text that comes in pieces, neighbours of a kind joined, without ids."""
-    reader, found = AnswerReader(expected), list[tuple[str, ...]]()
+    reader, found = reader_of(expected), list[tuple[str, ...]]()
     events: list[Event] = [event for piece in pieces for event in reader.push(piece)] + reader.push("", ended=True)
     for event in events:
         if isinstance(event, CallStart):

@@ -4,8 +4,9 @@
 
 Answers: one of each schema that can be served, validated by the package jsonschema; those that --max-tokens cuts are counted
 apart, and are not valid. Masks: decode steps of --batch requests with grammars and without, in turns; what the engine's thread
-does for grammars in a step, and what is done beside the model's run. Compiling: the longest gap between a stream's tokens while
-schemas of --size bytes are compiled, over its median gap.
+does for grammars in a step, what drawing takes more under masks (less, where it is negative), and what is done beside the
+model's run. Compiling: the longest gap between a stream's tokens while schemas of --size bytes are compiled, over its median
+gap.
 """
 
 from __future__ import annotations
@@ -116,19 +117,23 @@ def answers(llm: LLM, schemas: Sequence[tuple[Any, StructuredOutput]], temperatu
 
 def masks(llm: LLM, batch: int, steps: int, rounds: int) -> Cells:
     """What grammars cost in a decode step."""
-    plain, masked, spent, beside = [], [], [], []
+    plain, masked, handled, drawn, beside = [], [], [], [], []
     for _ in range(rounds):
-        plain.append(_step_ms(llm, batch, steps, None))
+        with timed(llm) as before:
+            plain.append(_step_ms(llm, batch, steps, None))
         with timed(llm) as seconds:
             masked.append(_step_ms(llm, batch, steps, ENDLESS))
-        spent.append(sum(seconds["engine"]) / steps * 1e3)
-        beside.append(sum(seconds["beside"]) / steps / batch * 1e6)
-    base, cost = statistics.median(plain), statistics.median(spent)
+        handled.append(sum(seconds["engine"]) / len(seconds["draw"]) * 1e3)
+        drawn.append((statistics.mean(seconds["draw"]) - statistics.mean(before["draw"])) * 1e3)
+        beside.append(sum(seconds["beside"]) / len(seconds["draw"]) / batch * 1e6)
+    base = statistics.median(plain)
+    cost = statistics.median(one + max(0.0, other) for one, other in zip(handled, drawn))
     return [
         [f"decode step of {batch} without grammars, ms", f"{base:.2f}"],
         [f"decode step of {batch} with grammars, ms", f"{statistics.median(masked):.2f}"],
-        ["of that, the engine's thread for grammars, ms", f"{cost:.2f}"],
-        ["share of a step", f"{cost / base:.1%}"],
+        ["of that, the engine's thread for grammars, ms", f"{statistics.median(handled):.2f}"],
+        ["drawing more under masks than without, ms", f"{statistics.median(drawn):.2f}"],
+        ["share of a step without", f"{cost / base:.1%}"],
         ["a token's mask, beside the model's run, microseconds", f"{statistics.median(beside):.0f}"],
     ]
 
@@ -155,8 +160,8 @@ def _step_ms(llm: LLM, batch: int, steps: int, asked: StructuredOutput | None) -
 
 @contextmanager
 def timed(llm: LLM) -> Iterator[dict[str, list[float]]]:
-    """Seconds that are spent on grammars: on the engine's thread, waiting for masks included, and beside it."""
-    seconds: dict[str, list[float]] = {"engine": [], "beside": []}
+    """Seconds that are spent on grammars: on the engine's thread, waiting for masks included, and beside it; and on drawing."""
+    seconds: dict[str, list[float]] = {"engine": [], "draw": [], "beside": []}
     sampler = llm.core.decoding._sampler
 
     def measured(call: Callable[..., Any], where: str) -> Callable[..., Any]:
@@ -171,7 +176,7 @@ def timed(llm: LLM) -> Iterator[dict[str, list[float]]]:
 
     constraints = llm.core.decoding.constraints
     places: list[tuple[Any, str, str]] = [(constraints, name, "engine") for name in ("begin", "masks", "accept")]
-    places += [(sampler, "_mask", "engine"), (Together, "compute", "beside")]
+    places += [(sampler, "sample", "draw"), (Together, "compute", "beside")]
     real = [(owner, name, vars(owner).get(name)) for owner, name, _ in places]
     for owner, name, where in places:
         setattr(owner, name, measured(getattr(owner, name), where))

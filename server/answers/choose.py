@@ -22,6 +22,7 @@ from kvloom.server.answers.formats import (
 )
 from kvloom.server.answers.grammar import MOST_CALLS, GrammarWriter, Thoughts, content_rule
 from kvloom.server.answers.reader import Expected
+from kvloom.server.answers.template.spec import ResponseTemplate, load
 from kvloom.server.schema.chat import ChatBody
 from kvloom.server.schema.tools import NamedChoice
 
@@ -36,15 +37,23 @@ class AnswerFormats(NamedTuple):
 
     calls: CallFormat
     reasoning: ReasoningFormat | None
+    template: ResponseTemplate | None = None
+    """The checkpoint's own, which is taken where no grammar says what is written."""
 
-    def expected(self, body: ChatBody, prompt_end: str) -> Expected | None:
-        """What to look for in the answers to a chat; None for nothing but content. prompt_end: the prompt's last characters."""
+    def expected(self, body: ChatBody, prompt_end: str, *, constrained: bool = False) -> Expected | None:
+        """What to look for in the answers to a chat; None for nothing but content. prompt_end: the prompt's last characters;
+        constrained: whether the body asks for content that a grammar constrains."""
         apart = body.separate_reasoning and body.reasoning_format != "none"
         reasoning = self.reasoning if apart else None
         tools = body.offered
-        if reasoning is None and not tools:
+        free = not constrained and not must_call(body) and not any(tool.function.strict for tool in tools)
+        template = self.template if free else None
+        if reasoning is None and not tools and template is None:
             return None
         return Expected(
+            template=template,
+            apart=apart,
+            prompt_end=prompt_end,
             calls=self.calls if tools else None,
             reasoning=reasoning,
             thinking=reasoning is not None and self._thinks(prompt_end),
@@ -94,16 +103,20 @@ def must_call(body: ChatBody) -> bool:
 
 
 def formats_of(tokenizer: Any, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO) -> AnswerFormats:
-    """The formats of a model, by its tokenizer's chat template where a parser is `auto`."""
+    """The formats of a model, where a parser is `auto` by its tokenizer's chat template, and its response template where both
+    are. Raises ModelError for a response template that says nothing."""
     source = tokenizer.chat_template
+    given = tokenizer.response_template if tool_call_parser == reasoning_parser == AUTO else None
+    special = [tokenizer.special_text(token) for token in tokenizer.special_ids]
+    template = None if given is None else load(given, special)
     name = CALL_ALIASES.get(tool_call_parser, tool_call_parser)
-    calls = CALL_FORMATS[name] if name != AUTO else _call_format(tokenizer)
+    calls = CALL_FORMATS[name] if name != AUTO else _call_format(tokenizer, warns=template is None)
     name = REASONING_ALIASES.get(reasoning_parser, reasoning_parser)
     reasoning = None if name == NONE else REASONING_FORMATS[name] if name != AUTO else reasoning_format(source)
-    return AnswerFormats(calls, reasoning)
+    return AnswerFormats(calls, reasoning, template)
 
 
-def _call_format(tokenizer: Any) -> CallFormat:
+def _call_format(tokenizer: Any, *, warns: bool) -> CallFormat:
     """What the template asks for; the fallback's where it shows no tools, and so the fallback's words ask."""
     fallback = CALL_FORMATS[FALLBACK]
     try:
@@ -112,7 +125,7 @@ def _call_format(tokenizer: Any) -> CallFormat:
     except KVLoomError:  # it has none, or one that does not run: chats are refused anyway
         return fallback
     found = call_format(tokenizer.chat_template)
-    if found is None:
+    if found is None and warns:
         log.warning(
             "the chat template shows tools, but asks for calls in a format that is not known; they are read as %s; "
             "--tool-call-parser says otherwise", FALLBACK,
@@ -127,6 +140,8 @@ def shown_tokens(tokenizer: Any, expected: Expected) -> tuple[int, ...]:
         marks = expected.calls.marks
     if expected.reasoning is not None:
         marks = (*marks, expected.reasoning.open, expected.reasoning.close)
+    if expected.template is not None:
+        marks = expected.template.marks
     found = (special_id(tokenizer, mark) for mark in marks)
     return tuple(sorted(token for token in found if token is not None))
 

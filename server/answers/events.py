@@ -78,6 +78,10 @@ class Collector:
             text, self._blanks = _split(self._blanks + text)
         self._add(Content(text))
 
+    def text(self, event: Content | Reasoning) -> None:
+        """Text whose blanks somebody else has seen to."""
+        self._add(event)
+
     def begin_reasoning(self) -> None:
         """What comes now are thoughts."""
         self._blanks, self._after_mark = "", True

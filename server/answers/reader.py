@@ -15,6 +15,7 @@ from kvloom.server.answers.calls import Calling, Schemas
 from kvloom.server.answers.events import Collector, Content, Event, Reasoning, make_call_id
 from kvloom.server.answers.formats import CallFormat, ReasoningFormat
 from kvloom.server.answers.source import CutError, MalformedError, Reading, Source
+from kvloom.server.answers.template.spec import ResponseTemplate
 
 _PIECE = 256
 """Characters that are read at a time."""
@@ -36,6 +37,12 @@ class Expected:
     """Whether calls may stand without a mark at the beginning, where the format knows that."""
     most_calls: int | None = None
     """The answer is over behind so many calls."""
+    template: ResponseTemplate | None = None
+    """The checkpoint's own, in whose place `reasoning` and the format of `calls` are not looked at (`TemplateReader`)."""
+    apart: bool = True
+    """Whether thoughts that the template finds come apart from the content."""
+    prompt_end: str = ""
+    """The prompt's last characters, in which the template may say that something has begun."""
     forced: bool = False
     """Whether a grammar leaves no room for content, so that what looks like some is a call that `max_tokens` has cut."""
 

@@ -52,6 +52,7 @@ SLOW = {
     "test_equal_starts_per_head_are_one_start", "test_number_of_threads_changes_nothing", "test_chunk_lengths",
     "test_short_chunk_over_a_long_context", "test_tokens_are_those_of_the_definition",
     "test_sums_do_not_depend_on_how_they_are_cut_or_on_others", "test_a_token_does_not_depend_on_its_batch",
+    "test_what_a_mask_does_not_allow_is_as_if_it_were_not_there",
 }  # fmt: skip
 """Tests that take the interpreter minutes, or ask for what the triton back end refuses: test_triton_attention.py and
 test_triton_rows.py hold it to the same in small."""

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvloom.kernels import Lists, PagedKV, PoolHow, Rows
+from kvloom.kernels import Allowed, Lists, PagedKV, PoolHow, Rows
 from kvloom.kernels.cpu.native import NativeKernels, NativeUnavailable, build
 from kvloom.kernels.cpu.native.compiler import SOURCES, find_compiler
 from kvloom.kernels.reference import ReferenceKernels
@@ -209,3 +209,19 @@ def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("CXX", _compiler(tmp_path, "echo no room left >&2; exit 1"))
     with pytest.raises(NativeUnavailable, match="no room left"):
         build()
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.98, 1.0])
+def test_a_draw_under_a_mask_is_one_from_what_is_left(kernels: NativeKernels, share: float) -> None:
+    """In every build: words of masks that are whole, empty and in between, and the last, which ends within a word."""
+    make, vocab = torch.Generator().manual_seed(1), 5003
+    logits, allowed = torch.randn(24, vocab, generator=make) * 3, torch.rand(24, vocab, generator=make) < share
+    allowed[:, 640:1280], allowed[:, 2560:3200] = True, False
+    bits = torch.nn.functional.pad(allowed, (0, -vocab % 32)).view(24, -1, 32).long() << torch.arange(32)
+    masks = Allowed(bits.sum(-1).to(torch.int32), torch.arange(24, dtype=torch.int32))
+    how = torch.rand(24, 5, generator=make, dtype=torch.float64) * torch.tensor([2.0, 0, 1, 0.1, 1])
+    how[:6, 0], how[6:12, 1] = 0.0, 40.0
+    found, wanted = torch.empty(2, 24, dtype=torch.int64)
+    kernels.sample(logits, how, found, masks)
+    kernels.sample(logits.masked_fill(~allowed, -torch.inf), how, wanted)
+    assert found.tolist() == wanted.tolist() and allowed.gather(1, found[:, None]).all()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvloom.kernels import Kernels
+from kvloom.kernels import Allowed, Kernels
 
 
 class How(NamedTuple):
@@ -19,10 +19,17 @@ class How(NamedTuple):
     number: float = 0.5
 
 
-def sample(kernels: Kernels, logits: torch.Tensor, how: list[How]) -> list[int]:
+def sample(kernels: Kernels, logits: torch.Tensor, how: list[How], allowed: Allowed | None = None) -> list[int]:
     out = torch.full((len(how),), -7, dtype=torch.int64)
-    assert kernels.sample(logits, torch.tensor(how, dtype=torch.float64), out) is out
+    assert kernels.sample(logits, torch.tensor(how, dtype=torch.float64), out, allowed) is out
     return out.tolist()
+
+
+def packed(masks: np.ndarray, rows: list[int]) -> Allowed:
+    """masks: [masks, vocab] bool. What lies behind the vocabulary in the last word is set: nobody may look at it."""
+    whole = np.pad(masks, ((0, 0), (0, -masks.shape[1] % 32)), constant_values=True)
+    bits = np.packbits(whole, axis=1, bitorder="little").view(np.int32)
+    return Allowed(torch.from_numpy(bits), torch.tensor(rows, dtype=torch.int32))
 
 
 def oracle(row: np.ndarray, how: How) -> tuple[int, float]:
@@ -91,6 +98,31 @@ def test_banned_tokens_are_never_drawn(kernels: Kernels) -> None:
     assert sample(kernels, logits, [How(number=float(np.nextafter(1.0, 0.0)))]) == [2994]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), vocab=st.integers(1, 700), hows=st.lists(HOWS, min_size=1, max_size=5),
+    share=st.sampled_from([0.0, 0.02, 0.5, 0.99]), data=st.data(),
+)  # fmt: skip
+def test_what_a_mask_does_not_allow_is_as_if_it_were_not_there(
+    kernels: Kernels, seed: int, vocab: int, hows: list[How], share: float, data: st.DataObject
+) -> None:
+    make = torch.Generator().manual_seed(seed)
+    logits, masks = torch.randn(len(hows), vocab, generator=make) * 3, (torch.rand(2, vocab, generator=make) < share).numpy()
+    masks[0, data.draw(st.integers(0, vocab - 1))] = True
+    rows = data.draw(st.lists(st.integers(-1, 1), min_size=len(hows), max_size=len(hows)))
+    banned = torch.stack(
+        [row if of < 0 else row.where(torch.from_numpy(masks[of]), -torch.inf) for row, of in zip(logits, rows)]
+    )
+    assert sample(kernels, logits, hows, packed(masks, rows)) == sample(kernels, banned, hows)
+
+
+def test_logits_that_are_not_allowed_are_not_looked_at(kernels: Kernels) -> None:
+    logits, masks = torch.zeros(4, 100), np.zeros((3, 100), np.bool_)
+    logits[:, 3], logits[:, 50], logits[:, 99] = torch.nan, torch.inf, 5.0
+    masks[0, 40:50] = masks[0, 99] = masks[2, 3] = True
+    assert sample(kernels, logits, [How(temperature=0.0)] * 4, packed(masks, [0, 1, 2, -1])) == [99, -1, -1, -1]
+
+
 def test_a_token_does_not_depend_on_its_batch(kernels: Kernels) -> None:
     logits = torch.randn(9, 40_000, generator=torch.Generator().manual_seed(1))
     hows = [How(temperature=0.5 + i / 4, top_k=(0, 50)[i % 2], top_p=(1.0, 0.9)[i % 3 == 0], number=i / 9) for i in range(9)]
@@ -104,3 +136,7 @@ def test_what_does_not_belong_together_is_refused(kernels: Kernels) -> None:
         kernels.sample(torch.zeros(3, 8), how, out)
     with pytest.raises(TypeError, match="fp64"):
         kernels.sample(torch.zeros(2, 8), how.float(), out)
+    with pytest.raises(ValueError, match=r"allowed: \[masks, 1\] and \[2\]"):
+        kernels.sample(torch.zeros(2, 8), how, out, packed(np.ones((2, 8), np.bool_), [0]))
+    with pytest.raises(TypeError, match="int32"):
+        kernels.sample(torch.zeros(2, 8), how, out, packed(np.ones((2, 8), np.bool_), [0, 1])._replace(rows=out))

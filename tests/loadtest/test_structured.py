@@ -50,5 +50,5 @@ def test_answers_are_validated_and_steps_timed(make_llm: Callable[..., LLM], whe
     assert told == "2 valid"
     ((_, told),) = answers(llm, taken, 1.0, 1, 0)
     assert told == "2 cut"
-    assert [name.split(",")[0] for name, _ in masks(llm, 2, 3, 1)][3] == "share of a step"
+    assert [name.split(",")[0] for name, _ in masks(llm, 2, 3, 1)][4] == "share of a step without"
     assert len(json.dumps(large(5000, 1))) > 5000

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, same_dtype, strides
-from kvloom.kernels.interface import COMPARES, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.interface import COMPARES, Allowed, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding, check_pool, check_renewal, check_sample
 
@@ -213,11 +213,12 @@ class NativeKernels:
 
     # Sampling ---------------------------------------------------------------------------------------------------
 
-    def sample(self, logits: Tensor, how: Tensor, out: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, how: Tensor, out: Tensor, allowed: Allowed | None = None) -> Tensor:
         """See the contract."""
-        check_sample(logits, how, out)
+        check_sample(logits, how, out, allowed)
+        masks = (0, 0, 0) if allowed is None else (allowed.bits.data_ptr(), allowed.bits.stride(0), allowed.rows.data_ptr())
         self.library.sample(
-            _fp32(logits), logits.stride(0), how.data_ptr(), out.data_ptr(), *logits.shape, self.threads
+            _fp32(logits), logits.stride(0), how.data_ptr(), out.data_ptr(), *masks, *logits.shape, self.threads
         )  # fmt: skip
         return out
 

@@ -91,7 +91,7 @@ POOL = _layout(
     "logits:P logits_row:q logits_head:q first:P last:P active:P out:P out_row:q out_group:q rows:q "
     "q_heads:i groups:i window:i maximum:i threads:i"
 )
-SAMPLE = _layout("logits:P logits_row:q how:P out:P rows:q vocab:q threads:i")
+SAMPLE = _layout("logits:P logits_row:q how:P out:P bits:P bits_row:q mask:P rows:q vocab:q threads:i")
 LINEAR = _layout(
     "x:P x_row:q out:P out_row:q residual:P residual_row:q bias:P packed:P rows:q inputs:q outputs:q "
     "format:i dtype:i out_dtype:i bias_dtype:i residual_dtype:i threads:i "

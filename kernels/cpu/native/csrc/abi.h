@@ -149,6 +149,9 @@ struct SampleArgs {
   int64_t logits_row;
   const double* how;  // [rows, 5]: see interface.Kernels.sample
   int64_t* out;
+  const uint32_t* bits;  // interface.Allowed, or null
+  int64_t bits_row;
+  const int32_t* mask;
   int64_t rows, vocab;
   int32_t threads;
 };

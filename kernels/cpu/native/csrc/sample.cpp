@@ -1,7 +1,8 @@
 // From a row of logits to a token: the inverse of the distribution function over the kept tokens, likeliest first, ties by id.
 //
 // No row is sorted as a whole: a histogram over values says in which narrow range a place of the order lies, and only that
-// range is sorted. A row is the work of one thread.
+// range is sorted. A row is the work of one thread. Of a row with a mask, the tokens that it allows are put side by side, and
+// one of those is drawn: what is not allowed is never looked at, so that a mask makes a draw cheaper.
 
 #include <algorithm>
 #include <cfloat>
@@ -19,7 +20,7 @@ constexpr int64_t kBuckets = 2048;
 constexpr int64_t kScan = 64;  // elements looked at together
 constexpr float kPerUnit = 32.0f;  // of logit over temperature: the last bucket begins where weights are below e^-64 of the highest
 
-thread_local Arena sample_arena;
+thread_local Arena sample_arena, allowed_arena;
 
 struct Place {  // in a row's sorted order
   int64_t bucket;
@@ -146,11 +147,64 @@ int64_t sample_row(const float* x, int64_t n, const double* how) {
   return row.at(number * kept.mass, kept);
 }
 
+class AllowedTokens {
+ public:
+  AllowedTokens(const float* x, int64_t n, const uint32_t* bits) {
+    for (Cut cut(nullptr);; cut = Cut(allowed_arena.reserve(cut.used()))) {
+      values_ = cut.take<float>(n + kLanes);
+      ids_ = cut.take<int32_t>(n + kLanes);
+      if (values_ != nullptr) break;
+    }
+    for (int64_t begin = 0; begin < n; begin += kWord) {
+      const uint32_t word = bits[begin / kWord];
+      if (n - begin < kWord) take(x, begin, word & ((1u << (n - begin)) - 1));
+      else if (word != 0) take_whole(x, begin, word);
+    }
+  }
+
+  int64_t draw(const double* how) const {
+    const int64_t at = count_ ? sample_row(values_, count_, how) : -1;
+    return at < 0 ? at : ids_[at];
+  }
+
+ private:
+  static constexpr int64_t kWord = 32;
+
+  void take(const float* x, int64_t begin, uint32_t word) {
+    for (; word != 0; word &= word - 1) {
+      const int64_t id = begin + __builtin_ctz(word);
+      values_[count_] = x[id], ids_[count_++] = int32_t(id);
+    }
+  }
+
+  void take_whole(const float* x, int64_t begin, uint32_t word) {  // a word all of whose tokens there are
+#ifdef KVLOOM_AVX512
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t id = begin; id < begin + kWord; id += kLanes, word >>= kLanes) {
+      const __mmask16 these = __mmask16(word);
+      _mm512_storeu_ps(values_ + count_, _mm512_maskz_compress_ps(these, load(x + id)));
+      _mm512_storeu_si512(ids_ + count_, _mm512_maskz_compress_epi32(these, _mm512_add_epi32(lanes, _mm512_set1_epi32(int32_t(id)))));
+      count_ += __builtin_popcount(these);
+    }
+#else
+    take(x, begin, word);
+#endif
+  }
+
+  float* values_;
+  int32_t* ids_;
+  int64_t count_ = 0;
+};
+
 }  // namespace
 }  // namespace kvloom
 
 KVLOOM_API void kvloom_sample(const kvloom::SampleArgs* a) {
   kvloom::parallel(kvloom::threads_for(a->rows * a->vocab, a->threads), a->rows, [&](int64_t row) {
-    a->out[row] = kvloom::sample_row(a->logits + row * a->logits_row, a->vocab, a->how + 5 * row);
+    const float* x = a->logits + row * a->logits_row;
+    const double* how = a->how + 5 * row;
+    const int64_t mask = a->mask == nullptr ? -1 : a->mask[row];
+    a->out[row] = mask < 0 ? kvloom::sample_row(x, a->vocab, how)
+                           : kvloom::AllowedTokens(x, a->vocab, a->bits + mask * a->bits_row).draw(how);
   });
 }

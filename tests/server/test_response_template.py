@@ -1,0 +1,320 @@
+"""Answers read by a checkpoint's own response template: what transformers reads in them, whatever the pieces they come in."""
+
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvloom.engine.errors import ModelError
+from kvloom.engine.text import Tokenizer
+from kvloom.server.answers.choose import formats_of
+from kvloom.server.answers.events import CallArguments, CallStart, Content, Reasoning
+from kvloom.server.answers.formats import CALL_FORMATS
+from kvloom.server.answers.reader import Expected
+from kvloom.server.answers.template import reader as reading
+from kvloom.server.answers.template.reader import TemplateReader
+from kvloom.server.answers.template.spec import load
+
+FUNCTION = {"type": "function", "function": "{content}"}
+NAMED = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+TAGS = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {"open_pattern": r"\s*<tool_call>", "close": "</tool_call>", "repeats": True, "content": "json",
+                       "transform": FUNCTION},
+        "content": {"close": "<|im_end|>"},
+    },
+}  # fmt: skip
+CHANNELS = {
+    "version": 1,
+    "start_anchor": "<|start|>assistant",
+    "fields": {
+        "thinking": {"open": "<|channel|>analysis<|message|>", "close": "<|end|>"},
+        "content": {"open": "<|channel|>final<|message|>", "close": ["<|end|>", "<|return|>"]},
+        "tool_calls": {"open_pattern": r"<\|channel\|>commentary to=functions\.(?P<name>\w+).*?<\|message\|>", "repeats": True,
+                       "close": "<|call|>", "content": "json", "transform": NAMED},
+    },
+}  # fmt: skip
+LISTED = {
+    "start_anchor_pattern": r"<BOT>\s*",
+    "fields": {
+        "reasoning": {"open_pattern": r"(?:^|<think>\s*)", "close": "</think>"},
+        "tool_calls": {"open": "<A>", "close": "</A>", "content": "json", "transform_each": True,
+                       "transform": {"function": {"name": "{tool}", "arguments": "{parameters}"}}},
+        "content": {"open": "<R>", "close_pattern": r"\n?</R>"},
+        "citations": {"open": "<C>", "close": "</C>"},
+    },
+}  # fmt: skip
+FRAMED = {
+    "start_anchor": "<|m|>",
+    "fields": {
+        "thinking": {"open_pattern": r"(?:<\|m\|>)?[^<]*<\|think\|>", "close": "<|e|>", "repeats": True, "join": " + ",
+                     "content_args": {"strip": False}},
+        "content": {"open_pattern": r"(?:<\|m\|>)?[^<]*<\|text\|>", "close": "<|e|>", "repeats": True, "join": "",
+                    "content_args": {"strip": False}},
+        "tool_calls": {"open": "<|call|>", "close_pattern": r"<\|(?P<name>\w+)\|>", "content": "kv-lines", "transform": NAMED,
+                       "content_args": {"value_parser": {"name": "json", "args": {"allow_non_json": True}}}},
+    },
+}  # fmt: skip
+PYTHON = {
+    "start_anchor": "<B>",
+    "fields": {
+        "tool_calls": {"open": "<P>", "content": "python-call-list", "transform_each": True,
+                       "transform": {"function": {"name": "{name}", "arguments": "{arguments}"}}},
+        "content": {},
+    },
+}  # fmt: skip
+
+
+def shipped(model):
+    """The template that transformers itself takes for a family of models."""
+    from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS as templates
+
+    return next(template for names, template in templates.items() if model in names)
+
+
+def read(template, text, prompt="", cuts=None, schemas=None, **more):
+    """(content, thoughts, [(name, arguments)]) of a text that comes in pieces of random lengths, or whole."""
+    expected = Expected(calls=CALL_FORMATS["hermes"], prompt_end=prompt, schemas=schemas or {}, **more)
+    reader, events, draw = TemplateReader(expected, load(template, [])), [], random.Random(cuts)
+    while text:
+        count = len(text) if cuts is None else draw.randint(1, 7)
+        events += reader.push(text[:count])
+        text = text[count:]
+    events += reader.push("", ended=True)
+    calls = {}
+    for event in events:
+        if isinstance(event, CallStart):
+            calls[event.call] = (event.name, [])
+        elif isinstance(event, CallArguments):
+            calls[event.call][1].append(event.text)
+    told = ["".join(event.text for event in events if isinstance(event, kind)) for kind in (Content, Reasoning)]
+    return *told, [(name, json.loads("".join(pieces))) for name, pieces in calls.values()]
+
+
+CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
+CASES = [
+    (TAGS, "<think>\nhm\n</think>\n\nLet me look.\n" + CALL % ("look", '{"city": "Bonn"}')),
+    (TAGS, CALL % ("a", "{}") + "\n" + CALL % ("b", '{"x": [1, null]}')),
+    (TAGS, "no marks < at all <thin"),
+    (TAGS, "<think>cut"),
+    (CHANNELS, '<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.look <|constrain|>'
+               'json<|message|>{"city": "Bonn"}<|call|>'),
+    (CHANNELS, "<|channel|>final<|message|>Rain.<|return|>"),
+    (LISTED, "hm</think>\n<R>\nRain.\n</R><C>[1]</C>"
+             '<A>[{"tool": "a", "parameters": {"x": 1}}, {"tool": "b", "parameters": {}}]</A>'),
+    (FRAMED, "<|think|> a<|e|><|m|>who<|think|>b <|e|><|m|><|text|> Rain <|e|><|text|>!<|e|>"
+             "<|call|>city: Bonn\ndays: 3<|look|>"),
+    (PYTHON, "Rain.<P>[look(city='Bonn', days=3, deep={'a': [True, None]}), list_all()]"),
+    ("qwen3", "<think>\nhm\n</think>\n\nOk.\n\n" + CALL % ("look", '{"city": "Bonn"}') + "<|im_end|>"),
+    ("qwen3_5", "<think>\nhm\n</think>\n\n<tool_call>\n<function=look>\n<parameter=city>\nBonn\n"
+                "</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=list_all>\n</function>\n</tool_call><|im_end|>"),
+    ("gemma4", "<|channel>thought\nhm<channel|>"
+               '<|tool_call>call:look{city:<|"|>Bonn, "x": y<|"|>,days:3}<tool_call|>Rain.<turn|>'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "template, text", CASES, ids=lambda value: value if isinstance(value, str) and len(value) < 9 else None
+)
+def test_what_is_read_is_what_transformers_reads(template, text):
+    from transformers.utils.chat_parsing import parse_response
+
+    template = shipped(template) if isinstance(template, str) else template
+    wanted = parse_response(text, template, prefix="")
+    thoughts = next((wanted[name] for name in ("thinking", "reasoning", "reasoning_content") if name in wanted), "")
+    calls = [(call["function"]["name"], call["function"]["arguments"]) for call in wanted.get("tool_calls") or ()
+             ] if isinstance(wanted.get("tool_calls"), list) else [tuple(wanted["tool_calls"]["function"].values())
+             ] if "tool_calls" in wanted else []  # fmt: skip
+    for cuts in (None, 1, 2, 3):
+        assert read(template, text, cuts=cuts) == (wanted.get("content", ""), thoughts, calls)
+
+
+PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool", "\n", " ", "a", '{"name": "f", "arguments": {}}',
+          "<|channel|>", "final", "analysis", "commentary to=functions.f", "<|message|>", "<|end|>", "<|call|>", "<|m|>",
+          "<|e|>", "<|text|>", "<|think|>", "<R>", "</R>", "<A>", "</A>", "[]", "<P>", "[f(a=1)]", "<|im_end|>",
+          "x: 1\n"]  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from([TAGS, CHANNELS, LISTED, FRAMED, PYTHON]),
+    st.lists(st.sampled_from(PIECES), max_size=14),
+    st.integers(0, 99),
+)
+def test_what_is_read_does_not_depend_on_the_pieces(template, pieces, seed):
+    text = "".join(pieces)
+    assert read(template, text, cuts=seed) == read(template, text)
+
+
+def test_what_the_prompt_has_opened_goes_on():
+    assert read(TAGS, "hm</think>Rain.", "x<think>y<|im_start|>assistant\n<think>\n", cuts=1) == ("Rain.", "hm", [])
+    assert read(TAGS, "Rain.", "<|im_start|>assistant\n<think>\n\n</think>\n\n") == ("Rain.", "", [])
+    assert read(TAGS, "Rain.", "a prompt of <think> without the mark") == ("Rain.", "", [])
+    assert read(FRAMED, "<|text|>Rain.", "<|m|>") == ("Rain.", "", [])
+
+
+@pytest.mark.parametrize("body", ["{", '{"arguments": {}}', '{"name": "", "arguments": {}}',
+                                  '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": {"a": NaN}}',
+                                  "[" * 100_000, '{"name": "' + "f" * 257 + '"}'])  # fmt: skip
+def test_what_is_no_call_stays_in_the_content(body):
+    assert read(TAGS, f"Ok <tool_call>{body}</tool_call> no") == (f"Ok <tool_call>{body}</tool_call> no", "", [])
+
+
+def test_what_nobody_asked_to_be_told_apart_is_content():
+    text = '<think>hm</think>Ok <tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    expected = Expected(prompt_end="", apart=False)
+    reader = TemplateReader(expected, load(TAGS, []))
+    assert reader.push(text, ended=True) == [Content(text)] and reader.counted_reasoning is None
+    assert read(TAGS, text, apart=False)[:2] == ("<think>hm</think>Ok", "")
+    assert read(TAGS, text, tell_reasoning=False)[:2] == ("Ok", "")
+
+
+def test_arguments_are_what_the_schema_says():
+    schemas = {"look": {"properties": {"days": {"type": "integer"}, "city": {"type": "string"}, "deep": {"type": "object"}}}}
+    text = ("<tool_call><function=look><parameter=days>3</parameter><parameter=city>7</parameter>"
+            '<parameter=deep>{"a": 1}</parameter><parameter=more>5</parameter></function></tool_call>')  # fmt: skip
+    wanted = {"days": 3, "city": "7", "deep": {"a": 1}, "more": "5"}
+    assert read(shipped("qwen3_5"), text, schemas=schemas)[2] == [("look", wanted)]
+
+
+def test_one_call_is_enough_where_no_more_are_wanted():
+    reader = TemplateReader(Expected(calls=CALL_FORMATS["hermes"], most_calls=1), load(TAGS, []))
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    reader.push(call)
+    assert reader.complete and reader.finish_reason("stop") == "tool_calls" and reader.finish_reason("length") == "length"
+    assert not [event for event in reader.push(call, ended=True) if isinstance(event, CallStart)]
+
+
+def with_content(**field):
+    return {"start_anchor": "x", "fields": {"content": {}, "tool_calls": {"content": "json", **field}}}
+
+
+@pytest.mark.parametrize("template, text", [
+    (with_content(open_pattern=r"((?:a|aa)+)\1!"), "a" * 60 + "b"),
+    (with_content(open_pattern=r"(?:a|aa)+!"), "a" * 200 + "b"),
+    (with_content(open="[[", close="]]", content="xml-inline", content_args={"tag_pattern": r"(?P<key>(?:a|aa)+)!"}),
+     "[[" + "a" * 60 + "]]"),
+    (with_content(open_pattern="(?=b)", close_pattern="(?=b)"), "aab"),
+    (with_content(open="[[", close_pattern="(?:a|aa)+!"), "[[" + "a" * 60),
+])  # fmt: skip
+def test_an_expression_that_explodes_leaves_content(template, text):
+    assert read(template, text + " and more", cuts=1)[0] == text + " and more"
+
+
+def test_a_mark_that_never_ends_and_a_call_that_never_ends_are_text(monkeypatch):
+    monkeypatch.setattr(reading, "MOST_HELD", 50)
+    monkeypatch.setattr(reading, "MOST_BODY", 400)
+    text = "<|channel|>commentary to=functions.f" + "x" * 300
+    template = {**CHANNELS, "fields": {**CHANNELS["fields"], "content": {}}}
+    assert read(template, text, cuts=1)[0] == text
+    assert read(TAGS, "<tool_call>" + "x" * 500 + "</tool_call> y", cuts=1)[0] == "<tool_call>" + "x" * 500 + "</tool_call> y"
+
+
+def field(**given):
+    return {"start_anchor": "a", "fields": {"content": given}}
+
+
+@pytest.mark.parametrize("template, problem", [
+    ("text", "it is 'text'; an object is needed"),
+    ({"version": 2}, "version is 2; allowed: 1"),
+    ({"more": 1}, "more unknown; allowed: defaults"),
+    ({"start_anchor": "a", "fields": {}}, "fields is {}; allowed: an object of 1 to 16 fields"),
+    ({"fields": {"content": {}}}, "start_anchor or start_anchor_pattern is needed"),
+    ({"start_anchor": "a", "fields": {"content": {}, "thinking": {}}}, "content and thinking have neither open nor"),
+    (field(shut="x"), "field content: shut unknown"),
+    (field(open="a", open_pattern="b"), "open and open_pattern are both given"),
+    (field(open=""), "open is ''; allowed: a string of 1 to 2000 characters"),
+    (field(close=["a", 3]), "close is"),
+    (field(close_pattern="("), "close_pattern is no regular expression"),
+    (field(close_pattern="x" * 3000), "allowed: a string of 1 to 2000"),
+    (field(content="yaml"), "content is 'yaml'; allowed: text, int"),
+    (field(content_args=[]), "content_args is []; an object is needed"),
+    (field(content="xml-inline"), "tag_pattern is None"),
+    (field(content="xml-inline", content_args={"tag_pattern": "(?P<name>x)"}), "no group named `key`"),
+    (field(content="json", content_args={"string_delims": [["'"]]}), "string_delims is"),
+    (field(content="kv-lines", content_args={"kv_sep": ""}), "line_sep and kv_sep are"),
+    (field(content="kv-lines", content_args={"value_parser": 3}), "value_parser is 3"),
+    (field(repeats=1), "repeats is 1; allowed: true or false"),
+    (field(join=1), "join is 1"),
+    (field(transform_each=True), "transform_each without transform"),
+    (field(transform={"a": "b {c}"}), "a name in braces must be a string of its own"),
+])  # fmt: skip
+def test_a_template_that_says_nothing_is_refused_at_start(template, problem):
+    with pytest.raises(ModelError) as refused:
+        load(template, [])
+    assert (
+        problem in str(refused.value)
+        and "response_template" in str(refused.value)
+        and "--tool-call-parser" in str(refused.value)
+    )
+
+
+LOOK = {
+    "type": "function",
+    "function": {"name": "look", "parameters": {"type": "object", "properties": {"days": {"type": "integer"}}}},
+}
+ANSWER = '<|channel|>analysis<|message|>hm, rain<|end|><|channel|>commentary to=functions.look <|message|>{"days": 3}<|call|>'
+MARKS = ("<|channel|>", "<|message|>", "<|call|>", "<|other|>")
+
+
+@pytest.fixture
+def says(serving, fake):
+    """Starts a server of a checkpoint with a response template whose model says a text."""
+
+    def start(text, template=CHANNELS, **options):
+        engine = fake.FakeEngine()
+        engine.says = text
+        engine.tokenizer = fake.make_tokenizer(special=(*fake.SPECIAL, *MARKS))
+        engine.tokenizer.response_template = template
+        return serving(engine, **options)
+
+    return start
+
+
+def ask(served, **fields):
+    return served.openai().chat.completions.create(
+        model="echo-model", messages=[{"role": "user", "content": "weather?"}], **fields
+    )
+
+
+def test_over_http(says):
+    served = says(ANSWER)
+    choice, usage = (answer := ask(served, tools=[LOOK])).choices[0], answer.usage
+    assert (
+        choice.message.reasoning_content == "hm, rain" and not choice.message.content and choice.finish_reason == "tool_calls"
+    )
+    assert [(call.function.name, call.function.arguments) for call in choice.message.tool_calls] == [("look", '{"days": 3}')]
+    assert 0 < usage.completion_tokens_details.reasoning_tokens < usage.completion_tokens
+    shown = served.engine.calls[-1]["sampling"].shown_special_tokens
+    assert {served.engine.tokenizer.special_text(token) for token in shown} == {"<|channel|>", "<|message|>", "<|call|>"}
+    deltas = [chunk.choices[0].delta for chunk in ask(served, tools=[LOOK], stream=True) if chunk.choices]
+    assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "hm, rain"
+    assert "".join(call.function.arguments or "" for delta in deltas for call in delta.tool_calls or ()) == '{"days": 3}'
+    assert ask(says("<|channel|>final<|message|>Rain.")).choices[0].message.content == "Rain.", "without tools, too"
+
+
+def test_grammars_and_the_operator_go_first(says):
+    call = '<tool_call>{"name": "look", "arguments": {"days": 3}}</tool_call>'
+    named = {"type": "function", "function": {"name": "look"}}
+    for served, fields in ((says(call), {"tool_choice": named}), (says(call, tool_call_parser="hermes"), {})):
+        assert ask(served, tools=[LOOK], **fields).choices[0].message.tool_calls[0].function.arguments == '{"days": 3}'
+    assert ask(says(ANSWER, reasoning_parser="none")).choices[0].message.content.startswith("analysishm, rain")
+
+
+def test_a_folder_gives_its_template(fake, tmp_path):
+    fake.make_tokenizer().backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "response_template": TAGS}))
+    assert formats_of(Tokenizer.from_folder(tmp_path)).template.reasons
+
+
+def test_a_bad_template_keeps_a_server_from_starting(fake):
+    tokenizer = fake.make_tokenizer()
+    tokenizer.response_template = {"version": 3}
+    with pytest.raises(ModelError, match="version is 3"):
+        formats_of(tokenizer)
+    assert formats_of(tokenizer, "hermes").template is None
