@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from kvloom.kernels.cpu.native import NativeKernels, variants
+from kvloom.kernels.cpu.native.build import build
 from kvloom.kernels.cpu.native.compiler import COMMON_FLAGS, compile_library, find_compiler, zig
 from kvloom.kernels.cpu.native.library import Library
 from kvloom.kernels.cpu.native.linear import QuantLinear, pack
-from kvloom.kernels.cpu.native.paths import NEVER
+from kvloom.kernels.cpu.native.paths import NEVER, PAIRS
 from kvloom.kernels.cpu.native.variants import BF16_DOT, TILE_FLAGS, VARIANTS, processor_flags
 from kvloom.kernels.quantized import KINDS
 from tests.conftest import native_kernels
@@ -48,6 +49,13 @@ def kernels(native: NativeKernels, tmp_path_factory: pytest.TempPathFactory) -> 
         pytest.skip("no C++ compiler")
     compile_library(compiler, [*QUICK, "-march=native", "-DKVLOOM_AMX_MODEL", BF16_DOT, "-w"], target)
     return NativeKernels(Library(target, AMX.paths), threads=2)
+
+
+def test_a_library_compiled_without_tiles_takes_none(kernels: NativeKernels) -> None:
+    """A compiler that is older than the processor leaves them out, whatever the processor's flags promise."""
+    assert kernels.library.paths.tiles == AMX.paths.tiles
+    without = Library(build(generic=True).path, AMX.paths).paths
+    assert (without.tiles, without.attention) == (NEVER, PAIRS)
 
 
 @pytest.mark.parametrize("kind", ALL)

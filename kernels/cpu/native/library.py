@@ -149,7 +149,6 @@ class Library:
 
     def __init__(self, path: Path, paths: Paths = GENERIC) -> None:
         """paths: those that calls are to take."""
-        self.paths = paths
         try:
             if path.parent != PREBUILT and (problem := foreign(path)) is not None:  # that is beside this very file
                 raise NativeUnavailable(f"{path} is not loaded: {problem}")
@@ -157,6 +156,7 @@ class Library:
         except OSError as error:
             raise NativeUnavailable(f"{path} does not load: {error}") from error
         self._check_layouts(path)
+        self.paths = paths.within(self._function("tiles", result=ctypes.c_int32)())
         self._captures = threading.local()
         for name, layout in _FUNCTIONS.items():
             setattr(self, name, Function(self, self._function(name, ctypes.c_void_p), layout))

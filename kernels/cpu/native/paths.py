@@ -43,6 +43,11 @@ class Paths:
             return TILES
         return ONE_PANEL if rows <= self.one_panel else STORED if rows <= self.most_stored(kind) else UNPACKED
 
+    def within(self, tiles: int) -> Paths:
+        """What is left of it in a library that was compiled with AMX tiles in linear layers (bit 0) and attention (bit 1)."""
+        attention = PAIRS if self.attention == TILED and not tiles & 2 else self.attention
+        return replace(self, tiles=self.tiles if tiles & 1 else NEVER, attention=attention)
+
     def only(self, loop: str) -> Paths:
         """With one loop for any number of rows."""
         bounds = {ONE_PANEL: (NEVER, NEVER, NEVER), STORED: (0, NEVER, NEVER), UNPACKED: (0, 0, NEVER), TILES: (0, 0, 1)}
