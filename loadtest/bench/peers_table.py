@@ -195,7 +195,7 @@ def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path, about: Mapping[
     """One panel per metric, a group of bars per case, medians over rounds, as multiples of kvloom's figure."""
     names = list(dict.fromkeys(run.server for run in runs))
     panels = (("time to first token", "ttft"), ("time per output token", "tpot"), ("wall time", "wall"))
-    with picture(path, 1, len(panels), (13, 4)) as (_, axes):
+    with picture(path, 1, len(panels), (13, 4)) as (figure, axes):
         for axis, (title, metric) in zip(axes[0], panels):
             own = [median_of(runs, "kvloom", case.name, metric) for case in cases]
             for i, name in enumerate(names):
@@ -205,6 +205,6 @@ def plot(runs: Sequence[Run], cases: Sequence[Case], path: Path, about: Mapping[
                 axis.bar_label(bars, [f"{value:.1f}x" for value in medians], fontsize=8, padding=2)
             axis.set_xticks([x + 0.4 - 0.4 / len(names) for x in range(len(cases))])
             axis.set_xticklabels([f"{case.concurrency} x {case.inputs}" for case in cases])
-            axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens", ylim=(0, None))
+            axis.set(title=f"{title}, kvloom = 1 (lower is better)", xlabel="concurrency x prompt tokens")
             axis.margins(y=0.12)
-        axes[0, 0].legend()
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(names), frameon=False)
