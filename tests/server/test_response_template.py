@@ -1,7 +1,9 @@
 """Answers read by a checkpoint's own response template: what transformers reads in them, whatever the pieces they come in."""
 
+import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from kvloom.server.answers.choose import formats_of
 from kvloom.server.answers.events import CallArguments, CallStart, Content, Reasoning
 from kvloom.server.answers.formats import CALL_FORMATS
 from kvloom.server.answers.reader import Expected
+from kvloom.server.answers.template import patterns
 from kvloom.server.answers.template import reader as reading
 from kvloom.server.answers.template.reader import TemplateReader
 from kvloom.server.answers.template.spec import load
@@ -207,12 +210,46 @@ def test_an_expression_that_explodes_leaves_content(template, text):
 
 
 def test_a_mark_that_never_ends_and_a_call_that_never_ends_are_text(monkeypatch):
-    monkeypatch.setattr(reading, "MOST_HELD", 50)
+    monkeypatch.setattr(patterns, "MOST_HELD", 50)
     monkeypatch.setattr(reading, "MOST_BODY", 400)
     text = "<|channel|>commentary to=functions.f" + "x" * 300
     template = {**CHANNELS, "fields": {**CHANNELS["fields"], "content": {}}}
     assert read(template, text, cuts=1)[0] == text
     assert read(TAGS, "<tool_call>" + "x" * 500 + "</tool_call> y", cuts=1)[0] == "<tool_call>" + "x" * 500 + "</tool_call> y"
+
+
+def thinking(**given):
+    return {"start_anchor": "<B>", "fields": {"thinking": {"close": "</t>", **given}, "content": {}}}
+
+
+def test_searches_take_a_bounded_time_in_all(monkeypatch):
+    ticks = itertools.count()  # every look at the clock says one ms more, so that each search takes that
+    monkeypatch.setattr(patterns, "time", SimpleNamespace(thread_time=lambda: next(ticks) / 1000))
+    fields = {f"f{i}": {"open_pattern": f"<[^>]*>{i}", "close": "x"} for i in range(15)}
+    reader = TemplateReader(Expected(), load({"start_anchor": "x", "fields": {**fields, "content": {}}}, []))
+    text = "<a b> " * 700
+    events = [event for char in text for event in reader.push(char)] + reader.push("", ended=True)
+    assert "".join(event.text for event in events) == text
+    allowed = patterns.ANSWER_SECONDS + len(text) * patterns.CHARACTER_SECONDS
+    assert 20 < next(ticks) / 2 <= 1000 * allowed + 1
+
+
+def test_a_literal_that_begins_first_goes_first():
+    for literals, text in (
+        (["<a><b><c>", "<b>"], "x<a><b><c>yy</t>zz"),
+        (["<a><b><c>", "<b>"], "x<a><b>yy</t>zz"),
+        (["<b>", "<b>more"], "x<b>moyy</t><b>moreuu"),
+    ):
+        wanted = read(thinking(open=literals), text)
+        assert wanted[1] and all(read(thinking(open=literals), text, cuts=cuts) == wanted for cuts in range(8))
+
+
+@pytest.mark.parametrize("length", [400, 505, 506, 700, 4190])
+def test_what_a_mark_may_hold_does_not_depend_on_the_pieces(length):
+    template, text = thinking(open_pattern="<a>[^<]*<b>"), "<a>" + "x" * length + "<b>yy</t>zz<a><b>uu"
+    wanted = read(template, text)
+    assert (wanted[1] == "yy\nuu") == (length <= 506), "3 more characters each"
+    assert all(read(template, text, cuts=cuts) == wanted for cuts in range(4))
 
 
 def field(**given):
@@ -228,10 +265,15 @@ def field(**given):
     ({"start_anchor": "a", "fields": {"content": {}, "thinking": {}}}, "content and thinking have neither open nor"),
     (field(shut="x"), "field content: shut unknown"),
     (field(open="a", open_pattern="b"), "open and open_pattern are both given"),
-    (field(open=""), "open is ''; allowed: a string of 1 to 2000 characters"),
+    (field(open=""), "open is ''; allowed: a string of 1 to 512 characters"),
     (field(close=["a", 3]), "close is"),
     (field(close_pattern="("), "close_pattern is no regular expression"),
     (field(close_pattern="x" * 3000), "allowed: a string of 1 to 2000"),
+    (field(close_pattern="(?:(?:(?:a?){100}){100}){100}b"), "multiplied, more than 10000"),
+    (field(close_pattern="(?:" + "ab?" * 600 + "){300}"), "multiplied, more than 276"),
+    (field(close_pattern=r"<t>\K"), "close_pattern has"),
+    (field(close_pattern="(?r)<t>"), "close_pattern has"),
+    (field(close_pattern=r"\\{e<=3}"), "close_pattern has"),
     (field(content="yaml"), "content is 'yaml'; allowed: text, int"),
     (field(content_args=[]), "content_args is []; an object is needed"),
     (field(content="xml-inline"), "tag_pattern is None"),

@@ -2,8 +2,9 @@
 
 Text of the content and of thoughts is told as it comes, but for an end that may yet turn out to be a mark; a call once its
 region is over. Promises what `AnswerReader` promises: text which is no call stays in the content, nothing a model writes is an
-error, and what is told does not depend on the pieces in which a text came, unless an expression of the checkpoint's looks ahead
-to the end of the text. Where an expression takes too long, the rest of that answer is content.
+error, and with literals for marks what is told does not depend on the pieces in which a text came. An expression is asked about
+what has come: where one of its alternatives begins within another, or looks around itself, pieces may be read otherwise than
+the whole. Where expressions take too long, the rest of that answer is content.
 """
 
 from __future__ import annotations
@@ -18,13 +19,11 @@ from kvloom.server.answers import json_text
 from kvloom.server.answers.calls import MAX_NAME, typed, types_of
 from kvloom.server.answers.events import Collector, Content, Event, Reasoning, make_call_id
 from kvloom.server.answers.reader import Expected
-from kvloom.server.answers.template.patterns import Found, TooSlowError
+from kvloom.server.answers.template.patterns import Budget, Found, TooSlowError
 from kvloom.server.answers.template.spec import MOST_FIELDS, Region, ResponseTemplate, Role
 
 log = logging.getLogger("kvloom.server")
 
-MOST_HELD = 4096
-"""Characters that may wait for a mark to be complete; beyond, the first of them are text."""
 MOST_BODY = 1 << 20
 """Characters of a call's region; beyond, it is text."""
 _BEHIND = 256
@@ -49,12 +48,14 @@ class TemplateReader:
         )
         self._text, self._at = "", 0
         """What has come, and up to where it is read."""
+        self._budget = Budget()
         self._region: Region | None = template.outside
         self._groups: dict[str, str] = {}
+        self._mark = ""
+        """Of a call, what opened it."""
         self._body: list[str] = []
-        """Of a call, its marks included."""
-        self._inside = ""
-        """Of a call, without."""
+        self._size = 0
+        """Of a call, what stands inside, and how many characters that are."""
         self._blanks, self._begun = "", False
         """Blanks that are text once some follows, and whether the region has had any."""
         self._before, self._raw = "", False
@@ -82,7 +83,9 @@ class TemplateReader:
     def push(self, text: str, *, ended: bool = False) -> list[Event]:
         """The events of more text."""
         for at in range(0, len(text), _PIECE):
-            self._text += text[at : at + _PIECE]
+            piece = text[at : at + _PIECE]
+            self._text += piece
+            self._budget.grow(len(piece))
             self._advance(ended=False)
         if ended:
             self._advance(ended=True)
@@ -119,7 +122,7 @@ class TemplateReader:
     def _prompted(self, prompt_end: str) -> None:
         """Begin in the region that the prompt leaves open. What it says itself is not part of the answer."""
         try:
-            begin = self._template.start.last(prompt_end)
+            begin = self._template.start.last(prompt_end, self._budget)
         except TooSlowError:
             begin = -1
         if begin < 0:
@@ -171,13 +174,12 @@ class TemplateReader:
             mark = region.closes if region is self._region else region.opens
             if mark is None:
                 continue
-            found, waits = mark.search(self._text, self._at, ended=ended)
+            found, waits = mark.search(self._text, self._at, self._budget, ended=ended)
             certain = min(certain, waits)
             if found is not None:
                 key = (found.start, found.start - found.end, region is self._region)
                 if best is None or key < best[0]:
                     best = key, found, None if region is self._region else region
-        certain = max(certain, len(self._text) - MOST_HELD)
         if best is not None and (best[1].start < certain or ended):
             return best[1], best[2], certain
         return None, None, certain
@@ -192,7 +194,7 @@ class TemplateReader:
     def _open(self, region: Region, found: Found, mark: str) -> None:
         self._region, self._groups = region, dict(found.groups)
         if self._role == "calls":
-            self._body = [mark]
+            self._mark = mark
         elif region.role == "calls" or (region.role == "reasoning" and not self._expected.apart):
             self._add(mark)  # nobody asked for it to be told apart
 
@@ -203,8 +205,8 @@ class TemplateReader:
             return
         if role == "calls":
             self._body.append(text)
-            self._inside += text
-            if len(self._inside) > MOST_BODY:
+            self._size += len(text)
+            if self._size > MOST_BODY:
                 self._give_up()
             return
         if region is None or self._given_up or role != region.role:
@@ -233,24 +235,24 @@ class TemplateReader:
     def _close(self, mark: str) -> None:
         """The region that is open is over."""
         region, role = self._region, self._role
-        if role == "calls" and self._body and region is not None:
+        if role == "calls" and (self._mark or self._body) and region is not None:
             calls = self._calls(region)
             if calls is None:
-                self._as_text("".join(self._body) + mark)
+                self._as_text(self._mark + "".join(self._body) + mark)
             for call in calls or ():
                 self._out.start(call.name)
                 self._out.arguments(call.arguments)
                 self._out.close()
         elif region is not None and role != region.role:
             self._add(mark)
-        self._region, self._groups, self._body, self._inside = self._template.outside, {}, [], ""
+        self._region, self._groups, self._mark, self._body, self._size = self._template.outside, {}, "", [], 0
         self._before = self._blanks if region is self._template.outside else ""
         self._blanks, self._begun, self._raw = "", self._raw, False
 
     def _give_up(self) -> None:
         log.warning("the rest of an answer is not read by the response template: an expression takes too long or leads "
                     "nowhere, or a call has more than %d characters", MOST_BODY)  # fmt: skip
-        held, self._body = "".join(self._body), []
+        held, self._mark, self._body = self._mark + "".join(self._body), "", []
         self._given_up = True
         self._as_text(held)
 
@@ -259,7 +261,7 @@ class TemplateReader:
     def _calls(self, region: Region) -> list[_Call] | None:
         """What is called in a region; None if that is nothing."""
         try:
-            found = region.value(self._inside, self._groups)
+            found = region.value("".join(self._body), self._groups, self._budget)
             calls = [self._call(item) for item in (found if isinstance(found, list) else [found])]
         except (ValueError, RecursionError, TooSlowError):
             return None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from kvloom.engine.bounds import shown
 from kvloom.engine.errors import ModelError
-from kvloom.server.answers.template.patterns import LONGEST, MOST_LITERALS, Mark
+from kvloom.server.answers.template.patterns import LONGEST, MOST_HELD, MOST_LITERALS, Budget, Mark
 from kvloom.server.answers.template.values import Parser, parser_of
 
 MOST_FIELDS = 16
@@ -52,9 +52,9 @@ class Region:
         """What it is of an answer."""
         return ROLES.get(self.name, "")
 
-    def value(self, body: str, groups: Mapping[str, str]) -> Any:
+    def value(self, body: str, groups: Mapping[str, str], budget: Budget) -> Any:
         """What its text says. groups: what its marks caught. Raises ValueError if it says nothing, TooSlowError."""
-        found = self.parse(body)
+        found = self.parse(body, budget)
         if self.transform is None:
             return found
         if not self.each:
@@ -155,8 +155,9 @@ def _mark(given: Mapping[str, Any], name: str) -> Mark | None:
     if literals is not None and pattern is not None:
         raise ValueError(f"{name} and {name}_pattern are both given; leave one out")
     listed: list[Any] = [pattern] if literals is None else literals if isinstance(literals, list) else [literals]
-    if not 0 < len(listed) <= MOST_LITERALS or not all(isinstance(one, str) and 0 < len(one) <= LONGEST for one in listed):
-        raise ValueError(f"{name} is {shown(pattern if literals is None else literals)}; allowed: a string of 1 to {LONGEST} "
+    longest = LONGEST if literals is None else MOST_HELD
+    if not 0 < len(listed) <= MOST_LITERALS or not all(isinstance(one, str) and 0 < len(one) <= longest for one in listed):
+        raise ValueError(f"{name} is {shown(pattern if literals is None else literals)}; allowed: a string of 1 to {longest} "
                          f"characters, or of literals {MOST_LITERALS}")  # fmt: skip
     try:
         return Mark(listed) if literals is not None else Mark([], pattern)

@@ -1,7 +1,7 @@
 """What stands inside a region of a response template, from text to a value: the parsers that transformers names.
 
 A parser raises ValueError for what it cannot read: then the region is text. All take time in proportion to the text, but for an
-expression of the checkpoint's, which is bounded.
+expression of the checkpoint's, whose searches the answer's budget bounds.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 from kvloom.server.answers.calls import Calling, python_calls
 from kvloom.server.answers.events import CallArguments, CallStart, Collector
 from kvloom.server.answers.source import CutError, MalformedError, Source
-from kvloom.server.answers.template.patterns import LONGEST, Mark
+from kvloom.server.answers.template.patterns import LONGEST, Budget, Mark
 
-Parser = Callable[[str], Any]
+Parser = Callable[[str, Budget], Any]
 DEEPEST = 4
 """Parsers of values within values."""
 NAMES = ("text", "int", "float", "bool", "json", "xml-inline", "kv-lines", "python-call-list")
@@ -42,11 +42,11 @@ def parser_of(name: Any, args: Any, depth: int = 0) -> Parser:
         return _lines(args, depth)
     strip: Callable[[str], str] = str.strip if args.get("strip", True) else str
     simple: dict[str, Parser] = {
-        "text": strip,
-        "int": lambda text: int(strip(text)),
-        "float": lambda text: float(strip(text)),
-        "bool": lambda text: strip(text).lower() in ("true", "1"),
-        "python-call-list": _calls,
+        "text": lambda text, _: strip(text),
+        "int": lambda text, _: int(strip(text)),
+        "float": lambda text, _: float(strip(text)),
+        "bool": lambda text, _: strip(text).lower() in ("true", "1"),
+        "python-call-list": lambda text, _: _calls(text),
     }
     return simple[name]
 
@@ -57,7 +57,7 @@ def _json(args: Mapping[str, Any]) -> Parser:
     if not pairs or not all(isinstance(quote, str) and 0 < len(quote) <= LONGEST for pair in quotes for quote in pair):
         raise ValueError(f"string_delims is {quotes!r:.80}; allowed: a list of pairs of strings")
 
-    def parse(text: str) -> Any:
+    def parse(text: str, budget: Budget) -> Any:
         pieces = [text]  # every other one is a string, written as JSON
         for opens, closes in quotes:
             pieces = [piece for i, whole in enumerate(pieces)
@@ -93,16 +93,16 @@ def _no_number(word: str) -> NoReturn:
 
 def _tags(args: Mapping[str, Any], depth: int) -> Parser:
     pattern, value, merge = args.get("tag_pattern"), _inner(args, depth), args.get("merge_duplicates", False)
-    if not isinstance(pattern, str) or len(pattern) > LONGEST:
-        raise ValueError(f"tag_pattern is {pattern!r:.80}; allowed: an expression of at most {LONGEST} characters")
+    if not isinstance(pattern, str) or not 0 < len(pattern) <= LONGEST:
+        raise ValueError(f"tag_pattern is {pattern!r:.80}; allowed: an expression of 1 to {LONGEST} characters")
     tag = Mark([], pattern)
     if "key" not in tag.groups:
         raise ValueError("tag_pattern has no group named `key`")
 
-    def parse(text: str) -> dict[str, Any]:
+    def parse(text: str, budget: Budget) -> dict[str, Any]:
         found: dict[str, list[Any]] = {}
-        for groups in tag.all(text):
-            found.setdefault(groups.get("key", ""), []).append(value(groups.get("value", "")))
+        for groups in tag.all(text, budget):
+            found.setdefault(groups.get("key", ""), []).append(value(groups.get("value", ""), budget))
         return {key: values if merge and len(values) > 1 else values[-1] for key, values in found.items()}
 
     return parse
@@ -114,9 +114,9 @@ def _lines(args: Mapping[str, Any], depth: int) -> Parser:
         raise ValueError(f"line_sep and kv_sep are {between!r:.80} and {equals!r:.80}; allowed: strings that are not empty")
     strip: Callable[[str], str] = str.strip if args.get("strip", True) else str
 
-    def parse(text: str) -> dict[str, Any]:
+    def parse(text: str, budget: Budget) -> dict[str, Any]:
         pairs = [strip(line).split(equals, 1) for line in text.split(between) if equals in strip(line)]
-        return {strip(key): value(strip(given)) for key, given in pairs}
+        return {strip(key): value(strip(given), budget) for key, given in pairs}
 
     return parse
 
@@ -124,7 +124,7 @@ def _lines(args: Mapping[str, Any], depth: int) -> Parser:
 def _inner(args: Mapping[str, Any], depth: int) -> Parser:
     inner = args.get("value_parser")
     if inner is None:
-        return str
+        return lambda text, _: text
     if depth >= DEEPEST or not isinstance(inner, Mapping) or not inner.keys() <= {"name", "args"}:
         raise ValueError(f"value_parser is {inner!r:.80}; allowed: an object of name and args, {DEEPEST} deep")
     return parser_of(inner.get("name", "text"), inner.get("args", {}), depth + 1)
