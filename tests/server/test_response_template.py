@@ -159,6 +159,27 @@ def test_what_the_prompt_has_opened_goes_on():
     assert read(TAGS, "Rain.", "<|im_start|>assistant\n<think>\n\n</think>\n\n") == ("Rain.", "", [])
     assert read(TAGS, "Rain.", "a prompt of <think> without the mark") == ("Rain.", "", [])
     assert read(FRAMED, "<|text|>Rain.", "<|m|>") == ("Rain.", "", [])
+    assert read(TAGS, "nk>hm</think>Rain.", "<|im_start|>assistant\n<thi", cuts=1) == ("Rain.", "hm", [])
+    half, rest = "<|im_start|>assistant\n<tool_call>" + '{"name": "f", "arguments": {"a": "x<', '3"}}</tool_call>'
+    assert read(TAGS, rest, half, cuts=1)[2] == [("f", {"a": "x<3"})]
+
+
+@pytest.mark.parametrize("said, answer, content", [
+    ("\n", "Hello", "Hello"), ("Partial \n", "Hello", "Hello"), ("Partial", " text", " text"), ("<thi", "s> is", "s> is"),
+    ("<tool_call>x<", "y</tool_call> z", "y</tool_call> z"), ("<tool_call>x", "y", "y"), ("<think>hm", "</think>a", "a"),
+    ("Partial <tool_call>{}</tool_call>", "a", "a"), ("<think>a</think>\n\n<tool", "<tool_call>b", "<tool_call>b"),
+])  # fmt: skip
+def test_nothing_of_the_prompt_is_told(said, answer, content):
+    for cuts in (None, 1, 2):
+        assert read(TAGS, answer, "<|im_start|>assistant\n" + said, cuts=cuts) == (content, "", [])
+
+
+def test_calls_of_the_prompt_are_none_of_the_answer():
+    prompt = "<|im_start|>assistant\n" + CALL % ("a", "{}")
+    reader = TemplateReader(Expected(calls=CALL_FORMATS["hermes"], most_calls=1, prompt_end=prompt), load(TAGS, []))
+    assert not reader.complete and reader.finish_reason("stop") == "stop"
+    events = reader.push("\n" + CALL % ("b", "{}"), ended=True)
+    assert [(event.call, event.name) for event in events if isinstance(event, CallStart)] == [(0, "b")] and reader.complete
 
 
 @pytest.mark.parametrize("body", ["{", '{"arguments": {}}', '{"name": "", "arguments": {}}',

@@ -43,11 +43,10 @@ class TemplateReader:
     def __init__(self, expected: Expected, template: ResponseTemplate) -> None:
         self._expected, self._template = expected, template
         length = None if expected.calls is None else expected.calls.call_id_length
-        self._out = Collector(
-            calls=expected.calls is not None, most_calls=expected.most_calls, call_id=lambda: make_call_id(length)
-        )
-        self._text, self._at = "", 0
-        """What has come, and up to where it is read."""
+        self._make_call_id = lambda: make_call_id(length)
+        self._out = self._collector()
+        self._text, self._at, self._own = "", 0, 0
+        """What has come, up to where it is read, and from where on it is the answer's and not the prompt's."""
         self._budget = Budget()
         self._region: Region | None = template.outside
         self._groups: dict[str, str] = {}
@@ -56,6 +55,8 @@ class TemplateReader:
         self._body: list[str] = []
         self._size = 0
         """Of a call, what stands inside, and how many characters that are."""
+        self._unsaid = 0
+        """Characters of a call, its mark included, that the prompt says: they are of the call, but not of the answer's text."""
         self._blanks, self._begun = "", False
         """Blanks that are text once some follows, and whether the region has had any."""
         self._before, self._raw = "", False
@@ -128,8 +129,17 @@ class TemplateReader:
         if begin < 0:
             return
         self._text = prompt_end[begin:]
+        self._budget.grow(len(self._text))
         self._advance(ended=False)
-        self._out.take()
+        self._own = len(self._text)
+        self._out, self._blanks, self._before = self._collector(), "", ""
+        self._told.clear()
+        if self._role == "calls":
+            self._unsaid = len(self._mark) + self._size + self._own - self._at
+
+    def _collector(self) -> Collector:
+        expected = self._expected
+        return Collector(calls=expected.calls is not None, most_calls=expected.most_calls, call_id=self._make_call_id)
 
     def _advance(self, *, ended: bool) -> None:
         still = 0
@@ -140,17 +150,18 @@ class TemplateReader:
                 self._give_up()
                 break
             if found is None:
-                self._add(self._text[self._at : certain])
+                self._add(self._slice(certain))
                 self._at = max(self._at, certain)
                 break
-            self._add(self._text[self._at : found.start])
+            self._add(self._slice(found.start))
             still = still + 1 if found.end == self._at else 0
             if still > MOST_FIELDS:  # regions without any text, one after the other, for ever
                 self._give_up()
             if self._given_up:
                 self._at = found.start
                 break
-            mark, self._at = self._text[found.start : found.end], found.end
+            self._at = found.start
+            mark, self._at = self._slice(found.end), found.end
             if region is not None:
                 self._close("")
                 self._open(region, found, mark)
@@ -161,10 +172,14 @@ class TemplateReader:
                 if not moved:
                     break
         if self._given_up:
-            self._add(self._text[self._at :])
+            self._add(self._slice(len(self._text)))
             self._at = len(self._text)
-        if self._at > 2 * _BEHIND:
-            self._text, self._at = self._text[self._at - _BEHIND :], _BEHIND
+        if (read := self._at - _BEHIND) > _BEHIND:
+            self._text, self._at, self._own = self._text[read:], _BEHIND, max(0, self._own - read)
+
+    def _slice(self, end: int) -> str:
+        """What is read up to there, without what the prompt says of text."""
+        return self._text[self._at if self._role == "calls" else max(self._at, self._own) : end]
 
     def _next(self, ended: bool) -> tuple[Found | None, Region | None, int]:
         """The next mark, the region that it opens, if it opens one; without a mark, up to where the text is certain."""
@@ -238,7 +253,7 @@ class TemplateReader:
         if role == "calls" and (self._mark or self._body) and region is not None:
             calls = self._calls(region)
             if calls is None:
-                self._as_text(self._mark + "".join(self._body) + mark)
+                self._as_text((self._mark + "".join(self._body) + mark)[self._unsaid :])
             for call in calls or ():
                 self._out.start(call.name)
                 self._out.arguments(call.arguments)
@@ -246,6 +261,7 @@ class TemplateReader:
         elif region is not None and role != region.role:
             self._add(mark)
         self._region, self._groups, self._mark, self._body, self._size = self._template.outside, {}, "", [], 0
+        self._unsaid = 0
         self._before = self._blanks if region is self._template.outside else ""
         self._blanks, self._begun, self._raw = "", self._raw, False
 
