@@ -184,7 +184,9 @@ def test_calls_of_the_prompt_are_none_of_the_answer():
 
 @pytest.mark.parametrize("body", ["{", '{"arguments": {}}', '{"name": "", "arguments": {}}',
                                   '{"name": "f", "arguments": [1]}', '{"name": "f", "arguments": {"a": NaN}}',
-                                  "[" * 100_000, '{"name": "' + "f" * 257 + '"}'])  # fmt: skip
+                                  "[" * 100_000,
+                                  '{"name": "f", "arguments": {"a": ' + "[" * 128 + "]" * 128 + "}}",
+                                  '{"name": "' + "f" * 257 + '"}'])  # fmt: skip
 def test_what_is_no_call_stays_in_the_content(body):
     assert read(TAGS, f"Ok <tool_call>{body}</tool_call> no") == (f"Ok <tool_call>{body}</tool_call> no", "", [])
 
@@ -204,6 +206,30 @@ def test_arguments_are_what_the_schema_says():
             '<parameter=deep>{"a": 1}</parameter><parameter=more>5</parameter></function></tool_call>')  # fmt: skip
     wanted = {"days": 3, "city": "7", "deep": {"a": 1}, "more": "5"}
     assert read(shipped("qwen3_5"), text, schemas=schemas)[2] == [("look", wanted)]
+
+
+def test_a_call_is_mended_and_as_deep_as_calls_may_be():
+    deep = json.loads("[" * 127 + "]" * 127)
+    body = '{"name": "f\\ud83d\\ude00\\ud800", "arguments": {"a\\ud800": ' + json.dumps(deep) + "}}"
+    assert read(TAGS, f"<tool_call>{body}</tool_call>")[2] == [("f\U0001f600\ufffd", {"a\ufffd": deep})]
+
+
+@pytest.mark.parametrize("close", ["(?:<e>)?", "(?=<e>)", r"\b", "$", "x*"])
+def test_what_matches_nothing_ends_no_outside(close):
+    template = thinking(open="<t>")
+    template["fields"]["content"] = {"close_pattern": close}
+    for cuts in (None, 1, 2):
+        assert read(template, "hello <t>h</t> <e> world", cuts=cuts)[0].replace("\n", " ").split()[0] == "hello"
+        assert "world" in read(template, "hello <t>h</t> <e> world", cuts=cuts)[0]
+
+
+def test_giving_up_loses_no_blanks():
+    explodes = "(a|aa)+$!"
+    text = "hello \n" + "a" * 60 + " and more"
+    assert read(thinking(open_pattern=f"<t>|{explodes}"), text, cuts=1)[0] == text
+    template = thinking(open="<t>")
+    template["fields"]["thinking"] = {"open": "<t>", "close_pattern": f"</t>|{explodes}"}
+    assert read(template, "<t>let me see \n" + "a" * 60 + " rest", cuts=1)[:2] == (" \n" + "a" * 60 + " rest", "let me see")
 
 
 def test_one_call_is_enough_where_no_more_are_wanted():

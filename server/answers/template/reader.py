@@ -166,11 +166,8 @@ class TemplateReader:
                 self._close("")
                 self._open(region, found, mark)
             else:
-                moved = found.end > found.start or self._region is not self._template.outside or self._begun
                 self._groups |= found.groups
                 self._close(mark)
-                if not moved:
-                    break
         if self._given_up:
             self._add(self._slice(len(self._text)))
             self._at = len(self._text)
@@ -189,7 +186,8 @@ class TemplateReader:
             mark = region.closes if region is self._region else region.opens
             if mark is None:
                 continue
-            found, waits = mark.search(self._text, self._at, self._budget, ended=ended)
+            empty = region is not self._template.outside or region is not self._region  # or it would end before it begins
+            found, waits = mark.search(self._text, self._at, self._budget, ended=ended, empty=empty)
             certain = min(certain, waits)
             if found is not None:
                 key = (found.start, found.start - found.end, region is self._region)
@@ -270,6 +268,7 @@ class TemplateReader:
                     "nowhere, or a call has more than %d characters", MOST_BODY)  # fmt: skip
         held, self._mark, self._body = self._mark + "".join(self._body), "", []
         self._given_up = True
+        held, self._blanks = self._blanks + held[self._unsaid :], ""
         self._as_text(held)
 
     # Calls --------------------------------------------------------------------------------------------------------------
@@ -289,13 +288,24 @@ class TemplateReader:
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
             raise ValueError("no name")
+        name = json.loads(json_text.written(name))  # without halves of surrogate pairs
         given = function.get("arguments", function.get("parameters"))
         given = json.loads(given or "{}") if isinstance(given, str) else {} if given is None else given
         if not isinstance(given, dict):
             raise ValueError("arguments are no object")
         schema = self._expected.schemas.get(name, {}).get("properties")
         properties: Mapping[str, Any] = schema if isinstance(schema, Mapping) else {}
-        return _Call(name, json_text.written({key: _as_said(value, properties.get(key)) for key, value in given.items()}))
+        said = {key: _as_said(value, properties.get(key)) for key, value in given.items()}
+        if _deeper(said, json_text.MAX_DEPTH):
+            raise ValueError("arguments are nested too deeply")
+        return _Call(name, json_text.written(said))
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether more objects and lists than that stand within one another."""
+    if not isinstance(value, (dict, list)):
+        return False
+    return levels == 0 or any(_deeper(item, levels - 1) for item in (value.values() if isinstance(value, dict) else value))
 
 
 def _as_said(value: Any, schema: Any) -> Any:
