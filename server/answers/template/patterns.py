@@ -139,8 +139,9 @@ def _found(found: Any) -> Found:
 def _check(pattern: str) -> None:
     """Raises ValueError for an expression that takes too much memory, or whose matches begin elsewhere than they are found."""
     escaped, bare = re.findall(r"\\(.)", pattern, re.DOTALL), re.sub(r"\\.", "", pattern, flags=re.DOTALL)
-    if "K" in escaped or _FLAGS.search(bare) or _FUZZY.search(bare):
-        raise ValueError(r"has \K, one of the flags r, L and x, or fuzzy matching like {e<=1}; write it without")
+    refused = [r"\K"] if "K" in escaped else _FLAGS.search(bare) or _FUZZY.search(bare)
+    if refused:
+        raise ValueError(f"has {refused[0]:.80}; not allowed: \\K, the flags r, L and x, and fuzzy matching like {{e<=1}}")
     repeats = math.prod(max(1, *(int(count or 0) for count in counts)) for counts in _COUNT.findall(bare))
     if repeats > (most := min(MOST_REPEATS, MOST_EXPANDED // len(pattern))):
         raise ValueError(f"has counts like {{3,5}} that are, multiplied, more than {most}, the most at its length")
