@@ -279,6 +279,13 @@ def test_searches_take_a_bounded_time_in_all(monkeypatch):
     assert "".join(event.text for event in events) == text
     allowed = patterns.ANSWER_SECONDS + len(text) * patterns.CHARACTER_SECONDS
     assert 20 < next(ticks) / 2 <= 1000 * allowed + 1
+    budget, before = patterns.Budget(), next(ticks)
+    budget.grow(1_000_000)
+    with pytest.raises(patterns.TooSlowError):
+        while True:
+            with budget.search():
+                pass
+    assert next(ticks) - before <= 2 * (1000 * patterns.ANSWER_SECONDS + 1) + 1, "what a long answer has saved is bounded"
 
 
 def test_a_literal_that_begins_first_goes_first():

@@ -18,7 +18,8 @@ SEARCH_SECONDS = 0.02
 """Of the processor, for one search: thousands of times what it usually takes, since other threads' time counts, too."""
 ANSWER_SECONDS = 0.05
 CHARACTER_SECONDS = 20e-6
-"""Of the processor, for all searches in an answer, and for every character of it."""
+"""Of the processor, for all searches in an answer: at its beginning, and for every character of it. No more than the first is
+saved, so that however long an answer is, it holds nobody else up for longer."""
 LONGEST = 2000
 """Characters of an expression."""
 MOST_HELD = 512
@@ -46,7 +47,7 @@ class Budget:
 
     def grow(self, characters: int) -> None:
         """The answer has so many more."""
-        self._left += characters * CHARACTER_SECONDS
+        self._left = min(self._left + characters * CHARACTER_SECONDS, ANSWER_SECONDS)
 
     @contextmanager
     def search(self) -> Iterator[None]:
