@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import regex
 
-SEARCH_SECONDS = 0.02
-"""Of the processor, for one search: thousands of times what it usually takes, since other threads' time counts, too."""
+SEARCH_SECONDS = 0.2
+"""For one search, in time of the whole process, which is how `regex` counts: the model's threads use it up too, while this one
+waits for a core. Of its own time a search has what is left of the answer's."""
 ANSWER_SECONDS = 0.05
 CHARACTER_SECONDS = 20e-6
 """Of the processor, for all searches in an answer: at its beginning, and for every character of it. No more than the first is
