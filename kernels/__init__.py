@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kvloom.kernels.interface import Allowed, Counters, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
+from kvloom.kernels.counters import Counters
+from kvloom.kernels.interface import Allowed, Kernels, Lists, PagedKV, Plan, PoolHow, Rows
 
 __all__ = ["BACKENDS", "Allowed", "Counters", "Kernels", "Lists", "PagedKV", "Plan", "PoolHow", "Rows", "load"]
 

@@ -28,13 +28,13 @@ Query head i reads KV head i // (q_heads // kv_heads). K, V and q in the model's
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from kvloom.kernels.counters import Counters
 from kvloom.kernels.graph import Graph
 from kvloom.kernels.quantized import QuantizedLinears
 
@@ -129,24 +129,6 @@ class Folded(NamedTuple):
     words: Tensor
     at: Tensor
     counts: Tensor
-
-
-@dataclass(slots=True)
-class Counters:
-    """What a back end did since it was made; read by metrics and by tests that hold it to the formulas.
-
-    rows, positions: query rows without padding, and key positions visible to them summed over KV heads
-    kv_bytes: bytes of K and V that the operation needs to read at least once per row and KV head (not measured traffic:
-    the g query heads of a KV head share one read; consecutive rows of a prefill tile are counted once per tile)
-    score_bytes: bytes of K read by `score`
-    list_kv_bytes: the part of kv_bytes that lists name; the rest lies in tails
-    """
-
-    rows: int = 0
-    positions: int = 0
-    kv_bytes: int = 0
-    score_bytes: int = 0
-    list_kv_bytes: int = 0
 
 
 class Plan(Protocol):

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import COMPARES, Allowed, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.counters import Counters
+from kvloom.kernels.interface import COMPARES, Allowed, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, Rows
+from kvloom.kernels.counters import Counters
+from kvloom.kernels.interface import Rows
 
 TILE = 64
 """Most rows of a prefill chunk that share one read of their keys."""

@@ -16,7 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.counters import Counters
+from kvloom.kernels.interface import Folded, PagedKV, Plan, PoolHow, Renewal, Rows
 from kvloom.kernels.reference import ReferenceKernels, check_folded, check_folding, check_pool, check_renewal, turn
 from kvloom.kernels.tiles import ROOM, Cut, TorchPlan, Use, as_matrix
 

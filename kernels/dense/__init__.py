@@ -18,7 +18,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kvloom.kernels.interface import Counters, Kernels, PagedKV, Plan, Rows, Spans
+from kvloom.kernels.counters import Counters
+from kvloom.kernels.interface import Kernels, PagedKV, Plan, Rows, Spans
 
 LIBRARIES = {"flashinfer": ("flashinfer",), "flash_attn": ("flash_attn_interface", "flash_attn")}
 """Modules that are looked for, the first that is there."""

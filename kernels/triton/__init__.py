@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, same_dtype, strides
+from kvloom.kernels.counters import Counters
 from kvloom.kernels.cuda_graph import CudaGraph
-from kvloom.kernels.interface import Allowed, Counters, Folded, PagedKV, Plan, PoolHow, Rows
+from kvloom.kernels.interface import Allowed, Folded, PagedKV, Plan, PoolHow, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding, check_sample, forbidden
 from kvloom.kernels.triton import attention, choose, sampling, topk

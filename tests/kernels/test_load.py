@@ -8,7 +8,7 @@ import torch
 
 from kvloom import kernels as package
 from kvloom.kernels import Kernels, Lists, load
-from kvloom.kernels.interface import Counters
+from kvloom.kernels.counters import Counters
 from kvloom.kernels.reference import ReferenceKernels
 from tests.kernels.conftest import ints, make_lists, make_rows, paged
 

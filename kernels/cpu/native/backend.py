@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from kvloom.kernels.checks import fp32, index, same_dtype, strides
-from kvloom.kernels.interface import COMPARES, Allowed, Counters, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
+from kvloom.kernels.counters import Counters
+from kvloom.kernels.interface import COMPARES, Allowed, Folded, PagedKV, Plan, PoolHow, Renewal, Rows
 from kvloom.kernels.quantized import QuantizedLinears
 from kvloom.kernels.reference import check_folded, check_folding, check_pool, check_renewal, check_sample
 
